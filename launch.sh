@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# The one front door: ./launch.sh VERB [CONFIG] [section.key=value …]
+#
+#   demo [DIR]                 the whole job on this machine, on sample photographs or your own folder
+#   pack · index · verify · stats        pictures and shards (python -m shards VERB --help)
+#   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher
+#   export · probe · report    a finished run (python -m pipeline VERB --help)
+#   test [pytest options] · check · bench    the project's own checks and benchmarks
+#   setup                      only make the environment
+#
+# Environment:
+#   NPROC=2           processes on this machine (default: one per GPU, 2 without a GPU)
+#   HOSTFILE=hosts    DeepSpeed hostfile ("host slots=8" per line): start on many hosts over ssh
+#   BEITFORGE_PYTHON  a Python that already has everything installed; otherwise .venv is made from constraints.txt
+#   PYTHON=python3    the Python (3.10-3.12) that .venv is made with
+set -euo pipefail
+# Paths are the caller's: the working folder stays, the packages are found by name.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$root/launch.sh"; }
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# .venv holds the pinned versions; its stamp is the digest of what it was made from, so a changed pin makes it anew.
+setup() {
+    if [ -n "${BEITFORGE_PYTHON:-}" ]; then python=$BEITFORGE_PYTHON; return; fi
+    python=$root/.venv/bin/python
+    local made_from stamp=$root/.venv/made-from
+    made_from=$(sed -n "/^\[project/,/^\[tool/p" "$root/pyproject.toml" | cat "$root/constraints.txt" - | sha256sum | cut -d' ' -f1)
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$made_from" ]; then return; fi
+    # two starts at once: the second waits, then finds it made
+    if command -v flock >/dev/null; then
+        exec 9>"$root/.venv.lock"
+        flock 9
+        if [ "$(cat "$stamp" 2>/dev/null)" = "$made_from" ]; then exec 9>&-; return; fi
+    fi
+    local base=${PYTHON:-python3}
+    "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null ||
+        fail "$base is not Python 3.10-3.12; name one: PYTHON=/path/to/python3.11 ./launch.sh …"
+    "$base" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$base has no venv module; install it (Debian: apt-get install python3-venv), then run this again"
+    echo "making .venv (once) …" >&2
+    "$base" -m venv --clear "$root/.venv"
+    local pip=("$python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
+    # torch first: asked for by another package, pip would take the newest
+    "${pip[@]}" torch
+    "${pip[@]}" -e "$root[train,demo,test]"
+    echo "$made_from" >"$stamp"
+    exec 9>&-
+}
+
+# The deepspeed launcher: one process per GPU, NPROC (2) of them on a machine without one, or HOSTFILE's hosts.
+under_deepspeed() {
+    local verb=$1; shift
+    local options=(--no_local_rank --module)
+    if [ -n "${HOSTFILE:-}" ]; then
+        [ -r "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE cannot be read"
+        options+=(--hostfile "$HOSTFILE")
+    else
+        local gpus
+        gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+        # a port of its own, so that two runs on one machine do not meet
+        options+=(--num_gpus "${NPROC:-$((gpus > 0 ? gpus : 2))}" --master_port "${MASTER_PORT:-$((20000 + $$ % 20000))}")
+        [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
+    fi
+    export PATH="$(dirname "$python"):$PATH" DS_SKIP_CUDA_CHECK=1 TORCH_CPP_LOG_LEVEL=ERROR
+    # Ctrl-C is for the training processes: they save and end, and the launcher ends after them
+    trap '' INT
+    exec "$python" -W ignore -m deepspeed.launcher.runner --log_level critical "${options[@]}" pipeline "$verb" "$@"
+}
+
+verb=${1:-}
+[ $# -eq 0 ] || shift
+case $verb in
+    "" | -h | --help | help) usage; exit 0 ;;
+    setup) setup ;;
+    demo | export | probe | report) setup; exec "$python" -m pipeline "$verb" "$@" ;;
+    pack | index | verify | stats) setup; exec "$python" -m shards "$verb" "$@" ;;
+    tokenizer | tokenize | pretrain)
+        setup
+        case " $* " in *" -h "* | *" --help "*) exec "$python" -m pipeline "$verb" --help ;; esac
+        under_deepspeed "$verb" "$@" ;;
+    test) setup; cd "$root"; exec "$python" -m pytest "$@" ;;
+    check)
+        setup
+        cd "$root"
+        "$python" -m ruff format --check .
+        "$python" -m ruff check .
+        "$python" -m mypy ;;
+    bench)
+        setup
+        cd "$root"
+        for name in ${*:-order demo zero_parity}; do
+            [ -f "benchmarks/$name.py" ] || fail "there is no benchmarks/$name.py"
+            echo "== $name" >&2
+            "$python" -m "benchmarks.$name"
+        done ;;
+    *) usage >&2; fail "there is no verb '$verb'" ;;
+esac
