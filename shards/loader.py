@@ -1,0 +1,270 @@
+"""Whole batches, built in the worker: decode, cut by the record, resize to uint8. The one module here that uses torch.
+
+A batch is a pure function of the sample numbers asked for. Workers, ranks and restarts therefore never change it.
+"""
+
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset
+
+from shards import codec, draws
+from shards.errors import ShardError
+from shards.images import DamagedSample, ImageSet
+from shards.pairs import Picked, ViewSource
+
+_SUBSTITUTES = 32
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was replaced: where it lies, why, and which row of the same shard stood in."""
+
+    sample: int
+    shard: str
+    key: str
+    reason: str
+    substitute: str
+
+
+class Batch(NamedTuple):
+    """One micro batch, B samples.
+
+    samples i64 [B] · pixels u8 [B, 3, H, W], cut and flipped, not yet jittered · tokens i64 [B, N] (N = 0: none) ·
+    jitters f32 [B, 3], orders i64 [B], mean_greys f32 [B] (shards.views) · labels i64 [B] · draws: what the caller's
+    `draw` made of the sample numbers · bad: the substitutions made.
+    """
+
+    samples: torch.Tensor
+    pixels: torch.Tensor
+    tokens: torch.Tensor
+    jitters: torch.Tensor
+    orders: torch.Tensor
+    mean_greys: torch.Tensor
+    labels: torch.Tensor
+    draws: dict[str, torch.Tensor]
+    bad: list[BadSample]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with every tensor on `device`, copied asynchronously where the source is pinned."""
+        tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        there: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        drawn = {name: tensor.to(device, non_blocking=True) for name, tensor in self.draws.items()}
+        return self._replace(**there, draws=drawn)
+
+
+class Places(Protocol):
+    """Where a sample lies: shards.order.Order, or InTurn."""
+
+    samples: int
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
+class InTurn:
+    """Samples in manifest order, epoch 0: for evaluation."""
+
+    def __init__(self, shard_samples: list[int]):
+        self.ends = np.cumsum(shard_samples)
+        self.samples = int(self.ends[-1])
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Epoch (zeros), shard and row of the samples numbered `samples`, each < self.samples."""
+        shards = np.searchsorted(self.ends, samples, side="right")
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return np.zeros_like(samples), shards, samples - starts[shards]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """What turns sample numbers into batches. `size` is (H, W); `resample` bicubic (torch) or lanczos (Pillow)."""
+
+    images: ImageSet
+    places: Places
+    source: ViewSource
+    size: tuple[int, int]
+    resample: str = "bicubic"
+    seed: int = 0
+    draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+
+    def batch(self, samples: np.ndarray) -> Batch:
+        """Build the batch of these samples (i64 [B]). Raises ShardError when a shard cannot be read."""
+        epochs, shards, rows = self.places.locate(samples)
+        bad: list[BadSample] = []
+        pictures = []
+        for i, sample in enumerate(samples.tolist()):
+            row, picture = self._picture(sample, int(shards[i]), int(rows[i]), bad)
+            rows[i] = row
+            pictures.append(picture)
+        indexes = [self.images.index(shard) for shard in shards.tolist()]
+        columns = {
+            name: np.array([getattr(index, name)[row] for index, row in zip(indexes, rows, strict=True)])
+            for name in ("key_hash", "width", "height", "mean_grey", "label")
+        }
+        picked = Picked(epochs, shards, rows, columns["key_hash"], columns["width"], columns["height"])
+        views, tokens = self.source.views(picked)
+        pixels = torch.empty((len(samples), 3, *self.size), dtype=torch.uint8)
+        for i, picture in enumerate(pictures):
+            self._cut(picture, views.boxes[i].tolist(), bool(views.flips[i]), pixels[i])
+        drawn = self.draw(samples) if self.draw else {}
+        return Batch(
+            torch.from_numpy(samples),
+            pixels,
+            torch.from_numpy(tokens.astype(np.int64)),
+            torch.from_numpy(views.jitters),
+            torch.from_numpy(views.orders.astype(np.int64)),
+            torch.from_numpy(columns["mean_grey"]),
+            torch.from_numpy(columns["label"]),
+            {name: torch.from_numpy(value) for name, value in drawn.items()},
+            bad,
+        )
+
+    def _picture(self, sample: int, shard: int, row: int, bad: list[BadSample]) -> tuple[int, np.ndarray]:
+        """The decoded picture and its row, or those of the first usable substitute: a pure function of the sample."""
+        index, name = self.images.index(shard), self.images.manifest.shards[shard].name
+        reason, candidate = "", row
+        for attempt in range(_SUBSTITUTES):
+            try:
+                if not self.source.usable(shard, candidate):
+                    raise DamagedSample("`tokenize` could not read it, so it has no tokens")
+                picture = codec.decode(self.images.read(shard, candidate))
+                break
+            except (DamagedSample, codec.PictureError) as error:
+                reason = reason or str(error)
+            key_hash = int(index.key_hash[row])
+            candidate = int(draws.uniform(draws.SUBSTITUTE, self.seed, key_hash, attempt)[0] * len(index))
+        else:
+            raise ShardError(f"{name}: {_SUBSTITUTES} samples tried for {index.key(row)}, none usable; run `verify`")
+        if candidate != row:
+            bad.append(BadSample(sample, name, index.key(row), reason, index.key(candidate)))
+        return candidate, picture
+
+    def _cut(self, picture: np.ndarray, box: list[int], flip: bool, out: torch.Tensor) -> None:
+        """Write one view u8 [3, H, W] into `out`: crop, antialiased resize, flip."""
+        if self.resample == "lanczos":
+            cut = codec.cut(picture, (box[0], box[1], box[2], box[3]), flip, self.size, "lanczos")
+            out.copy_(torch.from_numpy(cut).permute(2, 0, 1))
+            return
+        x, y, width, height = box
+        crop = torch.from_numpy(picture[y : y + height, x : x + width]).permute(2, 0, 1)[None]
+        resized = interpolate(crop, self.size, mode="bicubic", antialias=True)[0]
+        out.copy_(resized.flip(-1) if flip else resized)
+
+
+class Numbers(Protocol):
+    """The sample numbers (i64 [B]) of batch 0, 1, …: a list, or order.RankBatches."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> np.ndarray: ...
+
+
+class _Batches(Dataset):
+    """torch's view of a stream: item i is the batch of numbers[i]."""
+
+    def __init__(self, stream: Stream, numbers: Numbers):
+        self.stream, self.numbers = stream, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Batch | str:
+        """The batch, or the one line of its ShardError: raised in a worker it would come back as a traceback."""
+        try:
+            return self.stream.batch(self.numbers[i])
+        except ShardError as error:
+            return str(error)
+
+
+def _start_worker(_: int) -> None:
+    """More open files; and signals are the training process's business: it still needs batches to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+
+
+def load(stream: Stream, numbers: Numbers, *, workers: int, prefetch: int, pin: bool) -> Iterator[Batch]:
+    """Iterate over the batches of `numbers` (see order.RankBatches), in order.
+
+    workers: processes beside this one, 0 to build batches here. prefetch: batches each worker keeps ready.
+    Raises ShardError for a shard that cannot be read, whichever process met it.
+    """
+    loader: DataLoader = DataLoader(
+        _Batches(stream, numbers),
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_start_worker,
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise ShardError(batch)
+        yield batch
+
+
+class Cuts(NamedTuple):
+    """K views of n pictures of one shard: rows i64 [n] · pixels u8 [n, K, 3, H, W] · bad u8 [n] (1: unreadable)."""
+
+    rows: torch.Tensor
+    pixels: torch.Tensor
+    bad: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardCuts(Dataset):
+    """Item i is `per_item` pictures of a shard from row i · per_item on, each decoded once and cut by K records.
+
+    boxes u32 [K, samples, 4] and flips u8 [K, samples] are shards.views.Views of the whole shard; Lanczos, as the
+    tokenizer sees pictures.
+    """
+
+    images: ImageSet
+    shard: int
+    boxes: np.ndarray
+    flips: np.ndarray
+    size: tuple[int, int]
+    per_item: int
+
+    def __len__(self) -> int:
+        return -(-self.boxes.shape[1] // self.per_item)
+
+    def __getitem__(self, i: int) -> Cuts:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        rows = np.arange(i * self.per_item, min((i + 1) * self.per_item, self.boxes.shape[1]), dtype=np.int64)
+        pixels = torch.zeros((len(rows), len(self.boxes), 3, *self.size), dtype=torch.uint8)
+        bad = np.zeros(len(rows), dtype=np.uint8)
+        for n, row in enumerate(rows.tolist()):
+            picture = self._picture(row)
+            if picture is None:
+                bad[n] = 1
+                continue
+            for k, box in enumerate(self.boxes[:, row].tolist()):
+                cut = codec.cut(
+                    picture, (box[0], box[1], box[2], box[3]), bool(self.flips[k, row]), self.size, "lanczos"
+                )
+                pixels[n, k] = torch.from_numpy(cut).permute(2, 0, 1)
+        return Cuts(torch.from_numpy(rows), pixels, torch.from_numpy(bad))
+
+    def _picture(self, row: int) -> np.ndarray | None:
+        try:
+            return codec.decode(self.images.read(self.shard, row))
+        except (DamagedSample, codec.PictureError):
+            return None
+
+
+def load_cuts(cuts: ShardCuts, *, workers: int, prefetch: int) -> Iterator[Cuts]:
+    """Iterate over the items in row order, decoded by `workers` processes (0: here)."""
+    prefetched = prefetch if workers else None
+    loader = DataLoader(
+        cuts, batch_size=None, num_workers=workers, prefetch_factor=prefetched, worker_init_fn=_start_worker
+    )
+    return iter(loader)

@@ -1,0 +1,152 @@
+"""manifest.json: what closes a shard set. Written last, by rename; a folder without one is unfinished.
+
+Schema 1. An image set lists its tars and their indexes; a token set lists its safetensors files and, for each, the
+digest of the image shard it was made from.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from shards.errors import ShardError
+from shards.files import write_text
+
+SCHEMA = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageShard:
+    """One tar. `samples` counts rows of its index, `bytes` is the tar's size, digests are xxh3-128 of whole files."""
+
+    name: str
+    samples: int
+    bytes: int
+    digest: str
+    index_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageManifest:
+    """An image shard set: tars `NAME.tar` with `NAME.index.safetensors` beside them."""
+
+    shards: list[ImageShard]
+    classes: list[str]
+    made_by: dict
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names, order, counts and contents of the set in 32 hex digits."""
+        text = "\n".join(f"{shard.name} {shard.samples} {shard.digest}" for shard in self.shards)
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenShard:
+    """One token file and the image shard (same name) whose rows it follows."""
+
+    name: str
+    samples: int
+    digest: str
+    image_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenManifest:
+    """A token shard set: `NAME.safetensors` per image shard.
+
+    `tokenizer` holds fingerprint, vocabulary, grid and input_size; `policy` is the view policy as drawn; `provenance`
+    is for people (versions, decoder, precision).
+    """
+
+    shards: list[TokenShard]
+    tokenizer: dict
+    policy: dict
+    num_views: int
+    provenance: dict
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tokenizer, view policy and contents of the set in 32 hex digits."""
+        head = json.dumps([self.tokenizer, self.policy, self.num_views], sort_keys=True)
+        text = "\n".join([head, *(f"{shard.name} {shard.samples} {shard.digest}" for shard in self.shards)])
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def write_manifest(folder: Path, manifest: ImageManifest | TokenManifest) -> None:
+    """Close a folder: write its manifest by rename."""
+    kind = "images" if isinstance(manifest, ImageManifest) else "tokens"
+    content = {"schema": SCHEMA, "kind": kind, **dataclasses.asdict(manifest)}
+    write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
+
+
+def _read_object(path: Path) -> dict | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _read(folder: Path, kind: str, cure: str) -> dict:
+    path = folder / NAME
+    if not folder.is_dir():
+        raise ShardError(f"{folder} does not exist; a {kind[:-1]} shard set is expected there: {cure}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ShardError(f"{folder} has no {NAME}, so it is unfinished: {cure}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path} is damaged ({error}): {cure}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ShardError(f"{path} is not of schema {SCHEMA}, the one this version reads: {cure}")
+    if content.get("kind") != kind:
+        raise ShardError(f"{folder} holds {content.get('kind')}, not {kind}: give the folder of the {kind}")
+    return content
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder's manifest says it holds, images or tokens. Raises ShardError when there is no manifest."""
+    path = folder / NAME
+    if folder.is_dir() and not path.exists():
+        below = sorted(inner.parent.name for inner in folder.glob(f"*/{NAME}"))
+        if below:
+            raise ShardError(f"{folder} is no shard set itself, but {', '.join(below)} in it are: give one of them")
+        raise ShardError(f"{folder} has no {NAME}, so it is unfinished: run the command that makes it again")
+    content = _read_object(path) if folder.is_dir() else None
+    if content is None or content.get("kind") not in ("images", "tokens"):
+        raise ShardError(f"{path} is missing, damaged, or of another program: give the folder of a shard set")
+    return content["kind"]
+
+
+def read_image_manifest(folder: Path) -> ImageManifest:
+    """The manifest of an image shard set. Raises ShardError when there is none, or it is not of images."""
+    cure = "finish it with `pack` (the same command again), or adopt its tars with `index`"
+    content = _read(folder, "images", cure)
+    try:
+        shards = [ImageShard(**shard) for shard in content["shards"]]
+        return ImageManifest(shards=shards, classes=content["classes"], made_by=content["made_by"])
+    except (KeyError, TypeError) as error:
+        raise ShardError(f"{folder / NAME} lacks what schema {SCHEMA} asks for ({error}): {cure}") from error
+
+
+def read_token_manifest(folder: Path) -> TokenManifest:
+    """The manifest of a token shard set. Raises ShardError when there is none, or it is not of tokens."""
+    cure = "finish it with `tokenize` (the same command again)"
+    content = _read(folder, "tokens", cure)
+    try:
+        fields = {key: content[key] for key in ("tokenizer", "policy", "num_views", "provenance")}
+        return TokenManifest(shards=[TokenShard(**shard) for shard in content["shards"]], **fields)
+    except (KeyError, TypeError) as error:
+        raise ShardError(f"{folder / NAME} lacks what schema {SCHEMA} asks for ({error}): {cure}") from error

@@ -1,0 +1,83 @@
+"""Where a stream's views come from: recorded beside their tokens, drawn afresh, or the plain central ones.
+
+Each source answers one question for n pictures at once: which view of each, and which tokens belong to it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from shards.images import ImageSet
+from shards.tokens import TokenSet, check_pairing
+from shards.views import FIELDS, ViewPolicy, Views, central_views, draw_views
+
+
+@dataclass(frozen=True)
+class Picked:
+    """n pictures by place, with what the index says of them (all [n])."""
+
+    epochs: np.ndarray
+    shards: np.ndarray
+    rows: np.ndarray
+    key_hashes: np.ndarray
+    widths: np.ndarray
+    heights: np.ndarray
+
+
+class ViewSource(Protocol):
+    """Views (leading dimension n) and tokens u16 [n, patches] of n pictures; tokens are empty where there are none."""
+
+    def views(self, picked: Picked) -> tuple[Views, np.ndarray]: ...
+
+    def usable(self, shard: int, row: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class DrawnViews:
+    """A fresh view every epoch, for training a tokenizer."""
+
+    policy: ViewPolicy
+
+    def views(self, picked: Picked) -> tuple[Views, np.ndarray]:
+        """View number = epoch."""
+        drawn = draw_views(self.policy, picked.key_hashes, picked.epochs, picked.widths, picked.heights)
+        return drawn, np.zeros((len(picked.rows), 0), np.uint16)
+
+    def usable(self, shard: int, row: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class CentralViews:
+    """The same central square every time, for probes."""
+
+    def views(self, picked: Picked) -> tuple[Views, np.ndarray]:
+        return central_views(picked.widths, picked.heights), np.zeros((len(picked.rows), 0), np.uint16)
+
+    def usable(self, shard: int, row: int) -> bool:
+        return True
+
+
+class RecordedViews:
+    """The views `tokenize` recorded, with their tokens: view (epoch + hash(key)) mod K of each picture."""
+
+    def __init__(self, images: ImageSet, folder: Path):
+        """Raises ShardError when the token set in `folder` was not made from `images`."""
+        self.tokens = TokenSet(folder)
+        self.images = images
+        check_pairing(images.manifest, self.tokens.manifest, folder)
+
+    def views(self, picked: Picked) -> tuple[Views, np.ndarray]:
+        """Reads one row per picture from the mapped token files."""
+        numbers = (picked.key_hashes + picked.epochs.astype(np.uint64)) % np.uint64(self.tokens.manifest.num_views)
+        places = list(zip(picked.shards.tolist(), numbers.tolist(), picked.rows.tolist(), strict=True))
+        opened = [self.tokens.shard(shard, self.images.index(shard).key_hash) for shard, _, _ in places]
+        pairs = list(zip(opened, places, strict=True))
+        views = Views(*(np.stack([getattr(o.views, name)[k, row] for o, (_, k, row) in pairs]) for name in FIELDS))
+        return views, np.stack([o.tokens[k, row] for o, (_, k, row) in pairs])
+
+    def usable(self, shard: int, row: int) -> bool:
+        """False where `tokenize` could not read the picture."""
+        return not self.tokens.shard(shard, self.images.index(shard).key_hash).bad[row]

@@ -1,0 +1,75 @@
+"""A tiny real data set, made once a session: generated pictures, packed, tokenized by a random dVAE."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "view": {"num_views": 3},
+    "tokenizer": {"input_size": 32, "vocabulary": 64, "width": 16, "embedding": 8, "residual_blocks": 1},
+    "model": {"input_size": 32, "patch_size": 8, "layers": 2, "width": 32, "heads": 2},
+    "mask": {"num_patches": 6, "min_block": 2},
+    "optimizer": {"lr": 1e-3, "warmup": "4 steps"},
+    "train": {"duration": "24 steps", "global_batch": 8, "micro_batch": 4, "precision": "fp32", "zero_stage": 2},
+    "loader": {"workers": 0, "prefetch": 2, "chunk": 4, "window": 2, "lanes": 4},
+    "checkpoint": {"every": "4 steps", "keep": 2},
+    "log": {"every_steps": 2, "heldout_every": "12 steps", "heldout_samples": 8, "tensorboard": False},
+}
+
+
+def write_pictures(folder: Path, count: int, classes: int, seed: int = 0) -> None:
+    """`count` JPEGs of coloured gradients, varied in size, one folder per class."""
+    from shards.codec import encode
+
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        height, width = generator.integers(40, 72, size=2)
+        ramp = np.linspace(0, 1, width)[None, :, None] * generator.uniform(0, 255, 3)
+        noise = generator.uniform(-30, 30, (height, width, 3))
+        pixels = np.clip(ramp + noise + generator.uniform(0, 80), 0, 255).astype(np.uint8)
+        path = folder / f"class{number % classes}" / f"picture{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(pixels, "jpg", 90))
+
+
+@dataclasses.dataclass(frozen=True)
+class TinySet:
+    """Folders of the tiny data set and a config that uses them."""
+
+    folder: Path
+    config: Path
+
+    def overrides(self, run: Path, *more: str) -> list[str]:
+        return [f"train.run={run}", *more]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
+    """50 training and 10 held-out pictures, packed and tokenized through the real commands."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_pictures(folder / "pictures" / "train", 50, 5)
+    write_pictures(folder / "pictures" / "test", 10, 5, seed=1)
+    for part in ("train", "test"):
+        where = [str(folder / "pictures" / part), str(folder / "shards" / part)]
+        command = [sys.executable, "-m", "shards", "pack", *where, "--samples-per-shard", "16", "--workers", "1"]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    data = {"images": "shards/train", "tokens": "tokens/train", "tokenizer": "tokenizer"}
+    data |= {"heldout_images": "shards/test", "heldout_tokens": "tokens/test"}
+    tree = {"data": {name: str(folder / path) for name, path in data.items()}, **TINY}
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tree))
+
+    from pipeline.config import load_config
+    from pipeline.stages import tokenize
+    from pipeline.tokenizer import Dvae, save_tokenizer
+
+    loaded = load_config(str(config), [])
+    save_tokenizer(folder / "tokenizer", Dvae(loaded.tokenizer, seed=3), loaded.tokenizer)
+    assert tokenize.run(loaded) == 0
+    return TinySet(folder, config)
