@@ -1,0 +1,1 @@
+"""config · model · tokenizer · masking · objective · optim · engine · loop · checkpoint · metrics, and the stages."""

@@ -1,0 +1,86 @@
+"""What is minimised, as functions of a model, a batch and the step. Must not know shards, deepspeed or any stage."""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.config import TOKENIZER_STRIDE, Config, Tokenizer
+from pipeline.pixels import jitter, normalise, tokenizer_input
+
+
+class Views(Protocol):
+    """The tensors of a batch that objectives read (shards.loader.Batch)."""
+
+    @property
+    def samples(self) -> Tensor: ...
+    @property
+    def pixels(self) -> Tensor: ...
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def jitters(self) -> Tensor: ...
+    @property
+    def orders(self) -> Tensor: ...
+    @property
+    def mean_greys(self) -> Tensor: ...
+    @property
+    def draws(self) -> dict[str, Tensor]: ...
+
+
+def encoder_input(config: Config, batch: Views) -> Tensor:
+    """Jittered, normalised pixels [B, 3, H, W] for the encoder."""
+    pixels = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    return normalise(pixels, config.model.mean, config.model.std)
+
+
+def masked_token_loss(
+    config: Config, model: Callable, batch: Views, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy of the masked patches' tokens, mean over them (RECIPE, "Model"); and masked accuracy.
+
+    `dtype` is that of the model's input; the loss is computed in float32.
+    """
+    pixels_BCHW = encoder_input(config, batch).to(dtype)
+    mask_BN, keep_BL2 = batch.draws["mask"], batch.draws.get("keep")
+    logits_BMV, index_BM, weight_BM = model(pixels_BCHW, mask_BN, config.mask.num_patches, keep_BL2)
+    tokens_BM = batch.tokens.gather(1, index_BM)
+    logits_BMV, weight_BM = logits_BMV.float(), weight_BM.float()
+    each_BM = F.cross_entropy(logits_BMV.flatten(0, 1), tokens_BM.flatten(), reduction="none").view_as(weight_BM)
+    count = weight_BM.sum().clamp(min=1)
+    right = (logits_BMV.detach().argmax(dim=-1) == tokens_BM).float()
+    loss = (each_BM * weight_BM).sum() / count
+    return loss, {"masked_accuracy": (right * weight_BM).sum() / count}
+
+
+def dvae_temperature(settings: Tokenizer, step: int, steps: int) -> float:
+    """Gumbel-softmax temperature: exponential from start to end over `anneal_share` of training, then constant."""
+    progress = min(1.0, step / max(1.0, settings.anneal_share * steps))
+    return settings.temperature_start * (settings.temperature_end / settings.temperature_start) ** progress
+
+
+def dvae_loss(
+    settings: Tokenizer, model: Callable, batch: Views, step: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Reconstruction + KL of each posterior to the uniform prior (weight warmed up over the first quarter of training)
+    + KL of the batch's mean posterior to it, which keeps every code in use. `generator` draws the Gumbel noise."""
+    target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys))
+    side = settings.input_size // TOKENIZER_STRIDE
+    shape = (len(target), settings.vocabulary, side, side)
+    uniform = torch.rand(shape, generator=generator, device=target.device).clamp(1e-9, 1 - 1e-7)
+    noise = -(-uniform.log()).log()
+    reconstruction, logits_BVhw = model(target, dvae_temperature(settings, step, steps), noise)
+    log_q = logits_BVhw.log_softmax(dim=1)
+    log_v = math.log(settings.vocabulary)
+    kl = (log_q.exp() * log_q).sum(dim=1).mean() + log_v
+    mean_V = log_q.exp().mean(dim=(0, 2, 3))
+    usage = (mean_V * (mean_V + 1e-12).log()).sum() + log_v
+    error = F.mse_loss(reconstruction, target)
+    warm = min(1.0, step / max(1.0, 0.25 * steps))
+    # pixel errors are summed over a field so that the weights mean the same for any picture size
+    loss = error * 3 * TOKENIZER_STRIDE**2 + settings.kl_weight * warm * kl + settings.usage_weight * usage
+    measures = {"reconstruction_mse": error.detach(), "kl": kl.detach(), "usage_kl": usage.detach()}
+    return loss, measures

@@ -1,0 +1,31 @@
+"""AdamW's parameter groups and the learning rate of every step (RECIPE, "Optimiser")."""
+
+import math
+
+from torch import nn
+
+# Vectors and biases by rank; these two by name, being three-dimensional.
+_NO_DECAY = ("position_embedding", "cls_embedding")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to 1-D parameters, position and cls embeddings; yes to the mask embedding and
+    the relative table, as the released code has it."""
+    return parameter.dim() > 1 and not name.endswith(_NO_DECAY)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for AdamW: with and without weight decay."""
+    named = list(module.named_parameters())
+    return [
+        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(step: int, *, peak: float, end: float, warmup: int, steps: int) -> float:
+    """Rate of step 0 … steps - 1: linear from 0 over `warmup` steps, then a cosine from `peak` to `end`."""
+    if step < warmup:
+        return peak * step / max(1, warmup - 1) if warmup > 1 else peak
+    progress = (step - warmup) / max(1, steps - warmup)
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(1.0, progress)))

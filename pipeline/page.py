@@ -1,0 +1,161 @@
+"""The pieces of a report page: text in, HTML out. Every argument is text and is escaped, unless it is called `…_html`.
+
+A page is one file: no network requests (its content policy forbids them), no fonts, complete without its script. Must
+not know runs or torch.
+"""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from pipeline.look import SCRIPT, STYLE
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A number worth a card: what it is, the number, and a line about it."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture, its caption, and whether it is so small that its pixels should stay visible."""
+
+    encoded: bytes
+    format: str
+    caption: str
+    small: bool
+
+
+def page(title: str, body_html: str) -> str:
+    """A whole HTML document. Bytes of file names that are no text (surrogates) come out as their escapes."""
+    html = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="referrer" content="no-referrer">'
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>\n'
+        f"<body><main>\n{body_html}\n</main><script>{SCRIPT}</script></body></html>\n"
+    )
+    return html.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def header(eyebrow: str, title: str, status: str, good: bool, *leads: str) -> str:
+    """The page's head: where it comes from, its name, how the run stands, and sentences; the first is the largest."""
+    lines = "".join(f'<p class="lead{"" if i else " big"}">{escape(lead)}</p>' for i, lead in enumerate(leads) if lead)
+    return (
+        f'<header><p class="eyebrow">{escape(eyebrow)}</p><div class="head"><h1>{escape(title)}</h1>'
+        f'<span class="status {"good" if good else "wait"}">{escape(status)}</span></div>{lines}</header>'
+    )
+
+
+def section(title: str, about: str, *parts_html: str) -> str:
+    """A heading, a sentence about what follows, and the parts; nothing when there are no parts."""
+    body = "\n".join(part for part in parts_html if part)
+    lead = f'<p class="section">{escape(about)}</p>' if about else ""
+    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>" if body else ""
+
+
+def notes(lines: Sequence[str]) -> str:
+    """What is missing, and why."""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def cards(items: Sequence[Card]) -> str:
+    """The numbers that matter, side by side."""
+    return (
+        '<dl class="cards">'
+        + "".join(
+            f'<div class="card"><dt>{escape(card.label)}</dt><dd class="value">{escape(card.value)}</dd>'
+            f'<dd class="detail">{escape(card.detail)}</dd></div>'
+            for card in items
+        )
+        + "</dl>"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table that scrolls by itself where the page is narrow; without a head, the first column is one."""
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    many = " class=many" if len(head) > 4 else ""
+    body = ""
+    for row in rows:
+        first = f"<th>{escape(row[0])}</th>" if not head else f"<td>{escape(row[0])}</td>"
+        body += f"<tr>{first}{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+    return f'<div class="scroll"><table{many}>{f"<tr>{top}</tr>" if top else ""}{body}</table></div>'
+
+
+def bars(head: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Shares by name as a table of bars; the first row is the one the others are compared with."""
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = ""
+    for i, (name, shares) in enumerate(rows):
+        best = "" if i else " best"
+        cells = "".join(
+            f'<td class="bar-cell"><div class="bar{best}"><i style="width:{65 * min(1.0, max(0.0, share)):.1f}%"></i>'
+            f"<span>{share:.1%}</span></div></td>"
+            for share in shares
+        )
+        body += f'<tr class="{best.strip()}"><th>{escape(name)}</th>{cells}</tr>'
+    return f'<div class="card bars"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def strip(title: str, blocks: Sequence[tuple[float, float]], start: str, end: str) -> str:
+    """A time line: blocks (from, to) in [0, 1] on a track, with words for its two ends."""
+    inner = "".join(f'<i style="left:{100 * a:.2f}%;width:{100 * (b - a):.2f}%"></i>' for a, b in blocks)
+    return (
+        f'<div class="card strip"><h3>{escape(title)}</h3><div class="track">{inner}</div>'
+        f'<div class="ends"><span>{escape(start)}</span><span>{escape(end)}</span></div></div>'
+    )
+
+
+def charts(charts_html: Sequence[str]) -> str:
+    """Charts side by side; nothing when there are none."""
+    body = "".join(charts_html)
+    return f'<div class="charts">{body}</div>' if body else ""
+
+
+def picture_row(name: str, about: str, pictures: Sequence[Picture]) -> str:
+    """One sample: its name, a word about it, and its pictures with captions."""
+    cells = "".join(
+        f'<div><img{" class=small" if picture.small else ""} alt="{escape(f"{name}: {picture.caption}")}" '
+        f'src="data:image/{"jpeg" if picture.format == "jpg" else picture.format};base64,'
+        f'{base64.b64encode(picture.encoded).decode("ascii")}"><span>{escape(picture.caption)}</span></div>'
+        for picture in pictures
+    )
+    title = f'<div class="about"><b title="{escape(name)}">{escape(name)}</b><span>{escape(about)}</span></div>'
+    return f'<div class="card">{title}<div class="strip4">{cells}</div></div>'
+
+
+def picture_grid(rows_html: Sequence[str]) -> str:
+    """The samples, two beside each other where there is room."""
+    return f'<div class="pictures">{"".join(rows_html)}</div>' if rows_html else ""
+
+
+def folds(items: Sequence[tuple[str, str, str]]) -> str:
+    """Parts to unfold: (title, a word about it, its HTML)."""
+    return (
+        '<div class="card fold">'
+        + "".join(
+            f"<details><summary>{escape(title)}<span>{escape(about)}</span></summary>"
+            f'<div class="inside">{inside_html}</div></details>'
+            for title, about, inside_html in items
+        )
+        + "</div>"
+    )
+
+
+def code(text: str) -> str:
+    """A file's text as it is."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def footer(text: str) -> str:
+    """The page's last line."""
+    return f"<footer>{escape(text)}</footer>"

@@ -1,0 +1,88 @@
+"""What the encoder makes of masked pictures, as pixels: view, masked view, decoded true and decoded predicted tokens.
+
+Shape letters as in pipeline.model. Must not know runs, HTML or any stage.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import TOKENIZER_STRIDE, Config
+from pipeline.model import Beit
+from pipeline.objective import encoder_input
+from pipeline.pixels import from_tokenizer, jitter
+from pipeline.streams import Source
+from pipeline.tokenizer import Dvae
+from shards.loader import Batch
+
+_GREY, _EDGE = 0.5, 0.4  # of a masked patch, and of its edge: a grey picture looks different
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """One sample; pictures are u8 [H, W, 3]. `decoded` and `predicted` are None without a tokenizer, `predicted` and
+    `right` (masked patches whose token is predicted right) without an encoder."""
+
+    image: np.ndarray
+    masked: np.ndarray
+    decoded: np.ndarray | None
+    predicted: np.ndarray | None
+    right: int | None
+    num_masked: int
+
+
+@torch.no_grad()
+def reconstructions(config: Config, batch: Batch, dvae: Dvae | None, beit: Beit | None) -> list[Reconstruction]:
+    """Of every sample of a pretraining or held-out batch, on the CPU in float32."""
+    view = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    mask_BN = batch.draws["mask"]
+    masked = greyed(view, mask_BN, config.model.patch_size)
+    guess_BN = predicted_tokens(config, beit, batch) if beit is not None else None
+    grid = (config.tokenizer.input_size // TOKENIZER_STRIDE,) * 2
+    decoded = from_tokenizer(dvae.decode(batch.tokens, grid)) if dvae is not None else None
+    predicted = from_tokenizer(dvae.decode(guess_BN, grid)) if dvae is not None and guess_BN is not None else None
+    right_B = ((guess_BN == batch.tokens) & mask_BN).sum(dim=1).tolist() if guess_BN is not None else None
+    return [
+        Reconstruction(
+            image=_bytes(view[i]),
+            masked=_bytes(masked[i]),
+            decoded=_bytes(decoded[i]) if decoded is not None else None,
+            predicted=_bytes(predicted[i]) if predicted is not None else None,
+            right=right_B[i] if right_B is not None else None,
+            num_masked=int(mask_BN[i].sum()),
+        )
+        for i in range(len(view))
+    ]
+
+
+@torch.no_grad()
+def predicted_tokens(config: Config, beit: Beit, batch: Batch) -> Tensor:
+    """Visual tokens i64 [B, N]: the true ones where patches are visible, the likeliest ones at masked patches."""
+    logits_BMV, index_BM, weight_BM = beit(encoder_input(config, batch), batch.draws["mask"], config.mask.num_patches)
+    true_BM = batch.tokens.gather(1, index_BM)
+    guess_BM = torch.where(weight_BM.bool(), logits_BMV.argmax(dim=-1), true_BM)
+    return batch.tokens.scatter(1, index_BM, guess_BM)
+
+
+def sample_names(source: Source, batch: Batch) -> list[str]:
+    """The key of each sample's picture, or of the one that stood in for it."""
+    _, shards, rows = source.stream.places.locate(batch.samples.numpy())
+    images = source.stream.images
+    substitutes = {sample.sample: sample.substitute for sample in batch.bad}
+    places = zip(batch.samples.tolist(), shards.tolist(), rows.tolist(), strict=True)
+    return [substitutes.get(sample) or images.index(shard).key(row) for sample, shard, row in places]
+
+
+def greyed(pixels_BCHW: Tensor, mask_BN: Tensor, patch_size: int) -> Tensor:
+    """The pictures, their masked patches grey with a darker edge to the right and below."""
+    rows, columns = pixels_BCHW.shape[2] // patch_size, pixels_BCHW.shape[3] // patch_size
+    mask_BHW = mask_BN.view(-1, rows, columns).repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+    cover = torch.full_like(pixels_BCHW, _GREY)
+    cover[:, :, patch_size - 1 :: patch_size], cover[..., patch_size - 1 :: patch_size] = _EDGE, _EDGE
+    return torch.where(mask_BHW[:, None], cover, pixels_BCHW)
+
+
+def _bytes(pixels_CHW: Tensor) -> np.ndarray:
+    return (pixels_CHW.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()

@@ -1,0 +1,121 @@
+"""The section of a report that says what ran: settings, machine, data, checkpoints, bad samples.
+
+Must not know torch or any stage.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import page
+from pipeline.checkpoint import State
+from pipeline.record import Record, attempt, json_object
+from pipeline.sections import clock
+from shards.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
+
+_BAD_SHOWN = 20
+_DIGITS = 16  # of a fingerprint; the whole one is in the manifest
+
+
+def what_ran(record: Record, state: State | None, passed_over: list[str]) -> str:
+    """Parts to unfold. `state`: of the newest complete checkpoint; `passed_over`: why newer ones are not used."""
+    text = (record.run / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    bad, checkpoints = record.bad_samples, _checkpoints(record.run)
+    parts = [
+        ("Configuration", "config.yaml, resolved", page.code(text)),
+        ("Data", _data_about(record), _data(record, state)),
+        ("Environment", _machine(record.environment), page.table([], _environment(record.environment))),
+        ("Starts", str(len(record.sessions)), _starts(record)),
+        ("Checkpoints", str(len(checkpoints)), page.notes(passed_over) + page.table(_CHECKPOINT_HEAD, checkpoints)),
+        ("Bad samples", f"{len(bad):,} replaced" if bad else "none", _bad_samples(bad) if bad else ""),
+    ]
+    shown = [part for part in parts if part[2]]
+    return page.section("What ran", "", page.folds(shown))
+
+
+def _data_about(record: Record) -> str:
+    return f"{record.epoch_samples:,} pictures an epoch" if record.epoch_samples else ""
+
+
+def _data(record: Record, state: State | None) -> str:
+    """Each shard set as it is now, and whether it is the one the checkpoint was trained on."""
+    data, missing = record.config.data, list[str]()
+    sets: list[tuple[str, str, Callable[[Path], ImageManifest | TokenManifest], str]] = [
+        ("training pictures", data.images, read_image_manifest, state.images if state else ""),
+        ("training tokens", data.tokens, read_token_manifest, state.tokens if state else ""),
+    ]
+    if data.heldout_images:
+        sets.append(("held-out pictures", data.heldout_images, read_image_manifest, ""))
+        sets.append(("held-out tokens", data.heldout_tokens, read_token_manifest, ""))
+    rows = []
+    for name, folder, read, trained_on in sets:
+        manifest = attempt(name.capitalize(), missing, lambda read=read, folder=folder: read(Path(folder)))  # type: ignore[misc]
+        if manifest is None:
+            rows.append([name, folder, "", "", trained_on[:_DIGITS]])
+            continue
+        changed = " (changed since training)" if trained_on not in ("", manifest.fingerprint) else ""
+        views = f" × {manifest.num_views} views" if isinstance(manifest, TokenManifest) else ""
+        counts = [f"{manifest.samples:,}{views}", f"{len(manifest.shards):,}"]
+        rows.append([name, folder, *counts, manifest.fingerprint[:_DIGITS] + changed])
+    tokenizer = json_object(Path(data.tokenizer) / "tokenizer.json", missing)
+    rows.append(["tokenizer", data.tokenizer, "", "", str(tokenizer.get("fingerprint", "not there"))[:_DIGITS]])
+    return page.table(["", "folder", "samples", "shards", "fingerprint"], rows) + page.notes(missing)
+
+
+def _machine(environment: dict) -> str:
+    said = [environment.get("host"), f"{environment['world']} processes" if "world" in environment else None]
+    return ", ".join(str(word) for word in said if word)
+
+
+def _environment(environment: dict) -> list[list[str]]:
+    """environment.json as rows; lists as words, an object as one row an entry."""
+    rows = []
+    for name, content in environment.items():
+        if isinstance(content, dict):
+            rows += [[str(inner), str(word)] for inner, word in content.items()]
+        else:
+            rows.append([str(name), " ".join(map(str, content)) if isinstance(content, list) else str(content)])
+    return rows
+
+
+def _starts(record: Record) -> str:
+    """Each start, how far it came, and how many of its steps the next one had to do again."""
+    following = [session.first_step for session in record.sessions[1:]]
+    rows = []
+    for i, session in enumerate(record.sessions):
+        again = max(0, session.last_step - following[i]) if i < len(following) else 0
+        steps = f"{session.first_step:,} → {session.last_step:,}"
+        rows.append([clock(session.started), clock(session.ended), steps, f"{again:,}", str(session.world)])
+    return page.table(["started", "last line", "steps", "done again", "processes"], rows) if rows else ""
+
+
+_CHECKPOINT_HEAD = ["folder", "step", "samples seen", "size", "saved as"]
+
+
+def _checkpoints(run: Path) -> list[list[str]]:
+    """A row for each folder in checkpoints/, newest first."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    rows = []
+    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
+        state = json_object(folder / "state.json", [])
+        files = state.get("files", {})
+        if not {"step", "samples_seen"} <= state.keys() or not isinstance(files, dict):
+            rows.append([folder.name, "", "", "", "unfinished: no state.json that can be read"])
+            continue
+        saved = (
+            f"{state.get('precision', '?')}, ZeRO {state.get('zero_stage', '?')}, {state.get('world', '?')} processes"
+        )
+        size = f"{sum(files.values()) / 2**20:,.1f} MiB"
+        rows.append([folder.name, f"{state['step']:,}", f"{state['samples_seen']:,}", size, saved])
+    return rows
+
+
+def _bad_samples(bad: list[dict]) -> str:
+    names = ["sample", "shard", "key", "reason", "substitute"]
+    rows = [[_cell(line.get(name, "")) for name in names] for line in bad[:_BAD_SHOWN]]
+    more = [f"and {len(bad) - _BAD_SHOWN:,} more, in bad_samples.jsonl"] if len(bad) > _BAD_SHOWN else []
+    return page.table(names, rows) + page.notes(more)
+
+
+def _cell(content: object) -> str:
+    return content if isinstance(content, str) else json.dumps(content)

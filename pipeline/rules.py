@@ -1,0 +1,112 @@
+"""What no run can have: impossible values and combinations, each refused with one line. Knows the settings alone."""
+
+import dataclasses
+
+from pipeline.settings import KERNELS, POSITIONS, PRECISIONS, TOKENIZER_STRIDE, Config, ConfigError, Duration
+
+_AT_LEAST_ONE = {
+    "model": ("input_size", "patch_size", "layers", "width", "heads"),
+    "tokenizer": ("input_size", "vocabulary", "width", "embedding", "global_batch", "micro_batch"),
+    "train": ("global_batch", "micro_batch"),
+    "view": ("num_views",),
+    "mask": ("num_patches", "min_block"),
+    "loader": ("prefetch", "chunk", "window", "lanes"),
+    "checkpoint": ("keep",),
+    "log": ("every_steps", "heldout_samples"),
+}
+
+
+def check(config: Config, where: str) -> None:
+    """Raise ConfigError, with the value, the rule and the cure, for the first thing that cannot be."""
+    for rules in (_numbers, _choices, _shapes, _ranges):  # in this order: the later ones divide by what counts
+        for line in rules(config):
+            raise ConfigError(f"{where}: {line}")
+
+
+def _numbers(config: Config) -> list[str]:
+    """Nothing but a seed is negative, what counts is at least one, and a seed fits 64 bits with its sign."""
+    lines = []
+    for section in dataclasses.fields(config):
+        if section.name == "deepspeed":
+            continue
+        values = getattr(config, section.name)
+        for item in dataclasses.fields(values):
+            name, value = f"{section.name}.{item.name}", getattr(values, item.name)
+            least = 1 if item.name in _AT_LEAST_ONE.get(section.name, ()) else 0
+            least = -(2**63) if item.name == "seed" else least
+            if isinstance(value, int | float) and value < least:
+                lines.append(f"{name} is {value}; it must be at least {least}")
+            if (
+                isinstance(value, Duration)
+                and name not in ("optimizer.warmup", "tokenizer.warmup")
+                and value.count <= 0
+            ):
+                lines.append(f"{name} is {value}; it must be more than nothing")
+            if item.name == "seed" and value >= 2**63:
+                lines.append(f"{name} is {value}; it must be less than 2^63")
+    return lines
+
+
+def _choices(config: Config) -> list[str]:
+    model, train = config.model, config.train
+    taken = (
+        ("model.positions", model.positions, POSITIONS),
+        ("model.kernels", model.kernels, KERNELS),
+        ("train.precision", train.precision, PRECISIONS),
+        ("train.zero_stage", train.zero_stage, (0, 1, 2, 3)),
+    )
+    lines = [f"{n} is {v!r}; it takes {', '.join(map(str, known))}" for n, v, known in taken if v not in known]
+    if train.offload_optimizer and train.zero_stage == 0:
+        lines.append("train.offload_optimizer needs train.zero_stage 1, 2 or 3")
+    if bool(config.data.heldout_images) != bool(config.data.heldout_tokens):
+        lines.append("data.heldout_images and data.heldout_tokens go together; give both or neither")
+    return lines
+
+
+def _shapes(config: Config) -> list[str]:
+    """Grids that meet, widths that divide, blocks that fit."""
+    model, mask, tokenizer = config.model, config.mask, config.tokenizer
+    lines = []
+    if model.input_size % model.patch_size:
+        lines.append(f"model.input_size {model.input_size} is not a multiple of model.patch_size {model.patch_size}")
+    if model.width % model.heads:
+        lines.append(f"model.width {model.width} does not divide into model.heads {model.heads}; choose a multiple")
+    if tokenizer.input_size % TOKENIZER_STRIDE:
+        lines.append(f"tokenizer.input_size {tokenizer.input_size} is not a multiple of {TOKENIZER_STRIDE}, its stride")
+    if tokenizer.width % 4:
+        lines.append(f"tokenizer.width is {tokenizer.width}; it must be a multiple of 4")
+    grid, token_grid = model.input_size // model.patch_size, tokenizer.input_size // TOKENIZER_STRIDE
+    if grid != token_grid:
+        lines.append(
+            f"the encoder's grid is {grid}×{grid} (model.input_size / model.patch_size) but the tokenizer's "
+            f"{token_grid}×{token_grid} (tokenizer.input_size / {TOKENIZER_STRIDE}); they must be equal"
+        )
+    if mask.num_patches >= grid * grid:
+        lines.append(f"mask.num_patches {mask.num_patches} must be less than the {grid * grid} patches of a view")
+    if mask.min_block > mask.num_patches:
+        lines.append(f"mask.min_block {mask.min_block} is more than mask.num_patches {mask.num_patches}")
+    if mask.min_block > (grid - 1) ** 2:
+        lines.append(f"mask.min_block {mask.min_block} is more than the {(grid - 1) ** 2} patches a block can have")
+    return lines
+
+
+def _ranges(config: Config) -> list[str]:
+    """Shares, probabilities and other numbers with two ends."""
+    model, view, optimizer, tokenizer = config.model, config.view, config.optimizer, config.tokenizer
+    rules = (
+        (0 < config.mask.aspect_min <= 1, f"mask.aspect_min is {config.mask.aspect_min}; it lies in (0, 1]"),
+        (model.drop_path < 1, f"model.drop_path is {model.drop_path}; it lies in [0, 1)"),
+        (model.mlp_ratio > 0, f"model.mlp_ratio is {model.mlp_ratio}; it must be more than 0"),
+        (min(model.std) > 0, f"model.std is {list(model.std)}; each must be more than 0"),
+        (view.flip <= 1, f"view.flip is {view.flip}; a probability lies in [0, 1]"),
+        (0 < view.area_min <= view.area_max <= 1, "view.area_min and view.area_max must satisfy 0 < min ≤ max ≤ 1"),
+        (0 < view.aspect_min <= view.aspect_max, "view.aspect_min and view.aspect_max must satisfy 0 < min ≤ max"),
+        (optimizer.beta1 < 1, f"optimizer.beta1 is {optimizer.beta1}; it lies in [0, 1)"),
+        (optimizer.beta2 < 1, f"optimizer.beta2 is {optimizer.beta2}; it lies in [0, 1)"),
+        (tokenizer.temperature_start > 0, "tokenizer.temperature_start must be more than 0"),
+        (tokenizer.temperature_end > 0, "tokenizer.temperature_end must be more than 0"),
+        (tokenizer.anneal_share <= 1, f"tokenizer.anneal_share is {tokenizer.anneal_share}; it lies in [0, 1]"),
+        (tokenizer.vocabulary <= 65536, f"tokenizer.vocabulary {tokenizer.vocabulary} does not fit 16 bits (65536)"),
+        (config.data.bad_sample_budget <= 1, "data.bad_sample_budget is a share of the set, in [0, 1]"),
+    )
+    return [line for holds, line in rules if not holds]

@@ -1,0 +1,162 @@
+"""The run folder: config.yaml, environment.json, bad_samples.jsonl, and the lock that keeps a second run out.
+
+Must not know model, shards or any stage.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import Config, ConfigError, to_tree, to_yaml
+
+_LOCK_SECONDS = 120
+_PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "numpy", "pillow", "safetensors")
+
+# Settings that change no number of a run, or whose meaning is guarded by fingerprints; the rest is its identity.
+_FREE = {"data": {"images", "tokens", "heldout_images", "heldout_tokens", "tokenizer", "bad_sample_budget"}}
+_FREE |= {"loader": {"workers", "prefetch"}, "model": {"kernels"}, "deepspeed": set()}
+_FREE |= {"train": {"run", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "compile"}}
+_FREE |= {"tokenizer": {"micro_batch"}}
+
+
+def identity(config: Config, sections: tuple[str, ...]) -> dict[str, dict]:
+    """The settings of `sections` that a run cannot change and still be the same run."""
+    tree = to_tree(config)
+    return {
+        section: {name: value for name, value in tree[section].items() if name not in _FREE.get(section, set())}
+        for section in sections
+    }
+
+
+def identity_digest(config: Config, sections: tuple[str, ...]) -> str:
+    """The identity in 16 hex digits."""
+    return hashlib.sha256(json.dumps(identity(config, sections), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int) -> None:
+    """Write config.yaml and environment.json; refuse a folder that holds a run of another identity."""
+    path = run / "config.yaml"
+    if path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for section, values in identity(config, sections).items():
+            for name, value in values.items():
+                old = before.get(section, {}).get(name)
+                if old != value:
+                    raise ConfigError(
+                        f"{run} holds a run with {section}.{name} {old}, this config says {value}; "
+                        f"choose another run folder, or set it back"
+                    )
+    run.mkdir(parents=True, exist_ok=True)
+    _write(path, to_yaml(config))
+    _write(run / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def environment(world: int) -> dict:
+    """Versions, host and command: what someone needs to see the same numbers again."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "command": sys.argv,
+        "world": world,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "versions": versions,
+        "commit": commit,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@contextlib.contextmanager
+def locked(run: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the run folder. Waits a while for a process that is just saving, then raises ConfigError."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip()
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{run} is in use by {holder}; wait for it, end it, or choose another train.run")
+            if not told:
+                say(f"{run} is in use by {holder}; waiting for it to end")
+                told = True
+            time.sleep(1.0)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def end_cut_line(path: Path) -> None:
+    """End the line that a kill cut short, so that the next one is whole."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n")
+
+
+class BadSamples:
+    """bad_samples.jsonl: each sample that was ever replaced, once, against a budget. Kept by the first rank."""
+
+    def __init__(self, run: Path, epoch_samples: int, budget: float):
+        """`budget`: distinct bad samples as a share of the set, rounded up."""
+        self.path = run / "bad_samples.jsonl"
+        self.limit = -int(-(epoch_samples * budget) // 1)
+        self.known: set[tuple[str, str]] = set()
+        end_cut_line(self.path)
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    values = json.loads(line)
+                    self.known.add((values["shard"], values["key"]))
+
+    def add(self, samples: list[Any]) -> None:
+        """Write down the new ones (shards.loader.BadSample)."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            for sample in samples:
+                values = asdict(sample) if is_dataclass(sample) and not isinstance(sample, type) else dict(sample)
+                if (values["shard"], values["key"]) not in self.known:
+                    self.known.add((values["shard"], values["key"]))
+                    file.write(json.dumps(values) + "\n")
+
+    @property
+    def exhausted(self) -> bool:
+        return len(self.known) > self.limit
+
+    def complaint(self) -> str:
+        """The line that ends a run whose budget is spent."""
+        return (
+            f"{len(self.known)} samples could not be used, more than the {self.limit} of data.bad_sample_budget; "
+            f"they are listed in {self.path}; mend the shards (`verify` finds them all) or raise the budget"
+        )

@@ -1,0 +1,199 @@
+"""Every setting of the system on one page; pipeline.config reads them from YAML, pipeline.rules checks them.
+
+Imports nothing heavy: help and config errors are instant. Must not know torch, shards or any stage.
+"""
+
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """What a user can cause with a config, a run folder or a command line: what, where, the rule, the cure."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training, written `300 epochs`, `10000 steps` or `5000000 samples`."""
+
+    count: float
+    unit: str
+
+    def steps(self, epoch_samples: int, global_batch: int) -> int:
+        """In optimizer steps of `global_batch` samples, rounded up."""
+        samples = {"epochs": self.count * epoch_samples, "samples": self.count, "steps": self.count * global_batch}
+        return int(-(-samples[self.unit] // global_batch))
+
+    def __str__(self) -> str:
+        return f"{self.count:.15g} {self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Folders. Empty held-out folders: no held-out loss."""
+
+    images: str = "data/images"  # image shard set to train on
+    tokens: str = "data/tokens"  # its token shard set, made by `tokenize`
+    heldout_images: str = ""
+    heldout_tokens: str = ""
+    tokenizer: str = "data/tokenizer"  # tokenizer folder, made by `tokenizer`
+    seed: int = 0  # order, masks, drop path, initial weights
+    bad_sample_budget: float = 1e-4  # distinct bad samples as a share of the set; more stop the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What `tokenize` draws views from (RECIPE: BEiT's transform). A change asks for new token shards."""
+
+    num_views: int = 16  # K, stored views of each picture
+    seed: int = 0
+    area_min: float = 0.08  # share of the picture's area
+    area_max: float = 1.0
+    aspect_min: float = 0.75  # width / height
+    aspect_max: float = 4 / 3
+    flip: float = 0.5  # probability
+    brightness: float = 0.4  # half-width of the jitter factor around 1
+    contrast: float = 0.4
+    saturation: float = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """The own dVAE: its shape and its training."""
+
+    input_size: int = 112  # pixels; the token grid is input_size / 8 on a side
+    vocabulary: int = 8192
+    width: int = 256  # channels of the convolutions
+    embedding: int = 512  # size of a codebook entry
+    residual_blocks: int = 2  # on either side
+    duration: Duration = Duration(20, "epochs")
+    global_batch: int = 512
+    micro_batch: int = 64  # at most, per process
+    lr: float = 1e-3
+    lr_end: float = 1e-5
+    warmup: Duration = Duration(500, "steps")
+    temperature_start: float = 1.0  # of the Gumbel-softmax, annealed exponentially over `anneal_share` of training
+    temperature_end: float = 0.0625
+    anneal_share: float = 0.75
+    kl_weight: float = 1e-3  # of KL(posterior ‖ uniform), warmed up over the first quarter
+    usage_weight: float = 0.3  # of KL(mean posterior of the batch ‖ uniform): keeps the whole codebook alive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The encoder and its head (RECIPE, "Model")."""
+
+    input_size: int = 224
+    patch_size: int = 16
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    positions: str = "relative_shared"  # absolute · relative_shared · relative
+    layer_scale: bool = True
+    layer_scale_init: float = 0.1
+    drop_path: float = 0.1  # of the last layer, linear over depth
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of the encoder's input in [0, 1]
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    kernels: str = "auto"  # auto · sdpa · reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Blockwise masking (RECIPE, "Mask")."""
+
+    num_patches: int = 75  # masked patches of a view
+    min_block: int = 16
+    aspect_min: float = 0.3  # of a block; drawn log-uniformly up to 1 / aspect_min
+    exact: bool = True  # fill to exactly num_patches; false: at most that many, as published
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW with a cosine per step (RECIPE, "Optimiser")."""
+
+    lr: float = 1.5e-3
+    lr_end: float = 1e-5
+    warmup: Duration = Duration(10, "epochs")
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.05
+    clip_norm: float = 3.0  # 0: no clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The pretraining run."""
+
+    run: str = "runs/pretrain"  # run folder
+    duration: Duration = Duration(300, "epochs")
+    global_batch: int = 2048
+    micro_batch: int = 128  # at most, per process; accumulation follows from it and the number of processes
+    precision: str = "bf16"  # bf16 · fp16 · fp32
+    zero_stage: int = 2
+    offload_optimizer: bool = False  # keep optimizer state in host memory
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """The stream. seed, chunk, window and lanes fix the order; workers and prefetch never change it."""
+
+    workers: int = 8  # per process; 0 builds batches in the training process
+    prefetch: int = 4  # batches each worker keeps ready
+    chunk: int = 64  # samples read together; 1 is the perfect shuffle, for local NVMe
+    window: int = 16  # chunks' worth of samples a lane is permuted within
+    lanes: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save, and what to keep."""
+
+    every: Duration = Duration(1000, "steps")
+    keep: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is measured, and how often."""
+
+    every_steps: int = 20
+    heldout_every: Duration = Duration(1000, "steps")
+    heldout_samples: int = 4096
+    tensorboard: bool = True
+    peak_tflops: float = 0.0  # of one device at the precision used; 0: the built-in table, no MFU where it has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration. `deepspeed` goes to DeepSpeed verbatim, over everything the rest derives."""
+
+    data: Data = field(default_factory=Data)
+    view: View = field(default_factory=View)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    model: Model = field(default_factory=Model)
+    mask: Mask = field(default_factory=Mask)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    loader: Loader = field(default_factory=Loader)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    deepspeed: dict = field(default_factory=dict)
+
+
+POSITIONS = ("absolute", "relative_shared", "relative")
+PRECISIONS = ("bf16", "fp16", "fp32")
+KERNELS = ("auto", "sdpa", "reference")
+UNITS = ("epochs", "steps", "samples")
+TOKENIZER_STRIDE = 8
+
+
+def micro_batch(global_batch: int, at_most: int, world: int, where: str) -> int:
+    """The largest micro batch ≤ `at_most` that `world` processes can build `global_batch` from."""
+    if global_batch % world:
+        raise ConfigError(
+            f"{where} {global_batch} does not divide over {world} processes; choose a multiple of {world}"
+        )
+    per_process = global_batch // world
+    return max(size for size in range(1, min(at_most, per_process) + 1) if per_process % size == 0)

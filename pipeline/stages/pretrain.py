@@ -1,0 +1,77 @@
+"""`pretrain CONFIG`: the training run. Goes on by itself from the newest complete checkpoint of its run folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Config, micro_batch
+from pipeline.engine import Engine, leave, setup_from, start_world, sums
+from pipeline.loop import Objective
+from pipeline.model import Beit, training_flops
+from pipeline.objective import masked_token_loss
+from pipeline.optim import parameter_groups
+from pipeline.signals import EXIT_STOPPED
+from pipeline.streams import Source, evaluation_batches, heldout, pretraining, refuse_other_tokenizers
+from pipeline.training import Job, run_training
+from shards.loader import Batch
+
+IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
+
+
+def run(config: Config, stop: Callable[[], str]) -> int:
+    """Pretrain; returns the exit code. `stop` says why to stop, or ''."""
+    source = pretraining(config)
+    apart = heldout(config) if config.data.heldout_images else None
+    refuse_other_tokenizers(config)
+    world = start_world()
+    micro = micro_batch(config.train.global_batch, config.train.micro_batch, world.size, "train.global_batch")
+    beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
+    beit.checkpointing = config.train.activation_checkpointing
+
+    def objective(engine: Engine, _: int) -> Objective:
+        def of_batch(model: Callable, batch: Batch, _: int) -> tuple[Tensor, dict[str, Tensor]]:
+            return masked_token_loss(config, model, batch, engine.dtype)
+
+        return of_batch
+
+    def evaluate(engine: Engine) -> dict[str, float]:
+        return heldout_loss(config, engine, apart) if apart is not None else {}
+
+    job = Job(
+        label="pretrain",
+        run=Path(config.train.run),
+        sections=IDENTITY,
+        source=source,
+        module=beit,
+        groups=parameter_groups(beit, config.optimizer.weight_decay),
+        setup=setup_from(config, world, micro),
+        duration=config.train.duration,
+        warmup=config.optimizer.warmup,
+        peak_lr=config.optimizer.lr,
+        end_lr=config.optimizer.lr_end,
+        save_every=config.checkpoint.every,
+        objective=objective,
+        evaluate=evaluate if apart is not None else None,
+        heldout_every=config.log.heldout_every if apart is not None else None,
+        flops=training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches),
+    )
+    _, finished = run_training(config, job, world, stop)
+    leave()
+    return 0 if finished else EXIT_STOPPED
+
+
+@torch.no_grad()
+def heldout_loss(config: Config, engine: Engine, apart: Source) -> dict[str, float]:
+    """Loss and masked accuracy on the held-out pairs, without drop path; every rank takes an equal share."""
+    world = engine.world
+    samples = min(config.log.heldout_samples, apart.samples) // world.size * world.size
+    totals = torch.zeros(3, device=world.device)
+    micro = engine.setup.micro_batch
+    for batch in evaluation_batches(config, apart, samples=samples, micro=micro, rank=world.rank, world=world.size):
+        there = batch.to(world.device)
+        loss, measures = masked_token_loss(config, engine.model, there, engine.dtype)
+        totals += torch.stack([loss, measures["masked_accuracy"], torch.ones_like(loss)]) * len(batch.samples)
+    loss, accuracy, count = sums(totals).tolist()
+    return {"loss": loss / count, "masked_accuracy": accuracy / count, "samples": count} if count else {}

@@ -1,0 +1,93 @@
+"""`probe RUN SHARDS [TEST]`: k-NN and linear probe of a run, beside the same encoder untrained and raw pixels."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.config import Config, ConfigError
+from pipeline.metrics import say
+from pipeline.model import Beit
+from pipeline.pixels import normalise
+from pipeline.probe import judge
+from pipeline.streams import Source, evaluation, evaluation_batches
+from pipeline.weights import checkpoint_weights, run_config
+from shards.index import FLAG_LABELLED
+from shards.progress import Progress
+
+_RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
+
+
+def run(run_folder: Path, shards: Path, test: Path | None, samples: int) -> int:
+    """Print the table and write RUN/probe.json; returns the exit code."""
+    config = run_config(run_folder)
+    weights, state = checkpoint_weights(run_folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained, untrained = (Beit(config.model, config.tokenizer.vocabulary, config.data.seed) for _ in range(2))
+    trained.load_state_dict(weights)
+    models = {"trained": trained.to(device).eval(), "untrained": untrained.to(device).eval()}
+    train_features, train_labels = _features(config, models, shards, samples, device)
+    if test is None:
+        part = torch.arange(len(train_labels)) % 5 == 4
+        test_labels, train_labels = train_labels[part], train_labels[~part]
+        test_features = {who: {n: f[part] for n, f in sets.items()} for who, sets in train_features.items()}
+        train_features = {who: {n: f[~part] for n, f in sets.items()} for who, sets in train_features.items()}
+    else:
+        test_features, test_labels = _features(config, models, test, samples, device)
+    if len(train_labels.unique()) < 2 or not len(test_labels):
+        raise ConfigError(
+            f"{shards} has fewer than two classes, or too few pictures; a probe needs labels to tell apart"
+        )
+    verdicts = {}
+    for who in train_features:
+        verdicts[who] = judge(train_features[who], train_labels, test_features[who], test_labels)
+    share = float(test_labels.bincount().max()) / len(test_labels)
+    content: dict[str, object] = {"step": state.step, "majority_class": share}
+    content |= {"train_samples": len(train_labels), "test_samples": len(test_labels)}
+    content |= {"classes": int(train_labels.max()) + 1}
+    content |= {"results": {who: dataclasses.asdict(verdict) for who, verdict in verdicts.items()}}
+    (run_folder / "probe.json").write_text(json.dumps(content, indent=1) + "\n")
+    say(f"probe at step {state.step}: {len(train_labels)} pictures to fit, {len(test_labels)} to test")
+    say(f"{'':12}{'k-NN':>8}{'linear':>8}   features chosen on a part of the fitting set")
+    for who, verdict in verdicts.items():
+        say(f"{who:12}{verdict.knn:8.1%}{verdict.linear:8.1%}   {verdict.features}")
+    return 0
+
+
+@torch.no_grad()
+def _features(
+    config: Config, models: dict[str, Beit], folder: Path, samples: int, device: torch.device
+) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+    """Features by model and layer, f32 [n, D]: the mean over patches after each block; and labels i64 [n]."""
+    source = evaluation(folder, config.model.input_size)
+    _require_labels(source, folder)
+    count = min(samples, source.samples)
+    gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}
+    labels = []
+    with Progress(f"features {folder.name}", count, "image") as progress:
+        for batch in evaluation_batches(config, source, samples=count, micro=128, rank=0, world=1):
+            labels.append(batch.labels)
+            pixels = batch.pixels.to(device).float() / 255
+            for who, model in models.items():
+                states = model.hidden(normalise(pixels, config.model.mean, config.model.std), None, every=True)
+                for layer, state in enumerate(states[1:], start=1):
+                    gathered[who].setdefault(f"layer {layer}", []).append(state[:, 1:].mean(dim=1).cpu())
+            for side in (side for side in _RAW_SIDES if side <= config.model.input_size):
+                small = F.interpolate(pixels, (side, side), mode="area").flatten(1).cpu()
+                gathered["raw pixels"].setdefault(f"{side}×{side}", []).append(small)
+            progress.advance(len(batch.samples))
+    return {who: {n: torch.cat(parts) for n, parts in sets.items()} for who, sets in gathered.items()}, torch.cat(
+        labels
+    )
+
+
+def _require_labels(source: Source, folder: Path) -> None:
+    images = source.stream.images
+    for shard, entry in enumerate(images.manifest.shards):
+        if not (images.index(shard).flags & FLAG_LABELLED).all():
+            raise ConfigError(
+                f"{folder}: {entry.name} has pictures without a label (.cls); a probe needs labelled shards"
+            )

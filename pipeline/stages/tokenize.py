@@ -1,0 +1,229 @@
+"""`tokenize CONFIG`: image shards and a tokenizer become token shards.
+
+Any number of processes, however started: each takes whole shards that nobody holds and nobody finished. A shard's file
+appears by rename, so a killed job is just started again; whoever sees the last one finished writes the manifest.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config import Config, ConfigError
+from pipeline.metrics import say
+from pipeline.pixels import jitter, tokenizer_input
+from pipeline.streams import view_policy
+from pipeline.tokenizer import Dvae, load_tokenizer
+from shards.files import PARTIAL
+from shards.images import ImageSet
+from shards.index import Index
+from shards.loader import ShardCuts, load_cuts
+from shards.manifest import NAME, ImageShard, TokenManifest, write_manifest
+from shards.progress import Progress, Silent
+from shards.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
+from shards.views import FIELDS, ViewPolicy, Views, draw_views
+
+_PICTURES_PER_ITEM = 16
+_POLL_SECONDS = 1.0
+_OLD_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image set to be tokenized into one folder."""
+
+    images: ImageSet
+    folder: Path
+    dvae: Dvae
+    identity: dict
+    policy: ViewPolicy
+    num_views: int
+    device: torch.device
+
+    def stamp(self, shard: ImageShard) -> dict[str, str]:
+        """What a token file of this task carries; a file with another stamp belongs to another task."""
+        made = {"tokenizer": self.identity["fingerprint"], "policy": dataclasses.asdict(self.policy)}
+        made |= {"num_views": self.num_views, "image_digest": shard.digest}
+        return {"stamp": json.dumps(made, sort_keys=True)}
+
+
+def run(config: Config) -> int:
+    """Tokenize data.images, and data.heldout_images when given; returns the exit code."""
+    dvae, identity = load_tokenizer(Path(config.data.tokenizer))
+    rows = config.model.input_size // config.model.patch_size
+    if identity["grid"] != [rows, rows]:
+        raise ConfigError(
+            f"{config.data.tokenizer} gives a grid of {identity['grid']} tokens, the encoder {[rows, rows]} patches; "
+            f"train a tokenizer with this config"
+        )
+    device = _device()
+    pairs = [(config.data.images, config.data.tokens)]
+    if config.data.heldout_images:
+        pairs.append((config.data.heldout_images, config.data.heldout_tokens))
+    for images, tokens in pairs:
+        policy, num_views = view_policy(config.view), config.view.num_views
+        task = Task(ImageSet(Path(images)), Path(tokens), dvae.to(device), identity, policy, num_views, device)
+        _tokenize_set(config, task)
+    return 0
+
+
+def _device() -> torch.device:
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    if torch.cuda.is_available():
+        return torch.device("cuda", local % torch.cuda.device_count())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, processes)))
+    return torch.device("cpu")
+
+
+def _tokenize_set(config: Config, task: Task) -> None:
+    """Every shard that nobody else takes, until all are there; then the manifest."""
+    shards = task.images.manifest.shards
+    task.folder.mkdir(parents=True, exist_ok=True)
+    rank, world = _place()
+    turn = rank * len(shards) // world  # processes begin at different shards
+    total = task.images.manifest.samples * task.num_views
+    watch = _Finished(task)
+    label = f"tokenize {task.images.folder.name}"
+    with Progress(label, total, "view", done=watch.views()) if rank == 0 else Silent() as progress:
+        left = [number for number in [*range(turn, len(shards)), *range(turn)] if not watch.finished(number)]
+        while left:
+            for number in left:
+                _try_shard(config, task, number, watch, progress)
+                progress.advance(max(0, watch.views() - progress.done))
+            before, left = len(left), [number for number in left if not watch.finished(number)]
+            if len(left) == before:
+                time.sleep(_POLL_SECONDS)  # others hold what is left; what a dead one held comes free
+    if not (task.folder / NAME).exists():
+        entries = [token_shard_entry(task.folder, shard.name, shard.digest) for shard in shards]
+        manifest = TokenManifest(
+            shards=entries,
+            tokenizer=task.identity,
+            policy=dataclasses.asdict(task.policy),
+            num_views=task.num_views,
+            provenance=_provenance(task),
+        )
+        write_manifest(task.folder, manifest)
+        _sweep(task.folder)
+        say(f"tokenized: {total} views of {task.images.manifest.samples} pictures, in {task.folder}")
+
+
+def _try_shard(config: Config, task: Task, number: int, watch: "_Finished", progress: Progress | Silent) -> None:
+    """Tokenize a shard unless it is finished or another process holds it."""
+    if watch.finished(number):
+        return
+    with _claimed(task, task.images.manifest.shards[number].name) as mine:
+        if mine and not watch.finished(number):
+            _tokenize_shard(config, task, number, progress)
+            watch.add(number)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove claims, and what processes killed long ago left half written."""
+    for claim in folder.glob("*.claim"):
+        claim.unlink(missing_ok=True)
+    for partial in folder.glob(f"*{PARTIAL}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > _OLD_SECONDS:
+                partial.unlink()
+
+
+def _place() -> tuple[int, int]:
+    environment = os.environ
+    rank = environment.get("RANK", environment.get("SLURM_PROCID", "0"))
+    return int(rank), int(environment.get("WORLD_SIZE", environment.get("SLURM_NTASKS", "1")))
+
+
+def _provenance(task: Task) -> dict:
+    """For people: what made the tokens."""
+    versions = {name: metadata.version(name) for name in ("torch", "pillow", "numpy")}
+    return {"device": str(task.device), "precision": "fp32", "filter": "lanczos", "decoder": "pillow", **versions}
+
+
+class _Finished:
+    """Which shards of the task have their token file, by whichever process."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.known: set[int] = set()
+
+    def finished(self, number: int) -> bool:
+        """Raises ConfigError when the file there belongs to another tokenizer, view policy or image set."""
+        shard = self.task.images.manifest.shards[number]
+        path = token_path(self.task.folder, shard.name)
+        if number not in self.known and path.exists():
+            if open_token_shard(path).metadata.get("stamp") != self.task.stamp(shard)["stamp"]:
+                raise ConfigError(
+                    f"{path} was made by another tokenizer, with other view settings, or from other pictures; "
+                    f"choose another folder for these tokens, or remove {self.task.folder}"
+                )
+            self.add(number)
+        return number in self.known
+
+    def add(self, number: int) -> None:
+        self.known.add(number)
+
+    def views(self) -> int:
+        """Views finished by all processes together."""
+        shards = self.task.images.manifest.shards
+        return sum(shards[n].samples for n in range(len(shards)) if self.finished(n)) * self.task.num_views
+
+
+@contextlib.contextmanager
+def _claimed(task: Task, name: str) -> Iterator[bool]:
+    """Whether this process may work on a shard; the claim ends with the process, however it ends."""
+    with open(task.folder / f"{name}.claim", "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@torch.no_grad()
+def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress | Silent) -> None:
+    """Draw K views of every picture, cut, jitter, tokenize, write."""
+    index, shard = task.images.index(number), task.images.manifest.shards[number]
+    views = _draw(task, index)
+    rows, columns = task.identity["grid"]
+    tokens = np.zeros((task.num_views, len(index), rows * columns), dtype=np.uint16)
+    bad = np.zeros(len(index), dtype=np.uint8)
+    cuts = ShardCuts(
+        images=task.images,
+        shard=number,
+        boxes=views.boxes,
+        flips=views.flips,
+        size=(task.identity["input_size"],) * 2,
+        per_item=_PICTURES_PER_ITEM,
+    )
+    for item in load_cuts(cuts, workers=config.loader.workers, prefetch=config.loader.prefetch):
+        at = item.rows.numpy()
+        jitters = torch.from_numpy(views.jitters[:, at]).transpose(0, 1).flatten(0, 1)
+        orders = torch.from_numpy(views.orders[:, at].astype(np.int64)).t().flatten()
+        greys = torch.from_numpy(index.mean_grey[at]).repeat_interleave(task.num_views)
+        there = [tensor.to(task.device) for tensor in (item.pixels.flatten(0, 1), jitters, orders, greys)]
+        found = task.dvae.tokenize(tokenizer_input(jitter(*there))).cpu().numpy()
+        tokens[:, at] = found.reshape(len(at), task.num_views, -1).swapaxes(0, 1)
+        bad[at] = item.bad.numpy()
+        progress.advance(len(at) * task.num_views)
+    tokens[:, bad == 1] = 0
+    if bad.any():
+        say(f"{shard.name}: {int(bad.sum())} pictures could not be read; the stream will substitute them")
+    write_token_shard(token_path(task.folder, shard.name), tokens, views, index.key_hash, bad, task.stamp(shard))
+
+
+def _draw(task: Task, index: Index) -> Views:
+    """Views with leading [K, samples]; an unreadable picture (0 × 0) gets the box of a single pixel."""
+    widths, heights = index.width.clip(1), index.height.clip(1)
+    drawn = [draw_views(task.policy, index.key_hash, k, widths, heights) for k in range(task.num_views)]
+    return Views(*(np.stack([getattr(view, name) for view in drawn]) for name in FIELDS))

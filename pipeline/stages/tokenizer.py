@@ -1,0 +1,129 @@
+"""`tokenizer CONFIG`: train a dVAE on the image shards, then write it, its codebook use and some reconstructions."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import TOKENIZER_STRIDE, Config, micro_batch
+from pipeline.engine import Engine, Setup, World, leave, start_world
+from pipeline.loop import Objective
+from pipeline.metrics import say
+from pipeline.objective import dvae_loss
+from pipeline.pixels import from_tokenizer, jitter, tokenizer_input
+from pipeline.signals import EXIT_STOPPED
+from pipeline.streams import Source, evaluation_batches, tokenizer_training
+from pipeline.tokenizer import Dvae, save_tokenizer
+from pipeline.training import Job, run_training
+from shards import codec, draws
+from shards.loader import Batch
+
+_MEASURED = 2048  # pictures the codebook use is taken from
+_SHOWN = 8
+
+
+def run(config: Config, stop: Callable[[], str]) -> int:
+    """Train and write the tokenizer; returns the exit code."""
+    source = tokenizer_training(config)
+    world = start_world()
+    settings = config.tokenizer
+    micro = micro_batch(settings.global_batch, settings.micro_batch, world.size, "tokenizer.global_batch")
+    folder = Path(config.data.tokenizer)
+    dvae = Dvae(settings, config.data.seed)
+    job = Job(
+        label="tokenizer",
+        run=folder / "training",
+        sections=("data", "view", "tokenizer", "loader"),
+        source=source,
+        module=dvae,
+        groups=[{"params": list(dvae.parameters()), "weight_decay": 0.0}],
+        setup=_setup(config, world, micro),
+        duration=settings.duration,
+        warmup=settings.warmup,
+        peak_lr=settings.lr,
+        end_lr=settings.lr_end,
+        save_every=config.checkpoint.every,
+        objective=lambda engine, steps: _objective(config, engine, steps),
+    )
+    engine, finished = run_training(config, job, world, stop)
+    if finished and world.first:
+        _finish(config, engine, source, folder)
+    leave()
+    return 0 if finished else EXIT_STOPPED
+
+
+def _setup(config: Config, world: World, micro: int) -> Setup:
+    """Plain data parallel in fp32: a tokenizer is small, and its argmax should not depend on rounding."""
+    return Setup(
+        global_batch=config.tokenizer.global_batch,
+        micro_batch=micro,
+        accumulation=config.tokenizer.global_batch // (micro * world.size),
+        precision="fp32",
+        zero_stage=0,
+        offload_optimizer=False,
+        compile=False,
+        clip_norm=1.0,
+        beta1=0.9,
+        beta2=0.95,
+        epsilon=1e-8,
+        overrides={},
+    )
+
+
+def _objective(config: Config, engine: Engine, steps: int) -> Objective:
+    """The dVAE's loss, its Gumbel noise drawn from (seed, step, micro batch, rank)."""
+    generator = torch.Generator(engine.world.device)
+    turn = {"step": -1, "micro": 0}
+
+    def of_batch(model: Callable, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        turn["micro"] = turn["micro"] + 1 if turn["step"] == step else 0
+        turn["step"] = step
+        seed = draws.bits(draws.GUMBEL, config.data.seed, step, turn["micro"], engine.world.rank)[0]
+        generator.manual_seed(int(seed >> np.uint64(1)))
+        return dvae_loss(config.tokenizer, model, batch, step, steps, generator)
+
+    return of_batch
+
+
+@torch.no_grad()
+def _finish(config: Config, engine: Engine, source: Source, folder: Path) -> None:
+    """Measure what the argmax tokenizer does, show some of it, and write it; tokenizer.json comes last."""
+    dvae = engine.module.eval()
+    assert isinstance(dvae, Dvae), "the tokenizer stage trains a Dvae"
+    device = engine.world.device
+    grid = (config.tokenizer.input_size // TOKENIZER_STRIDE,) * 2
+    counts = torch.zeros(config.tokenizer.vocabulary, dtype=torch.float64)
+    error = 0.0
+    shown: list[Tensor] = []
+    samples = min(_MEASURED, source.samples)
+    batches = evaluation_batches(config, source, samples=samples, micro=64, rank=0, world=1)
+    for batch in (batch.to(device) for batch in batches):
+        target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys))
+        tokens = dvae.tokenize(target)
+        rebuilt = dvae.decode(tokens, grid)
+        counts += torch.bincount(tokens.flatten(), minlength=len(counts)).cpu()
+        error += float((from_tokenizer(rebuilt) - from_tokenizer(target)).square().mean()) * len(tokens)
+        if not shown:
+            shown = [from_tokenizer(target[:_SHOWN]).cpu(), from_tokenizer(rebuilt[:_SHOWN]).cpu()]
+    use = codebook_use(counts)
+    measured = {**use, "psnr_db": -10 * float(np.log10(error / samples)), "pictures": samples}
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [torch.cat(list(row), dim=2) for row in shown]
+    picture = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    (folder / "reconstructions.png").write_bytes(codec.encode(picture, "png", 95))
+    (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    fingerprint = save_tokenizer(folder, dvae, config.tokenizer)
+    say(
+        f"tokenizer: {use['used']} of {len(counts)} codes used, perplexity {use['perplexity']:.0f}, reconstruction "
+        f"{measured['psnr_db']:.1f} dB; fingerprint {fingerprint[:16]}; written to {folder}"
+    )
+
+
+def codebook_use(counts: Tensor) -> dict[str, float]:
+    """From token counts [V]: how many codes occur, and the perplexity of their distribution (V at best)."""
+    share = counts.double() / counts.sum()
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    return {"used": int((counts > 0).sum()), "vocabulary": len(counts), "perplexity": float(entropy.exp())}

@@ -1,0 +1,198 @@
+"""The project's data streams, put together from a config: pretraining, held-out, tokenizer training, evaluation.
+
+Where shards meet masking: the mask and the drop path of sample s are drawn from (seed, s). Must not know model,
+deepspeed or any stage.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Config, ConfigError, Mask, Model, View
+from pipeline.masking import draw_masks
+from pipeline.tokenizer import stated_fingerprint
+from shards import draws
+from shards.images import ImageSet
+from shards.loader import Batch, InTurn, Numbers, Stream, load
+from shards.manifest import read_token_manifest
+from shards.order import Order, OrderPolicy, rank_batches
+from shards.pairs import CentralViews, DrawnViews, RecordedViews
+from shards.views import ViewPolicy
+
+
+def view_policy(view: View) -> ViewPolicy:
+    """The shards' form of the config's view section."""
+    names = [field.name for field in dataclasses.fields(ViewPolicy)]
+    return ViewPolicy(**{name: getattr(view, name) for name in names})
+
+
+def sample_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+    """What a pretraining sample draws: mask bool [B, N] and, with drop path, keep bool [B, L, 2]."""
+    rows = model.input_size // model.patch_size
+
+    def uniform(attempt: int) -> np.ndarray:
+        return draws.uniform(draws.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
+
+    def fill() -> np.ndarray:
+        return draws.uniform(draws.MASK, seed, samples[:, None], 1, 0, np.arange(rows * rows))
+
+    drawn = {"mask": draw_masks(mask, (rows, rows), len(samples), uniform, fill)}
+    if model.drop_path > 0:
+        drop = model.drop_path * np.arange(model.layers) / max(1, model.layers - 1)
+        number = np.arange(2 * model.layers).reshape(1, model.layers, 2)
+        drawn["keep"] = draws.uniform(draws.DROP_PATH, seed, samples[:, None, None], number) >= drop[None, :, None]
+    return drawn
+
+
+def _order(config: Config, images: ImageSet) -> Order:
+    loader = config.loader
+    policy = OrderPolicy(seed=config.data.seed, chunk=loader.chunk, window=loader.window, lanes=loader.lanes)
+    return Order([shard.samples for shard in images.manifest.shards], policy)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream with the names of what it reads, for checkpoints: fingerprints of the image and token sets."""
+
+    stream: Stream
+    images: str
+    tokens: str
+
+    @property
+    def samples(self) -> int:
+        """Of one epoch."""
+        return self.stream.places.samples
+
+
+def pretraining(config: Config) -> Source:
+    """Image shards with their token shards, in the order of DESIGN §4. Raises ShardError or ConfigError."""
+    images = ImageSet(Path(config.data.images))
+    source = recorded(config, images, config.data.tokens)
+    stream = Stream(
+        images=images,
+        places=_order(config, images),
+        source=source,
+        size=(config.model.input_size, config.model.input_size),
+        seed=config.data.seed,
+        draw=functools.partial(sample_draws, config.mask, config.model, config.data.seed),
+    )
+    return Source(stream, images.manifest.fingerprint, source.tokens.manifest.fingerprint)
+
+
+def heldout(config: Config) -> Source:
+    """The held-out pairs in manifest order, each always with the same view and mask."""
+    images = ImageSet(Path(config.data.heldout_images))
+    source = recorded(config, images, config.data.heldout_tokens)
+    stream = Stream(
+        images=images,
+        places=InTurn([shard.samples for shard in images.manifest.shards]),
+        source=source,
+        size=(config.model.input_size, config.model.input_size),
+        seed=config.data.seed,
+        draw=functools.partial(_heldout_draws, config.mask, config.model, config.data.seed),
+    )
+    return Source(stream, images.manifest.fingerprint, source.tokens.manifest.fingerprint)
+
+
+def _heldout_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+    """Masks apart from those of training, and no drop path."""
+    return {"mask": sample_draws(mask, model, ~seed, samples)["mask"]}
+
+
+def recorded(config: Config, images: ImageSet, folder: str) -> RecordedViews:
+    """The pairs of `images` with the tokens in `folder`, refused unless they are what this config asks for."""
+    source = RecordedViews(images, Path(folder))
+    manifest = source.tokens.manifest
+    rows = config.model.input_size // config.model.patch_size
+    cure = "run `tokenize` with this config, or point data.tokens at the set made with it"
+    if manifest.tokenizer["grid"] != [rows, rows]:
+        raise ConfigError(
+            f"{folder} has a token grid of {manifest.tokenizer['grid']}, the encoder {[rows, rows]}: {cure}"
+        )
+    if manifest.tokenizer["vocabulary"] != config.tokenizer.vocabulary:
+        raise ConfigError(
+            f"{folder} has a vocabulary of {manifest.tokenizer['vocabulary']}, tokenizer.vocabulary says "
+            f"{config.tokenizer.vocabulary}: {cure}"
+        )
+    policy = dataclasses.asdict(view_policy(config.view))
+    for name, value in policy.items():
+        if manifest.policy.get(name) != value:
+            raise ConfigError(
+                f"{folder} was made with view.{name} {manifest.policy.get(name)}, this config says {value}: {cure}"
+            )
+    if manifest.num_views != config.view.num_views:
+        raise ConfigError(
+            f"{folder} has {manifest.num_views} views a picture, view.num_views says {config.view.num_views}: {cure}"
+        )
+    return source
+
+
+def refuse_other_tokenizers(config: Config) -> None:
+    """Raise ConfigError when token shards were made by another tokenizer than the one in data.tokenizer, if one is."""
+    stated = stated_fingerprint(Path(config.data.tokenizer))
+    for folder in filter(None, (config.data.tokens, config.data.heldout_tokens)):
+        if stated is not None and stated != read_token_manifest(Path(folder)).tokenizer["fingerprint"]:
+            raise ConfigError(
+                f"{folder} was made by another tokenizer than the one in {config.data.tokenizer}: run `tokenize` with "
+                f"this config, or point data.tokenizer at the tokenizer the set was made with"
+            )
+
+
+def tokenizer_training(config: Config) -> Source:
+    """Images under fresh views every epoch, at the tokenizer's size and filter."""
+    images = ImageSet(Path(config.data.images))
+    side = config.tokenizer.input_size
+    stream = Stream(
+        images=images,
+        places=_order(config, images),
+        source=DrawnViews(view_policy(config.view)),
+        size=(side, side),
+        resample="lanczos",
+        seed=config.data.seed,
+    )
+    return Source(stream, images.manifest.fingerprint, "")
+
+
+def evaluation(folder: Path, side: int) -> Source:
+    """Images in manifest order, central views of `side` pixels."""
+    images = ImageSet(folder)
+    places = InTurn([shard.samples for shard in images.manifest.shards])
+    stream = Stream(images=images, places=places, source=CentralViews(), size=(side, side))
+    return Source(stream, images.manifest.fingerprint, "")
+
+
+def training_batches(
+    config: Config,
+    source: Source,
+    *,
+    first_sample: int,
+    global_batch: int,
+    micro: int,
+    rank: int,
+    world: int,
+    steps: int,
+) -> Iterator[Batch]:
+    """A rank's micro batches of `steps` steps from sample `first_sample` on; restart it anywhere."""
+    numbers = rank_batches(
+        first_sample=first_sample, global_batch=global_batch, micro_batch=micro, rank=rank, world=world, steps=steps
+    )
+    return _load(config, source.stream, numbers)
+
+
+def evaluation_batches(
+    config: Config, source: Source, *, samples: int, micro: int, rank: int, world: int
+) -> Iterator[Batch]:
+    """A rank's share of samples 0 … samples - 1, each once over all ranks; the last batch may be short."""
+    mine = np.arange(rank, samples, world, dtype=np.int64)
+    return _load(config, source.stream, [mine[i : i + micro] for i in range(0, len(mine), micro)])
+
+
+def _load(config: Config, stream: Stream, numbers: Numbers) -> Iterator[Batch]:
+    import torch
+
+    pin = torch.cuda.is_available()
+    return load(stream, numbers, workers=config.loader.workers, prefetch=config.loader.prefetch, pin=pin)

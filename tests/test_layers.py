@@ -1,0 +1,229 @@
+"""Who may know what (DESIGN §5): imports run down only. One table, held against the imports of every file.
+
+Imports inside functions count like any other. `may` names modules of this project exactly or packages by prefix
+("shards" allows all of it); outside it, whole libraries; the standard library is free to all. `never` holds for what is
+reached through others, too.
+"""
+
+import ast
+import functools
+import shutil
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("kernels", "shards", "pipeline")
+
+CONFIG = "pipeline.config pipeline.settings pipeline.rules"
+ENGINE = f"{CONFIG} pipeline.engine"
+LEARN = f"{CONFIG} kernels torch numpy pipeline.pixels"
+REPORT = f"{CONFIG} pipeline.chart pipeline.checkpoint pipeline.look pipeline.metrics pipeline.page pipeline.record"
+# shards without its one module that uses torch, and what a stage may use
+TORCHLESS = "shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress shards.tokens"
+BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model pipeline.objective pipeline.optim"
+BELOW += " pipeline.page pipeline.photos pipeline.pictures pipeline.pixels pipeline.probe pipeline.provenance"
+BELOW += " pipeline.record pipeline.sections pipeline.signals pipeline.streams pipeline.tokenizer pipeline.training"
+BELOW += " pipeline.loop pipeline.weights"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The first row whose pattern fits a module is its row."""
+
+    who: str
+    may: str
+    never: str = ""
+
+
+TABLE = (
+    Row("kernels*", "kernels torch triton", "shards pipeline deepspeed"),
+    Row("shards.codec", "shards numpy PIL", "kernels pipeline deepspeed torch"),
+    Row("shards.loader", "shards numpy torch", "kernels pipeline deepspeed"),
+    Row("shards*", "shards numpy webdataset yaml safetensors xxhash tqdm", "kernels pipeline deepspeed torch"),
+    Row("pipeline", ""),
+    Row("pipeline.__main__", f"{CONFIG} pipeline.signals pipeline.stages shards.errors"),
+    Row("pipeline.settings", "", "torch numpy shards kernels"),
+    Row("pipeline.rules", "pipeline.settings", "torch numpy shards kernels"),
+    Row("pipeline.config", "yaml pipeline.settings pipeline.rules", "torch numpy shards kernels"),
+    Row("pipeline.signals", "", "torch numpy shards"),
+    Row("pipeline.model", LEARN, "shards deepspeed pipeline.stages"),
+    Row("pipeline.masking", LEARN, "shards deepspeed pipeline.stages torch"),
+    Row("pipeline.objective", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
+    Row("pipeline.optim", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
+    Row("pipeline.pixels", "torch", "shards deepspeed pipeline.stages"),
+    Row("pipeline.tokenizer", f"{LEARN} safetensors", "shards deepspeed pipeline.stages pipeline.model"),
+    Row("pipeline.probe", "torch", "shards deepspeed pipeline"),
+    Row("pipeline.engine", f"{CONFIG} torch deepspeed", "pipeline.model shards pipeline.stages"),
+    Row("pipeline.metrics", f"{CONFIG} torch pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
+    Row("pipeline.run", f"{CONFIG} yaml", "pipeline.model shards pipeline.stages torch deepspeed"),
+    Row("pipeline.checkpoint", f"{ENGINE} torch pipeline.metrics", "pipeline.model shards pipeline.stages"),
+    Row("pipeline.loop", f"{ENGINE} torch pipeline.metrics pipeline.run", "pipeline.model shards pipeline.stages"),
+    Row(
+        "pipeline.streams",
+        f"{CONFIG} pipeline.masking pipeline.tokenizer shards numpy torch",
+        "pipeline.model deepspeed pipeline.stages",
+    ),
+    Row(
+        "pipeline.training",
+        f"{ENGINE} pipeline.checkpoint pipeline.loop pipeline.metrics pipeline.optim pipeline.run pipeline.streams "
+        "shards torch",
+        "pipeline.model pipeline.stages",
+    ),
+    Row(
+        "pipeline.weights",
+        f"{ENGINE} pipeline.checkpoint pipeline.metrics pipeline.model torch safetensors",
+        "shards pipeline.stages",
+    ),
+    Row("pipeline.photos", f"{CONFIG} numpy {TORCHLESS}", "torch deepspeed pipeline.stages"),
+    Row("pipeline.chart", REPORT, "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.look", REPORT, "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.page", REPORT, "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.record", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.sections", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS} pipeline.sections", "pipeline.model pipeline.stages"),
+    Row(
+        "pipeline.pictures",
+        f"{LEARN} pipeline.model pipeline.objective pipeline.streams pipeline.tokenizer shards",
+        "deepspeed pipeline.stages",
+    ),
+    Row("pipeline.stages", ""),
+    Row("pipeline.stages.*", f"{ENGINE} {BELOW}"),
+)
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def python_files(root: Path) -> dict[str, Path]:
+    """Every module of the three packages, by name."""
+    return {module_name(path, root): path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))}
+
+
+@functools.cache
+def imports(package: str, text: str, known: frozenset[str]) -> list[tuple[int, str]]:
+    """Line and module of everything a file of `package` imports, wherever in it."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (above, node.module) if part)
+            inner = [f"{base}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, module if module in known else base) for module in inner]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                found.append((node.lineno, str(node.args[0].value)))
+    return found
+
+
+def covers(allowed: str, module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in allowed.split())
+
+
+def reached(name: str, graph: dict[str, list[tuple[int, str]]]) -> dict[str, list[str]]:
+    """Every module that importing `name` may bring in, with the way there."""
+    ways: dict[str, list[str]] = {}
+    todo = [[name]]
+    while todo:
+        way = todo.pop()
+        for _, module in graph.get(way[-1], []):
+            if module not in ways:
+                ways[module] = [*way, module]
+                todo.append(ways[module])
+    return ways
+
+
+def violations(root: Path, who: str = "*") -> list[str]:
+    """Lines for whatever in `root` the table does not allow."""
+    files = python_files(root)
+    graph: dict[str, list[tuple[int, str]]] = {}
+    lines: list[str] = []
+    for name, path in files.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        graph[name] = imports(package, path.read_text(encoding="utf-8"), frozenset(files))
+    for name, path in files.items():
+        if not fnmatchcase(name, who):
+            continue
+        row = next((row for row in TABLE if fnmatchcase(name, row.who)), None)
+        where = path.relative_to(root).as_posix()
+        if row is None:
+            lines.append(f"{where} has no row in the table of tests/test_layers.py: say what it may import")
+            continue
+        for line, module in graph[name]:
+            free = module.partition(".")[0] in sys.stdlib_module_names
+            if not free and not covers(row.may, module):
+                lines.append(f"{where}:{line} imports {module}; {row.who} may import: {row.may or 'nothing'}")
+        for module, way in reached(name, graph).items():
+            if covers(row.never, module):
+                lines.append(f"{where} must never know {module}, and does: {' → '.join(way)}")
+    return lines
+
+
+@pytest.mark.parametrize("name", python_files(ROOT))
+def test_imports_run_down_only(name):
+    assert violations(ROOT, name) == []
+
+
+def test_every_row_is_about_something():
+    """A row of a file that is gone is deleted with it."""
+    names = list(python_files(ROOT))
+    used = {next(row.who for row in TABLE if fnmatchcase(name, row.who)) for name in names}
+    assert used == {row.who for row in TABLE}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the three packages to plant things in."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+PLANTED = [
+    ("kernels/attention/sdpa.py", "import pipeline.config", "imports pipeline.config"),
+    ("kernels/attention/reference.py", "from shards import draws", "imports shards.draws"),
+    ("shards/order.py", "import torch", "imports torch"),
+    ("shards/pack.py", "def late():\n    from PIL import Image", "imports PIL"),
+    ("shards/stats.py", "from shards.loader import Batch", "must never know torch"),
+    ("shards/codec.py", "import pipeline.config", "imports pipeline.config"),
+    ("shards/loader.py", "from kernels.attention import attention", "imports kernels.attention"),
+    ("pipeline/config.py", "def late():\n    import numpy as np", "imports numpy"),
+    ("pipeline/settings.py", "import yaml", "imports yaml"),
+    ("pipeline/config.py", "from pipeline.metrics import say", "must never know torch"),
+    ("pipeline/model.py", "if False:\n    from shards import draws", "imports shards.draws"),
+    ("pipeline/masking.py", "from shards.draws import bits", "imports shards.draws"),
+    ("pipeline/objective.py", "from . import model", "imports pipeline.model"),
+    ("pipeline/optim.py", "from .streams import Source", "imports pipeline.streams"),
+    ("pipeline/engine.py", "from pipeline.model import Beit", "imports pipeline.model"),
+    ("pipeline/loop.py", "import deepspeed", "imports deepspeed"),
+    ("pipeline/loop.py", "from pipeline import training", "must never know shards"),
+    ("pipeline/checkpoint.py", "import importlib\nimportlib.import_module('shards.images')", "imports shards.images"),
+    ("pipeline/photos.py", "from shards import loader", "imports shards.loader"),
+    ("pipeline/page.py", "import torch", "imports torch"),
+    ("pipeline/training.py", "from pipeline.weights import load_encoder", "must never know pipeline.model"),
+    ("pipeline/stages/export.py", "from pipeline.stages import probe", "imports pipeline.stages.probe"),
+    ("pipeline/stages/report.py", "from . import tokenize", "imports pipeline.stages.tokenize"),
+    ("pipeline/stages/demo.py", "import pipeline.stages.export", "imports pipeline.stages.export"),
+    ("pipeline/stages/pretrain.py", "import deepspeed", "imports deepspeed"),
+    ("pipeline/stages/pretrain.py", "import transformers", "imports transformers"),
+    ("pipeline/helpers.py", "import os", "has no row in the table"),
+]
+
+
+@pytest.mark.parametrize(("file", "code", "words"), PLANTED, ids=lambda value: str(value).split("\n")[0])
+def test_a_planted_violation_is_caught(tree, file, code, words):
+    """Each in its own copy: the lines that are new name the file and what it should not import."""
+    before = violations(tree)
+    path = tree / file
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text(f"{text}\n{code}\n", encoding="utf-8")
+    caught = [line for line in violations(tree) if line not in before]
+    assert any(line.startswith(file) and words in line for line in caught), caught
