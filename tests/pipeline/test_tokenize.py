@@ -70,7 +70,9 @@ def test_tokens_of_another_task_are_not_mixed(tiny, tmp_path, setting):
     for name, data in contents(tiny.folder / "tokens" / "train").items():
         (out / name).write_bytes(data)
     setting = setting.format(test=tiny.folder / "shards" / "test")
-    config = load_config(str(tiny.config), [*folders(tmp_path), setting, "data.heldout_images=", "data.heldout_tokens="])
+    config = load_config(
+        str(tiny.config), [*folders(tmp_path), setting, "data.heldout_images=", "data.heldout_tokens="]
+    )
     with pytest.raises(ConfigError, match="choose another folder"):
         tokenize.run(config)
     assert contents(out) == contents(tiny.folder / "tokens" / "train")
