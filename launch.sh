@@ -5,8 +5,9 @@
 #   pack · index · verify · stats        pictures and shards (python -m shards VERB --help)
 #   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher
 #   export · probe · report    a finished run (python -m pipeline VERB --help)
+#   import · import-tokenizer  published weights come in (python -m pipeline VERB --help)
 #   test [pytest options] · check · bench    the project's own checks and benchmarks
-#   setup                      only make the environment
+#   setup [peers]              only make the environment; with transformers, timm and DALL-E for `export --to` and parity
 #
 # Environment:
 #   NPROC=2           processes on this machine (default: one per GPU, 2 without a GPU)
@@ -18,7 +19,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -50,6 +51,19 @@ setup() {
     exec 9>&-
 }
 
+# The libraries that exports are checked by and parity is tested against. timm and DALL-E name torchvision, whose wheel is
+# for CUDA, among their needs, and use nothing of it here.
+peers() {
+    [ -z "${BEITFORGE_PYTHON:-}" ] || fail "setup peers is for .venv; into $python install transformers, timm, DALL-E yourself"
+    local made_from stamp=$root/.venv/peers-from
+    made_from=$(cat "$root/.venv/made-from")
+    [ "$(cat "$stamp" 2>/dev/null)" != "$made_from" ] || return 0
+    local pip=("$python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
+    "${pip[@]}" transformers attrs requests
+    "${pip[@]}" --no-deps timm DALL-E
+    echo "$made_from" >"$stamp"
+}
+
 # The deepspeed launcher: one process per GPU, NPROC (2) of them on a machine without one, or HOSTFILE's hosts.
 under_deepspeed() {
     local verb=$1; shift
@@ -74,8 +88,11 @@ verb=${1:-}
 [ $# -eq 0 ] || shift
 case $verb in
     "" | -h | --help | help) usage; exit 0 ;;
-    setup) setup ;;
-    demo | export | probe | report) setup; exec "$python" -m pipeline "$verb" "$@" ;;
+    setup)
+        [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
+        setup
+        [ $# -eq 0 ] || peers ;;
+    demo | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
     pack | index | verify | stats) setup; exec "$python" -m shards "$verb" "$@" ;;
     tokenizer | tokenize | pretrain)
         setup

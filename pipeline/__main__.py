@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.config import ConfigError, load_config
+from pipeline.config import ConfigError, load_config, to_size
 from pipeline.signals import StopRequest
 
 _CONFIG_VERBS = {
@@ -24,9 +24,30 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
         sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
-    export = verbs.add_parser("export", help="encoder and head of a run as safetensors + config")
-    export.add_argument("run", metavar="RUN", type=Path)
+    export = verbs.add_parser("export", help="encoder and head of a run for others; checked by loading them back")
+    export.add_argument("run", metavar="RUN", type=Path, help="run folder, or an encoder that was exported or imported")
     export.add_argument("out", metavar="OUT", type=Path)
+    export.add_argument(
+        "--to", choices=("safetensors", "hf", "timm", "unilm"), default="safetensors", help="whose names and layout"
+    )
+    export.add_argument(
+        "--finetune", action="store_true", help="a classifier without its head: mean pooling, own tables"
+    )
+    export.add_argument("--input-size", metavar="PIXELS", help="with --finetune: for pictures of 384 or 224x288")
+    bring = verbs.add_parser(
+        "import", help="a BEiT of transformers, timm or the released code becomes an encoder of ours"
+    )
+    bring.add_argument("source", metavar="SRC", type=Path, help="folder, or a .pth or .safetensors file")
+    bring.add_argument(
+        "out", metavar="OUT", type=Path, help="probe, report, export it, or pretrain with train.init=OUT"
+    )
+    bring.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over what SRC says")
+    tokens = verbs.add_parser("import-tokenizer", help="DALL-E's, FLAVA's or BEiT v2's tokenizer becomes one of ours")
+    tokens.add_argument(
+        "source", metavar="SRC", type=Path, help="encoder.pkl or its folder, a FLAVA folder, VQ-KD's .pth"
+    )
+    tokens.add_argument("out", metavar="OUT", type=Path, help="the folder for data.tokenizer")
+    tokens.add_argument("--input-size", metavar="PIXELS", help="of the views it is given (default: as published)")
     probe = verbs.add_parser("probe", help="k-NN and linear probe of a run's encoder on labelled shards")
     probe.add_argument("run", metavar="RUN", type=Path, help="run folder; its newest checkpoint is probed")
     probe.add_argument("shards", metavar="SHARDS", type=Path, help="labelled image shards to fit on")
@@ -71,10 +92,8 @@ def _run(arguments: argparse.Namespace) -> int:
         from pipeline.stages import tokenizer
 
         return tokenizer.run(config, lambda: stop.reason)
-    if verb == "export":
-        from pipeline.stages import export
-
-        return export.run(arguments.run, arguments.out)
+    if verb in ("export", "import", "import-tokenizer"):
+        return _exchange(arguments)
     if verb == "probe":
         from pipeline.stages import probe
 
@@ -90,6 +109,22 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"demo takes one folder of pictures, not {len(folders)}: {' '.join(folders)}")
     settings = [word for word in arguments.words if "=" in word]
     return demo.run(Path(folders[0]) if folders else None, arguments.out, settings)
+
+
+def _exchange(arguments: argparse.Namespace) -> int:
+    """Weights in and out."""
+    if arguments.verb == "import":
+        from pipeline.stages import import_encoder
+
+        return import_encoder.run(arguments.source, arguments.out, arguments.overrides)
+    size = to_size(arguments.input_size, "--input-size") if arguments.input_size else None
+    if arguments.verb == "import-tokenizer":
+        from pipeline.stages import import_tokenizer
+
+        return import_tokenizer.run(arguments.source, arguments.out, size)
+    from pipeline.stages import export
+
+    return export.run(arguments.run, arguments.out, arguments.to, arguments.finetune, size)
 
 
 def main() -> int:

@@ -16,10 +16,11 @@ import yaml
 
 from pipeline.rules import check
 from pipeline.settings import (
+    DVAE_STRIDE,
     KERNELS,
+    ONLINE,
     POSITIONS,
     PRECISIONS,
-    TOKENIZER_STRIDE,
     UNITS,
     Checkpoint,
     Config,
@@ -31,6 +32,7 @@ from pipeline.settings import (
     Mask,
     Model,
     Optimizer,
+    Size,
     Tokenizer,
     Train,
     View,
@@ -38,10 +40,11 @@ from pipeline.settings import (
 )
 
 __all__ = [
+    "DVAE_STRIDE",
     "KERNELS",
+    "ONLINE",
     "POSITIONS",
     "PRECISIONS",
-    "TOKENIZER_STRIDE",
     "UNITS",
     "Checkpoint",
     "Config",
@@ -53,12 +56,15 @@ __all__ = [
     "Mask",
     "Model",
     "Optimizer",
+    "Size",
     "Tokenizer",
     "Train",
     "View",
     "from_tree",
     "load_config",
+    "load_tree",
     "micro_batch",
+    "to_size",
     "to_tree",
     "to_yaml",
 ]
@@ -76,10 +82,14 @@ def load_config(path: str, overrides: list[str]) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path} must hold sections (data:, model:, …), not a {type(content).__name__}")
-    tree: dict = content or {}
+    return load_tree(content or {}, overrides, path)
+
+
+def load_tree(tree: dict, overrides: list[str], where: str) -> Config:
+    """Nested dicts with `section.key=value` overrides, checked. `where` names the source in errors."""
     for override in overrides:
         _override(tree, override)
-    return from_tree(tree, path)
+    return from_tree(tree, where)
 
 
 def _override(tree: dict, override: str) -> None:
@@ -164,6 +174,8 @@ def _convert(value: object, kind: Any, where: str) -> Any:
         value = _yaml_value(value, where)
     if kind is Duration:
         return _duration(value, where)
+    if kind is Size:
+        return to_size(value, where)
     if typing.get_origin(kind) is tuple:
         length = len(typing.get_args(kind))
         if not isinstance(value, list | tuple) or len(value) != length:
@@ -201,12 +213,24 @@ def _duration(value: object, where: str) -> Duration:
     raise ConfigError(f"{where} is {value!r}; write a number and a unit, such as 300 epochs or 10000 steps")
 
 
+def to_size(value: object, where: str) -> Size:
+    """224, "224" or "224x288" as a Size. Raises ConfigError for anything else."""
+    sides = str(value).split("x") if isinstance(value, int | str) and not isinstance(value, bool) else []
+    if isinstance(value, Size):
+        return value
+    if len(sides) in (1, 2) and all(side.strip().isdecimal() for side in sides):
+        return Size(int(sides[0]), int(sides[-1]))
+    raise ConfigError(f"{where} is {value!r}; write pixels, such as 224, or height and width, such as 224x288")
+
+
 def to_tree(config: Config) -> dict:
     """Nested plain values, as YAML and JSON write them; from_tree reads them back."""
 
     def plain(value: object) -> object:
         if isinstance(value, Duration):
             return str(value)
+        if isinstance(value, Size):
+            return value.height if value.height == value.width else str(value)
         if isinstance(value, tuple):
             return list(value)
         return value

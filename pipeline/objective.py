@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import TOKENIZER_STRIDE, Config, Tokenizer
+from pipeline.config import DVAE_STRIDE, Config, Tokenizer
 from pipeline.pixels import jitter, normalise, tokenizer_input
 
 
@@ -19,6 +19,8 @@ class Views(Protocol):
     def samples(self) -> Tensor: ...
     @property
     def pixels(self) -> Tensor: ...
+    @property
+    def tokenizer_pixels(self) -> Tensor: ...
     @property
     def tokens(self) -> Tensor: ...
     @property
@@ -35,6 +37,12 @@ def encoder_input(config: Config, batch: Views) -> Tensor:
     """Jittered, normalised pixels [B, 3, H, W] for the encoder."""
     pixels = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
     return normalise(pixels, config.model.mean, config.model.std)
+
+
+@torch.no_grad()
+def online_tokens(tokenize: Callable[[Tensor], Tensor], batch: Views) -> Tensor:
+    """Visual tokens i64 [B, N] of a batch that brings the tokenizer's view instead of recorded tokens."""
+    return tokenize(jitter(batch.tokenizer_pixels, batch.jitters, batch.orders, batch.mean_greys))
 
 
 def masked_token_loss(
@@ -68,8 +76,7 @@ def dvae_loss(
     """Reconstruction + KL of each posterior to the uniform prior (weight warmed up over the first quarter of training)
     + KL of the batch's mean posterior to it, which keeps every code in use. `generator` draws the Gumbel noise."""
     target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys))
-    side = settings.input_size // TOKENIZER_STRIDE
-    shape = (len(target), settings.vocabulary, side, side)
+    shape = (len(target), settings.vocabulary, *settings.grid)
     uniform = torch.rand(shape, generator=generator, device=target.device).clamp(1e-9, 1 - 1e-7)
     noise = -(-uniform.log()).log()
     reconstruction, logits_BVhw = model(target, dvae_temperature(settings, step, steps), noise)
@@ -81,6 +88,6 @@ def dvae_loss(
     error = F.mse_loss(reconstruction, target)
     warm = min(1.0, step / max(1.0, 0.25 * steps))
     # pixel errors are summed over a field so that the weights mean the same for any picture size
-    loss = error * 3 * TOKENIZER_STRIDE**2 + settings.kl_weight * warm * kl + settings.usage_weight * usage
+    loss = error * 3 * DVAE_STRIDE**2 + settings.kl_weight * warm * kl + settings.usage_weight * usage
     measures = {"reconstruction_mse": error.detach(), "kl": kl.detach(), "usage_kl": usage.detach()}
     return loss, measures

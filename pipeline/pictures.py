@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import TOKENIZER_STRIDE, Config
+from pipeline.config import Config
 from pipeline.model import Beit
 from pipeline.objective import encoder_input
-from pipeline.pixels import from_tokenizer, jitter
+from pipeline.pixels import jitter
 from pipeline.streams import Source
-from pipeline.tokenizer import Dvae
+from pipeline.tokenizer import VisualTokenizer
 from shards.loader import Batch
 
 _GREY, _EDGE = 0.5, 0.4  # of a masked patch, and of its edge: a grey picture looks different
@@ -34,15 +34,17 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstructions(config: Config, batch: Batch, dvae: Dvae | None, beit: Beit | None) -> list[Reconstruction]:
+def reconstructions(
+    config: Config, batch: Batch, tokenizer: VisualTokenizer | None, beit: Beit | None
+) -> list[Reconstruction]:
     """Of every sample of a pretraining or held-out batch, on the CPU in float32."""
     view = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
     mask_BN = batch.draws["mask"]
     masked = greyed(view, mask_BN, config.model.patch_size)
     guess_BN = predicted_tokens(config, beit, batch) if beit is not None else None
-    grid = (config.tokenizer.input_size // TOKENIZER_STRIDE,) * 2
-    decoded = from_tokenizer(dvae.decode(batch.tokens, grid)) if dvae is not None else None
-    predicted = from_tokenizer(dvae.decode(guess_BN, grid)) if dvae is not None and guess_BN is not None else None
+    grid = config.tokenizer.grid
+    decoded = tokenizer.decode(batch.tokens, grid) if tokenizer is not None else None
+    predicted = tokenizer.decode(guess_BN, grid) if tokenizer is not None and guess_BN is not None else None
     right_B = ((guess_BN == batch.tokens) & mask_BN).sum(dim=1).tolist() if guess_BN is not None else None
     return [
         Reconstruction(

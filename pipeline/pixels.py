@@ -1,7 +1,8 @@
 """Colour jitter and normalisation on the device: the same function for `tokenize` and `pretrain`.
 
 BEiT jitters the whole picture, then crops. Here the crop is jittered, with the whole picture's mean grey for the
-contrast, which the index stores: the same up to clipping and rounding. Must not know shards.
+contrast, which the index stores; the loader has clamped it to what the jitter does not clip (shards.views). What then
+differs is below what an eye sees (BENCHMARKS.md, views). Must not know shards.
 """
 
 import torch
@@ -17,7 +18,8 @@ def jitter(pixels_BCHW: Tensor, jitters_B3: Tensor, orders_B: Tensor, mean_greys
     """uint8 pixels [B, 3, H, W] to float32 in [0, 1], each picture with its own factors in its own order.
 
     jitters_B3: factors of brightness, contrast, saturation. mean_greys_B: 0-255, of the whole unjittered picture.
-    Every operation blends with a base: black, the mean grey, the pixel's own grey; clamped after each, as Pillow does.
+    Every operation blends with a base: black, the mean grey, the pixel's own grey. As Pillow does it, each result is
+    clamped and loses its fraction, and greys are whole numbers.
     """
     x_BCHW = pixels_BCHW.float()
     luma_C11 = torch.tensor(_LUMA, device=x_BCHW.device).view(1, 3, 1, 1)
@@ -27,11 +29,12 @@ def jitter(pixels_BCHW: Tensor, jitters_B3: Tensor, orders_B: Tensor, mean_greys
         operation_B = operations_B3[:, turn]
         factor_B = jitters_B3.gather(1, operation_B[:, None])[:, 0]
         bright_B, contrast_B = operation_B == _BRIGHTNESS, operation_B == _CONTRAST
-        grey_B1HW = (x_BCHW * luma_C11).sum(dim=1, keepdim=True)
-        flat_B111 = torch.where(contrast_B, mean_B.round(), torch.zeros_like(mean_B))[:, None, None, None]
+        grey_B1HW = (x_BCHW * luma_C11).sum(dim=1, keepdim=True).round()
+        flat_B111 = torch.where(contrast_B, (mean_B + 0.5).floor(), torch.zeros_like(mean_B))[:, None, None, None]
         base = torch.where((bright_B | contrast_B)[:, None, None, None], flat_B111, grey_B1HW)
-        x_BCHW = (base + factor_B[:, None, None, None] * (x_BCHW - base)).clamp(0, 255)
-        mean_B = torch.where(bright_B, (mean_B * factor_B).clamp(0, 255), mean_B)
+        x_BCHW = (base + factor_B[:, None, None, None] * (x_BCHW - base)).clamp(0, 255).floor()
+        mean_B = torch.where(bright_B, mean_B * factor_B, mean_B)
+        mean_B = (mean_B - 0.5 * (factor_B != 1)).clamp(0, 255)  # the fractions cut off are half a level on average
     return x_BCHW / 255
 
 

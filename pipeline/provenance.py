@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline import page
 from pipeline.checkpoint import State
+from pipeline.config import to_yaml
 from pipeline.record import Record, attempt, json_object
 from pipeline.sections import clock
 from shards.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
@@ -19,10 +20,11 @@ _DIGITS = 16  # of a fingerprint; the whole one is in the manifest
 
 def what_ran(record: Record, state: State | None, passed_over: list[str]) -> str:
     """Parts to unfold. `state`: of the newest complete checkpoint; `passed_over`: why newer ones are not used."""
-    text = (record.run / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    path = record.run / "config.yaml"  # an imported encoder has none
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else to_yaml(record.config)
     bad, checkpoints = record.bad_samples, _checkpoints(record.run)
     parts = [
-        ("Configuration", "config.yaml, resolved", page.code(text)),
+        ("Configuration", "resolved", page.code(text)),
         ("Data", _data_about(record), _data(record, state)),
         ("Environment", _machine(record.environment), page.table([], _environment(record.environment))),
         ("Starts", str(len(record.sessions)), _starts(record)),

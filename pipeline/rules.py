@@ -2,11 +2,20 @@
 
 import dataclasses
 
-from pipeline.settings import KERNELS, POSITIONS, PRECISIONS, TOKENIZER_STRIDE, Config, ConfigError, Duration
+from pipeline.settings import (
+    KERNELS,
+    POSITIONS,
+    PRECISIONS,
+    TOKENIZER_PRECISIONS,
+    Config,
+    ConfigError,
+    Duration,
+    Size,
+)
 
 _AT_LEAST_ONE = {
     "model": ("input_size", "patch_size", "layers", "width", "heads"),
-    "tokenizer": ("input_size", "vocabulary", "width", "embedding", "global_batch", "micro_batch"),
+    "tokenizer": ("input_size", "stride", "vocabulary", "width", "embedding", "global_batch", "micro_batch"),
     "train": ("global_batch", "micro_batch"),
     "view": ("num_views",),
     "mask": ("num_patches", "min_block"),
@@ -34,7 +43,8 @@ def _numbers(config: Config) -> list[str]:
             name, value = f"{section.name}.{item.name}", getattr(values, item.name)
             least = 1 if item.name in _AT_LEAST_ONE.get(section.name, ()) else 0
             least = -(2**63) if item.name == "seed" else least
-            if isinstance(value, int | float) and value < least:
+            smallest = min(value) if isinstance(value, Size) else value
+            if isinstance(smallest, int | float) and smallest < least:
                 lines.append(f"{name} is {value}; it must be at least {least}")
             if (
                 isinstance(value, Duration)
@@ -53,6 +63,7 @@ def _choices(config: Config) -> list[str]:
         ("model.positions", model.positions, POSITIONS),
         ("model.kernels", model.kernels, KERNELS),
         ("train.precision", train.precision, PRECISIONS),
+        ("tokenizer.precision", config.tokenizer.precision, TOKENIZER_PRECISIONS),
         ("train.zero_stage", train.zero_stage, (0, 1, 2, 3)),
     )
     lines = [f"{n} is {v!r}; it takes {', '.join(map(str, known))}" for n, v, known in taken if v not in known]
@@ -67,26 +78,29 @@ def _shapes(config: Config) -> list[str]:
     """Grids that meet, widths that divide, blocks that fit."""
     model, mask, tokenizer = config.model, config.mask, config.tokenizer
     lines = []
-    if model.input_size % model.patch_size:
+    if any(side % model.patch_size for side in model.input_size):
         lines.append(f"model.input_size {model.input_size} is not a multiple of model.patch_size {model.patch_size}")
     if model.width % model.heads:
         lines.append(f"model.width {model.width} does not divide into model.heads {model.heads}; choose a multiple")
-    if tokenizer.input_size % TOKENIZER_STRIDE:
-        lines.append(f"tokenizer.input_size {tokenizer.input_size} is not a multiple of {TOKENIZER_STRIDE}, its stride")
+    if any(side % tokenizer.stride for side in tokenizer.input_size):
+        lines.append(
+            f"tokenizer.input_size {tokenizer.input_size} is not a multiple of tokenizer.stride {tokenizer.stride}"
+        )
     if tokenizer.width % 4:
         lines.append(f"tokenizer.width is {tokenizer.width}; it must be a multiple of 4")
-    grid, token_grid = model.input_size // model.patch_size, tokenizer.input_size // TOKENIZER_STRIDE
-    if grid != token_grid:
+    (rows, columns), (token_rows, token_columns) = model.grid, tokenizer.grid
+    if model.grid != tokenizer.grid:
         lines.append(
-            f"the encoder's grid is {grid}×{grid} (model.input_size / model.patch_size) but the tokenizer's "
-            f"{token_grid}×{token_grid} (tokenizer.input_size / {TOKENIZER_STRIDE}); they must be equal"
+            f"the encoder's grid is {rows}×{columns} (model.input_size / model.patch_size) but the tokenizer's "
+            f"{token_rows}×{token_columns} (tokenizer.input_size / tokenizer.stride); they must be equal"
         )
-    if mask.num_patches >= grid * grid:
-        lines.append(f"mask.num_patches {mask.num_patches} must be less than the {grid * grid} patches of a view")
+    if mask.num_patches >= model.num_patches:
+        lines.append(f"mask.num_patches {mask.num_patches} must be less than the {model.num_patches} patches of a view")
     if mask.min_block > mask.num_patches:
         lines.append(f"mask.min_block {mask.min_block} is more than mask.num_patches {mask.num_patches}")
-    if mask.min_block > (grid - 1) ** 2:
-        lines.append(f"mask.min_block {mask.min_block} is more than the {(grid - 1) ** 2} patches a block can have")
+    largest = (rows - 1) * (columns - 1)
+    if mask.min_block > largest:
+        lines.append(f"mask.min_block {mask.min_block} is more than the {largest} patches a block can have")
     return lines
 
 

@@ -25,7 +25,7 @@ def header(record: Record) -> str:
         status = f"unfinished: step {record.step:,} of {record.planned_steps:,}"
     else:
         status = "unfinished: not started"
-    patches = (model.input_size // model.patch_size) ** 2
+    patches = model.num_patches
     what = (
         f"BEiT pretraining: {model.layers} layers of width {model.width}, {model.heads} heads; views of "
         f"{model.input_size} px, {patches} patches, {record.config.mask.num_patches} of them masked; a vocabulary of "

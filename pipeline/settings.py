@@ -4,6 +4,7 @@ Imports nothing heavy: help and config errors are instant. Must not know torch, 
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 class ConfigError(ValueError):
@@ -26,12 +27,29 @@ class Duration:
         return f"{self.count:.15g} {self.unit}"
 
 
+class Size(NamedTuple):
+    """Height and width in pixels, written `224` (square) or `224x288`."""
+
+    height: int
+    width: int
+
+    def grid(self, stride: int) -> tuple[int, int]:
+        """Rows and columns of squares of `stride` pixels."""
+        return self.height // stride, self.width // stride
+
+    def __str__(self) -> str:
+        return str(self.height) if self.height == self.width else f"{self.height}x{self.width}"
+
+
+ONLINE = "online"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Folders. Empty held-out folders: no held-out loss."""
 
     images: str = "data/images"  # image shard set to train on
-    tokens: str = "data/tokens"  # its token shard set, made by `tokenize`
+    tokens: str = "data/tokens"  # its token shard set, made by `tokenize`; online: a fresh view's, inside every step
     heldout_images: str = ""
     heldout_tokens: str = ""
     tokenizer: str = "data/tokenizer"  # tokenizer folder, made by `tokenizer`
@@ -57,10 +75,12 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """The own dVAE: its shape and its training."""
+    """The own dVAE: its shape and its training. The first four lines are also an imported tokenizer's."""
 
-    input_size: int = 112  # pixels; the token grid is input_size / 8 on a side
+    input_size: Size = Size(112, 112)  # the token grid is input_size / stride
+    stride: int = 8  # pixels a token stands for; the own dVAE's and DALL-E's is 8, VQ-KD's 16
     vocabulary: int = 8192
+    precision: str = "fp32"  # of `tokenize` and of online tokens: fp32 · tf32 · fp16 · bf16
     width: int = 256  # channels of the convolutions
     embedding: int = 512  # size of a codebook entry
     residual_blocks: int = 2  # on either side
@@ -76,12 +96,17 @@ class Tokenizer:
     kl_weight: float = 1e-3  # of KL(posterior ‖ uniform), warmed up over the first quarter
     usage_weight: float = 0.3  # of KL(mean posterior of the batch ‖ uniform): keeps the whole codebook alive
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens."""
+        return self.input_size.grid(self.stride)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The encoder and its head (RECIPE, "Model")."""
 
-    input_size: int = 224
+    input_size: Size = Size(224, 224)
     patch_size: int = 16
     layers: int = 12
     width: int = 768
@@ -94,6 +119,16 @@ class Model:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of the encoder's input in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     kernels: str = "auto"  # auto · sdpa · reference
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.input_size.grid(self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +160,7 @@ class Train:
     """The pretraining run."""
 
     run: str = "runs/pretrain"  # run folder
+    init: str = ""  # exported or imported encoder to start from; empty: weights drawn from data.seed
     duration: Duration = Duration(300, "epochs")
     global_batch: int = 2048
     micro_batch: int = 128  # at most, per process; accumulation follows from it and the number of processes
@@ -184,9 +220,10 @@ class Config:
 
 POSITIONS = ("absolute", "relative_shared", "relative")
 PRECISIONS = ("bf16", "fp16", "fp32")
+TOKENIZER_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 KERNELS = ("auto", "sdpa", "reference")
 UNITS = ("epochs", "steps", "samples")
-TOKENIZER_STRIDE = 8
+DVAE_STRIDE = 8  # three convolutions of stride 2
 
 
 def micro_batch(global_batch: int, at_most: int, world: int, where: str) -> int:

@@ -6,22 +6,24 @@ deepspeed or any stage.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import Config, ConfigError, Mask, Model, View
+from pipeline.config import ONLINE, Config, ConfigError, Mask, Model, Size, View
 from pipeline.masking import draw_masks
-from pipeline.tokenizer import stated_fingerprint
+from pipeline.tokenizer import VisualTokenizer, load_tokenizer, stated_fingerprint
 from shards import draws
 from shards.images import ImageSet
-from shards.loader import Batch, InTurn, Numbers, Stream, load
+from shards.loader import Batch, InTurn, Numbers, Places, Stream, load
 from shards.manifest import read_token_manifest
 from shards.order import Order, OrderPolicy, rank_batches
-from shards.pairs import CentralViews, DrawnViews, RecordedViews
+from shards.pairs import CentralViews, DrawnViews, RecordedViews, ViewSource
 from shards.views import ViewPolicy
+
+Draw = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def view_policy(view: View) -> ViewPolicy:
@@ -32,15 +34,14 @@ def view_policy(view: View) -> ViewPolicy:
 
 def sample_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> dict[str, np.ndarray]:
     """What a pretraining sample draws: mask bool [B, N] and, with drop path, keep bool [B, L, 2]."""
-    rows = model.input_size // model.patch_size
 
     def uniform(attempt: int) -> np.ndarray:
         return draws.uniform(draws.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
 
     def fill() -> np.ndarray:
-        return draws.uniform(draws.MASK, seed, samples[:, None], 1, 0, np.arange(rows * rows))
+        return draws.uniform(draws.MASK, seed, samples[:, None], 1, 0, np.arange(model.num_patches))
 
-    drawn = {"mask": draw_masks(mask, (rows, rows), len(samples), uniform, fill)}
+    drawn = {"mask": draw_masks(mask, model.grid, len(samples), uniform, fill)}
     if model.drop_path > 0:
         drop = model.drop_path * np.arange(model.layers) / max(1, model.layers - 1)
         number = np.arange(2 * model.layers).reshape(1, model.layers, 2)
@@ -71,31 +72,58 @@ class Source:
 def pretraining(config: Config) -> Source:
     """Image shards with their token shards, in the order of DESIGN §4. Raises ShardError or ConfigError."""
     images = ImageSet(Path(config.data.images))
-    source = recorded(config, images, config.data.tokens)
-    stream = Stream(
-        images=images,
-        places=_order(config, images),
-        source=source,
-        size=(config.model.input_size, config.model.input_size),
-        seed=config.data.seed,
-        draw=functools.partial(sample_draws, config.mask, config.model, config.data.seed),
-    )
-    return Source(stream, images.manifest.fingerprint, source.tokens.manifest.fingerprint)
+    draw = functools.partial(sample_draws, config.mask, config.model, config.data.seed)
+    return _pairs(config, images, config.data.tokens, _order(config, images), draw, view_policy(config.view))
 
 
 def heldout(config: Config) -> Source:
-    """The held-out pairs in manifest order, each always with the same view and mask."""
+    """The held-out pairs in manifest order, each always with the same view and mask; where tokens are online, a view
+    that no training draws, so that pictures trained on can be held out too."""
     images = ImageSet(Path(config.data.heldout_images))
-    source = recorded(config, images, config.data.heldout_tokens)
+    draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
+    places = InTurn([shard.samples for shard in images.manifest.shards])
+    policy = dataclasses.replace(view_policy(config.view), seed=~config.view.seed)
+    return _pairs(config, images, config.data.heldout_tokens, places, draw, policy)
+
+
+def _pairs(config: Config, images: ImageSet, tokens: str, places: Places, draw: Draw, online: ViewPolicy) -> Source:
+    """Pictures with their recorded tokens or, where `tokens` is online, with the view a tokenizer makes them of."""
+    source: ViewSource
+    if tokens == ONLINE:
+        _, identity = fitting_tokenizer(config)
+        source, named = DrawnViews(online), f"online from {identity['fingerprint']}"
+        (height, width), resample = identity["input_size"], identity["filter"]
+    else:
+        source = recorded(config, images, tokens)
+        named, (height, width), resample = source.tokens.manifest.fingerprint, (0, 0), "lanczos"
     stream = Stream(
         images=images,
-        places=InTurn([shard.samples for shard in images.manifest.shards]),
+        places=places,
         source=source,
-        size=(config.model.input_size, config.model.input_size),
+        size=config.model.input_size,
+        tokenizer_size=(height, width),
+        tokenizer_resample=resample,
         seed=config.data.seed,
-        draw=functools.partial(_heldout_draws, config.mask, config.model, config.data.seed),
+        draw=draw,
     )
-    return Source(stream, images.manifest.fingerprint, source.tokens.manifest.fingerprint)
+    return Source(stream, images.manifest.fingerprint, named)
+
+
+def fitting_tokenizer(config: Config) -> tuple[VisualTokenizer, dict]:
+    """The tokenizer in data.tokenizer and its identity, refused unless grid and vocabulary are the config's."""
+    folder = config.data.tokenizer
+    tokenizer, identity = load_tokenizer(Path(folder))
+    cure = "train or import one that fits this config, or set the tokenizer section to what it is"
+    if identity["grid"] != list(config.model.grid):
+        raise ConfigError(
+            f"{folder} gives a grid of {identity['grid']} tokens, the encoder {list(config.model.grid)} patches: {cure}"
+        )
+    if identity["vocabulary"] != config.tokenizer.vocabulary:
+        raise ConfigError(
+            f"{folder} has a vocabulary of {identity['vocabulary']}, tokenizer.vocabulary says "
+            f"{config.tokenizer.vocabulary}: {cure}"
+        )
+    return tokenizer, identity
 
 
 def _heldout_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -107,12 +135,10 @@ def recorded(config: Config, images: ImageSet, folder: str) -> RecordedViews:
     """The pairs of `images` with the tokens in `folder`, refused unless they are what this config asks for."""
     source = RecordedViews(images, Path(folder))
     manifest = source.tokens.manifest
-    rows = config.model.input_size // config.model.patch_size
+    grid = list(config.model.grid)
     cure = "run `tokenize` with this config, or point data.tokens at the set made with it"
-    if manifest.tokenizer["grid"] != [rows, rows]:
-        raise ConfigError(
-            f"{folder} has a token grid of {manifest.tokenizer['grid']}, the encoder {[rows, rows]}: {cure}"
-        )
+    if manifest.tokenizer["grid"] != grid:
+        raise ConfigError(f"{folder} has a token grid of {manifest.tokenizer['grid']}, the encoder {grid}: {cure}")
     if manifest.tokenizer["vocabulary"] != config.tokenizer.vocabulary:
         raise ConfigError(
             f"{folder} has a vocabulary of {manifest.tokenizer['vocabulary']}, tokenizer.vocabulary says "
@@ -134,7 +160,8 @@ def recorded(config: Config, images: ImageSet, folder: str) -> RecordedViews:
 def refuse_other_tokenizers(config: Config) -> None:
     """Raise ConfigError when token shards were made by another tokenizer than the one in data.tokenizer, if one is."""
     stated = stated_fingerprint(Path(config.data.tokenizer))
-    for folder in filter(None, (config.data.tokens, config.data.heldout_tokens)):
+    folders = (config.data.tokens, config.data.heldout_tokens)
+    for folder in (folder for folder in folders if folder not in ("", ONLINE)):
         if stated is not None and stated != read_token_manifest(Path(folder)).tokenizer["fingerprint"]:
             raise ConfigError(
                 f"{folder} was made by another tokenizer than the one in {config.data.tokenizer}: run `tokenize` with "
@@ -145,23 +172,22 @@ def refuse_other_tokenizers(config: Config) -> None:
 def tokenizer_training(config: Config) -> Source:
     """Images under fresh views every epoch, at the tokenizer's size and filter."""
     images = ImageSet(Path(config.data.images))
-    side = config.tokenizer.input_size
     stream = Stream(
         images=images,
         places=_order(config, images),
         source=DrawnViews(view_policy(config.view)),
-        size=(side, side),
+        size=config.tokenizer.input_size,
         resample="lanczos",
         seed=config.data.seed,
     )
     return Source(stream, images.manifest.fingerprint, "")
 
 
-def evaluation(folder: Path, side: int) -> Source:
-    """Images in manifest order, central views of `side` pixels."""
+def evaluation(folder: Path, size: Size) -> Source:
+    """Images in manifest order, central views of `size` pixels."""
     images = ImageSet(folder)
     places = InTurn([shard.samples for shard in images.manifest.shards])
-    stream = Stream(images=images, places=places, source=CentralViews(), size=(side, side))
+    stream = Stream(images=images, places=places, source=CentralViews(size.width / size.height), size=size)
     return Source(stream, images.manifest.fingerprint, "")
 
 

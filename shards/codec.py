@@ -166,21 +166,15 @@ def resize(pixels: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarr
     return np.array(image.resize((size[1], size[0]), _resample(resample)))
 
 
-def cut(
-    pixels: np.ndarray, box: tuple[int, int, int, int], flip: bool, size: tuple[int, int], resample: str
-) -> np.ndarray:
-    """One view, uint8 [h, w, 3]: crop, antialiased resize to size = (h, w), then horizontal flip.
-
-    pixels u8 [H, W, 3]; box x, y, width, height in source pixels. Raises ShardError when the box leaves the picture.
-    """
+def crop(pixels: np.ndarray, box: list[int]) -> np.ndarray:
+    """The part of u8 [H, W, 3] in a box x, y, width, height; not copied. Raises ShardError when the box leaves it."""
     x, y, width, height = box
     if min(x, y) < 0 or min(width, height) < 1 or x + width > pixels.shape[1] or y + height > pixels.shape[0]:
         raise ShardError(
             f"view box {tuple(box)} (x, y, width, height) leaves a picture of {pixels.shape[1]}x{pixels.shape[0]}: "
             "view and picture do not belong together; run `verify`"
         )
-    view = resize(pixels[y : y + height, x : x + width], size, resample)
-    return np.ascontiguousarray(view[:, ::-1]) if flip else view
+    return pixels[y : y + height, x : x + width]
 
 
 def encode(pixels: np.ndarray, format: str, quality: int) -> bytes:

@@ -18,8 +18,10 @@ from shards import codec, draws
 from shards.errors import ShardError
 from shards.images import DamagedSample, ImageSet
 from shards.pairs import Picked, ViewSource
+from shards.views import Views, unclipped_limits
 
 _SUBSTITUTES = 32
+TORCH = "torch bicubic"
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class BadSample:
 class Batch(NamedTuple):
     """One micro batch, B samples.
 
-    samples i64 [B] · pixels u8 [B, 3, H, W], cut and flipped, not yet jittered · tokens i64 [B, N] (N = 0: none) ·
+    samples i64 [B] · pixels u8 [B, 3, H, W], cut and flipped, not yet jittered · tokenizer_pixels u8 [B, 3, h, w], the
+    same views at the tokenizer's size (h = w = 0: not asked for) · tokens i64 [B, N] (N = 0: none recorded) ·
     jitters f32 [B, 3], orders i64 [B], mean_greys f32 [B] (shards.views) · labels i64 [B] · draws: what the caller's
     `draw` made of the sample numbers · bad: the substitutions made.
     """
 
     samples: torch.Tensor
     pixels: torch.Tensor
+    tokenizer_pixels: torch.Tensor
     tokens: torch.Tensor
     jitters: torch.Tensor
     orders: torch.Tensor
@@ -83,13 +87,16 @@ class InTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """What turns sample numbers into batches. `size` is (H, W); `resample` bicubic (torch) or lanczos (Pillow)."""
+    """What turns sample numbers into batches. `size` is (H, W), `resample` a filter of `cut_into`; `tokenizer_size` and
+    its filter ask for the same views once more, as a tokenizer sees them."""
 
     images: ImageSet
     places: Places
     source: ViewSource
     size: tuple[int, int]
-    resample: str = "bicubic"
+    resample: str = TORCH
+    tokenizer_size: tuple[int, int] = (0, 0)
+    tokenizer_resample: str = "lanczos"
     seed: int = 0
     draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
@@ -110,12 +117,18 @@ class Stream:
         picked = Picked(epochs, shards, rows, columns["key_hash"], columns["width"], columns["height"])
         views, tokens = self.source.views(picked)
         pixels = torch.empty((len(samples), 3, *self.size), dtype=torch.uint8)
+        second = torch.empty((len(samples), 3, *self.tokenizer_size), dtype=torch.uint8)
+        limits = unclipped_limits(views, columns["mean_grey"])
         for i, picture in enumerate(pictures):
-            self._cut(picture, views.boxes[i].tolist(), bool(views.flips[i]), pixels[i])
+            how = views.boxes[i].tolist(), bool(views.flips[i]), limits[i].tolist()
+            cut_into(pixels[i], picture, *how, self.resample)
+            if second.numel():
+                cut_into(second[i], picture, *how, self.tokenizer_resample)
         drawn = self.draw(samples) if self.draw else {}
         return Batch(
             torch.from_numpy(samples),
             pixels,
+            second,
             torch.from_numpy(tokens.astype(np.int64)),
             torch.from_numpy(views.jitters),
             torch.from_numpy(views.orders.astype(np.int64)),
@@ -145,16 +158,25 @@ class Stream:
             bad.append(BadSample(sample, name, index.key(row), reason, index.key(candidate)))
         return candidate, picture
 
-    def _cut(self, picture: np.ndarray, box: list[int], flip: bool, out: torch.Tensor) -> None:
-        """Write one view u8 [3, H, W] into `out`: crop, antialiased resize, flip."""
-        if self.resample == "lanczos":
-            cut = codec.cut(picture, (box[0], box[1], box[2], box[3]), flip, self.size, "lanczos")
-            out.copy_(torch.from_numpy(cut).permute(2, 0, 1))
-            return
-        x, y, width, height = box
-        crop = torch.from_numpy(picture[y : y + height, x : x + width]).permute(2, 0, 1)[None]
-        resized = interpolate(crop, self.size, mode="bicubic", antialias=True)[0]
-        out.copy_(resized.flip(-1) if flip else resized)
+
+def cut_into(
+    out: torch.Tensor, picture: np.ndarray, box: list[int], flip: bool, limits: list[int], resample: str
+) -> None:
+    """Write one view into `out` u8 [3, H, W]: crop (x, y, width, height), clamp, antialiased resize, flip.
+
+    limits: lowest and highest value (shards.views.unclipped_limits). resample: TORCH is torch's bicubic, four times
+    Pillow's speed, for the encoder; bicubic and lanczos are Pillow's. Raises ShardError when the box leaves the
+    picture.
+    """
+    size = (out.shape[1], out.shape[2])
+    crop = codec.crop(picture, box)
+    if limits != [0, 255]:
+        crop = crop.clip(limits[0], limits[1])
+    if resample == TORCH:
+        resized = interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0]
+    else:
+        resized = torch.from_numpy(codec.resize(crop, size, resample)).permute(2, 0, 1)
+    out.copy_(resized.flip(-1) if flip else resized)
 
 
 class Numbers(Protocol):
@@ -222,36 +244,38 @@ class Cuts(NamedTuple):
 class ShardCuts(Dataset):
     """Item i is `per_item` pictures of a shard from row i · per_item on, each decoded once and cut by K records.
 
-    boxes u32 [K, samples, 4] and flips u8 [K, samples] are shards.views.Views of the whole shard; Lanczos, as the
-    tokenizer sees pictures.
+    `views` are those of the whole shard, with leading [K, samples]; `resample` is the tokenizer's filter.
     """
 
     images: ImageSet
     shard: int
-    boxes: np.ndarray
-    flips: np.ndarray
+    views: Views
     size: tuple[int, int]
+    resample: str
     per_item: int
 
     def __len__(self) -> int:
-        return -(-self.boxes.shape[1] // self.per_item)
+        return -(-self.views.flips.shape[1] // self.per_item)
 
     def __getitem__(self, i: int) -> Cuts:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        rows = np.arange(i * self.per_item, min((i + 1) * self.per_item, self.boxes.shape[1]), dtype=np.int64)
-        pixels = torch.zeros((len(rows), len(self.boxes), 3, *self.size), dtype=torch.uint8)
+        views = self.views
+        rows = np.arange(i * self.per_item, min((i + 1) * self.per_item, views.flips.shape[1]), dtype=np.int64)
+        limits = unclipped_limits(
+            Views(views.boxes[:, rows], views.flips[:, rows], views.jitters[:, rows], views.orders[:, rows]),
+            self.images.index(self.shard).mean_grey[rows],
+        )
+        pixels = torch.zeros((len(rows), len(views.flips), 3, *self.size), dtype=torch.uint8)
         bad = np.zeros(len(rows), dtype=np.uint8)
         for n, row in enumerate(rows.tolist()):
             picture = self._picture(row)
             if picture is None:
                 bad[n] = 1
                 continue
-            for k, box in enumerate(self.boxes[:, row].tolist()):
-                cut = codec.cut(
-                    picture, (box[0], box[1], box[2], box[3]), bool(self.flips[k, row]), self.size, "lanczos"
-                )
-                pixels[n, k] = torch.from_numpy(cut).permute(2, 0, 1)
+            for k, box in enumerate(views.boxes[:, row].tolist()):
+                how = bool(views.flips[k, row]), limits[k, n].tolist()
+                cut_into(pixels[n, k], picture, box, *how, self.resample)
         return Cuts(torch.from_numpy(rows), pixels, torch.from_numpy(bad))
 
     def _picture(self, row: int) -> np.ndarray | None:

@@ -51,10 +51,12 @@ class DrawnViews:
 
 @dataclass(frozen=True)
 class CentralViews:
-    """The same central square every time, for probes."""
+    """The same central part every time, of `aspect` = width / height; for probes."""
+
+    aspect: float = 1.0
 
     def views(self, picked: Picked) -> tuple[Views, np.ndarray]:
-        return central_views(picked.widths, picked.heights), np.zeros((len(picked.rows), 0), np.uint16)
+        return central_views(picked.widths, picked.heights, self.aspect), np.zeros((len(picked.rows), 0), np.uint16)
 
     def usable(self, shard: int, row: int) -> bool:
         return True

@@ -87,6 +87,35 @@ def draw_views(
     )
 
 
+def unclipped_limits(views: Views, mean_greys: np.ndarray) -> np.ndarray:
+    """u8 […, 2]: the lowest and highest value a grey pixel may have for no operation of its view's jitter to clip it.
+
+    A crop clamped to them before it is resized looks, jittered afterwards, like one jittered before: what is clipped to
+    white there cannot pull the resize beyond white here. Exact for brightness and contrast, one line for all channels; a
+    saturation below 1 draws coloured pixels back from the edge, so nothing after it sets a limit.
+    mean_greys: f32, broadcast against the views' leading dimensions.
+    """
+    factors, orders = views.jitters.astype(np.float64), JITTER_ORDERS[views.orders]
+    shape = views.orders.shape
+    mean = np.broadcast_to(mean_greys.astype(np.float64), shape)
+    slope, offset, counts = np.ones(shape), np.zeros(shape), np.ones(shape, dtype=bool)
+    low, high = np.zeros(shape), np.full(shape, 255.0)
+    for turn in range(3):
+        operation = orders[..., turn]
+        factor = np.take_along_axis(factors, operation[..., None], axis=-1)[..., 0]
+        counts &= (operation != SATURATION) | (factor >= 1)
+        line = counts & (operation != SATURATION) & (factor > 0)
+        base = np.where(operation == CONTRAST, np.floor(mean + 0.5), 0.0)
+        mean = np.where(operation == BRIGHTNESS, mean * factor, mean)
+        mean = (mean - 0.5 * (factor != 1)).clip(0, 255)  # as pipeline.pixels.jitter has it
+        offset = np.where(line, offset * factor + base * (1 - factor), offset)
+        slope = np.where(line, slope * factor, slope)
+        low = np.where(line, np.maximum(low, -offset / slope), low)
+        high = np.where(line, np.minimum(high, (255 - offset) / slope), high)
+    low = np.floor(low)
+    return np.stack([low, np.maximum(np.ceil(high), low)], axis=-1).clip(0, 255).astype(np.uint8)
+
+
 def _central_boxes(policy: ViewPolicy, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
     """The largest central boxes (i64 [n, 4]) whose aspect is within the policy's limits."""
     crop_w = np.minimum(widths, np.rint(heights * policy.aspect_max).astype(np.int64)).clip(1)
@@ -94,11 +123,14 @@ def _central_boxes(policy: ViewPolicy, widths: np.ndarray, heights: np.ndarray) 
     return np.stack([(widths - crop_w) // 2, (heights - crop_h) // 2, crop_w, crop_h], axis=-1)
 
 
-def central_views(widths: np.ndarray, heights: np.ndarray, share: float = 0.875) -> Views:
-    """The plain views of evaluation: a central square of `share` of the shorter side (224 of 256), no jitter."""
+def central_views(widths: np.ndarray, heights: np.ndarray, aspect: float = 1.0, share: float = 0.875) -> Views:
+    """The plain views of evaluation: `share` (224 of 256) of the largest central box of `aspect` = width / height, no
+    jitter."""
     widths, heights = widths.astype(np.int64), heights.astype(np.int64)
-    sides = np.rint(np.minimum(widths, heights) * share).astype(np.int64).clip(1)
-    boxes = np.stack([(widths - sides) // 2, (heights - sides) // 2, sides, sides], axis=-1)
+    tallest = np.minimum(widths / aspect, heights)
+    crop_w = np.rint(tallest * aspect * share).astype(np.int64).clip(1)
+    crop_h = np.rint(tallest * share).astype(np.int64).clip(1)
+    boxes = np.stack([(widths - crop_w) // 2, (heights - crop_h) // 2, crop_w, crop_h], axis=-1)
     count = len(widths)
     return Views(
         boxes.astype(np.uint32),

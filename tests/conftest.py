@@ -66,10 +66,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
     config.write_text(yaml.safe_dump(tree))
 
     from pipeline.config import load_config
+    from pipeline.dvae import Dvae
     from pipeline.stages import tokenize
-    from pipeline.tokenizer import Dvae, save_tokenizer
+    from pipeline.tokenizer import save_dvae
 
     loaded = load_config(str(config), [])
-    save_tokenizer(folder / "tokenizer", Dvae(loaded.tokenizer, seed=3), loaded.tokenizer)
+    save_dvae(folder / "tokenizer", Dvae(loaded.tokenizer, seed=3), loaded.tokenizer)
     assert tokenize.run(loaded) == 0
     return TinySet(folder, config)

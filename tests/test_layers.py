@@ -27,7 +27,8 @@ TORCHLESS = "shards.codec shards.draws shards.errors shards.files shards.manifes
 BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model pipeline.objective pipeline.optim"
 BELOW += " pipeline.page pipeline.photos pipeline.pictures pipeline.pixels pipeline.probe pipeline.provenance"
 BELOW += " pipeline.record pipeline.sections pipeline.signals pipeline.streams pipeline.tokenizer pipeline.training"
-BELOW += " pipeline.loop pipeline.weights"
+BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipeline.peers pipeline.resize"
+BELOW += " pipeline.formats pipeline.foreign safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,33 @@ TABLE = (
     Row("pipeline.rules", "pipeline.settings", "torch numpy shards kernels"),
     Row("pipeline.config", "yaml pipeline.settings pipeline.rules", "torch numpy shards kernels"),
     Row("pipeline.signals", "", "torch numpy shards"),
-    Row("pipeline.model", LEARN, "shards deepspeed pipeline.stages"),
+    Row("pipeline.blocks", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
+    Row("pipeline.model", f"{LEARN} pipeline.blocks", "shards deepspeed pipeline.stages"),
     Row("pipeline.masking", LEARN, "shards deepspeed pipeline.stages torch"),
     Row("pipeline.objective", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.optim", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.pixels", "torch", "shards deepspeed pipeline.stages"),
-    Row("pipeline.tokenizer", f"{LEARN} safetensors", "shards deepspeed pipeline.stages pipeline.model"),
+    Row("pipeline.dvae", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
+    Row("pipeline.dalle", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
+    Row("pipeline.vqkd", f"{LEARN} pipeline.blocks", "shards deepspeed pipeline.stages pipeline.model"),
+    Row(
+        "pipeline.tokenizer",
+        f"{LEARN} safetensors pipeline.dvae pipeline.dalle pipeline.vqkd",
+        "shards deepspeed pipeline.stages pipeline.model",
+    ),
+    Row(
+        "pipeline.foreign",
+        f"{CONFIG} torch safetensors pipeline.dalle pipeline.vqkd",
+        "shards deepspeed pipeline.stages pipeline.model",
+    ),
+    Row("pipeline.formats", f"{CONFIG} torch", "shards deepspeed pipeline.stages pipeline.model"),
+    Row("pipeline.resize", f"{CONFIG} torch scipy", "shards deepspeed pipeline.stages pipeline.model"),
+    Row(
+        "pipeline.peers",
+        f"{CONFIG} torch safetensors pipeline.formats transformers timm",
+        "shards deepspeed pipeline.stages pipeline.model",
+    ),
+    Row("pipeline.precision", "torch pipeline.tokenizer", "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.probe", "torch", "shards deepspeed pipeline"),
     Row("pipeline.engine", f"{CONFIG} torch deepspeed", "pipeline.model shards pipeline.stages"),
     Row("pipeline.metrics", f"{CONFIG} torch pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
@@ -75,7 +97,7 @@ TABLE = (
     ),
     Row(
         "pipeline.weights",
-        f"{ENGINE} pipeline.checkpoint pipeline.metrics pipeline.model torch safetensors",
+        f"{ENGINE} pipeline.checkpoint pipeline.metrics pipeline.model pipeline.resize torch safetensors",
         "shards pipeline.stages",
     ),
     Row("pipeline.photos", f"{CONFIG} numpy {TORCHLESS}", "torch deepspeed pipeline.stages"),

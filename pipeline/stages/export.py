@@ -1,16 +1,115 @@
-"""`export RUN OUT`: encoder and head of a run's newest checkpoint as safetensors + config."""
+"""`export RUN OUT`: a run's newest encoder for others: safetensors, transformers, timm, the released code.
 
+Whatever is written is loaded back, by the library it is for, and must compute what the run's encoder computes;
+otherwise nothing appears at OUT.
+"""
+
+import shutil
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from pipeline import peers
+from pipeline.checkpoint import State
+from pipeline.config import Config, ConfigError, Model, Size
 from pipeline.metrics import say
+from pipeline.model import Beit, Classifier
+from pipeline.resize import for_finetuning
 from pipeline.weights import checkpoint_weights, load_encoder, run_config, save_encoder
 
+FORMATS = ("safetensors", "hf", "timm", "unilm")
+_AGREES = 1e-5  # largest difference of logits, as a share of the largest logit: float32 rounding over all layers
 
-def run(run_folder: Path, out: Path) -> int:
-    """Write OUT/model.safetensors and OUT/config.json, and load them back; returns the exit code."""
+
+def run(run_folder: Path, out: Path, to: str, finetune: bool, size: Size | None) -> int:
+    """Write OUT; returns the exit code. `finetune`: a classifier without its head, for pictures of `size`."""
     config = run_config(run_folder)
     weights, state = checkpoint_weights(run_folder)
-    save_encoder(out, weights, config, state)
-    beit, _ = load_encoder(out)
-    say(f"exported step {state.step} ({sum(w.numel() for w in beit.parameters()):,} parameters) to {out}")
+    if size is not None and not finetune:
+        raise ConfigError("--input-size goes with --finetune: a pretraining export keeps the size it was trained at")
+    if finetune and to not in ("hf", "timm"):
+        raise ConfigError(f"--finetune is for --to hf or timm; {to} takes the pretraining weights as they are")
+    _refuse_others(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if finetune:
+            largest = _write_classifier(partial, to, weights, config.model, size or config.model.input_size)
+        else:
+            largest = _write_encoder(partial, to, weights, config, state)
+        if not largest <= _AGREES:
+            raise ConfigError(
+                f"{to}: what was written computes logits that differ by {largest:.2g} of the largest, more than "
+                f"{_AGREES:.0g}: not exported; please report it"
+            )
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    say(
+        f"exported step {state.step} ({numbers:,} parameters) to {out} as {to}; loaded back, its logits differ by "
+        f"at most {largest:.1e} of the largest"
+    )
     return 0
+
+
+def _refuse_others(out: Path) -> None:
+    """An earlier export is replaced; a folder that holds anything else is left alone."""
+    known = {"model.safetensors", "config.json", "preprocessor_config.json", peers.UNILM_FILE}
+    strangers = sorted(path.name for path in out.iterdir() if path.name not in known) if out.is_dir() else []
+    if strangers or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"{out} holds {strangers[0] if strangers else 'a file'}: give an empty or a new folder")
+
+
+@torch.no_grad()
+def _write_encoder(folder: Path, to: str, weights: dict[str, Tensor], config: Config, state: State) -> float:
+    """Write the pretraining encoder; returns the largest difference of its logits, a share of the largest."""
+    model, vocabulary = config.model, config.tokenizer.vocabulary
+    ours = Beit(model, vocabulary, seed=0)
+    ours.load_state_dict(weights)
+    ours.eval()
+    pixels, mask = _example(model)
+    if to == "safetensors":
+        save_encoder(folder, weights, config, state)
+        return _difference(ours.all_logits(pixels, mask), load_encoder(folder)[0].all_logits(pixels, mask))
+    if to == "hf":
+        peers.write_hf(folder, weights, model, vocabulary)
+        return _difference(ours.all_logits(pixels, mask), peers.hf_forward(folder)(pixels, mask))
+    if to == "timm":
+        peers.write_timm(folder, weights, model, vocabulary)
+        theirs = peers.timm_forward(folder)
+    else:
+        peers.write_unilm(folder, weights, model)
+        theirs = peers.unilm_forward(folder, model, vocabulary)
+    return _difference(ours.all_logits(pixels, None), theirs(pixels, None))
+
+
+@torch.no_grad()
+def _write_classifier(folder: Path, to: str, weights: dict[str, Tensor], model: Model, size: Size) -> float:
+    """Write the fine-tuning form; returns the largest difference of its features, a share of the largest."""
+    if any(side % model.patch_size for side in size):
+        raise ConfigError(f"--input-size {size} is not a multiple of the patch size {model.patch_size}")
+    ready, target = for_finetuning(weights, model, size)
+    ours = Classifier(target, classes=0)
+    ours.load_state_dict(ready)
+    pixels, _ = _example(target)
+    if to == "hf":
+        peers.write_hf(folder, ready, target, 0)
+        theirs = peers.hf_forward(folder)
+    else:
+        peers.write_timm(folder, ready, target, 0)
+        theirs = peers.timm_forward(folder)
+    return _difference(ours.eval()(pixels), theirs(pixels, None))
+
+
+def _example(model: Model) -> tuple[Tensor, Tensor]:
+    """Two pictures of noise, normalised, and a mask each."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, *model.input_size, generator=generator)
+    return pixels, torch.rand(2, model.num_patches, generator=generator) < 0.4
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / ours.abs().max())

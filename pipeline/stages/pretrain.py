@@ -6,16 +6,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, micro_batch
+from pipeline.config import ONLINE, Config, micro_batch
 from pipeline.engine import Engine, leave, setup_from, start_world, sums
-from pipeline.loop import Objective
+from pipeline.metrics import say
 from pipeline.model import Beit, training_flops
-from pipeline.objective import masked_token_loss
+from pipeline.objective import masked_token_loss, online_tokens
 from pipeline.optim import parameter_groups
+from pipeline.precision import computing
 from pipeline.signals import EXIT_STOPPED
-from pipeline.streams import Source, evaluation_batches, heldout, pretraining, refuse_other_tokenizers
+from pipeline.streams import (
+    Source,
+    evaluation_batches,
+    fitting_tokenizer,
+    heldout,
+    pretraining,
+    refuse_other_tokenizers,
+)
 from pipeline.training import Job, run_training
+from pipeline.weights import start_from
 from shards.loader import Batch
+
+Loss = Callable[[Engine, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
 
@@ -25,19 +36,27 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     source = pretraining(config)
     apart = heldout(config) if config.data.heldout_images else None
     refuse_other_tokenizers(config)
+    online = ONLINE in (config.data.tokens, config.data.heldout_tokens)
+    tokenizer = fitting_tokenizer(config)[0] if online else None
     world = start_world()
     micro = micro_batch(config.train.global_batch, config.train.micro_batch, world.size, "train.global_batch")
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     beit.checkpointing = config.train.activation_checkpointing
+    if config.train.init:
+        line = start_from(Path(config.train.init), beit, config.tokenizer.vocabulary)
+        if world.first:
+            say(line)
+    if tokenizer is not None:
+        tokenizer.to(world.device)
 
-    def objective(engine: Engine, _: int) -> Objective:
-        def of_batch(model: Callable, batch: Batch, _: int) -> tuple[Tensor, dict[str, Tensor]]:
-            return masked_token_loss(config, model, batch, engine.dtype)
-
-        return of_batch
+    def loss(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if tokenizer is not None and batch.tokenizer_pixels.numel():
+            with computing(config.tokenizer.precision, world.device):
+                batch = batch._replace(tokens=online_tokens(tokenizer.tokenize, batch))
+        return masked_token_loss(config, engine.model, batch, engine.dtype)
 
     def evaluate(engine: Engine) -> dict[str, float]:
-        return heldout_loss(config, engine, apart) if apart is not None else {}
+        return heldout_loss(config, engine, apart, loss) if apart is not None else {}
 
     job = Job(
         label="pretrain",
@@ -52,7 +71,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         peak_lr=config.optimizer.lr,
         end_lr=config.optimizer.lr_end,
         save_every=config.checkpoint.every,
-        objective=objective,
+        objective=lambda engine, _: lambda _, batch, __: loss(engine, batch),
         evaluate=evaluate if apart is not None else None,
         heldout_every=config.log.heldout_every if apart is not None else None,
         flops=training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches),
@@ -63,15 +82,14 @@ def run(config: Config, stop: Callable[[], str]) -> int:
 
 
 @torch.no_grad()
-def heldout_loss(config: Config, engine: Engine, apart: Source) -> dict[str, float]:
+def heldout_loss(config: Config, engine: Engine, apart: Source, loss_of: Loss) -> dict[str, float]:
     """Loss and masked accuracy on the held-out pairs, without drop path; every rank takes an equal share."""
     world = engine.world
     samples = min(config.log.heldout_samples, apart.samples) // world.size * world.size
     totals = torch.zeros(3, device=world.device)
     micro = engine.setup.micro_batch
     for batch in evaluation_batches(config, apart, samples=samples, micro=micro, rank=world.rank, world=world.size):
-        there = batch.to(world.device)
-        loss, measures = masked_token_loss(config, engine.model, there, engine.dtype)
+        loss, measures = loss_of(engine, batch.to(world.device))
         totals += torch.stack([loss, measures["masked_accuracy"], torch.ones_like(loss)]) * len(batch.samples)
     loss, accuracy, count = sums(totals).tolist()
     return {"loss": loss / count, "masked_accuracy": accuracy / count, "samples": count} if count else {}

@@ -75,7 +75,7 @@ def _features(
                 states = model.hidden(normalise(pixels, config.model.mean, config.model.std), None, every=True)
                 for layer, state in enumerate(states[1:], start=1):
                     gathered[who].setdefault(f"layer {layer}", []).append(state[:, 1:].mean(dim=1).cpu())
-            for side in (side for side in _RAW_SIDES if side <= config.model.input_size):
+            for side in (side for side in _RAW_SIDES if side <= min(config.model.input_size)):
                 small = F.interpolate(pixels, (side, side), mode="area").flatten(1).cpu()
                 gathered["raw pixels"].setdefault(f"{side}×{side}", []).append(small)
             progress.advance(len(batch.samples))

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from pipeline import page, sections
 from pipeline.checkpoint import State, newest
-from pipeline.config import Config, ConfigError
+from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.metrics import say
 from pipeline.model import Beit
+from pipeline.objective import online_tokens
 from pipeline.page import Picture
 from pipeline.pictures import Reconstruction, reconstructions, sample_names
 from pipeline.provenance import what_ran
 from pipeline.record import Record, attempt, read_record
-from pipeline.streams import Source, evaluation_batches, heldout, pretraining
-from pipeline.tokenizer import Dvae, load_tokenizer
+from pipeline.streams import Source, evaluation_batches, fitting_tokenizer, heldout, pretraining
+from pipeline.tokenizer import VisualTokenizer, load_tokenizer
 from pipeline.weights import checkpoint_weights, run_config
 from shards import codec
 from shards.files import write_text
@@ -57,7 +58,7 @@ class Shown:
     source: Source
     batch: Batch
     name: str
-    tokens: Path
+    tokens: str
 
 
 def _pictures(record: Record, state: State | None) -> str:
@@ -67,9 +68,9 @@ def _pictures(record: Record, state: State | None) -> str:
     shown = _samples(config, missing)
     if shown is None:
         return page.section(_TITLE, "", page.notes(missing))
-    dvae = attempt("Decoded tokens are missing", missing, lambda: _decoder(config, shown.tokens))
+    decoder = attempt("Decoded tokens are missing", missing, lambda: _decoder(config, shown.tokens))
     beit = attempt("Predictions are missing", missing, lambda: _encoder(config, record.run))
-    rebuilt = reconstructions(config, shown.batch, dvae, beit)
+    rebuilt = reconstructions(config, shown.batch, decoder, beit)
     names = sample_names(shown.source, shown.batch)
     step = f", at step {state.step:,}" if beit is not None and state is not None else ""
     about = (
@@ -85,8 +86,10 @@ def _samples(config: Config, missing: list[str]) -> Shown | None:
 
     def first(source: Source, name: str, tokens: str) -> Shown:
         count = min(_SHOWN, source.samples)
-        batches = evaluation_batches(config, source, samples=count, micro=count, rank=0, world=1)
-        return Shown(source, next(batches), name, Path(tokens))
+        batch = next(evaluation_batches(config, source, samples=count, micro=count, rank=0, world=1))
+        if tokens == ONLINE:
+            batch = batch._replace(tokens=online_tokens(fitting_tokenizer(config)[0].tokenize, batch))
+        return Shown(source, batch, name, tokens)
 
     data, shown = config.data, None
     if data.heldout_images:
@@ -100,13 +103,15 @@ def _samples(config: Config, missing: list[str]) -> Shown | None:
     )
 
 
-def _decoder(config: Config, tokens: Path) -> Dvae:
-    """The tokenizer, if it is the one the tokens were made with."""
+def _decoder(config: Config, tokens: str) -> VisualTokenizer:
+    """The tokenizer, if it is the one the tokens were made with and can decode them."""
     folder = Path(config.data.tokenizer)
-    dvae, identity = load_tokenizer(folder)
-    if identity["fingerprint"] != read_token_manifest(tokens).tokenizer.get("fingerprint"):
+    tokenizer, identity = load_tokenizer(folder)
+    if tokens != ONLINE and identity["fingerprint"] != read_token_manifest(Path(tokens)).tokenizer.get("fingerprint"):
         raise ConfigError(f"{folder} is not the tokenizer that {tokens} was made with")
-    return dvae
+    if not tokenizer.decodes:
+        raise ConfigError(f"the tokenizer in {folder} has no decoder to pixels")
+    return tokenizer
 
 
 def _encoder(config: Config, run_folder: Path) -> Beit:

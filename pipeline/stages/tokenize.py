@@ -11,28 +11,30 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.metrics import say
-from pipeline.pixels import jitter, tokenizer_input
-from pipeline.streams import view_policy
-from pipeline.tokenizer import Dvae, load_tokenizer
+from pipeline.pixels import jitter
+from pipeline.precision import changed_tokens, computing
+from pipeline.streams import fitting_tokenizer, view_policy
+from pipeline.tokenizer import VisualTokenizer
 from shards.files import PARTIAL
 from shards.images import ImageSet
 from shards.index import Index
-from shards.loader import ShardCuts, load_cuts
+from shards.loader import Cuts, ShardCuts, load_cuts
 from shards.manifest import NAME, ImageShard, TokenManifest, write_manifest
 from shards.progress import Progress, Silent
 from shards.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
 from shards.views import FIELDS, ViewPolicy, Views, draw_views
 
 _PICTURES_PER_ITEM = 16
+_COMPARED = 64  # pictures that are tokenized once more at every precision
 _POLL_SECONDS = 1.0
 _OLD_SECONDS = 3600.0
 
@@ -43,35 +45,42 @@ class Task:
 
     images: ImageSet
     folder: Path
-    dvae: Dvae
+    tokenizer: VisualTokenizer
     identity: dict
     policy: ViewPolicy
     num_views: int
+    precision: str
     device: torch.device
 
     def stamp(self, shard: ImageShard) -> dict[str, str]:
         """What a token file of this task carries; a file with another stamp belongs to another task."""
         made = {"tokenizer": self.identity["fingerprint"], "policy": dataclasses.asdict(self.policy)}
-        made |= {"num_views": self.num_views, "image_digest": shard.digest}
+        made |= {"num_views": self.num_views, "image_digest": shard.digest, "precision": self.precision}
         return {"stamp": json.dumps(made, sort_keys=True)}
 
 
 def run(config: Config) -> int:
     """Tokenize data.images, and data.heldout_images when given; returns the exit code."""
-    dvae, identity = load_tokenizer(Path(config.data.tokenizer))
-    rows = config.model.input_size // config.model.patch_size
-    if identity["grid"] != [rows, rows]:
+    data = config.data
+    pairs = [(data.images, data.tokens), (data.heldout_images, data.heldout_tokens)]
+    pairs = [(images, tokens) for images, tokens in pairs if images and tokens != ONLINE]
+    if not pairs:
         raise ConfigError(
-            f"{config.data.tokenizer} gives a grid of {identity['grid']} tokens, the encoder {[rows, rows]} patches; "
-            f"train a tokenizer with this config"
+            "data.tokens is online: `pretrain` makes the tokens itself; name a folder to make them before"
         )
+    tokenizer, identity = fitting_tokenizer(config)
     device = _device()
-    pairs = [(config.data.images, config.data.tokens)]
-    if config.data.heldout_images:
-        pairs.append((config.data.heldout_images, config.data.heldout_tokens))
     for images, tokens in pairs:
-        policy, num_views = view_policy(config.view), config.view.num_views
-        task = Task(ImageSet(Path(images)), Path(tokens), dvae.to(device), identity, policy, num_views, device)
+        task = Task(
+            ImageSet(Path(images)),
+            Path(tokens),
+            tokenizer.to(device),
+            identity,
+            view_policy(config.view),
+            config.view.num_views,
+            config.tokenizer.precision,
+            device,
+        )
         _tokenize_set(config, task)
     return 0
 
@@ -144,9 +153,14 @@ def _place() -> tuple[int, int]:
 
 
 def _provenance(task: Task) -> dict:
-    """For people: what made the tokens."""
+    """For people: what made the tokens, and how many of them another precision would have changed."""
     versions = {name: metadata.version(name) for name in ("torch", "pillow", "numpy")}
-    return {"device": str(task.device), "precision": "fp32", "filter": "lanczos", "decoder": "pillow", **versions}
+    made = {"device": task.device.type, "precision": task.precision, "decoder": "pillow", **versions}
+    index = task.images.index(0)
+    views = _draw(task, index)
+    first = replace(_cuts(task, 0, views), per_item=_COMPARED)[0]
+    pixels = _jittered(task, index, views, first)[:: task.num_views]
+    return {**made, "tokens_changed_against_fp32": changed_tokens(task.tokenizer, pixels)}
 
 
 class _Finished:
@@ -198,21 +212,11 @@ def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress 
     rows, columns = task.identity["grid"]
     tokens = np.zeros((task.num_views, len(index), rows * columns), dtype=np.uint16)
     bad = np.zeros(len(index), dtype=np.uint8)
-    cuts = ShardCuts(
-        images=task.images,
-        shard=number,
-        boxes=views.boxes,
-        flips=views.flips,
-        size=(task.identity["input_size"],) * 2,
-        per_item=_PICTURES_PER_ITEM,
-    )
+    cuts = _cuts(task, number, views)
     for item in load_cuts(cuts, workers=config.loader.workers, prefetch=config.loader.prefetch):
         at = item.rows.numpy()
-        jitters = torch.from_numpy(views.jitters[:, at]).transpose(0, 1).flatten(0, 1)
-        orders = torch.from_numpy(views.orders[:, at].astype(np.int64)).t().flatten()
-        greys = torch.from_numpy(index.mean_grey[at]).repeat_interleave(task.num_views)
-        there = [tensor.to(task.device) for tensor in (item.pixels.flatten(0, 1), jitters, orders, greys)]
-        found = task.dvae.tokenize(tokenizer_input(jitter(*there))).cpu().numpy()
+        with computing(task.precision, task.device):
+            found = task.tokenizer.tokenize(_jittered(task, index, views, item)).cpu().numpy()
         tokens[:, at] = found.reshape(len(at), task.num_views, -1).swapaxes(0, 1)
         bad[at] = item.bad.numpy()
         progress.advance(len(at) * task.num_views)
@@ -220,6 +224,27 @@ def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress 
     if bad.any():
         say(f"{shard.name}: {int(bad.sum())} pictures could not be read; the stream will substitute them")
     write_token_shard(token_path(task.folder, shard.name), tokens, views, index.key_hash, bad, task.stamp(shard))
+
+
+def _cuts(task: Task, number: int, views: Views) -> ShardCuts:
+    height, width = task.identity["input_size"]
+    return ShardCuts(
+        images=task.images,
+        shard=number,
+        views=views,
+        size=(height, width),
+        resample=task.identity["filter"],
+        per_item=_PICTURES_PER_ITEM,
+    )
+
+
+def _jittered(task: Task, index: Index, views: Views, item: Cuts) -> torch.Tensor:
+    """Pixels f32 [n · K, 3, H, W] in [0, 1] on the task's device, the K views of a picture one after the other."""
+    at = item.rows.numpy()
+    jitters = torch.from_numpy(views.jitters[:, at]).transpose(0, 1).flatten(0, 1)
+    orders = torch.from_numpy(views.orders[:, at].astype(np.int64)).t().flatten()
+    greys = torch.from_numpy(index.mean_grey[at]).repeat_interleave(task.num_views)
+    return jitter(*(tensor.to(task.device) for tensor in (item.pixels.flatten(0, 1), jitters, orders, greys)))
 
 
 def _draw(task: Task, index: Index) -> Views:

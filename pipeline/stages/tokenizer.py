@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import TOKENIZER_STRIDE, Config, micro_batch
+from pipeline.config import DVAE_STRIDE, Config, ConfigError, micro_batch
+from pipeline.dvae import Dvae
 from pipeline.engine import Engine, Setup, World, leave, start_world
 from pipeline.loop import Objective
 from pipeline.metrics import say
 from pipeline.objective import dvae_loss
-from pipeline.pixels import from_tokenizer, jitter, tokenizer_input
+from pipeline.pixels import jitter
 from pipeline.signals import EXIT_STOPPED
 from pipeline.streams import Source, evaluation_batches, tokenizer_training
-from pipeline.tokenizer import Dvae, save_tokenizer
+from pipeline.tokenizer import save_dvae
 from pipeline.training import Job, run_training
 from shards import codec, draws
 from shards.loader import Batch
@@ -27,6 +28,11 @@ _SHOWN = 8
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Train and write the tokenizer; returns the exit code."""
+    if config.tokenizer.stride != DVAE_STRIDE:
+        raise ConfigError(
+            f"tokenizer.stride is {config.tokenizer.stride}; the dVAE that `tokenizer` trains has {DVAE_STRIDE}: "
+            f"set it so, or bring the other tokenizer with `import-tokenizer`"
+        )
     source = tokenizer_training(config)
     world = start_world()
     settings = config.tokenizer
@@ -94,20 +100,20 @@ def _finish(config: Config, engine: Engine, source: Source, folder: Path) -> Non
     dvae = engine.module.eval()
     assert isinstance(dvae, Dvae), "the tokenizer stage trains a Dvae"
     device = engine.world.device
-    grid = (config.tokenizer.input_size // TOKENIZER_STRIDE,) * 2
+    grid = config.tokenizer.grid
     counts = torch.zeros(config.tokenizer.vocabulary, dtype=torch.float64)
     error = 0.0
     shown: list[Tensor] = []
     samples = min(_MEASURED, source.samples)
     batches = evaluation_batches(config, source, samples=samples, micro=64, rank=0, world=1)
     for batch in (batch.to(device) for batch in batches):
-        target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys))
-        tokens = dvae.tokenize(target)
+        view = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+        tokens = dvae.tokenize(view)
         rebuilt = dvae.decode(tokens, grid)
         counts += torch.bincount(tokens.flatten(), minlength=len(counts)).cpu()
-        error += float((from_tokenizer(rebuilt) - from_tokenizer(target)).square().mean()) * len(tokens)
+        error += float((rebuilt - view).square().mean()) * len(tokens)
         if not shown:
-            shown = [from_tokenizer(target[:_SHOWN]).cpu(), from_tokenizer(rebuilt[:_SHOWN]).cpu()]
+            shown = [view[:_SHOWN].cpu(), rebuilt[:_SHOWN].cpu()]
     use = codebook_use(counts)
     measured = {**use, "psnr_db": -10 * float(np.log10(error / samples)), "pictures": samples}
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +121,7 @@ def _finish(config: Config, engine: Engine, source: Source, folder: Path) -> Non
     picture = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     (folder / "reconstructions.png").write_bytes(codec.encode(picture, "png", 95))
     (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
-    fingerprint = save_tokenizer(folder, dvae, config.tokenizer)
+    fingerprint = save_dvae(folder, dvae, config.tokenizer)
     say(
         f"tokenizer: {use['used']} of {len(counts)} codes used, perplexity {use['perplexity']:.0f}, reconstruction "
         f"{measured['psnr_db']:.1f} dB; fingerprint {fingerprint[:16]}; written to {folder}"

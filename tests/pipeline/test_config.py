@@ -16,6 +16,7 @@ from pipeline.config import (
     ConfigError,
     Duration,
     Optimizer,
+    Size,
     Train,
     View,
     from_tree,
@@ -53,7 +54,8 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 def test_the_defaults_are_the_recipe():
     """RECIPE: input, mask, optimiser."""
     config = Config()
-    assert (config.model.input_size, config.model.patch_size, config.tokenizer.input_size) == (224, 16, 112)
+    sizes = (config.model.input_size, config.model.patch_size, config.tokenizer.input_size, config.tokenizer.stride)
+    assert sizes == ((224, 224), 16, (112, 112), 8)
     assert config.train.global_batch == 2048
     assert (config.mask.num_patches, config.mask.min_block, config.mask.aspect_min, config.mask.exact) == (
         75,
@@ -188,6 +190,10 @@ def test_a_file_that_is_none(tmp_path, what):
         (["train.zero_stage=4"], ["train.zero_stage", "4", "0, 1, 2, 3"]),
         (["train.offload_optimizer=true", "train.zero_stage=0"], ["train.offload_optimizer", "train.zero_stage"]),
         (["model.input_size=220"], ["model.input_size 220", "model.patch_size 16"]),
+        (["model.input_size=220x224"], ["model.input_size 220x224", "model.patch_size 16"]),
+        (["model.input_size=224x320"], ["14×20", "14×14", "must be equal"]),
+        (["tokenizer.stride=7"], ["the encoder's grid is 14×14", "16×16"]),
+        (["tokenizer.precision=int8"], ["tokenizer.precision", "'int8'", "fp32, tf32, fp16, bf16"]),
         (["model.heads=7"], ["model.width 768", "model.heads 7"]),
         (["tokenizer.input_size=100"], ["tokenizer.input_size 100", "8"]),
         (["model.input_size=384"], ["24×24", "14×14", "must be equal"]),
@@ -213,7 +219,7 @@ def test_impossible_combinations_are_refused(tmp_path, overrides, words):
 
 AT_LEAST_ONE = {
     "model": ["input_size", "patch_size", "layers", "width", "heads"],
-    "tokenizer": ["input_size", "vocabulary", "width", "embedding", "global_batch", "micro_batch"],
+    "tokenizer": ["input_size", "stride", "vocabulary", "width", "embedding", "global_batch", "micro_batch"],
     "train": ["global_batch", "micro_batch"],
     "view": ["num_views"],
     "mask": ["num_patches", "min_block"],
@@ -228,9 +234,26 @@ def test_counts_are_at_least_one(tmp_path, name):
     assert f"{name} is 0; it must be at least 1" in refusal(tmp_path, "", f"{name}=0")
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("224", (224, 224)), ("224x320", (224, 320)), ("'384'", (384, 384)), ("32 x 64", (32, 64))]
+)
+def test_sizes(tmp_path, text, size):
+    """One number is a square; two are height and width. Written back as they came."""
+    settings = [f"model.input_size={text}", f"tokenizer.input_size={size[0] // 2}x{size[1] // 2}"]
+    config = load(tmp_path, "mask: {num_patches: 4, min_block: 1}", *settings)
+    assert config.model.input_size == size
+    assert config.model.grid == config.tokenizer.grid == (size[0] // 16, size[1] // 16)
+    assert load(tmp_path, to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("text", ["224x", "x224", "1x2x3", "big", "[224]", "2.5", "true", "-16"])
+def test_what_is_no_size(tmp_path, text):
+    assert "write pixels, such as 224, or height and width" in refusal(tmp_path, "", f"model.input_size={text}")
+
+
 def changed() -> Config:
     """A config whose every setting differs from its default, as far as the rules allow."""
-    choices = {"positions": "absolute", "precision": "fp32", "kernels": "reference"}
+    choices = {"positions": "absolute", "precision": "fp16", "kernels": "reference"}
 
     def other(name: str, value: object) -> object:
         if isinstance(value, bool):
@@ -239,6 +262,8 @@ def changed() -> Config:
             return Duration(value.count + 0.5, "samples")
         if isinstance(value, str):
             return choices.get(name, f"{value}/ä b")
+        if isinstance(value, Size):
+            return Size(2 * value.height, 2 * value.width)
         if isinstance(value, tuple):
             return (0.1, 0.2, 1 / 3)
         return value * 2 if isinstance(value, int) else value * 0.7  # type: ignore[operator]
@@ -249,7 +274,7 @@ def changed() -> Config:
             **{
                 field.name: other(field.name, getattr(getattr(Config(), section.name), field.name))
                 for field in dataclasses.fields(getattr(Config(), section.name))
-                if field.name not in ("patch_size", "zero_stage")
+                if field.name not in ("patch_size", "stride", "zero_stage")
             },
         )
         for section in dataclasses.fields(Config)
@@ -376,7 +401,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 def test_settings_are_frozen_typed_and_keyword_only():
     """Every section is a frozen dataclass; every setting has a type that _convert knows."""
-    known = (int, float, bool, str, Duration)
+    known = (int, float, bool, str, Duration, Size)
     for section in dataclasses.fields(Config):
         if section.name == "deepspeed":
             continue

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import relative_index
 from pipeline import model as module
-from pipeline.config import Config, Model, load_config
+from pipeline.config import Config, Model, Size, load_config
 from pipeline.model import Beit, num_parameters, training_flops
 from tests.conftest import ROOT
 
-TINY = Model(input_size=12, patch_size=3, layers=3, width=24, heads=2, drop_path=0.0)
+TINY = Model(input_size=Size(12, 12), patch_size=3, layers=3, width=24, heads=2, drop_path=0.0)
 VOCABULARY, MASKED = 40, 6
 N = 16
 MODES = ["absolute", "relative_shared", "relative"]
@@ -112,7 +112,7 @@ def test_training_flops_are_three_forwards(changes):
 @pytest.fixture(scope="module")
 def fresh() -> Beit:
     """As initialised: 4 layers of BEiT-Base's width would take seconds, this has enough numbers for statistics."""
-    model = Model(input_size=64, patch_size=16, layers=3, width=192, heads=3)
+    model = Model(input_size=Size(64, 64), patch_size=16, layers=3, width=192, heads=3)
     return Beit(model, 512, seed=0)
 
 
@@ -178,8 +178,7 @@ def released(beit: Beit, pixels: Tensor, mask: Tensor) -> Tensor:
     x = torch.cat([w["cls_embedding"].expand(b, -1, -1), x], dim=1)
     if model.positions == "absolute":
         x = x + w["position_embedding"]
-    grid = model.input_size // size
-    index = relative_index(grid, grid)
+    index = relative_index(*model.grid)
     for layer in range(model.layers):
         part = {name.removeprefix(f"blocks.{layer}."): value for name, value in w.items() if f"blocks.{layer}." in name}
         y = F.layer_norm(x, (d,), part["norm1.weight"], part["norm1.bias"], 1e-6)

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import Config, Mask, Model, Tokenizer
+from pipeline.config import Config, Mask, Model, Size, Tokenizer
 from pipeline.model import Beit
 from pipeline.objective import dvae_loss, dvae_temperature, encoder_input, masked_token_loss
 from pipeline.pixels import jitter, normalise, tokenizer_input
 
 V, M, N = 32, 5, 16
 CONFIG = Config(
-    model=Model(input_size=16, patch_size=4, layers=2, width=16, heads=2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)),
+    model=Model(
+        input_size=Size(16, 16), patch_size=4, layers=2, width=16, heads=2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)
+    ),
     mask=Mask(num_patches=M, min_block=2),
-    tokenizer=Tokenizer(input_size=32, vocabulary=V),
+    tokenizer=Tokenizer(input_size=Size(32, 32), vocabulary=V),
 )
 
 
@@ -168,7 +170,7 @@ def test_the_loss_reaches_every_parameter():
     assert all(p.grad is not None and bool((p.grad != 0).any()) for p in model.parameters())
 
 
-SETTINGS = Tokenizer(input_size=16, vocabulary=6, kl_weight=0.3, usage_weight=0.7)
+SETTINGS = Tokenizer(input_size=Size(16, 16), vocabulary=6, kl_weight=0.3, usage_weight=0.7)
 
 
 def test_dvae_loss_term_by_term():
@@ -232,7 +234,7 @@ def test_a_uniform_posterior_costs_nothing():
 def test_gumbel_noise_is_standard_and_comes_from_the_generator():
     """Mean 0.5772, variance π²/6, finite; the same for the same seed and no other state."""
     batch, drawn = views(count=16, side=64), []
-    settings = dataclasses.replace(SETTINGS, input_size=64, vocabulary=32)
+    settings = dataclasses.replace(SETTINGS, input_size=Size(64, 64), vocabulary=32)
 
     def model(pixels: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         drawn.append(noise)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Model
+from pipeline.config import Model, Size
 from pipeline.model import Beit
 from pipeline.optim import learning_rate, parameter_groups
 
@@ -53,7 +53,9 @@ def test_warm_up_of_one_step_or_none():
 
 def names_by_decay(positions: str, layer_scale: bool) -> tuple[set[str], set[str]]:
     """Names of the parameters with and without weight decay, for one layer."""
-    model = Model(input_size=8, patch_size=4, layers=1, width=8, heads=2, positions=positions, layer_scale=layer_scale)
+    model = Model(
+        input_size=Size(8, 8), patch_size=4, layers=1, width=8, heads=2, positions=positions, layer_scale=layer_scale
+    )
     beit = Beit(model, 16, seed=0)
     names = {id(parameter): name for name, parameter in beit.named_parameters()}
     groups = parameter_groups(beit, 0.05)
@@ -107,7 +109,7 @@ def test_weight_decay_name_by_name(positions, layer_scale, decayed, kept):
 
 def test_groups_are_adamws():
     """torch's AdamW takes them as they are, and every parameter moves."""
-    beit = Beit(Model(input_size=8, patch_size=4, layers=1, width=8, heads=2), 16, seed=0)
+    beit = Beit(Model(input_size=Size(8, 8), patch_size=4, layers=1, width=8, heads=2), 16, seed=0)
     before = {name: parameter.detach().clone() for name, parameter in beit.named_parameters()}
     optimizer = torch.optim.AdamW(parameter_groups(beit, 0.05), lr=0.1)
     for parameter in beit.parameters():

@@ -71,11 +71,9 @@ def part(photograph: np.ndarray, crop: tuple[int, int, int, int]) -> np.ndarray:
 @pytest.mark.parametrize("order", range(6))
 @pytest.mark.parametrize("factors", [(0.6, 0.6, 0.6), (0.75, 0.8, 1.3), (0.7, 1.35, 0.65)])
 def test_darker_pictures_are_pillows(photograph, factors, order):
-    """45 dB of the whole picture: an error of 1.4 of 255, what Pillow loses by cutting off fractions after each step.
-    A crop has the whole picture's grey, so it is about as good."""
-    whole, *crops = compared(photograph, factors, order)
-    assert whole > 45
-    assert min(crops) > 42.5
+    """Pillow's arithmetic: what differs is the contrast's grey by a level, where brightness came before it. A crop has
+    the whole picture's grey, so it is as good."""
+    assert min(compared(photograph, factors, order)) > 50
 
 
 @pytest.mark.parametrize("order", range(6))
@@ -106,18 +104,19 @@ def batch(count: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def plain_jitter(image: np.ndarray, factors: np.ndarray, order: int, mean: float) -> np.ndarray:
-    """One picture [3, H, W] in float64, step by step."""
+    """One picture [3, H, W] in float64, step by step; whole numbers after each, as Pillow has them."""
     x = image.astype(np.float64)
     luma = np.array([0.299, 0.587, 0.114])
     for operation in JITTER_ORDERS[order]:
         if operation == 0:
-            x, mean = x * factors[0], min(255.0, mean * factors[0])
+            x, mean = x * factors[0], min(255.0, mean * factors[0] - 0.5)
         elif operation == 1:
-            x = np.round(mean) + factors[1] * (x - np.round(mean))
+            grey = np.floor(mean + 0.5)
+            x = grey + factors[1] * (x - grey)
         else:
-            grey = np.tensordot(luma, x, axes=1)
-            x = grey + factors[2] * (x - grey)
-        x = np.clip(x, 0, 255)
+            own = np.round(np.tensordot(luma, x, axes=1))
+            x, mean = own + factors[2] * (x - own), mean - 0.5
+        x = np.floor(np.clip(x, 0, 255))
     return x / 255
 
 
@@ -127,7 +126,9 @@ def test_equals_the_plain_definition():
     assert found.dtype == torch.float32
     for i in range(24):
         expected = plain_jitter(images[i].numpy(), factors[i].double().numpy(), int(orders[i]), float(greys[i]))
-        np.testing.assert_allclose(found[i].numpy(), expected, atol=2e-6)
+        # in float32 a value may fall on the other side of a whole number
+        levels = np.abs(found[i].numpy() - expected) * 255
+        assert levels.max() < 1.001 and (levels > 0.001).mean() < 0.01
 
 
 def test_each_picture_is_jittered_alone():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipeline.config import Config, ConfigError, from_tree, to_yaml
+from pipeline.dvae import Dvae
 from pipeline.model import Beit
 from pipeline.pictures import greyed, predicted_tokens, reconstructions
 from pipeline.provenance import what_ran
@@ -22,7 +23,7 @@ from pipeline.record import json_lines, read_record, sessions, token_use
 from pipeline.sections import cards, curves, data_wait, duration, header, probe
 from pipeline.stages import report, tokenize
 from pipeline.streams import evaluation_batches, heldout, pretraining
-from pipeline.tokenizer import Dvae, save_tokenizer
+from pipeline.tokenizer import save_dvae
 from shards import codec
 from shards.pack import pack
 from shards.plan import PackOptions
@@ -55,7 +56,7 @@ def made(tmp_path_factory):
             data = codec.encode(codec.resize(small, (60, 80), "bicubic"), "png", 0)
             (folder / f"{name}-pictures" / f"{name}-{i:02}.png").write_bytes(data)
         pack(folder / f"{name}-pictures", folder / name, PackOptions(samples_per_shard=5), "0", 1)
-    save_tokenizer(folder / "tokenizer", Dvae(config.tokenizer, seed=0), config.tokenizer)
+    save_dvae(folder / "tokenizer", Dvae(config.tokenizer, seed=0), config.tokenizer)
     single = dataclasses.replace(config, loader=dataclasses.replace(config.loader, workers=0))
     assert tokenize.run(single) == 0
     return folder, single
@@ -127,7 +128,7 @@ def test_a_finished_run_with_everything(run, capsys):
 
 
 def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path):
-    with pytest.raises(ConfigError, match="is not a run folder"):
+    with pytest.raises(ConfigError, match="is neither a run folder"):
         report.run(tmp_path)
     command = [sys.executable, "-W", "ignore", "-m", "pipeline", "report", str(tmp_path / "nowhere")]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(report.__file__).parents[2], check=False)
@@ -174,7 +175,7 @@ def test_what_is_gone_is_named_and_the_rest_is_shown(run, lost, pictures, line):
 
 def test_another_tokenizer_or_encoder_is_not_shown_as_this_one(run):
     config = config_of(run.parent)
-    save_tokenizer(run.parent / "tokenizer", Dvae(config.tokenizer, seed=9), config.tokenizer)
+    save_dvae(run.parent / "tokenizer", Dvae(config.tokenizer, seed=9), config.tokenizer)
     weights = run / "checkpoints" / "step-20" / "mp_rank_00_model_states.pt"
     torch.save({"module": {"decoder.weight": torch.zeros(3)}}, weights)
     state = json.loads((weights.parent / "state.json").read_text())

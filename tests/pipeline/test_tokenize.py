@@ -97,4 +97,4 @@ def test_damaged_weights_are_refused(tiny, tmp_path):
     config = load_config(str(tiny.config), [*folders(tmp_path), f"data.tokenizer={folder}"])
     with pytest.raises(ConfigError, match="sha256 differs"):
         tokenize.run(config)
-    assert json.loads((folder / "tokenizer.json").read_text())["vocabulary"] == 64
+    assert json.loads((folder / "tokenizer.json").read_text())["shape"]["vocabulary"] == 64

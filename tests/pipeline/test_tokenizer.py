@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import Config, ConfigError, Tokenizer
-from pipeline.tokenizer import Dvae, load_tokenizer, save_tokenizer
+from pipeline.config import Config, ConfigError, Size, Tokenizer
+from pipeline.dvae import Dvae
+from pipeline.pixels import from_tokenizer, tokenizer_input
+from pipeline.tokenizer import load_tokenizer, save_dvae
 
-SETTINGS = Tokenizer(input_size=32, vocabulary=20, width=8, embedding=6, residual_blocks=1)
+SETTINGS = Tokenizer(input_size=Size(32, 32), vocabulary=20, width=8, embedding=6, residual_blocks=1)
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +27,8 @@ def one_thread() -> Iterator[None]:
 
 
 def pixels(count: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
-    """In the range of pixels.tokenizer_input."""
-    return 0.1 + 0.8 * torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+    """In [0, 1]."""
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def message(folder: Path) -> str:
@@ -46,7 +48,7 @@ def test_shapes():
     assert tokens.dtype == torch.int64
     assert 0 <= tokens.min() <= tokens.max() < 20
     assert dvae.decode(tokens, (4, 8)).shape == (2, 3, 32, 64)
-    rebuilt, logits = dvae(pixels(), 1.0, torch.zeros(3, 20, 4, 4))
+    rebuilt, logits = dvae(tokenizer_input(pixels()), 1.0, torch.zeros(3, 20, 4, 4))
     assert rebuilt.shape == (3, 3, 32, 32)
     assert torch.equal(logits, dvae.logits(pixels()))
 
@@ -58,7 +60,7 @@ def test_a_token_lies_where_its_field_is(row, column):
     picture = pixels(1, 64, 64)
     changed = picture.clone()
     field = (..., slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
-    changed[field] = 0.9 - 0.8 * changed[field]
+    changed[field] = 1 - changed[field]
     moved = (dvae.logits(picture) != dvae.logits(changed))[0].any(dim=0)
     reach = 1 + SETTINGS.residual_blocks  # in fields: one for the strided convolutions, one for each block's 3 × 3
     expected = torch.zeros(8, 8, dtype=torch.bool)
@@ -71,7 +73,7 @@ def test_tokens_are_the_argmax_and_decode_is_their_codebook():
     tokens = dvae.tokenize(pixels())
     assert torch.equal(tokens, dvae.logits(pixels()).flatten(2).argmax(dim=1))
     certain = torch.nn.functional.one_hot(tokens, 20).float().permute(0, 2, 1).view(3, 20, 4, 4)
-    torch.testing.assert_close(dvae.decode(tokens, (4, 4)), dvae.decode_soft(certain))
+    torch.testing.assert_close(dvae.decode(tokens, (4, 4)), from_tokenizer(dvae.decode_soft(certain)))
 
 
 def test_a_cold_sample_is_the_argmax_of_the_noisy_logits():
@@ -79,9 +81,9 @@ def test_a_cold_sample_is_the_argmax_of_the_noisy_logits():
     dvae = Dvae(SETTINGS, seed=0)
     noise = torch.randn(3, 20, 4, 4, generator=torch.Generator().manual_seed(2))
     chosen = (dvae.logits(pixels()) + noise).flatten(2).argmax(dim=1)
-    cold, logits = dvae(pixels(), 1e-4, noise)
-    torch.testing.assert_close(cold, dvae.decode(chosen, (4, 4)))
-    warm, _ = dvae(pixels(), 2.0, noise)
+    cold, logits = dvae(tokenizer_input(pixels()), 1e-4, noise)
+    torch.testing.assert_close(from_tokenizer(cold), dvae.decode(chosen, (4, 4)))
+    warm, _ = dvae(tokenizer_input(pixels()), 2.0, noise)
     torch.testing.assert_close(warm, dvae.decode_soft(((logits + noise) / 2).softmax(dim=1)))
 
 
@@ -101,14 +103,15 @@ def test_the_weights_come_from_the_seed_alone():
 def test_round_trip(tmp_path):
     """The same weights, the same tokens, and what token manifests say of it."""
     dvae = Dvae(SETTINGS, seed=4)
-    fingerprint = save_tokenizer(tmp_path / "new" / "folder", dvae, SETTINGS)
+    fingerprint = save_dvae(tmp_path / "new" / "folder", dvae, SETTINGS)
     loaded, identity = load_tokenizer(tmp_path / "new" / "folder")
     assert identity == {
         "kind": "dvae",
         "fingerprint": fingerprint,
         "vocabulary": 20,
         "grid": [4, 4],
-        "input_size": 32,
+        "input_size": [32, 32],
+        "filter": "lanczos",
     }
     assert not loaded.training
     for name, tensor in dvae.state_dict().items():
@@ -123,29 +126,27 @@ def test_round_trip(tmp_path):
 def test_the_fingerprint_is_of_weights_and_shape(tmp_path):
     """sha256, the same wherever and whenever it is saved; another weight or another shape is another tokenizer."""
     prints = [
-        save_tokenizer(tmp_path / "a", Dvae(SETTINGS, seed=4), SETTINGS),
-        save_tokenizer(tmp_path / "b", Dvae(SETTINGS, seed=4), dataclasses.replace(SETTINGS, lr=9.0)),
-        save_tokenizer(tmp_path / "c", Dvae(SETTINGS, seed=5), SETTINGS),
-        save_tokenizer(tmp_path / "d", Dvae(SETTINGS, seed=4), dataclasses.replace(SETTINGS, input_size=40)),
+        save_dvae(tmp_path / "a", Dvae(SETTINGS, seed=4), SETTINGS),
+        save_dvae(tmp_path / "b", Dvae(SETTINGS, seed=4), dataclasses.replace(SETTINGS, lr=9.0)),
+        save_dvae(tmp_path / "c", Dvae(SETTINGS, seed=5), SETTINGS),
+        save_dvae(tmp_path / "d", Dvae(SETTINGS, seed=4), dataclasses.replace(SETTINGS, input_size=Size(40, 40))),
     ]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
-    shape = {
-        name: getattr(SETTINGS, name)
-        for name in json.loads((tmp_path / "a" / "tokenizer.json").read_text())
-        if name not in ("kind", "fingerprint")
-    }
-    digest = hashlib.sha256(json.dumps(["dvae", shape], sort_keys=True).encode())
+    content = json.loads((tmp_path / "a" / "tokenizer.json").read_text())
+    assert content.pop("fingerprint") == prints[0]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     digest.update((tmp_path / "a" / "tokenizer.safetensors").read_bytes())
     assert prints[0] == digest.hexdigest()
-    assert set(shape) == {"input_size", "vocabulary", "width", "embedding", "residual_blocks"}
+    assert content["shape"] == {"vocabulary": 20, "width": 8, "embedding": 6, "residual_blocks": 1}
+    assert content["input_size"] == [32, 32]
 
 
 def test_saved_weights_are_plain_safetensors(tmp_path):
     from safetensors.torch import load_file
 
     dvae = Dvae(SETTINGS, seed=4)
-    save_tokenizer(tmp_path, dvae, SETTINGS)
+    save_dvae(tmp_path, dvae, SETTINGS)
     weights = load_file(tmp_path / "tokenizer.safetensors")
     assert weights.keys() == dvae.state_dict().keys()
     assert weights["codebook_VE"].shape == (20, 6)
@@ -153,7 +154,7 @@ def test_saved_weights_are_plain_safetensors(tmp_path):
 
 @pytest.mark.parametrize("place", [0.1, 0.5, -1])
 def test_a_changed_byte_is_refused(tmp_path, place):
-    save_tokenizer(tmp_path, Dvae(SETTINGS, seed=4), SETTINGS)
+    save_dvae(tmp_path, Dvae(SETTINGS, seed=4), SETTINGS)
     path = tmp_path / "tokenizer.safetensors"
     data = bytearray(path.read_bytes())
     data[int(place * len(data)) if place > 0 else -1] ^= 1
@@ -163,7 +164,7 @@ def test_a_changed_byte_is_refused(tmp_path, place):
 
 def test_a_changed_shape_is_refused(tmp_path):
     """The config is part of the fingerprint."""
-    save_tokenizer(tmp_path, Dvae(SETTINGS, seed=4), SETTINGS)
+    save_dvae(tmp_path, Dvae(SETTINGS, seed=4), SETTINGS)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text().replace('"vocabulary": 20', '"vocabulary": 21'))
     assert "sha256 differs" in message(tmp_path)
@@ -180,7 +181,7 @@ def test_a_changed_shape_is_refused(tmp_path):
     ],
 )
 def test_half_a_tokenizer_is_refused(tmp_path, damage, words):
-    save_tokenizer(tmp_path, Dvae(SETTINGS, seed=4), SETTINGS)
+    save_dvae(tmp_path, Dvae(SETTINGS, seed=4), SETTINGS)
     damage(tmp_path)
     assert words in message(tmp_path)
 
@@ -200,7 +201,7 @@ def test_weights_alone_are_no_tokenizer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_tokenizer(tmp_path, Dvae(SETTINGS, seed=4), SETTINGS)
+        save_dvae(tmp_path, Dvae(SETTINGS, seed=4), SETTINGS)
     monkeypatch.undo()
     assert "tokenizer.json is missing" in message(tmp_path)
 
@@ -208,5 +209,5 @@ def test_weights_alone_are_no_tokenizer(tmp_path, monkeypatch):
 def test_the_default_grid_is_recipes():
     """112 pixels by 8: 14 × 14 tokens, one for each patch of 224 pixels by 16."""
     config = Config()
-    assert config.tokenizer.input_size // 8 == config.model.input_size // config.model.patch_size == 14
+    assert config.tokenizer.grid == config.model.grid == (14, 14)
     assert config.tokenizer.vocabulary == 8192

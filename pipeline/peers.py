@@ -1,0 +1,219 @@
+"""Folders that `transformers`, timm and the released code read, and what those libraries then compute.
+
+The peers are imported inside the functions: only who exports to one needs it. Must not know shards, deepspeed or any
+stage.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.config import ConfigError, Model
+from pipeline.formats import to_hf, to_unilm
+
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+UNILM_FILE = "beit.pth"
+Weights = dict[str, Tensor]
+Forward = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int) -> None:
+    """A folder for from_pretrained: BeitForMaskedImageModeling, or with vocabulary 0 BeitForImageClassification.
+
+    Every field whose default differs from BEiT's own is written. Raises ConfigError for what the peer cannot do.
+    """
+    height, width = model.input_size
+    if height != width:
+        raise ConfigError(
+            f"model.input_size is {model.input_size}; transformers' BEiT interpolates bias and positions of pictures "
+            f"that are not square as if they were: export --to timm, or train on square views"
+        )
+    config = {
+        "architectures": ["BeitForMaskedImageModeling" if vocabulary else "BeitForImageClassification"],
+        "model_type": "beit",
+        "vocab_size": vocabulary or 8192,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "intermediate_size": int(model.width * model.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "image_size": height,
+        "patch_size": model.patch_size,
+        "num_channels": 3,
+        "use_mask_token": bool(vocabulary),
+        "use_absolute_position_embeddings": model.positions == "absolute",
+        "use_relative_position_bias": model.positions == "relative",
+        "use_shared_relative_position_bias": model.positions == "relative_shared",
+        "layer_scale_init_value": model.layer_scale_init if model.layer_scale else 0.0,
+        "drop_path_rate": model.drop_path,
+        "use_mean_pooling": True,  # false would put a second LayerNorm under the pretraining head
+        "num_labels": 0,
+    }
+    if vocabulary:
+        del config["num_labels"]
+    renamed = to_hf(weights, model)
+    if not vocabulary:
+        renamed = {
+            name.replace("layernorm.", "beit.pooler.layernorm.", 1) if name.startswith("layernorm.") else name: w
+            for name, w in renamed.items()
+        }
+    preprocessor = {
+        "image_processor_type": "BeitImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(model.mean),
+        "image_std": list(model.std),
+    }
+    _write(folder, renamed, config)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n", encoding="utf-8")
+
+
+def hf_forward(folder: Path) -> Forward:
+    """What transformers computes from a folder of write_hf: logits of every patch, or features [B, D]."""
+    transformers = _peer("transformers", "hf")
+    pretraining = "MaskedImageModeling" in json.loads((folder / _CONFIG).read_text())["architectures"][0]
+    kind = transformers.BeitForMaskedImageModeling if pretraining else transformers.BeitForImageClassification
+    peer, found = kind.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    _all_loaded("transformers", found["missing_keys"], found["unexpected_keys"])
+    peer = peer.eval()
+
+    def forward(pixels_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
+        return peer(pixels_BCHW, bool_masked_pos=mask_BN).logits if pretraining else peer(pixels_BCHW).logits
+
+    return forward
+
+
+def write_timm(folder: Path, weights: Weights, model: Model, vocabulary: int) -> None:
+    """A folder for timm.create_model("local-dir:FOLDER", pretrained=True): logits of every position over the
+    vocabulary, or with vocabulary 0 the pooled features of a classifier without its head. timm has no mask embedding.
+    """
+    relative = model.positions == "relative"
+    arguments = {
+        "img_size": list(model.input_size),
+        "patch_size": model.patch_size,
+        "embed_dim": model.width,
+        "depth": model.layers,
+        "num_heads": model.heads,
+        "mlp_ratio": model.mlp_ratio,
+        "init_values": model.layer_scale_init if model.layer_scale else None,
+        "use_abs_pos_emb": model.positions == "absolute",
+        "use_rel_pos_bias": relative,
+        "use_shared_rel_pos_bias": model.positions == "relative_shared",
+        "num_classes": vocabulary,
+        "global_pool": "" if vocabulary else "avg",
+    }
+    described = {
+        "num_classes": vocabulary,
+        "input_size": [3, *model.input_size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    config = {"architecture": "beit_base_patch16_224", "num_classes": vocabulary, "num_features": model.width}
+    _write(
+        folder,
+        timm_weights(weights, model, vocabulary),
+        {**config, "model_args": arguments, "pretrained_cfg": described},
+    )
+
+
+def timm_weights(weights: Weights, model: Model, vocabulary: int) -> Weights:
+    """The released code's names with timm's for head and pooled norm, and without the mask embedding."""
+    renamed = {name.replace("lm_head.", "head."): w for name, w in to_unilm(weights, model).items()}
+    renamed.pop("mask_token", None)
+    if not vocabulary:
+        renamed = {f"fc_{name}" if name.startswith("norm.") else name: w for name, w in renamed.items()}
+    return renamed
+
+
+def timm_forward(folder: Path) -> Forward:
+    """What timm computes from a folder of write_timm: logits of every patch, or features [B, D]."""
+    timm = _peer("timm", "timm")
+    peer = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return _without_cls(peer)
+
+
+def _without_cls(peer: Any) -> Forward:
+    def forward(pixels_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
+        assert mask_BN is None, "timm's BEiT takes no mask"
+        found = peer(pixels_BCHW)
+        return found[:, 1:] if found.dim() == 3 else found
+
+    return forward
+
+
+def write_unilm(folder: Path, weights: Weights, model: Model) -> None:
+    """FOLDER/beit.pth as the released code saves and loads it: {"model": tensors}. The one place that writes a pickle,
+    since that code reads nothing else; it holds tensors and names only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": to_unilm(weights, model)}, folder / UNILM_FILE)
+
+
+def unilm_forward(folder: Path, model: Model, vocabulary: int) -> Forward:
+    """What timm's model, which is the released one under the same names, computes from write_unilm's file."""
+    timm_beit = _peer("timm.models.beit", "unilm")
+    weights = torch.load(folder / UNILM_FILE, weights_only=True)["model"]
+    weights = {name.replace("lm_head.", "head."): w for name, w in weights.items() if name != "mask_token"}
+    peer = timm_beit.Beit(
+        img_size=tuple(model.input_size),
+        patch_size=model.patch_size,
+        embed_dim=model.width,
+        depth=model.layers,
+        num_heads=model.heads,
+        mlp_ratio=model.mlp_ratio,
+        init_values=model.layer_scale_init if model.layer_scale else None,
+        use_abs_pos_emb=model.positions == "absolute",
+        use_rel_pos_bias=model.positions == "relative",
+        use_shared_rel_pos_bias=model.positions == "relative_shared",
+        num_classes=vocabulary,
+        global_pool="",
+    )
+    found = peer.load_state_dict(weights, strict=False)
+    _all_loaded("timm", found.missing_keys, found.unexpected_keys)
+    return _without_cls(peer.eval())
+
+
+def _write(folder: Path, weights: Weights, config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: w.contiguous() for name, w in weights.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _peer(name: str, format: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise ConfigError(
+            f"--to {format} is checked by {package} itself, which cannot be imported ({error}): install it with "
+            f"`pip install {package}`"
+        ) from error
+
+
+def _all_loaded(peer: str, missing: Any, unexpected: Any) -> None:
+    if missing or unexpected:
+        raise ConfigError(
+            f"{peer} does not take the weights as they are (missing {sorted(missing)[:3]}, unknown "
+            f"{sorted(unexpected)[:3]}): its version names them otherwise; please report it"
+        )
+
+
+def read_safetensors(folder: Path) -> Weights:
+    """FOLDER/model.safetensors."""
+    return load_file(folder / _WEIGHTS)

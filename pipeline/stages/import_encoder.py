@@ -1,0 +1,177 @@
+"""`import SRC OUT`: a published or foreign BEiT becomes an encoder that pretrains further, is probed and exported.
+
+SRC is a folder of transformers, of timm, or of `export`; or a file: the released code's .pth, or .safetensors.
+"""
+
+import argparse
+import json
+import math
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.checkpoint import State
+from pipeline.config import Config, ConfigError, load_tree
+from pipeline.formats import from_hf, from_unilm
+from pipeline.metrics import say
+from pipeline.model import Beit
+from pipeline.weights import save_encoder
+
+Weights = dict[str, Tensor]
+
+_CURE = "give a folder of transformers or timm, an export of ours, or the released code's .pth"
+_HEAD_SIZE = 64  # of every published BEiT; counts only where nothing else says how many heads there are
+_DOWNSTREAM = ("fc_norm.", "classifier.", "beit.pooler.", "pooler.", "decode_head.", "auxiliary_head.", "fpn")
+
+
+def run(source: Path, out: Path, overrides: list[str]) -> int:
+    """Write OUT/model.safetensors and OUT/config.json; returns the exit code. overrides: section.key=value."""
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: give a new folder")
+    content, foreign = _read(source)
+    weights = _our_names(foreign)
+    left_out = [name for name in weights if name.startswith(_DOWNSTREAM)]
+    weights = {name: tensor.float() for name, tensor in weights.items() if name not in left_out}
+    tree = described(weights, content)
+    config = load_tree(tree, overrides, str(source))
+    beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
+    absent = [name for name in beit.state_dict() if name not in weights]
+    fresh = [name for name in absent if name.startswith(("head.", "norm.", "mask_embedding"))]
+    odd = sorted(set(weights) - set(beit.state_dict())) + sorted(set(absent) - set(fresh))
+    if odd:
+        raise ConfigError(f"{source}: {odd[0]} does not fit a BEiT of this shape ({len(odd)} such names): {_CURE}")
+    _load(beit, weights, source)
+    state = State(step=0, samples_seen=0, world=1, zero_stage=0, precision="fp32", images="", tokens="", config="")
+    save_encoder(out, beit.state_dict(), config, state, source=str(source))
+    _tell(config, weights, fresh, left_out, out)
+    return 0
+
+
+def _load(beit: Beit, weights: Weights, source: Path) -> None:
+    for name, ours in beit.state_dict().items():
+        if name in weights and weights[name].shape != ours.shape:
+            shapes = f"{tuple(weights[name].shape)} instead of {tuple(ours.shape)}"
+            raise ConfigError(f"{source}: {name} has shape {shapes}: set model.… or tokenizer.vocabulary to what it is")
+    beit.load_state_dict(weights, strict=False)
+
+
+def _tell(config: Config, weights: Weights, fresh: list[str], left_out: list[str], out: Path) -> None:
+    model = config.model
+    say(
+        f"imported a BEiT of {model.layers} layers, width {model.width}, {model.heads} heads, positions "
+        f"{model.positions}, {sum(w.numel() for w in weights.values()):,} parameters, to {out}"
+    )
+    if fresh:
+        say(f"not in the source and drawn from data.seed: {', '.join(fresh)}")
+    if left_out:
+        say(f"not part of pretraining and left out: {len(left_out)} tensors such as {left_out[0]}")
+
+
+def _read(source: Path) -> tuple[dict, Weights]:
+    """What a config.json beside the weights says, or {}; and the weights under their own names."""
+    try:
+        if source.is_dir():
+            content = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            return {**_preprocessing(source), **content}, _folder_weights(source)
+        if source.suffix == ".safetensors":
+            return {}, load_file(source)
+        if source.exists() and not zipfile.is_zipfile(source):
+            raise ConfigError(f"{source} is no file that torch.save (1.6 or later) wrote: {_CURE}")
+        # Namespace holds the arguments of a training of the released code; it can only carry values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename or source} does not exist: {_CURE}") from error
+    except (json.JSONDecodeError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConfigError(f"{source} cannot be read safely ({' '.join(str(error).split())[:200]}): {_CURE}") from error
+    if isinstance(content, dict):
+        content = content.get("model", content.get("module", content))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source} holds a {type(content).__name__}, no table of weights: {_CURE}")
+    return {}, {name: w for name, w in content.items() if isinstance(w, Tensor)}
+
+
+def _preprocessing(folder: Path) -> dict:
+    """Mean and standard deviation, where transformers keeps them, as timm's config.json has them."""
+    path = folder / "preprocessor_config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "image_mean" not in content or "image_std" not in content:
+        return {}
+    return {"pretrained_cfg": {"mean": content["image_mean"], "std": content["image_std"]}}
+
+
+def _folder_weights(folder: Path) -> Weights:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder} holds no .safetensors file: {_CURE}")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _our_names(weights: Weights) -> Weights:
+    if any(name.startswith("beit.encoder.layer.") for name in weights):
+        return from_hf(weights)
+    if any(name.startswith("encoder.layer.") for name in weights):  # saved from BeitModel, without its prefix
+        return from_hf({f"beit.{name}": tensor for name, tensor in weights.items()})
+    if "patch_embed.proj.weight" in weights:
+        names = {name: "lm_head." + name.removeprefix("head.") for name in weights if name.startswith("head.")}
+        classifier = any(name.startswith("fc_norm.") for name in weights)
+        names = {} if "lm_head.weight" in weights else names
+        renamed = {names.get(name, name): tensor for name, tensor in weights.items()}
+        if classifier:
+            renamed = {n.replace("lm_head.", "classifier."): tensor for n, tensor in renamed.items()}
+        return from_unilm(renamed)
+    if "patch_embedding.weight" in weights:
+        return weights
+    raise ConfigError(f"these are no weights of a BEiT (they begin with {sorted(weights)[:3]}): {_CURE}")
+
+
+def described(weights: Weights, content: dict) -> dict:
+    """The config sections that weights under our names, and a config.json of whichever library, imply."""
+    if content.get("kind") == "beit":
+        return content["config"]
+    width, inputs = weights["patch_embedding.weight"].shape
+    patch = math.isqrt(inputs // 3)
+    layers = sum(name.endswith("attention.qkv_weight") for name in weights)
+    own = "blocks.0.attention.own_bias.table" in weights
+    table = weights.get("shared_bias.table", weights.get("blocks.0.attention.own_bias.table"))
+    arguments, pretrained = content.get("model_args", {}), content.get("pretrained_cfg", {})
+    stated = content.get("num_attention_heads", arguments.get("num_heads", width // _HEAD_SIZE))
+    size = content.get("image_size", arguments.get("img_size", (pretrained.get("input_size") or [0])[1:]))
+    rows, columns = _grid(weights, table, size, patch)
+    model = {
+        "input_size": f"{rows * patch}x{columns * patch}",
+        "patch_size": patch,
+        "layers": layers,
+        "width": width,
+        "heads": table.shape[1] if table is not None else stated,
+        "mlp_ratio": weights["blocks.0.fc1.weight"].shape[0] / width,
+        "positions": "relative" if own else "relative_shared" if table is not None else "absolute",
+        "layer_scale": "blocks.0.gamma1" in weights,
+    }
+    started = content.get("layer_scale_init_value", arguments.get("init_values")) or 0.0
+    model |= {"layer_scale_init": started} if started else {}
+    model |= {name: list(pretrained[name]) for name in ("mean", "std") if name in pretrained}
+    # the published share of masked patches, and of the smallest block
+    mask = {"num_patches": max(1, 75 * rows * columns // 196), "min_block": max(1, 16 * rows * columns // 196)}
+    tokenizer: dict = {"input_size": f"{rows * 8}x{columns * 8}"}
+    if "head.weight" in weights:
+        tokenizer["vocabulary"] = weights["head.weight"].shape[0]
+    return {"model": model, "mask": mask, "tokenizer": tokenizer}
+
+
+def _grid(weights: Weights, table: Tensor | None, size: object, patch: int) -> tuple[int, int]:
+    """Rows and columns: as the config says, else a square that fits the table or the positions."""
+    if isinstance(size, int) and size:
+        return size // patch, size // patch
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return size[0] // patch, size[1] // patch
+    if table is not None:
+        side = (math.isqrt(table.shape[0] - 3) + 1) // 2
+    else:
+        side = math.isqrt(weights["position_embedding"].shape[1] - 1)
+    return side, side
