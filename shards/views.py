@@ -91,8 +91,8 @@ def unclipped_limits(views: Views, mean_greys: np.ndarray) -> np.ndarray:
     """u8 […, 2]: the lowest and highest value a grey pixel may have for no operation of its view's jitter to clip it.
 
     A crop clamped to them before it is resized looks, jittered afterwards, like one jittered before: what is clipped to
-    white there cannot pull the resize beyond white here. Exact for brightness and contrast, one line for all channels; a
-    saturation below 1 draws coloured pixels back from the edge, so nothing after it sets a limit.
+    white there cannot pull the resize beyond white here. Exact for brightness and contrast, one line for all channels;
+    but a saturation below 1 draws coloured pixels back from the edge, so no limit comes after it.
     mean_greys: f32, broadcast against the views' leading dimensions.
     """
     factors, orders = views.jitters.astype(np.float64), JITTER_ORDERS[views.orders]

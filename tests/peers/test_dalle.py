@@ -21,8 +21,9 @@ SMALL = {"n_hid": 64, "vocab_size": 512}
 
 
 def pixels(height: int = 32, width: int = 48) -> Tensor:
-    """In [0, 1]."""
-    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+    """In [0, 1]: flat fields of 8 pixels, which random weights tell apart better than noise."""
+    fields = torch.rand(2, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(1))
+    return F.interpolate(fields, scale_factor=8)
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -62,7 +63,7 @@ def test_encoder(tmp_path, blocks, old):
     assert (dalle.shape.vocabulary, dalle.shape.hidden, dalle.shape.blocks_per_group) == (512, 64, blocks)
     expected = peer(dall_e.map_pixels(pixels()))
     assert_close(dalle.logits(pixels()), expected)
-    assert expected.flatten(2).argmax(dim=1).unique().numel() > 1
+    assert expected.flatten(2).argmax(dim=1).unique().numel() > 5
     assert torch.equal(dalle.tokenize(pixels()), expected.argmax(dim=1).flatten(1))
 
 
@@ -86,9 +87,12 @@ def test_decoder(tmp_path, old):
 def test_published_sizes(tmp_path):
     """8192 codes, 256 channels: 53.79 M parameters (RECIPE); 112 pixels are 14 × 14 tokens."""
     peer = randomised(dall_e.Encoder())
+    picture = dall_e.map_pixels(pixels(112, 112)[:1])
+    peer.blocks.output.conv.b -= peer(picture).mean(dim=(0, 2, 3))  # else one code wins everywhere
     dalle = ours(saved(peer, tmp_path / "encoder.pkl"))
     assert round(sum(weight.numel() for weight in dalle.parameters()) / 1e6, 2) == 53.79
-    expected = peer(dall_e.map_pixels(pixels(112, 112)[:1]))
+    expected = peer(picture)
+    assert expected.argmax(dim=1).unique().numel() > 5
     assert_close(dalle.logits(pixels(112, 112)[:1]), expected)
     assert torch.equal(dalle.tokenize(pixels(112, 112)[:1]), expected.argmax(dim=1).flatten(1))
 
