@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.attention import attention, expand_bias, relative_index
+from kernels.attention import attention, expand_bias, pack, relative_index
 from pipeline.config import Model
 
 _EPSILON = 1e-6
@@ -67,12 +67,14 @@ class Attention(nn.Module):
         self.own_bias = RelativeBias(grid, model.heads) if model.positions == "relative" else None
         self.out = Linear(model.width, model.width)
 
-    def forward(self, x_BSD: Tensor, bias_ASS: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None) -> Tensor:
         b, s, d = x_BSD.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv_BS3AK = F.linear(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
-        bias_ASS = self.own_bias() if self.own_bias is not None else bias_ASS
-        return self.out(attention(qkv_BS3AK, bias_ASS, self.kernels).reshape(b, s, d))
+        if self.own_bias is not None:
+            bias_ASS = self.own_bias()
+            packed_AT = pack(bias_ASS, d // self.heads, x_BSD.dtype, self.kernels)
+        return self.out(attention(qkv_BS3AK, bias_ASS, packed_AT, self.kernels).reshape(b, s, d))
 
 
 class Block(nn.Module):
@@ -90,9 +92,12 @@ class Block(nn.Module):
         self.gamma1 = empty(model.width) if model.layer_scale else None
         self.gamma2 = empty(model.width) if model.layer_scale else None
 
-    def forward(self, x_BSD: Tensor, bias_ASS: Tensor | None, scale_B2: Tensor | None) -> Tensor:
-        """scale_B2: what each branch of each sample is multiplied by (0 drops it, 1/(1 − p) keeps it), or None."""
-        y_BSD = self.attention(self.norm1(x_BSD), bias_ASS)
+    def forward(
+        self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None, scale_B2: Tensor | None
+    ) -> Tensor:
+        """packed_AT: kernels.attention.pack of the bias. scale_B2: what each branch of each sample is multiplied by
+        (0 drops it, 1/(1 − p) keeps it), or None."""
+        y_BSD = self.attention(self.norm1(x_BSD), bias_ASS, packed_AT)
         x_BSD = x_BSD + _scaled(y_BSD, self.gamma1, None if scale_B2 is None else scale_B2[:, 0])
         y_BSD = self.fc2(F.gelu(self.fc1(self.norm2(x_BSD))))
         return x_BSD + _scaled(y_BSD, self.gamma2, None if scale_B2 is None else scale_B2[:, 1])

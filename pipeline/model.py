@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.attention import pack
 from pipeline.blocks import Block, LayerNorm, Linear, RelativeBias, empty
 from pipeline.config import Model
 
@@ -37,14 +38,17 @@ class Encoder(nn.Module):
         """Hidden states [B, S, D] after the last block, or with `every` after the embedding and after each block."""
         x_BSD = self.embed(pixels_BCHW, mask_BN)
         bias_ASS = self.shared_bias() if self.shared_bias is not None else None
+        packed_AT = pack(bias_ASS, self.model.width // self.model.heads, x_BSD.dtype, self.model.kernels)
         states = [x_BSD]
         for layer, block in enumerate(self.blocks):
             drop = self.model.drop_path * layer / max(1, len(self.blocks) - 1)
             scale_B2 = keep_BL2[:, layer] / (1 - drop) if keep_BL2 is not None and drop > 0 else None
             if self.checkpointing and torch.is_grad_enabled():
-                x_BSD = checkpoint(block, x_BSD, bias_ASS, scale_B2, use_reentrant=True, preserve_rng_state=False)
+                x_BSD = checkpoint(
+                    block, x_BSD, bias_ASS, packed_AT, scale_B2, use_reentrant=True, preserve_rng_state=False
+                )
             else:
-                x_BSD = block(x_BSD, bias_ASS, scale_B2)
+                x_BSD = block(x_BSD, bias_ASS, packed_AT, scale_B2)
             states = [*states, x_BSD] if every else [x_BSD]
         return states
 

@@ -77,7 +77,7 @@ class Vqkd(nn.Module):
         """Directions [B, N, E] of length one in float32, which the codebook is searched for. Pixels in [0, 1]."""
         x_BSD = self._embed(pixels_BCHW)
         for block in self.blocks:
-            x_BSD = block(x_BSD, None, None)
+            x_BSD = block(x_BSD, None, None, None)
         x_BND = self.norm(x_BSD[:, 1:])
         # the published code leaves half precision here, so that near codes stay apart
         with torch.autocast(x_BND.device.type, enabled=False):

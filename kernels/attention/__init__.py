@@ -1,8 +1,13 @@
 """Attention over packed qkv with an additive bias shared by the images of a batch, differentiable in both.
 
-`attention` chooses its implementation when called: PyTorch's scaled_dot_product_attention, or the plain reference that
-defines the result. `expand_bias` turns BEiT's relative-position table into the bias.
+`attention` chooses its implementation when called: the fused Triton kernels on a GPU, PyTorch's
+scaled_dot_product_attention, or the plain reference that defines the result. `expand_bias` turns BEiT's
+relative-position table into the bias, `pack` the bias into what the fused kernels read: both once for all layers that
+share it.
 """
+
+import importlib.util
+import os
 
 import torch
 
@@ -10,22 +15,58 @@ from kernels.attention.reference import attention_reference
 from kernels.attention.sdpa import attention_sdpa
 
 
-def attention(qkv_BS3AK: torch.Tensor, bias_ASS: torch.Tensor | None, implementation: str = "auto") -> torch.Tensor:
+def chosen(implementation: str, device: torch.device) -> str:
+    """What runs on a device: fused, sdpa or reference. auto is fused on a GPU (CUDA or ROCm) with Triton, else sdpa.
+
+    Raises ValueError for another name, and for fused where it cannot run.
+    """
+    if implementation not in ("auto", "fused", "sdpa", "reference"):
+        raise ValueError(f"implementation is {implementation!r}; it takes auto, fused, sdpa or reference")
+    if implementation not in ("auto", "fused"):
+        return implementation
+    triton = importlib.util.find_spec("triton") is not None
+    if triton and (device.type == "cuda" or (implementation == "fused" and os.environ.get("TRITON_INTERPRET") == "1")):
+        return "fused"
+    if implementation == "fused":
+        raise ValueError(f"fused attention needs a GPU and Triton, not {device.type}; use auto, or sdpa")
+    return "sdpa"
+
+
+def pack(
+    bias_ASS: torch.Tensor | None, head_size: int, dtype: torch.dtype, implementation: str = "auto"
+) -> torch.Tensor | None:
+    """What the fused kernels read of a bias, for qkv of this head size and dtype; None where they do not run."""
+    if bias_ASS is None or chosen(implementation, bias_ASS.device) != "fused":
+        return None
+    from kernels.attention.operator import pack_bias
+
+    return pack_bias(bias_ASS, head_size, dtype)
+
+
+def attention(
+    qkv_BS3AK: torch.Tensor,
+    bias_ASS: torch.Tensor | None,
+    packed_AT: torch.Tensor | None = None,
+    implementation: str = "auto",
+) -> torch.Tensor:
     """softmax(q·kᵀ / √K + bias) · v.
 
-    qkv_BS3AK: [B, S, 3, A, K], read in place. bias_ASS: [A, S, S] in logits, or None. Returns [B, S, A, K].
-    implementation: auto (sdpa), sdpa or reference. Raises ValueError for another name or shapes that do not fit.
+    qkv_BS3AK: [B, S, 3, A, K], read in place. bias_ASS: [A, S, S] in logits, or None; packed_AT: `pack` of it, made
+    here where it is missing. Returns [B, S, A, K]. Raises ValueError for shapes that do not fit, and as `chosen`.
     """
     if qkv_BS3AK.dim() != 5 or qkv_BS3AK.shape[2] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv_BS3AK.shape)}; attention takes [B, S, 3, A, K]")
-    _, s, _, a, _ = qkv_BS3AK.shape
+    _, s, _, a, k = qkv_BS3AK.shape
     if bias_ASS is not None and bias_ASS.shape != (a, s, s):
         raise ValueError(f"bias has shape {tuple(bias_ASS.shape)}; for this qkv it must be {(a, s, s)}")
-    if implementation in ("auto", "sdpa"):
-        return attention_sdpa(qkv_BS3AK, bias_ASS)
-    if implementation == "reference":
+    runs = chosen(implementation, qkv_BS3AK.device)
+    if runs == "fused" and k <= 128:
+        from kernels.attention.operator import attention_fused
+
+        return attention_fused(qkv_BS3AK, bias_ASS, packed_AT)
+    if runs == "reference":
         return attention_reference(qkv_BS3AK, bias_ASS)
-    raise ValueError(f"implementation is {implementation!r}; it takes auto, sdpa or reference")
+    return attention_sdpa(qkv_BS3AK, bias_ASS)
 
 
 def relative_index(rows: int, columns: int) -> torch.Tensor:
@@ -47,5 +88,6 @@ def relative_index(rows: int, columns: int) -> torch.Tensor:
 
 
 def expand_bias(table_RA: torch.Tensor, index_SS: torch.Tensor) -> torch.Tensor:
-    """The bias [A, S, S] of a table [R, A] and its index i64 [S, S]."""
+    """The bias [A, S, S] of a table [R, A] and its index i64 [S, S]; float32, in which layers' gradients are summed."""
+    table_RA = table_RA.to(torch.promote_types(table_RA.dtype, torch.float32))
     return table_RA[index_SS.reshape(-1)].reshape(*index_SS.shape, -1).permute(2, 0, 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.attention import chosen
 from pipeline.config import ONLINE, Config, micro_batch
 from pipeline.engine import Engine, leave, setup_from, start_world, sums
 from pipeline.metrics import say
@@ -46,6 +47,8 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         line = start_from(Path(config.train.init), beit, config.tokenizer.vocabulary)
         if world.first:
             say(line)
+    if world.first:
+        say(f"attention: {chosen(config.model.kernels, world.device)}")
     if tokenizer is not None:
         tokenizer.to(world.device)
 

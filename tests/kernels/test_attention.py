@@ -106,7 +106,7 @@ def test_against_float64(implementation, shape, with_bias):
     exact_qkv, exact_table = qkv.double().requires_grad_(), table.double().requires_grad_()
     expected = plain_attention(exact_qkv, expand_bias(exact_table, index) if with_bias else None)
     qkv.requires_grad_(), table.requires_grad_()
-    result = attention(qkv, expand_bias(table, index) if with_bias else None, implementation)
+    result = attention(qkv, expand_bias(table, index) if with_bias else None, implementation=implementation)
     assert result.shape == (shape[4], rows * columns + 1, shape[2], shape[3])
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=3e-6)
@@ -122,7 +122,9 @@ def test_gradients_by_finite_differences(implementation):
     qkv, table, _ = inputs(2, 2, 2, 3, 2)
     index = relative_index(2, 2)
     leaves = qkv.double().requires_grad_(), table.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda q, t: attention(q, expand_bias(t, index), implementation), leaves)
+    assert torch.autograd.gradcheck(
+        lambda q, t: attention(q, expand_bias(t, index), implementation=implementation), leaves
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -132,7 +134,7 @@ def test_bfloat16_is_as_good_as_bfloat16_can_be(implementation):
     bias = expand_bias(table, relative_index(8, 8))
     exact = plain_attention(qkv.bfloat16().double(), bias.bfloat16().double())
     plain = plain_attention(qkv.bfloat16(), bias.bfloat16())
-    result = attention(qkv.bfloat16(), bias, implementation)
+    result = attention(qkv.bfloat16(), bias, implementation=implementation)
     assert result.dtype == torch.bfloat16
     assert (result.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
 
@@ -155,7 +157,7 @@ def test_auto_is_one_of_the_implementations():
     qkv, table, _ = inputs(3, 3, 2, 8, 2)
     bias = expand_bias(table, relative_index(3, 3))
     result = attention(qkv, bias)
-    assert any(torch.equal(result, attention(qkv, bias, name)) for name in IMPLEMENTATIONS)
+    assert any(torch.equal(result, attention(qkv, bias, implementation=name)) for name in IMPLEMENTATIONS)
 
 
 def test_a_packed_view_is_read_in_place():
@@ -178,4 +180,4 @@ def test_a_packed_view_is_read_in_place():
 )
 def test_wrong_shapes_and_names_are_refused(shape, bias, implementation, words):
     with pytest.raises(ValueError, match=words):
-        attention(torch.zeros(shape), None if bias is None else torch.zeros(bias), implementation)
+        attention(torch.zeros(shape), None if bias is None else torch.zeros(bias), implementation=implementation)

@@ -1,0 +1,172 @@
+"""The fused kernels as PyTorch operators: what runs them, their shapes for tracing, and their gradients.
+
+Imported when fused attention is first asked for; needs Triton.
+"""
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from kernels.attention import fused, tiles
+from kernels.attention.plan import Blocks, Plan, choose, padded
+
+_REGISTERS = 255  # ptxas gives a kernel that spills far fewer, unless told
+_PROGRAMS = 4 * 132  # of the query kernel: enough chunks of images to fill a large chip
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def attention_fused(qkv_BS3AK: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None) -> Tensor:
+    """As attention_reference, with its gradients, by the kernels of `fused`. packed_AT: pack_bias of the bias."""
+    if bias_ASS is not None and packed_AT is None:
+        packed_AT = pack_bias(bias_ASS, qkv_BS3AK.shape[-1], qkv_BS3AK.dtype)
+    return _attention(qkv_BS3AK.contiguous(), bias_ASS, packed_AT)[0]
+
+
+def pack_bias(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    """The bias as the kernels read it, [A, T]; once for all layers that share it."""
+    return _pack(bias_ASS.detach(), head_size, dtype)
+
+
+def plan_of(device: torch.device, positions: int, head_size: int, dtype: torch.dtype) -> Plan:
+    """What the kernels run with on a device."""
+    cuda = device.type == "cuda" and torch.version.hip is None
+    capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
+    return choose(capability, positions, head_size, dtype == torch.float32)
+
+
+@torch.library.custom_op("beitforge::pack_bias", mutates_args=())
+def _pack(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    plan = plan_of(bias_ASS.device, bias_ASS.shape[1], head_size, dtype)
+    # float16 has three more bits than bfloat16, and a bias never needs the range
+    return tiles.pack(bias_ASS, plan, head_size**-0.5, torch.float32 if dtype == torch.float32 else torch.float16)
+
+
+@_pack.register_fake
+def _(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    heads, positions = bias_ASS.shape[0], int(bias_ASS.shape[1])  # the kernels are compiled for one S
+    plan = plan_of(bias_ASS.device, positions, head_size, dtype)
+    length = tiles.offsets(positions, plan)[2] + plan.keys_values.size(positions)
+    return bias_ASS.new_empty(heads, length, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
+
+
+@torch.library.custom_op("beitforge::attention", mutates_args=())
+def _attention(qkv: Tensor, bias: Tensor | None, packed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output [B, S, A, K] and the log2 of each row's sum of exponentials, float32 [B, A, S]."""
+    images, positions, _, heads, size = qkv.shape
+    plan = plan_of(qkv.device, positions, size, qkv.dtype)
+    out, lse = (
+        qkv.new_empty(images, positions, heads, size),
+        qkv.new_empty(images, heads, positions, dtype=torch.float32),
+    )
+    blocks = plan.forward
+    grid = (-(-positions // blocks.rows) * images * heads,)
+    read, per_head = (qkv, 0) if packed is None else (packed, packed.shape[1])
+    fused.forward[grid](
+        qkv, read, out, lse, images, per_head, size**-0.5 * math.log2(math.e),
+        *_shape(qkv, blocks), packed is not None, _up(qkv), blocks.stages, **_options(blocks),
+    )  # fmt: skip
+    return out, lse
+
+
+@_attention.register_fake
+def _(qkv: Tensor, bias: Tensor | None, packed: Tensor | None) -> tuple[Tensor, Tensor]:
+    images, positions, _, heads, size = qkv.shape
+    lse = qkv.new_empty(images, heads, positions, dtype=torch.float32)
+    return qkv.new_empty(images, positions, heads, size), lse
+
+
+@torch.library.custom_op("beitforge::attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, packed: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv, and of the bias, float32 [A, S, S] (empty unless needs_bias)."""
+    images, positions, _, heads, size = qkv.shape
+    plan = plan_of(qkv.device, positions, size, qkv.dtype)
+    _, at_queries, at_keys = tiles.offsets(positions, plan)
+    to_log2, scale = size**-0.5 * math.log2(math.e), size**-0.5
+    read, per_head = (qkv, 0) if packed is None else (packed, packed.shape[1])
+    biased, up = packed is not None, _up(qkv)
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    held = plan.held and needs_bias
+    blocks = plan.queries
+    rows = -(-positions // blocks.rows)
+    chunk = -(-images // max(1, _PROGRAMS // (rows * heads)))
+    chunks = -(-images // chunk)
+    partial = lse.new_empty((chunks, heads, blocks.size(positions)) if needs_bias else (0,))
+    fused.backward_queries[(rows, heads, chunks)](
+        qkv, out, dout, dqkv, read[:, at_queries:] if biased else read, lse, delta, partial if held else lse,
+        images, chunk, per_head, 0, to_log2, scale,
+        *_shape(qkv, blocks), biased, held, up, blocks.stages, **_options(blocks),
+    )  # fmt: skip
+    keys = plan.keys_values
+    fused.backward_keys_values[(-(-positions // keys.rows) * images * heads,)](
+        qkv, dout, dqkv, read[:, at_keys:] if biased else read, lse, delta, images, per_head, to_log2, scale,
+        *_shape(qkv, keys), biased, up, keys.stages, **_options(keys),
+    )  # fmt: skip
+    if needs_bias and not held:
+        _bias_sums(qkv, dout, read[:, at_queries:], lse, delta, partial, chunk, per_head, to_log2, plan)
+    dbias = tiles.unpack(partial, positions, blocks) if needs_bias else lse.new_empty(0)
+    return dqkv, dbias
+
+
+def _bias_sums(
+    qkv: Tensor, dout: Tensor, read: Tensor, lse: Tensor, delta: Tensor, partial: Tensor,
+    chunk: int, per_head: int, to_log2: float, plan: Plan,
+) -> None:  # fmt: skip
+    """The partial sums of the bias gradient, whole blocks of columns and then the last, padded one."""
+    images, positions, _, heads, _ = qkv.shape
+    blocks = plan.queries
+    full, rest = blocks.split(positions)
+    rows = -(-positions // blocks.rows)
+    for first, count, width in ((0, full, blocks.columns), (full, 1, rest)):
+        if count and width:
+            fused.backward_bias[(rows * count, heads, partial.shape[0])](
+                qkv, dout, read, lse, delta, partial, images, chunk, per_head, to_log2,
+                *_shape(qkv, blocks), width, first, _up(qkv), blocks.stages, **_options(blocks),
+            )  # fmt: skip
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, packed: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    positions, heads = qkv.shape[1], qkv.shape[3]
+    return torch.empty_like(qkv), lse.new_empty((heads, positions, positions) if needs_bias else (0,))
+
+
+def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    qkv, bias, packed = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse, packed)
+    ctx.biased = bias is not None  # type: ignore[attr-defined]
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: Tensor | None) -> tuple:
+    qkv, out, lse, packed = ctx.saved_tensors  # type: ignore[attr-defined]
+    needs_bias = ctx.biased and ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+    dqkv, dbias = _backward(dout.contiguous(), qkv, out, lse, packed, needs_bias)
+    return dqkv, dbias if needs_bias else None, None
+
+
+_attention.register_autograd(_gradients, setup_context=_remember)
+
+
+def _shape(qkv: Tensor, blocks: Blocks) -> tuple[int, int, int, int, int, int, int]:
+    """The constants every kernel takes: S, A, K, KP, BM, BN, BR."""
+    _, positions, _, heads, size = qkv.shape
+    return positions, heads, size, padded(size), blocks.rows, blocks.columns, blocks.split(positions)[1]
+
+
+def _up(qkv: Tensor) -> bool:
+    return _INTERPRETED and qkv.dtype == torch.bfloat16
+
+
+def _options(blocks: Blocks) -> dict[str, int]:
+    if _INTERPRETED:
+        return {}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return options if torch.version.hip else {**options, "maxnreg": _REGISTERS}

@@ -1,0 +1,213 @@
+"""The fused kernels against float64, with every gradient: in Triton's interpreter, or on the GPU where there is one."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import attention, chosen, expand_bias, pack, relative_index
+from kernels.attention.plan import Blocks, Plan, choose
+from kernels.attention.reference import attention_reference
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# BLAS leaves floating-point flags behind that numpy reports of whatever comes next; the results are checked here
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+# error against float64 of float32, float16 and (cast up before each product in the interpreter) bfloat16
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.5e-2}
+# S, A, K, B: from a single position to 384 px; head sizes that are no power of two
+SHAPES = [
+    (1, 1, 32, 2),
+    (17, 2, 32, 2),
+    (63, 2, 40, 2),
+    (64, 1, 16, 1),
+    (197, 1, 64, 2),
+    (205, 1, 88, 2),
+    (257, 1, 128, 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """One thread; and whatever is allocated is NaN until written, so that nothing unwritten goes unseen."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """The tensor within memory that is NaN on both sides: a read beyond its ends shows."""
+    around = torch.full((tensor.numel() + 512,), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    inner = around[256 : 256 + tensor.numel()].view_as(tensor)
+    inner.copy_(tensor)
+    return inner
+
+
+def inputs(s: int, a: int, k: int, b: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv, a bias that matters, and what the output is weighted with."""
+    generator = torch.Generator().manual_seed(s)
+    qkv = torch.randn(b, s, 3, a, k, generator=generator).to(DEVICE, dtype)
+    bias = 2 * torch.randn(a, s, s, generator=generator).to(DEVICE)
+    return surrounded(qkv), surrounded(bias), torch.randn(b, s, a, k, generator=generator).to(DEVICE, dtype)
+
+
+def results(run, qkv: Tensor, bias: Tensor | None, weight: Tensor) -> list[Tensor]:
+    """Output, then the gradients of q, k, v and, with a bias, of the bias."""
+    leaves = [qkv.detach().requires_grad_()]
+    leaves += [] if bias is None else [bias.detach().requires_grad_()]
+    out = run(leaves[0], leaves[1] if bias is not None else None)
+    out.backward(weight)
+    return [out.detach(), *leaves[0].grad.unbind(2), *(leaf.grad for leaf in leaves[1:])]
+
+
+def fused(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    return attention(qkv, bias, implementation="fused")
+
+
+def compare(qkv: Tensor, bias: Tensor | None, weight: Tensor, bound: float) -> None:
+    exact = results(attention_reference, qkv.double(), None if bias is None else bias.double(), weight.double())
+    for name, ours, theirs in zip(
+        ("out", "q", "k", "v", "bias"), results(fused, qkv, bias, weight), exact, strict=False
+    ):
+        apart = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1)
+        assert apart < bound, f"{name} differs by {apart:.1e}"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients(shape, dtype):
+    qkv, bias, weight = inputs(*shape, dtype)
+    compare(qkv, bias, weight, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_long_rows(dtype):
+    """384 px: the bias gradient has a kernel of its own."""
+    qkv, bias, weight = inputs(577, 1, 64, 1, dtype)
+    assert not choose((9, 0), 577, 64, False).held and choose((9, 0), 197, 64, False).held
+    compare(qkv, bias, weight, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("s", [17, 64, 130])
+def test_without_a_bias(s):
+    qkv, _, weight = inputs(s, 2, 32, 2, torch.float32)
+    compare(qkv, None, weight, BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("images", [1, 2, 5, 7])
+def test_the_bias_gradient_is_summed_over_chunks_of_images(images, monkeypatch):
+    """Whatever the chunks, whole or not, every image counts once."""
+    from kernels.attention import operator
+
+    monkeypatch.setattr(operator, "_PROGRAMS", 4)
+    qkv, bias, weight = inputs(50, 2, 32, images, torch.float32)
+    compare(qkv, bias, weight, BOUNDS[torch.float32])
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["in registers", "own kernel"])
+@pytest.mark.parametrize("blocks", [Blocks(16, 16, 1), Blocks(32, 64, 2), Blocks(64, 32, 3)], ids=str)
+def test_any_blocks_give_the_same(blocks, held, monkeypatch):
+    """What a chip is given is a matter of speed."""
+    from kernels.attention import operator
+
+    other = dataclasses.replace(blocks, columns=32)
+    monkeypatch.setattr(operator, "choose", lambda *_: Plan(blocks, other, blocks, held))
+    qkv, bias, weight = inputs(75, 1, 32, 2, torch.float32)
+    compare(qkv, bias, weight, BOUNDS[torch.float32])
+
+
+def test_two_runs_are_bitwise_equal():
+    qkv, bias, weight = inputs(197, 1, 64, 3, torch.float16)
+    first, second = (results(fused, qkv, bias, weight) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_large_logits_and_biases():
+    """Scores of hundreds: the exponentials are taken from the largest."""
+    qkv, bias, weight = inputs(65, 1, 32, 2, torch.float32)
+    compare(surrounded(qkv * 6), bias * 10, weight, 2e-5)
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (1, 9), (8, 8)], ids=str)
+def test_the_table_of_any_grid_gets_its_gradient(grid):
+    """Through expand_bias, shared by three layers and packed once."""
+    rows, columns = grid
+    generator = torch.Generator().manual_seed(7)
+    table = torch.randn((2 * rows - 1) * (2 * columns - 1) + 3, 2, generator=generator).to(DEVICE)
+    index = relative_index(rows, columns).to(DEVICE)
+    qkv, _, weight = inputs(rows * columns + 1, 2, 32, 2, torch.float32)
+
+    def of_table(implementation: str, dtype: torch.dtype) -> Tensor:
+        leaf = table.to(dtype).requires_grad_()
+        bias = expand_bias(leaf, index)
+        packed = pack(bias, 32, dtype, implementation)
+        out = sum(attention(qkv.to(dtype) * n, bias, packed, implementation) for n in (1, 2, 3))
+        return torch.autograd.grad(out, leaf, weight.to(dtype))[0]
+
+    ours, exact = of_table("fused", torch.float32), of_table("reference", torch.float64)
+    assert (ours.double() - exact).norm() / exact.norm() < 2e-6
+
+
+def test_operators_are_whole():
+    """Schema, fake tensors, autograd registration, tracing: PyTorch's own check of each operator."""
+    from kernels.attention import operator
+
+    qkv, bias, weight = inputs(20, 2, 16, 2, torch.float32)
+    packed = operator.pack_bias(bias, 16, torch.float32)
+    out, lse = operator._attention(qkv, bias, packed)
+    leaves = qkv.clone().requires_grad_(), bias.clone().requires_grad_()
+    torch.library.opcheck(operator._pack, (bias, 16, torch.float32))
+    torch.library.opcheck(operator._attention, (*leaves, packed))
+    torch.library.opcheck(operator._attention, (leaves[0], None, None))
+    torch.library.opcheck(operator._backward, (weight, qkv, out, lse, packed, True))
+    torch.library.opcheck(operator._backward, (weight, qkv, out, lse, None, False))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_compiles_without_a_graph_break():
+    """One graph forward, its backward traced too; the same numbers."""
+    qkv, bias, weight = inputs(20, 2, 16, 2, torch.float32)
+
+    def layer(qkv: Tensor, bias: Tensor) -> Tensor:
+        return attention(qkv * 1.5, bias, pack(bias, 16, qkv.dtype, "fused"), "fused").sin()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(results(compiled, qkv, bias, weight), results(layer, qkv, bias, weight), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    qkv, bias, weight = inputs(20, 2, 16, 2, torch.float32)
+    packed = pack(bias, 16, torch.float32, "fused")
+
+    def again(qkv: Tensor, bias: Tensor) -> Tensor:
+        return checkpoint(attention, qkv, bias, packed, "fused", use_reentrant=reentrant)
+
+    for ours, theirs in zip(results(again, qkv, bias, weight), results(fused, qkv, bias, weight), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_runs_where(monkeypatch):
+    """auto never runs the interpreter; asked for, fused says why it cannot run."""
+    cpu = torch.device("cpu")
+    assert chosen("auto", cpu) == chosen("sdpa", cpu) == "sdpa"
+    assert chosen("auto", torch.device("cuda")) == "fused"
+    assert chosen("reference", torch.device("cuda")) == "reference"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU and Triton, not cpu; use auto, or sdpa"):
+        chosen("fused", cpu)
+    with pytest.raises(ValueError, match="takes auto, fused, sdpa or reference"):
+        chosen("flash", cpu)
+
+
+def test_wider_heads_are_left_to_sdpa():
+    qkv, bias, weight = inputs(9, 1, 144, 1, torch.float32)
+    compare(qkv, bias, weight, BOUNDS[torch.float32])
