@@ -67,14 +67,18 @@ class Attention(nn.Module):
         self.own_bias = RelativeBias(grid, model.heads) if model.positions == "relative" else None
         self.out = Linear(model.width, model.width)
 
-    def forward(self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None, picked_BM: Tensor | None
+    ) -> Tensor:
+        """Output [B, S, D], or only at the positions picked_BM (i64), [B, M, D]: they attend to all the others."""
         b, s, d = x_BSD.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv_BS3AK = F.linear(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
         if self.own_bias is not None:
             bias_ASS = self.own_bias()
             packed_AT = pack(bias_ASS, d // self.heads, x_BSD.dtype, self.kernels)
-        return self.out(attention(qkv_BS3AK, bias_ASS, packed_AT, self.kernels).reshape(b, s, d))
+        y_BSD = attention(qkv_BS3AK, bias_ASS, packed_AT, self.kernels).reshape(b, s, d)
+        return self.out(at(y_BSD, picked_BM))
 
 
 class Block(nn.Module):
@@ -93,14 +97,26 @@ class Block(nn.Module):
         self.gamma2 = empty(model.width) if model.layer_scale else None
 
     def forward(
-        self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None, scale_B2: Tensor | None
+        self,
+        x_BSD: Tensor,
+        bias_ASS: Tensor | None,
+        packed_AT: Tensor | None,
+        scale_B2: Tensor | None,
+        picked_BM: Tensor | None = None,
     ) -> Tensor:
         """packed_AT: kernels.attention.pack of the bias. scale_B2: what each branch of each sample is multiplied by
-        (0 drops it, 1/(1 − p) keeps it), or None."""
-        y_BSD = self.attention(self.norm1(x_BSD), bias_ASS, packed_AT)
-        x_BSD = x_BSD + _scaled(y_BSD, self.gamma1, None if scale_B2 is None else scale_B2[:, 0])
+        (0 drops it, 1/(1 − p) keeps it), or None. picked_BM: positions whose output alone is wanted, or None: all."""
+        y_BSD = self.attention(self.norm1(x_BSD), bias_ASS, packed_AT, picked_BM)
+        x_BSD = at(x_BSD, picked_BM) + _scaled(y_BSD, self.gamma1, None if scale_B2 is None else scale_B2[:, 0])
         y_BSD = self.fc2(F.gelu(self.fc1(self.norm2(x_BSD))))
         return x_BSD + _scaled(y_BSD, self.gamma2, None if scale_B2 is None else scale_B2[:, 1])
+
+
+def at(x_BSD: Tensor, picked_BM: Tensor | None) -> Tensor:
+    """The rows at the positions picked_BM, [B, M, D]; all of them for None."""
+    if picked_BM is None:
+        return x_BSD
+    return x_BSD.gather(1, picked_BM[..., None].expand(-1, -1, x_BSD.shape[-1]))
 
 
 def _scaled(y_BSD: Tensor, gamma_D: Tensor | None, scale_B: Tensor | None) -> Tensor:

@@ -33,22 +33,32 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(model, grid) for _ in range(model.layers))
 
     def hidden(
-        self, pixels_BCHW: Tensor, mask_BN: Tensor | None, keep_BL2: Tensor | None = None, every: bool = False
+        self,
+        pixels_BCHW: Tensor,
+        mask_BN: Tensor | None,
+        keep_BL2: Tensor | None = None,
+        every: bool = False,
+        picked_BM: Tensor | None = None,
     ) -> list[Tensor]:
-        """Hidden states [B, S, D] after the last block, or with `every` after the embedding and after each block."""
+        """Hidden states [B, S, D] after the last block, or with `every` after the embedding and after each block.
+
+        picked_BM: the positions that are wanted after the last block, [B, M, D]; what it would compute behind its
+        attention for the others is left out.
+        """
         x_BSD = self.embed(pixels_BCHW, mask_BN)
         bias_ASS = self.shared_bias() if self.shared_bias is not None else None
         packed_AT = pack(bias_ASS, self.model.width // self.model.heads, x_BSD.dtype, self.model.kernels)
         states = [x_BSD]
         for layer, block in enumerate(self.blocks):
             drop = self.model.drop_path * layer / max(1, len(self.blocks) - 1)
+            picked = picked_BM if layer == len(self.blocks) - 1 else None
             scale_B2 = keep_BL2[:, layer] / (1 - drop) if keep_BL2 is not None and drop > 0 else None
             if self.checkpointing and torch.is_grad_enabled():
                 x_BSD = checkpoint(
-                    block, x_BSD, bias_ASS, packed_AT, scale_B2, use_reentrant=True, preserve_rng_state=False
+                    block, x_BSD, bias_ASS, packed_AT, scale_B2, picked, use_reentrant=True, preserve_rng_state=False
                 )
             else:
-                x_BSD = block(x_BSD, bias_ASS, packed_AT, scale_B2)
+                x_BSD = block(x_BSD, bias_ASS, packed_AT, scale_B2, picked)
             states = [*states, x_BSD] if every else [x_BSD]
         return states
 
@@ -84,10 +94,9 @@ class Beit(Encoder):
         survive drop path; None keeps all. Returns logits [B, M, V], their patch numbers i64 [B, M] and weights
         [B, M]: 1 for a masked patch, 0 where a row has fewer than M = `masked` of them.
         """
-        hidden_BSD = self.hidden(pixels_BCHW, mask_BN, keep_BL2)[-1]
         index_BM = torch.sort(mask_BN.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :masked]
-        picked_BMD = hidden_BSD[:, 1:].gather(1, index_BM[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
-        return self.head(self.norm(picked_BMD)), index_BM, mask_BN.gather(1, index_BM)
+        hidden_BMD = self.hidden(pixels_BCHW, mask_BN, keep_BL2, picked_BM=index_BM + 1)[-1]
+        return self.head(self.norm(hidden_BMD)), index_BM, mask_BN.gather(1, index_BM)
 
     def all_logits(self, pixels_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
         """Logits [B, N, V] of every patch, masked or not; for comparisons."""
@@ -139,7 +148,10 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def training_flops(model: Model, vocabulary: int, masked: int) -> float:
-    """Floating-point operations of one training step per image: forward × 3, matrix products only (RECIPE, "Cost")."""
+    """Floating-point operations of one training step per image: forward × 3, matrix products only (RECIPE, "Cost").
+
+    The last block counts in full although only its masked patches are computed, so that MFU compares with others'.
+    """
     patches = model.num_patches
     s, d = patches + 1, model.width
     block = s * (4 * d * d + 2 * d * int(d * model.mlp_ratio)) + 2 * s * s * d

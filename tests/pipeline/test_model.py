@@ -1,5 +1,6 @@
 """The encoder: RECIPE's sizes, its initial weights, and the released forward pass written out a second time."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -101,12 +102,19 @@ def test_training_cost_is_recipes(changes, gigaflops):
 
 @pytest.mark.parametrize("changes", [{}, {"layers": 1, "mlp_ratio": 3.0, "heads": 3}])
 def test_training_flops_are_three_forwards(changes):
-    """Against PyTorch's own count of the matrix products of a forward pass."""
+    """Against PyTorch's own count of the matrix products of a forward pass, the last block whole, the head on masked
+    patches; and how many of them training leaves out in the last block."""
     beit = tiny(kernels="reference", positions="absolute", **changes)
     pixels, mask = inputs(1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
+        beit.hidden(pixels, mask)
+    head = 2 * MASKED * beit.model.width * VOCABULARY
+    assert training_flops(beit.model, VOCABULARY, MASKED) == 3 * (counter.get_total_flops() + head)
+    with FlopCounterMode(display=False) as less, torch.no_grad():
         beit(pixels, mask, MASKED)
-    assert training_flops(beit.model, VOCABULARY, MASKED) == 3 * counter.get_total_flops()
+    unseen = beit.model.num_patches + 1 - MASKED
+    saved = 2 * unseen * beit.model.width**2 * (1 + 2 * beit.model.mlp_ratio)  # projection and MLP
+    assert counter.get_total_flops() + head - less.get_total_flops() == saved
 
 
 @pytest.fixture(scope="module")
@@ -381,3 +389,27 @@ def test_the_index_is_not_saved():
 
 def test_the_default_config_is_base():
     assert Config().model == Model(layers=12, width=768, heads=12, positions="relative_shared", layer_scale_init=0.1)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative_shared", "relative"])
+def test_the_last_block_computes_masked_patches_only(positions):
+    """Exactly the logits and gradients of all patches, picked afterwards: in float64 to its last digits."""
+    model = dataclasses.replace(TINY, positions=positions)
+    beit = Beit(model, 11, seed=0).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in beit.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    pixels = torch.randn(3, 3, *model.input_size, generator=generator).double()
+    mask = torch.rand(3, model.num_patches, generator=generator).argsort(dim=1) < 4
+    found = []
+    for picked in (True, False):
+        beit.zero_grad()
+        logits, index, _ = beit(pixels, mask, 4)
+        if not picked:
+            everywhere = beit.all_logits(pixels, mask)
+            logits = everywhere.gather(1, index[..., None].expand(-1, -1, 11))
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad.clone() for parameter in beit.parameters())])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14)
