@@ -1,5 +1,6 @@
 """What every benchmark writes, and how BENCHMARKS.md is rendered from it: `python -m benchmarks.results`."""
 
+import contextlib
 import json
 import os
 import platform
@@ -22,13 +23,12 @@ numbers belong to the machine named. Each table is rendered from `benchmarks/res
 
 def write(name: str, question: str, rows: list[dict], ratios: dict[str, float], notes: list[str]) -> None:
     """Write results/NAME.json and render the page. rows: one dict a line of the table, the same keys in each."""
-    packages = ("torch", "deepspeed", "webdataset", "numpy", "pillow")
     content = {
         "name": name,
         "question": question,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores, no GPU, Python {platform.python_version()}",
-        "versions": {package: metadata.version(package) for package in packages},
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {_gpu()}, Python {platform.python_version()}",
+        "versions": _versions(),
         "rows": rows,
         "ratios": ratios,
         "notes": notes,
@@ -36,6 +36,21 @@ def write(name: str, question: str, rows: list[dict], ratios: dict[str, float], 
     _FOLDER.mkdir(exist_ok=True)
     (_FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     render()
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed: a machine that measures kernels needs little."""
+    versions = {}
+    for package in ("torch", "triton", "deepspeed", "webdataset", "numpy", "pillow", "transformers", "timm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _processor() -> str:
@@ -48,7 +63,12 @@ def _processor() -> str:
 def render() -> None:
     """BENCHMARKS.md from every results file."""
     sections = [_section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(_FOLDER.glob("*.json"))]
-    tail = "Not measured on a GPU: attention, training throughput, MFU, multi-node scaling.\n"
+    measured = {path.stem for path in _FOLDER.glob("*.json")}
+    waiting = [name for name in ("kernels", "train") if name not in measured]
+    tail = "Nothing yet of multi-node scaling.\n"
+    if waiting:
+        commands = " and ".join(f"`./launch.sh bench {name}`" for name in waiting)
+        tail = f"Not measured on a GPU: {commands}, which are ready to run on one. {tail}"
     _PAGE.write_text("".join([_HEAD, *sections, "## Open\n\n", tail]), encoding="utf-8")
 
 

@@ -1,0 +1,29 @@
+"""Benchmarks for a GPU are ready to run: without one, every call of theirs runs and is right."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("kernels", "ours                 with its gradient"), ("train", "ours learns")]
+)
+def test_dry_runs(name, shown):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", "--dry"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+
+
+@pytest.mark.parametrize("name", ["kernels", "train"])
+def test_without_a_gpu_there_are_no_numbers(name):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "needs a GPU" in done.stderr
