@@ -196,7 +196,7 @@ def timed(provider: Provider, qkv: Tensor, table: Tensor, weight: Tensor) -> dic
     }
     ends = [0.5, 0.2, 0.8]
     measured = {name: do_bench(run, rep=200, quantiles=ends, grad_to_none=leaves) for name, run in runs.items()}
-    return {name: tuple(1e3 * t for t in times) for name, times in measured.items()}  # type: ignore[misc]
+    return {name: tuple(1e3 * t for t in times) for name, times in measured.items()}
 
 
 def measure(shape: Shape, device: torch.device, best: tuple[float, float]) -> list[dict]:

@@ -1,0 +1,90 @@
+"""Every family of tokenizers, from its published file to a pretraining run that does not know the difference."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import ConfigError, Size, load_config
+from pipeline.metrics import read_metrics
+from pipeline.stages import import_tokenizer, report, tokenize
+from pipeline.streams import pretraining
+from pipeline.tokenizer import load_tokenizer
+from tests.peers import test_dalle, test_vqkd
+
+dall_e = pytest.importorskip("dall_e")
+ROOT = Path(__file__).resolve().parents[2]
+VQKD = dataclasses.replace(test_vqkd.SMALL, vocabulary=64)
+
+
+def source(kind: str, folder: Path, tiny) -> Path:
+    """What its publisher would serve, with random weights."""
+    folder.mkdir()
+    if kind == "own":
+        return tiny.folder / "tokenizer"
+    if kind == "vqkd":
+        needed, rest = test_vqkd.published(VQKD)
+        return test_vqkd.checkpoint(folder, test_vqkd.drawn(needed | rest))
+    small = {"n_hid": 64, "n_blk_per_group": 1, "vocab_size": 512}
+    test_dalle.saved(test_dalle.randomised(dall_e.Encoder(**small)), folder / "encoder.pkl")
+    if kind == "dalle":
+        test_dalle.saved(test_dalle.randomised(dall_e.Decoder(n_init=16, **small)), folder / "decoder.pkl")
+    return folder / "encoder.pkl" if kind == "encoder alone" else folder
+
+
+# vocabulary, pixels a token stands for, filter, whether it decodes to pixels
+KINDS = {
+    "own": (64, 8, "lanczos", True),
+    "dalle": (512, 8, "lanczos", True),
+    "encoder alone": (512, 8, "lanczos", False),
+    "vqkd": (64, 8, "bicubic", False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_its_file_to_a_run(tiny, tmp_path, capfd, kind):
+    vocabulary, stride, resample, decodes = KINDS[kind]
+    folder = tmp_path / "tokenizer"
+    assert import_tokenizer.run(source(kind, tmp_path / "source", tiny), folder, Size(32, 32)) == 0
+    said = capfd.readouterr().err
+    tokenizer, identity = load_tokenizer(folder)
+    assert identity["fingerprint"] in said
+    assert f"tokenizer.input_size=32 tokenizer.stride={stride} tokenizer.vocabulary={vocabulary}" in said
+    assert (identity["vocabulary"], identity["filter"], tokenizer.decodes) == (vocabulary, resample, decodes)
+
+    settings = [f"data.tokenizer={folder}", f"data.tokens={tmp_path / 'tokens'}", "train.duration=3 steps"]
+    settings += [f"data.heldout_tokens={tmp_path / 'apart'}", f"tokenizer.vocabulary={vocabulary}", "view.num_views=2"]
+    config = load_config(str(tiny.config), [*settings, f"train.run={tmp_path / 'run'}"])
+    assert tokenize.run(config) == 0
+    tokens = pretraining(config).stream.batch(torch.arange(50).numpy()).tokens
+    assert tokens.shape == (50, 16) and 0 <= tokens.min() <= tokens.max() < vocabulary
+    command = [sys.executable, "-m", "pipeline", "pretrain", str(tiny.config), *settings]
+    done = subprocess.run([*command, f"train.run={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(tmp_path / "run", "train")[-1]["step"] == 3
+    assert report.run(tmp_path / "run") == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 8 * (4 if decodes else 2)
+    assert decodes or "has no decoder to pixels" in page
+
+
+def test_the_same_tokenizer_keeps_its_fingerprint(tiny, tmp_path):
+    """Imported from a folder of ours it is still itself, so its tokens still belong to it."""
+    assert import_tokenizer.run(tiny.folder / "tokenizer", tmp_path / "copy", None) == 0
+    ours, theirs = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (tiny.folder / "tokenizer", tmp_path / "copy")
+    )
+    assert ours == theirs
+
+
+def test_nothing_is_overwritten(tiny, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty"):
+        import_tokenizer.run(tiny.folder / "tokenizer", tmp_path / "full", None)
+    with pytest.raises(ConfigError, match="does not exist"):
+        import_tokenizer.run(tmp_path / "nowhere", tmp_path / "out", None)
