@@ -51,7 +51,7 @@ def main() -> None:
 
 def prepared(folder: Path) -> list[str]:
     """A few packed photographs, a tokenizer, its tokens; returns the settings of all runs."""
-    write_tiles(folder / "pictures", 4, 1, seed=0)
+    write_tiles(folder / "pictures", 1, 1, seed=0)
     launch("pack", [str(folder / "pictures" / "train"), str(folder / "shards"), "--workers", "1"])
     shape = DalleShape(has_decoder=False)
     torch.manual_seed(0)

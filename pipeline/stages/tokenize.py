@@ -34,7 +34,7 @@ from shards.tokens import open_token_shard, token_path, token_shard_entry, write
 from shards.views import FIELDS, ViewPolicy, Views, draw_views
 
 _PICTURES_PER_ITEM = 16
-_COMPARED = 64  # pictures that are tokenized once more at every precision
+_COMPARED = 16  # pictures that are tokenized once more at every precision
 _POLL_SECONDS = 1.0
 _OLD_SECONDS = 3600.0
 
