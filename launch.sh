@@ -107,6 +107,7 @@ case $verb in
         "$python" -m mypy ;;
     bench)
         setup
+        [ -n "${BEITFORGE_PYTHON:-}" ] || peers
         cd "$root"
         for name in ${*:-order demo zero_parity masks views view_tokens tokenizer_precision online_tokens view_ablation}; do
             [ -f "benchmarks/$name.py" ] || fail "there is no benchmarks/$name.py"

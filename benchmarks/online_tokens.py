@@ -1,18 +1,15 @@
 """What offline tokens save: one step of BEiT-Base with recorded tokens, and with the tokenizer inside the step."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from benchmarks.results import write
+from benchmarks.results import launch, write
+from benchmarks.tokenizer_precision import random_dalle
 from pipeline.config import Size
-from pipeline.dalle import Dalle, DalleShape
+from pipeline.dalle import DalleShape
 from pipeline.metrics import read_metrics
 from pipeline.photos import write_tiles
 from pipeline.tokenizer import save_tokenizer
@@ -54,13 +51,8 @@ def prepared(folder: Path) -> list[str]:
     write_tiles(folder / "pictures", 1, 1, seed=0)
     launch("pack", [str(folder / "pictures" / "train"), str(folder / "shards"), "--workers", "1"])
     shape = DalleShape(has_decoder=False)
-    torch.manual_seed(0)
-    dalle = Dalle(shape)
-    for parameter in dalle.parameters():
-        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    save_tokenizer(
-        folder / "tokenizer", dalle.state_dict(), "dalle", dataclasses.asdict(shape), Size(112, 112), "lanczos"
-    )
+    weights = random_dalle().state_dict()
+    save_tokenizer(folder / "tokenizer", weights, "dalle", dataclasses.asdict(shape), Size(112, 112), "lanczos")
     settings = [str(ROOT / "configs" / "beit_base.yaml"), f"data.images={folder}/shards", "data.heldout_images="]
     settings += ["data.heldout_tokens=", f"data.tokenizer={folder}/tokenizer", "view.num_views=1", "loader.workers=0"]
     settings += [f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", f"train.duration={STEPS} steps"]
@@ -68,15 +60,6 @@ def prepared(folder: Path) -> list[str]:
     settings += ["log.tensorboard=false", "checkpoint.every=100 steps", "train.zero_stage=1"]
     launch("tokenize", [*settings, f"data.tokens={folder}/tokens"])
     return settings
-
-
-def launch(verb: str, words: list[str]) -> None:
-    environment = {**os.environ, "BEITFORGE_PYTHON": sys.executable, "NPROC": "2"}
-    done = subprocess.run(
-        [str(ROOT / "launch.sh"), verb, *words], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +38,15 @@ def write(name: str, question: str, rows: list[dict], ratios: dict[str, float], 
     _FOLDER.mkdir(exist_ok=True)
     (_FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     render()
+
+
+def launch(verb: str, words: list[str]) -> None:
+    """`./launch.sh VERB …` with two processes; its complaint ends the benchmark."""
+    environment = {**os.environ, "BEITFORGE_PYTHON": sys.executable, "NPROC": "2"}
+    command = [str(_PAGE.with_name("launch.sh")), verb, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
 
 
 def _gpu() -> str:

@@ -1,15 +1,13 @@
 """How many stored views are enough: masked accuracy on never-seen views for K views a picture, and for fresh ones."""
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.results import write
+from benchmarks.results import launch, write
 from pipeline.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,19 +60,11 @@ def trained(folder: Path, images: Path, views: str, seed: int) -> dict[str, floa
     settings += [f"log.heldout_every={STEPS} steps", "log.heldout_samples=540", "log.tensorboard=false"]
     settings += ["data.tokens=online"] if views == "online" else [f"data.tokens={tokens}", f"view.num_views={views}"]
     if views != "online" and not (tokens / "manifest.json").exists():
-        launch("tokenize", settings)
-    launch("pretrain", settings)
+        launch("tokenize", [str(ROOT / "configs" / "demo.yaml"), *settings])
+    launch("pretrain", [str(ROOT / "configs" / "demo.yaml"), *settings])
     last, apart = read_metrics(run, "train")[-1], read_metrics(run, "heldout")[-1]
     assert last["step"] == STEPS, f"the run stopped at step {last['step']}"
     return {"train": last["loss"], "heldout": apart["loss"], "accuracy": apart["masked_accuracy"]}
-
-
-def launch(verb: str, settings: list[str]) -> None:
-    environment = {**os.environ, "BEITFORGE_PYTHON": sys.executable, "NPROC": "2"}
-    command = [str(ROOT / "launch.sh"), verb, str(ROOT / "configs" / "demo.yaml"), *settings]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
 
 
 if __name__ == "__main__":

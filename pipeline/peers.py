@@ -4,17 +4,19 @@ The peers are imported inside the functions: only who exports to one needs it. M
 stage.
 """
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import ConfigError, Model
 from pipeline.formats import to_hf, to_unilm
+from pipeline.stand_in import torchvision
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 UNILM_FILE = "beit.pth"
@@ -98,21 +100,7 @@ def write_timm(folder: Path, weights: Weights, model: Model, vocabulary: int) ->
     """A folder for timm.create_model("local-dir:FOLDER", pretrained=True): logits of every position over the
     vocabulary, or with vocabulary 0 the pooled features of a classifier without its head. timm has no mask embedding.
     """
-    relative = model.positions == "relative"
-    arguments = {
-        "img_size": list(model.input_size),
-        "patch_size": model.patch_size,
-        "embed_dim": model.width,
-        "depth": model.layers,
-        "num_heads": model.heads,
-        "mlp_ratio": model.mlp_ratio,
-        "init_values": model.layer_scale_init if model.layer_scale else None,
-        "use_abs_pos_emb": model.positions == "absolute",
-        "use_rel_pos_bias": relative,
-        "use_shared_rel_pos_bias": model.positions == "relative_shared",
-        "num_classes": vocabulary,
-        "global_pool": "" if vocabulary else "avg",
-    }
+    arguments = {**_timm_arguments(model), "num_classes": vocabulary, "global_pool": "" if vocabulary else "avg"}
     described = {
         "num_classes": vocabulary,
         "input_size": [3, *model.input_size],
@@ -129,6 +117,22 @@ def write_timm(folder: Path, weights: Weights, model: Model, vocabulary: int) ->
         timm_weights(weights, model, vocabulary),
         {**config, "model_args": arguments, "pretrained_cfg": described},
     )
+
+
+def _timm_arguments(model: Model) -> dict[str, Any]:
+    """What timm's Beit is built from."""
+    return {
+        "img_size": list(model.input_size),
+        "patch_size": model.patch_size,
+        "embed_dim": model.width,
+        "depth": model.layers,
+        "num_heads": model.heads,
+        "mlp_ratio": model.mlp_ratio,
+        "init_values": model.layer_scale_init if model.layer_scale else None,
+        "use_abs_pos_emb": model.positions == "absolute",
+        "use_rel_pos_bias": model.positions == "relative",
+        "use_shared_rel_pos_bias": model.positions == "relative_shared",
+    }
 
 
 def timm_weights(weights: Weights, model: Model, vocabulary: int) -> Weights:
@@ -168,20 +172,7 @@ def unilm_forward(folder: Path, model: Model, vocabulary: int) -> Forward:
     timm_beit = _peer("timm.models.beit", "unilm")
     weights = torch.load(folder / UNILM_FILE, weights_only=True)["model"]
     weights = {name.replace("lm_head.", "head."): w for name, w in weights.items() if name != "mask_token"}
-    peer = timm_beit.Beit(
-        img_size=tuple(model.input_size),
-        patch_size=model.patch_size,
-        embed_dim=model.width,
-        depth=model.layers,
-        num_heads=model.heads,
-        mlp_ratio=model.mlp_ratio,
-        init_values=model.layer_scale_init if model.layer_scale else None,
-        use_abs_pos_emb=model.positions == "absolute",
-        use_rel_pos_bias=model.positions == "relative",
-        use_shared_rel_pos_bias=model.positions == "relative_shared",
-        num_classes=vocabulary,
-        global_pool="",
-    )
+    peer = timm_beit.Beit(**_timm_arguments(model), num_classes=vocabulary, global_pool="")
     found = peer.load_state_dict(weights, strict=False)
     _all_loaded("timm", found.missing_keys, found.unexpected_keys)
     return _without_cls(peer.eval())
@@ -194,15 +185,15 @@ def _write(folder: Path, weights: Weights, config: dict) -> None:
 
 
 def _peer(name: str, format: str) -> Any:
-    import importlib
-
+    package = name.split(".")[0]
+    if package == "timm":
+        torchvision()
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.split(".")[0]
         raise ConfigError(
             f"--to {format} is checked by {package} itself, which cannot be imported ({error}): install it with "
-            f"`pip install {package}`"
+            f"`./launch.sh setup peers`, or `pip install {package}`"
         ) from error
 
 
@@ -212,8 +203,3 @@ def _all_loaded(peer: str, missing: Any, unexpected: Any) -> None:
             f"{peer} does not take the weights as they are (missing {sorted(missing)[:3]}, unknown "
             f"{sorted(unexpected)[:3]}): its version names them otherwise; please report it"
         )
-
-
-def read_safetensors(folder: Path) -> Weights:
-    """FOLDER/model.safetensors."""
-    return load_file(folder / _WEIGHTS)

@@ -13,15 +13,14 @@ from pipeline.tokenizer import VisualTokenizer
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """Products as `precision` says: fp32 (IEEE; torch's default for convolutions is TF32), tf32, or bf16 and fp16 by
     autocast."""
-    if precision in ("bf16", "fp16"):
-        with torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]):
-            yield
-        return
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = conv.fp32_precision, matmul.fp32_precision
+    # also under autocast, which leaves a tokenizer's last layer in float32
     conv.fp32_precision = matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
     try:
-        yield
+        with torch.autocast(device.type, half, enabled=precision in ("bf16", "fp16")):
+            yield
     finally:
         conv.fp32_precision, matmul.fp32_precision = before
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import page
 from pipeline.checkpoint import State
-from pipeline.config import to_yaml
+from pipeline.config import ONLINE, to_yaml
 from pipeline.record import Record, attempt, json_object
 from pipeline.sections import clock
 from shards.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
@@ -51,6 +51,9 @@ def _data(record: Record, state: State | None) -> str:
         sets.append(("held-out tokens", data.heldout_tokens, read_token_manifest, ""))
     rows = []
     for name, folder, read, trained_on in sets:
+        if folder == ONLINE:
+            rows.append([name, "made online, inside every step", "", "", ""])
+            continue
         manifest = attempt(name.capitalize(), missing, lambda read=read, folder=folder: read(Path(folder)))  # type: ignore[misc]
         if manifest is None:
             rows.append([name, folder, "", "", trained_on[:_DIGITS]])

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.metrics import read_metrics
 from shards.errors import ShardError
 from shards.tokens import TokenSet, token_counts
@@ -165,9 +165,12 @@ def sessions(lines: list[dict]) -> list[Session]:
 
 def token_use(config: Config) -> TokenUse:
     """Of the run's token sets, over all their views. Raises ShardError when the training set is not there."""
+    if config.data.tokens == ONLINE:
+        raise ConfigError("tokens are made online, on a fresh view every time; none are kept to count")
     train = token_counts(TokenSet(Path(config.data.tokens)))
     apart = config.data.heldout_tokens
-    heldout = token_counts(TokenSet(Path(apart))) if apart and Path(apart).exists() else None
+    kept = apart not in ("", ONLINE) and Path(apart).exists()
+    heldout = token_counts(TokenSet(Path(apart))) if kept else None
     judged = train if heldout is None else heldout
     share = train[train > 0] / train.sum()
     return TokenUse(

@@ -70,7 +70,12 @@ def resize_table(table_RA: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 def _places(old: int, new: int) -> list[float]:
-    """Where the `old` offsets of a side, -(old // 2) … old // 2, lie on the scale of the `new` ones."""
+    """Where the `old` offsets of a side, -(old // 2) … old // 2, lie on the scale of the `new` ones.
+
+    A side that stays as it is keeps its places; the released code resizes squares alone.
+    """
+    if old == new:
+        return [float(i - old // 2) for i in range(old)]
     low, high = 1.01, 1.5  # the released code's bounds of q
     while high - low > 1e-6:
         q = (low + high) / 2

@@ -19,9 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.config import Config, ConfigError, to_tree, to_yaml
+from pipeline.config import Config, ConfigError, load_config, to_tree, to_yaml
 
 _LOCK_SECONDS = 120
 _PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "numpy", "pillow", "safetensors")
@@ -30,7 +28,7 @@ _PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "numpy", "pillow", "s
 _FREE = {"data": {"images", "tokens", "heldout_images", "heldout_tokens", "tokenizer", "bad_sample_budget"}}
 _FREE |= {"loader": {"workers", "prefetch"}, "model": {"kernels"}, "deepspeed": set()}
 _FREE |= {"train": {"run", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "compile"}}
-_FREE |= {"tokenizer": {"micro_batch"}}
+_FREE |= {"tokenizer": {"micro_batch", "precision"}}
 
 
 def identity(config: Config, sections: tuple[str, ...]) -> dict[str, dict]:
@@ -51,10 +49,11 @@ def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int
     """Write config.yaml and environment.json; refuse a folder that holds a run of another identity."""
     path = run / "config.yaml"
     if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        # read as a config, so that a setting that came later has its default
+        before = identity(load_config(str(path), []), sections)
         for section, values in identity(config, sections).items():
             for name, value in values.items():
-                old = before.get(section, {}).get(name)
+                old = before[section][name]
                 if old != value:
                     raise ConfigError(
                         f"{run} holds a run with {section}.{name} {old}, this config says {value}; "

@@ -21,7 +21,7 @@ from shards.loader import Batch, InTurn, Numbers, Places, Stream, load
 from shards.manifest import read_token_manifest
 from shards.order import Order, OrderPolicy, rank_batches
 from shards.pairs import CentralViews, DrawnViews, RecordedViews, ViewSource
-from shards.views import ViewPolicy
+from shards.views import ARITHMETIC, ViewPolicy
 
 Draw = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -30,6 +30,11 @@ def view_policy(view: View) -> ViewPolicy:
     """The shards' form of the config's view section."""
     names = [field.name for field in dataclasses.fields(ViewPolicy)]
     return ViewPolicy(**{name: getattr(view, name) for name in names})
+
+
+def policy_record(policy: ViewPolicy) -> dict:
+    """What token shards say of their views: the policy, and the arithmetic that turns records into pixels."""
+    return {**dataclasses.asdict(policy), "arithmetic": ARITHMETIC}
 
 
 def sample_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -91,7 +96,7 @@ def _pairs(config: Config, images: ImageSet, tokens: str, places: Places, draw: 
     source: ViewSource
     if tokens == ONLINE:
         _, identity = fitting_tokenizer(config)
-        source, named = DrawnViews(online), f"online from {identity['fingerprint']}"
+        source, named = DrawnViews(online), _online_name(config, identity)
         (height, width), resample = identity["input_size"], identity["filter"]
     else:
         source = recorded(config, images, tokens)
@@ -107,6 +112,11 @@ def _pairs(config: Config, images: ImageSet, tokens: str, places: Places, draw: 
         draw=draw,
     )
     return Source(stream, images.manifest.fingerprint, named)
+
+
+def _online_name(config: Config, identity: dict) -> str:
+    """Everything that online tokens depend on beside the view section, which is part of a run's identity."""
+    return f"online from {identity['fingerprint']} in {config.tokenizer.precision}, views of arithmetic {ARITHMETIC}"
 
 
 def fitting_tokenizer(config: Config) -> tuple[VisualTokenizer, dict]:
@@ -144,12 +154,12 @@ def recorded(config: Config, images: ImageSet, folder: str) -> RecordedViews:
             f"{folder} has a vocabulary of {manifest.tokenizer['vocabulary']}, tokenizer.vocabulary says "
             f"{config.tokenizer.vocabulary}: {cure}"
         )
-    policy = dataclasses.asdict(view_policy(config.view))
-    for name, value in policy.items():
-        if manifest.policy.get(name) != value:
-            raise ConfigError(
-                f"{folder} was made with view.{name} {manifest.policy.get(name)}, this config says {value}: {cure}"
-            )
+    stated = {f"view.{name}": value for name, value in manifest.policy.items()}
+    wanted = {f"view.{name}": value for name, value in policy_record(view_policy(config.view)).items()}
+    stated["tokenizer.precision"] = manifest.tokenizer.get("precision")
+    for name, value in {**wanted, "tokenizer.precision": config.tokenizer.precision}.items():
+        if stated.get(name) != value:
+            raise ConfigError(f"{folder} was made with {name} {stated.get(name)}, here it is {value}: {cure}")
     if manifest.num_views != config.view.num_views:
         raise ConfigError(
             f"{folder} has {manifest.num_views} views a picture, view.num_views says {config.view.num_views}: {cure}"

@@ -64,6 +64,7 @@ class Vqkd(nn.Module):
             positions="absolute",
             layer_scale=False,
             drop_path=0.0,
+            kernels="sdpa",  # used once for many epochs: the safe choice
         )
         self.patch_embedding = Linear(3 * shape.patch_size**2, shape.width)
         self.cls_embedding = empty(1, 1, shape.width)

@@ -1,5 +1,6 @@
 """Trained weights out of a run, and back: safetensors and a JSON config, no pickle. Must not know shards or stages."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from pipeline.model import Beit
 from pipeline.resize import fit_grid
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+def refuse_full(out: Path) -> None:
+    """Raise ConfigError when `out` is a file, or a folder with something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty: give a new folder")
 
 
 def run_config(run: Path) -> Config:
@@ -62,9 +69,20 @@ def save_encoder(folder: Path, weights: dict[str, Tensor], config: Config, state
 def load_encoder(folder: Path) -> tuple[Beit, Config]:
     """An exported or imported encoder with its head. Raises ConfigError when the folder holds none."""
     _, config, weights = _read_encoder(folder)
-    beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
+    return with_weights(config, weights, folder), config
+
+
+def with_weights(config: Config, weights: dict[str, Tensor], source: Path) -> Beit:
+    """An encoder for use: with these weights, and kernels for whatever device it is on.
+
+    Raises ConfigError when the weights, read from `source`, are not an encoder's of this config.
+    """
+    model = dataclasses.replace(config.model, kernels="auto")
+    beit = Beit(model, config.tokenizer.vocabulary, config.data.seed)
+    if weights.keys() != beit.state_dict().keys():
+        raise ConfigError(f"the weights in {source} are no encoder's of its config; is it the training of a tokenizer?")
     beit.load_state_dict(weights)
-    return beit.eval(), config
+    return beit.eval()
 
 
 def _read_encoder(folder: Path) -> tuple[dict, Config, dict[str, Tensor]]:
@@ -86,7 +104,7 @@ def start_from(folder: Path, beit: Beit, vocabulary: int) -> str:
     A head over another vocabulary stays as it was drawn. Raises ConfigError when the two are of different shape.
     """
     _, config, weights = _read_encoder(folder)
-    for name in ("layers", "width", "heads", "patch_size", "mlp_ratio", "positions", "layer_scale"):
+    for name in ("layers", "width", "heads", "patch_size", "mlp_ratio", "positions", "layer_scale", "mean", "std"):
         theirs, ours = getattr(config.model, name), getattr(beit.model, name)
         if theirs != ours:
             raise ConfigError(

@@ -17,6 +17,10 @@ BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 JITTER_ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION))), dtype=np.int64)
 _TRIES = 10
 
+# The number of the arithmetic that turns a record into pixels: clamp, cut, resize and flip in the loader, jitter on the
+# device. To be raised whenever it changes: tokens made by another no longer match the pixels.
+ARITHMETIC = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewPolicy:

@@ -70,11 +70,12 @@ TABLE = (
         f"{CONFIG} torch safetensors pipeline.dalle pipeline.vqkd",
         "shards deepspeed pipeline.stages pipeline.model",
     ),
+    Row("pipeline.stand_in", "torchvision", "shards deepspeed pipeline.stages pipeline.model torch"),
     Row("pipeline.formats", f"{CONFIG} torch", "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.resize", f"{CONFIG} torch scipy", "shards deepspeed pipeline.stages pipeline.model"),
     Row(
         "pipeline.peers",
-        f"{CONFIG} torch safetensors pipeline.formats transformers timm",
+        f"{CONFIG} torch safetensors pipeline.formats pipeline.stand_in transformers timm",
         "shards deepspeed pipeline.stages pipeline.model",
     ),
     Row("pipeline.precision", "torch pipeline.tokenizer", "shards deepspeed pipeline.stages pipeline.model"),

@@ -14,8 +14,10 @@ import torch
 from kernels.attention.reference import attention_reference
 from kernels.attention.sdpa import attention_sdpa
 
+_LARGEST_HEAD = 128  # numbers a head that the fused kernels take
 
-def chosen(implementation: str, device: torch.device) -> str:
+
+def chosen(implementation: str, device: torch.device, head_size: int = _LARGEST_HEAD) -> str:
     """What runs on a device: fused, sdpa or reference. auto is fused on a GPU (CUDA or ROCm) with Triton, else sdpa.
 
     Raises ValueError for another name, and for fused where it cannot run.
@@ -25,6 +27,10 @@ def chosen(implementation: str, device: torch.device) -> str:
     if implementation not in ("auto", "fused"):
         return implementation
     triton = importlib.util.find_spec("triton") is not None
+    if implementation == "fused" and head_size > _LARGEST_HEAD:
+        raise ValueError(f"fused attention takes heads of up to {_LARGEST_HEAD}, not {head_size}; use auto, or sdpa")
+    if head_size > _LARGEST_HEAD:
+        return "sdpa"
     if triton and (device.type == "cuda" or (implementation == "fused" and os.environ.get("TRITON_INTERPRET") == "1")):
         return "fused"
     if implementation == "fused":
@@ -36,7 +42,7 @@ def pack(
     bias_ASS: torch.Tensor | None, head_size: int, dtype: torch.dtype, implementation: str = "auto"
 ) -> torch.Tensor | None:
     """What the fused kernels read of a bias, for qkv of this head size and dtype; None where they do not run."""
-    if bias_ASS is None or chosen(implementation, bias_ASS.device) != "fused":
+    if bias_ASS is None or chosen(implementation, bias_ASS.device, head_size) != "fused":
         return None
     from kernels.attention.operator import pack_bias
 
@@ -59,8 +65,8 @@ def attention(
     _, s, _, a, k = qkv_BS3AK.shape
     if bias_ASS is not None and bias_ASS.shape != (a, s, s):
         raise ValueError(f"bias has shape {tuple(bias_ASS.shape)}; for this qkv it must be {(a, s, s)}")
-    runs = chosen(implementation, qkv_BS3AK.device)
-    if runs == "fused" and k <= 128:
+    runs = chosen(implementation, qkv_BS3AK.device, k)
+    if runs == "fused":
         from kernels.attention.operator import attention_fused
 
         return attention_fused(qkv_BS3AK, bias_ASS, packed_AT)

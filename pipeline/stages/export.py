@@ -4,6 +4,7 @@ Whatever is written is loaded back, by the library it is for, and must compute w
 otherwise nothing appears at OUT.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from pipeline import peers
 from pipeline.checkpoint import State
 from pipeline.config import Config, ConfigError, Model, Size
 from pipeline.metrics import say
-from pipeline.model import Beit, Classifier
+from pipeline.model import Classifier
 from pipeline.resize import for_finetuning
-from pipeline.weights import checkpoint_weights, load_encoder, run_config, save_encoder
+from pipeline.weights import checkpoint_weights, load_encoder, run_config, save_encoder, with_weights
 
 FORMATS = ("safetensors", "hf", "timm", "unilm")
 _AGREES = 1e-5  # largest difference of logits, as a share of the largest logit: float32 rounding over all layers
@@ -30,21 +31,25 @@ def run(run_folder: Path, out: Path, to: str, finetune: bool, size: Size | None)
         raise ConfigError("--input-size goes with --finetune: a pretraining export keeps the size it was trained at")
     if finetune and to not in ("hf", "timm"):
         raise ConfigError(f"--finetune is for --to hf or timm; {to} takes the pretraining weights as they are")
-    _refuse_others(out)
-    partial = out.with_name(f"{out.name}.partial")
+    out = out.resolve()
+    _refuse_others(out, run_folder.resolve())
+    partial, before = (out.with_name(f"{out.name}.{what}") for what in ("partial", "before"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         if finetune:
             largest = _write_classifier(partial, to, weights, config.model, size or config.model.input_size)
         else:
-            largest = _write_encoder(partial, to, weights, config, state)
+            largest = _write_encoder(partial, to, weights, config, state, run_folder)
         if not largest <= _AGREES:
             raise ConfigError(
                 f"{to}: what was written computes logits that differ by {largest:.2g} of the largest, more than "
                 f"{_AGREES:.0g}: not exported; please report it"
             )
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+        if out.exists():
+            out.rename(before)
         partial.rename(out)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     numbers = sum(tensor.numel() for tensor in weights.values())
@@ -55,8 +60,10 @@ def run(run_folder: Path, out: Path, to: str, finetune: bool, size: Size | None)
     return 0
 
 
-def _refuse_others(out: Path) -> None:
-    """An earlier export is replaced; a folder that holds anything else is left alone."""
+def _refuse_others(out: Path, source: Path) -> None:
+    """An earlier export is replaced; the source, and a folder that holds anything else, are left alone."""
+    if out == source:
+        raise ConfigError(f"{out} is what is exported: give another folder to write to")
     known = {"model.safetensors", "config.json", "preprocessor_config.json", peers.UNILM_FILE}
     strangers = sorted(path.name for path in out.iterdir() if path.name not in known) if out.is_dir() else []
     if strangers or (out.exists() and not out.is_dir()):
@@ -64,12 +71,12 @@ def _refuse_others(out: Path) -> None:
 
 
 @torch.no_grad()
-def _write_encoder(folder: Path, to: str, weights: dict[str, Tensor], config: Config, state: State) -> float:
+def _write_encoder(
+    folder: Path, to: str, weights: dict[str, Tensor], config: Config, state: State, source: Path
+) -> float:
     """Write the pretraining encoder; returns the largest difference of its logits, a share of the largest."""
     model, vocabulary = config.model, config.tokenizer.vocabulary
-    ours = Beit(model, vocabulary, seed=0)
-    ours.load_state_dict(weights)
-    ours.eval()
+    ours = with_weights(config, weights, source)
     pixels, mask = _example(model)
     if to == "safetensors":
         save_encoder(folder, weights, config, state)
@@ -91,7 +98,7 @@ def _write_classifier(folder: Path, to: str, weights: dict[str, Tensor], model: 
     """Write the fine-tuning form; returns the largest difference of its features, a share of the largest."""
     if any(side % model.patch_size for side in size):
         raise ConfigError(f"--input-size {size} is not a multiple of the patch size {model.patch_size}")
-    ready, target = for_finetuning(weights, model, size)
+    ready, target = for_finetuning(weights, dataclasses.replace(model, kernels="auto"), size)
     ours = Classifier(target, classes=0)
     ours.load_state_dict(ready)
     pixels, _ = _example(target)

@@ -3,24 +3,22 @@
 SRC is a folder of transformers, of timm, or of `export`; or a file: the released code's .pth, or .safetensors.
 """
 
-import argparse
 import json
 import math
-import pickle
-import zipfile
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoint import State
 from pipeline.config import Config, ConfigError, load_tree
+from pipeline.foreign import read_pickle
 from pipeline.formats import from_hf, from_unilm
 from pipeline.metrics import say
 from pipeline.model import Beit
-from pipeline.weights import save_encoder
+from pipeline.weights import refuse_full, save_encoder
 
 Weights = dict[str, Tensor]
 
@@ -31,8 +29,7 @@ _DOWNSTREAM = ("fc_norm.", "classifier.", "beit.pooler.", "pooler.", "decode_hea
 
 def run(source: Path, out: Path, overrides: list[str]) -> int:
     """Write OUT/model.safetensors and OUT/config.json; returns the exit code. overrides: section.key=value."""
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: give a new folder")
+    refuse_full(out)
     content, foreign = _read(source)
     weights = _our_names(foreign)
     left_out = [name for name in weights if name.startswith(_DOWNSTREAM)]
@@ -77,23 +74,24 @@ def _read(source: Path) -> tuple[dict, Weights]:
     try:
         if source.is_dir():
             content = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ConfigError(f"{source / 'config.json'} holds a list, no settings: {_CURE}")
             return {**_preprocessing(source), **content}, _folder_weights(source)
         if source.suffix == ".safetensors":
             return {}, load_file(source)
-        if source.exists() and not zipfile.is_zipfile(source):
-            raise ConfigError(f"{source} is no file that torch.save (1.6 or later) wrote: {_CURE}")
-        # Namespace holds the arguments of a training of the released code; it can only carry values
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename or source} does not exist: {_CURE}") from error
-    except (json.JSONDecodeError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ConfigError(f"{source} cannot be read safely ({' '.join(str(error).split())[:200]}): {_CURE}") from error
-    if isinstance(content, dict):
-        content = content.get("model", content.get("module", content))
-    if not isinstance(content, dict):
-        raise ConfigError(f"{source} holds a {type(content).__name__}, no table of weights: {_CURE}")
-    return {}, {name: w for name, w in content.items() if isinstance(w, Tensor)}
+    except (ValueError, SafetensorError) as error:
+        raise ConfigError(f"{source} cannot be read ({' '.join(str(error).split())[:200]}): {_CURE}") from error
+    return {}, read_pickle(source, _saved_weights)
+
+
+def _saved_weights(saved: Any) -> dict[str, Any]:
+    """The weights within what the released code saves: alone, or beside its optimizer, epoch and arguments."""
+    inner = saved.get("model", saved.get("module", saved)) if isinstance(saved, dict) else {}
+    if not isinstance(inner, dict):
+        return {}
+    return {str(name): value for name, value in inner.items() if not str(name).endswith("relative_position_index")}
 
 
 def _preprocessing(folder: Path) -> dict:
@@ -134,6 +132,10 @@ def described(weights: Weights, content: dict) -> dict:
     """The config sections that weights under our names, and a config.json of whichever library, imply."""
     if content.get("kind") == "beit":
         return content["config"]
+    needed = ("patch_embedding.weight", "blocks.0.fc1.weight", "blocks.0.attention.qkv_weight")
+    places = ("position_embedding", "shared_bias.table", "blocks.0.attention.own_bias.table")
+    if any(name not in weights for name in needed) or not any(name in weights for name in places):
+        raise ConfigError(f"these weights have no blocks or no positions of a BEiT: {_CURE}")
     width, inputs = weights["patch_embedding.weight"].shape
     patch = math.isqrt(inputs // 3)
     layers = sum(name.endswith("attention.qkv_weight") for name in weights)

@@ -6,6 +6,7 @@ v2's VQ-KD `.pth`, or a tokenizer folder of ours. Nothing of a pickle is run.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 from torch import Tensor
@@ -13,29 +14,43 @@ from torch import Tensor
 from pipeline.config import ConfigError, Size
 from pipeline.foreign import read_dalle_pickles, read_flava_codebook, read_vqkd
 from pipeline.metrics import say
-from pipeline.tokenizer import load_tokenizer, save_tokenizer
+from pipeline.tokenizer import build, load_tokenizer, save_tokenizer
+from pipeline.weights import refuse_full
 
 _DALLE_SIZE = Size(112, 112)
 _OURS = "tokenizer.json"
 
 
 def run(source: Path, out: Path, size: Size | None) -> int:
-    """Write the folder; returns the exit code. size: of the views it will be given, instead of the published one."""
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: give a new folder")
+    """Write OUT whole or not at all; returns the exit code. size: of the views it will be given, None: as published."""
+    refuse_full(out)
     if not source.exists():
         raise ConfigError(f"{source} does not exist: give encoder.pkl, a FLAVA folder, a VQ-KD .pth, or one of ours")
     kind, shape, weights, fitting, resample = _read(source)
-    save_tokenizer(out, weights, kind, shape, size or fitting, resample)
-    _, identity = load_tokenizer(out)
+    size = size or fitting
+    stride = build(kind, shape)[1]
+    if any(side % stride or not side for side in size):
+        raise ConfigError(
+            f"--input-size {size} is not a multiple of {stride}, the pixels that a token of it stands for"
+        )
+    if kind == "vqkd" and size != fitting:
+        raise ConfigError(
+            f"--input-size {size}: this VQ-KD tokenizer has learned positions for {fitting}; leave it out"
+        )
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_tokenizer(partial, weights, kind, shape, size, resample)
+    _, identity = load_tokenizer(partial)
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
     rows, columns = identity["grid"]
-    stride = identity["input_size"][0] // rows
     say(
         f"imported a {kind} tokenizer of {identity['vocabulary']} tokens on a grid of {rows}×{columns} to {out}; "
         f"fingerprint {identity['fingerprint']}"
     )
     say(
-        f"its config section:  tokenizer.input_size={Size(*identity['input_size'])} tokenizer.stride={stride} "
+        f"its config section:  tokenizer.input_size={size} tokenizer.stride={stride} "
         f"tokenizer.vocabulary={identity['vocabulary']}"
     )
     return 0

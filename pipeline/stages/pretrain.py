@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention import chosen
-from pipeline.config import ONLINE, Config, micro_batch
-from pipeline.engine import Engine, leave, setup_from, start_world, sums
+from pipeline.checkpoint import newest
+from pipeline.config import ONLINE, Config, ConfigError, micro_batch
+from pipeline.engine import Engine, World, from_first, leave, setup_from, start_world, sums
 from pipeline.metrics import say
 from pipeline.model import Beit, training_flops
 from pipeline.objective import masked_token_loss, online_tokens
@@ -43,12 +44,12 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     micro = micro_batch(config.train.global_batch, config.train.micro_batch, world.size, "train.global_batch")
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     beit.checkpointing = config.train.activation_checkpointing
-    if config.train.init:
-        line = start_from(Path(config.train.init), beit, config.tokenizer.vocabulary)
-        if world.first:
-            say(line)
-    if world.first:
-        say(f"attention: {chosen(config.model.kernels, world.device)}")
+    run_folder = Path(config.train.run)
+    lines = [f"attention: {_kernels(config, world)}"]
+    if config.train.init and from_first(newest(run_folder, lambda _: None) is None, world):
+        lines.append(start_from(Path(config.train.init), beit, config.tokenizer.vocabulary))
+    for line in lines if world.first else ():
+        say(line)
     if tokenizer is not None:
         tokenizer.to(world.device)
 
@@ -63,7 +64,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
 
     job = Job(
         label="pretrain",
-        run=Path(config.train.run),
+        run=run_folder,
         sections=IDENTITY,
         source=source,
         module=beit,
@@ -82,6 +83,14 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     _, finished = run_training(config, job, world, stop)
     leave()
     return 0 if finished else EXIT_STOPPED
+
+
+def _kernels(config: Config, world: World) -> str:
+    """What attention runs with. Raises ConfigError where it cannot."""
+    try:
+        return chosen(config.model.kernels, world.device, config.model.width // config.model.heads)
+    except ValueError as error:
+        raise ConfigError(f"model.kernels: {error}") from error
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pipeline.model import Beit
 from pipeline.pixels import normalise
 from pipeline.probe import judge
 from pipeline.streams import Source, evaluation, evaluation_batches
-from pipeline.weights import checkpoint_weights, run_config
+from pipeline.weights import checkpoint_weights, run_config, with_weights
 from shards.index import FLAG_LABELLED
 from shards.progress import Progress
 
@@ -26,9 +26,9 @@ def run(run_folder: Path, shards: Path, test: Path | None, samples: int) -> int:
     config = run_config(run_folder)
     weights, state = checkpoint_weights(run_folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained, untrained = (Beit(config.model, config.tokenizer.vocabulary, config.data.seed) for _ in range(2))
-    trained.load_state_dict(weights)
-    models = {"trained": trained.to(device).eval(), "untrained": untrained.to(device).eval()}
+    trained = with_weights(config, weights, run_folder)
+    untrained = Beit(trained.model, config.tokenizer.vocabulary, config.data.seed)
+    models = {"trained": trained.to(device), "untrained": untrained.to(device).eval()}
     train_features, train_labels = _features(config, models, shards, samples, device)
     if test is None:
         part = torch.arange(len(train_labels)) % 5 == 4

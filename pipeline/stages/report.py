@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from pipeline import page, sections
 from pipeline.checkpoint import State, newest
 from pipeline.config import ONLINE, Config, ConfigError
@@ -12,11 +14,12 @@ from pipeline.model import Beit
 from pipeline.objective import online_tokens
 from pipeline.page import Picture
 from pipeline.pictures import Reconstruction, reconstructions, sample_names
+from pipeline.precision import computing
 from pipeline.provenance import what_ran
 from pipeline.record import Record, attempt, read_record
 from pipeline.streams import Source, evaluation_batches, fitting_tokenizer, heldout, pretraining
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer
-from pipeline.weights import checkpoint_weights, run_config
+from pipeline.weights import checkpoint_weights, run_config, with_weights
 from shards import codec
 from shards.files import write_text
 from shards.loader import Batch
@@ -88,7 +91,8 @@ def _samples(config: Config, missing: list[str]) -> Shown | None:
         count = min(_SHOWN, source.samples)
         batch = next(evaluation_batches(config, source, samples=count, micro=count, rank=0, world=1))
         if tokens == ONLINE:
-            batch = batch._replace(tokens=online_tokens(fitting_tokenizer(config)[0].tokenize, batch))
+            with computing(config.tokenizer.precision, torch.device("cpu")):
+                batch = batch._replace(tokens=online_tokens(fitting_tokenizer(config)[0].tokenize, batch))
         return Shown(source, batch, name, tokens)
 
     data, shown = config.data, None
@@ -115,12 +119,7 @@ def _decoder(config: Config, tokens: str) -> VisualTokenizer:
 
 
 def _encoder(config: Config, run_folder: Path) -> Beit:
-    weights, _ = checkpoint_weights(run_folder)
-    beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
-    if weights.keys() != beit.state_dict().keys():
-        raise ConfigError(f"the checkpoints of {run_folder} hold no encoder; is it the training of a tokenizer?")
-    beit.load_state_dict(weights)
-    return beit.eval()
+    return with_weights(config, checkpoint_weights(run_folder)[0], run_folder)
 
 
 def _picture_row(name: str, rebuilt: Reconstruction) -> str:

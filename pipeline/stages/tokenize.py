@@ -5,7 +5,6 @@ appears by rename, so a killed job is just started again; whoever sees the last 
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -22,7 +21,7 @@ from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.metrics import say
 from pipeline.pixels import jitter
 from pipeline.precision import changed_tokens, computing
-from pipeline.streams import fitting_tokenizer, view_policy
+from pipeline.streams import fitting_tokenizer, policy_record, view_policy
 from pipeline.tokenizer import VisualTokenizer
 from shards.files import PARTIAL
 from shards.images import ImageSet
@@ -54,7 +53,7 @@ class Task:
 
     def stamp(self, shard: ImageShard) -> dict[str, str]:
         """What a token file of this task carries; a file with another stamp belongs to another task."""
-        made = {"tokenizer": self.identity["fingerprint"], "policy": dataclasses.asdict(self.policy)}
+        made = {"tokenizer": self.identity["fingerprint"], "policy": policy_record(self.policy)}
         made |= {"num_views": self.num_views, "image_digest": shard.digest, "precision": self.precision}
         return {"stamp": json.dumps(made, sort_keys=True)}
 
@@ -116,8 +115,8 @@ def _tokenize_set(config: Config, task: Task) -> None:
         entries = [token_shard_entry(task.folder, shard.name, shard.digest) for shard in shards]
         manifest = TokenManifest(
             shards=entries,
-            tokenizer=task.identity,
-            policy=dataclasses.asdict(task.policy),
+            tokenizer={**task.identity, "precision": task.precision},
+            policy=policy_record(task.policy),
             num_views=task.num_views,
             provenance=_provenance(task),
         )
@@ -155,7 +154,7 @@ def _place() -> tuple[int, int]:
 def _provenance(task: Task) -> dict:
     """For people: what made the tokens, and how many of them another precision would have changed."""
     versions = {name: metadata.version(name) for name in ("torch", "pillow", "numpy")}
-    made = {"device": task.device.type, "precision": task.precision, "decoder": "pillow", **versions}
+    made = {"device": task.device.type, "decoder": "pillow", **versions}
     index = task.images.index(0)
     views = _draw(task, index)
     first = replace(_cuts(task, 0, views), per_item=_COMPARED)[0]
@@ -177,7 +176,8 @@ class _Finished:
         if number not in self.known and path.exists():
             if open_token_shard(path).metadata.get("stamp") != self.task.stamp(shard)["stamp"]:
                 raise ConfigError(
-                    f"{path} was made by another tokenizer, with other view settings, or from other pictures; "
+                    f"{path} was made by another tokenizer, at another precision, with other view settings, or from "
+                    f"other pictures; "
                     f"choose another folder for these tokens, or remove {self.task.folder}"
                 )
             self.add(number)

@@ -209,5 +209,6 @@ def test_what_runs_where(monkeypatch):
 
 
 def test_wider_heads_are_left_to_sdpa():
-    qkv, bias, weight = inputs(9, 1, 144, 1, torch.float32)
-    compare(qkv, bias, weight, BOUNDS[torch.float32])
+    assert chosen("auto", torch.device("cuda"), 144) == "sdpa"
+    with pytest.raises(ValueError, match="heads of up to 128, not 144"):
+        chosen("fused", torch.device("cuda"), 144)

@@ -2,8 +2,13 @@
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +26,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
+ROOT = Path(__file__).resolve().parents[2]
 MODES = ("absolute", "relative_shared", "relative")
 
 
@@ -86,6 +92,23 @@ def test_fine_tuning_export(encoder, tmp_path, to, size):
     assert not any("mask_token" in name or "lm_head" in name for name in weights)
 
 
+@pytest.mark.parametrize("to", ["timm", "unilm"])
+def test_the_command_itself_finds_timm(tiny, tmp_path, to):
+    """In a process of its own, without what this suite puts in place; and a run that asked for fused kernels."""
+    folder = made(tiny, tmp_path / "encoder", "model.kernels=fused")
+    command = [sys.executable, "-m", "pipeline", "export", str(folder), str(tmp_path / "out"), "--to", to]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"as {to}; loaded back" in done.stderr
+
+
+def test_an_export_never_replaces_its_source(encoder):
+    with pytest.raises(ConfigError, match="is what is exported"):
+        export.run(encoder, encoder, "timm", finetune=False, size=None)
+    load_encoder(encoder)
+
+
 def test_an_export_never_replaces_strangers(encoder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
@@ -100,7 +123,9 @@ def test_a_training_checkpoint_of_the_released_code(tiny, tmp_path):
     weights = to_unilm(beit.state_dict(), config.model)
     weights["rel_pos_bias.relative_position_index"] = torch.zeros(17, 17, dtype=torch.int64)
     path = tmp_path / "checkpoint-799.pth"
-    torch.save({"model": weights, "epoch": 799, "args": argparse.Namespace(lr=1.5e-3), "scaler": {}}, path)
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": np.float64(1.5e-3), "params": [0]}]}
+    arguments = argparse.Namespace(lr=1.5e-3, output_dir="x")
+    torch.save({"model": weights, "optimizer": optimizer, "epoch": 799, "args": arguments, "scaler": {}}, path)
     assert import_encoder.run(path, tmp_path / "back", []) == 0
     again, config_again = load_encoder(tmp_path / "back")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in beit.state_dict().items())
@@ -110,9 +135,9 @@ def test_a_training_checkpoint_of_the_released_code(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"Resolving cdn... connected. HTTP request sent, awaiting response... 200 OK", "no file that torch.save"),
-        (b"", "no file that torch.save"),
-        (b"PK\x05\x06" + bytes(18), "cannot be read safely"),
+        (b"Resolving cdn... connected. HTTP request sent, awaiting response... 200 OK", "no file of torch.save"),
+        (b"", "no file of torch.save"),
+        (b"PK\x05\x06" + bytes(18), "no file of torch.save"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(tmp_path, content, words):
@@ -131,7 +156,7 @@ def test_a_pickle_that_runs_code_runs_nothing(tmp_path):
             return (Path.touch, (marker,))
 
     torch.save({"model": Evil()}, tmp_path / "beit.pth")
-    with pytest.raises(ConfigError, match="cannot be read safely"):
+    with pytest.raises(ConfigError, match="nothing of it was run"):
         import_encoder.run(tmp_path / "beit.pth", tmp_path / "out", [])
     assert not marker.exists()
 
@@ -140,6 +165,12 @@ def test_weights_of_something_else(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.safetensors")
     with pytest.raises(ConfigError, match="no weights of a BEiT"):
         import_encoder.run(tmp_path / "resnet.safetensors", tmp_path / "out", [])
+    save_file({"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}, tmp_path / "swin.safetensors")
+    with pytest.raises(ConfigError, match="no blocks or no positions"):
+        import_encoder.run(tmp_path / "swin.safetensors", tmp_path / "out", [])
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is not empty"):
+        import_encoder.run(tmp_path / "swin.safetensors", tmp_path / "file", [])
 
 
 def test_an_imported_encoder_is_pretrained_further_probed_and_reported(tiny, tmp_path):
@@ -178,9 +209,6 @@ def first_loss(config, beit: Beit) -> float:
 
 def in_a_process(config, folder: Path) -> float:
     """The first loss of `python -m pipeline pretrain`, which wants a process of its own."""
-    import subprocess
-    import sys
-
     from pipeline.config import to_yaml
     from pipeline.metrics import read_metrics
 
@@ -189,6 +217,27 @@ def in_a_process(config, folder: Path) -> float:
     command = [sys.executable, "-m", "pipeline", "pretrain", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     return read_metrics(Path(config.train.run), "train")[0]["loss"]
+
+
+def test_a_run_goes_on_without_what_it_began_with(tiny, tmp_path):
+    """The encoder of train.init may be gone once there is a checkpoint."""
+    folder = made(tiny, tmp_path / "encoder")
+    words = [f"train.init={folder}", f"train.run={tmp_path / 'run'}", "train.duration=8 steps"]
+    command = [sys.executable, "-m", "pipeline", "pretrain", str(tiny.config), *words]
+    for first in (True, False):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("starting from" in done.stderr) == first
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_other_normalisation_does_not_start_a_run(tiny, tmp_path):
+    """Weights made for other inputs: refused, not trained on wrong ones."""
+    from pipeline.weights import start_from
+
+    folder = made(tiny, tmp_path / "encoder", "model.mean=[0.4, 0.4, 0.4]")
+    with pytest.raises(ConfigError, match=r"has model\.mean"):
+        start_from(folder, Beit(load_config(str(tiny.config), []).model, 64, seed=0), 64)
 
 
 def test_another_shape_does_not_start_a_run(tiny, tmp_path):

@@ -81,6 +81,20 @@ def test_the_same_tokenizer_keeps_its_fingerprint(tiny, tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "words"),
+    [
+        ("dalle", Size(100, 100), "is not a multiple of 8"),
+        ("dalle", Size(4, 4), "is not a multiple of 8"),
+        ("vqkd", Size(48, 48), "has learned positions for 32"),
+    ],
+)
+def test_a_size_it_cannot_have_is_refused_before_anything_is_written(tiny, tmp_path, kind, size, words):
+    with pytest.raises(ConfigError, match=words):
+        import_tokenizer.run(source(kind, tmp_path / "source", tiny), tmp_path / "out", size)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_nothing_is_overwritten(tiny, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")

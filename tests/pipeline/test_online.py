@@ -79,6 +79,15 @@ def test_a_run_does_not_change_from_recorded_to_online(tiny, tmp_path):
     assert "another token set than the run was started with" in result.stderr
 
 
+def test_online_tokens_are_named_by_all_that_makes_them(tiny):
+    """A run continued at another precision would train on other tokens: the checkpoint names it."""
+    names = {
+        pretraining(load_config(str(tiny.config), [ONLINE, f"tokenizer.precision={p}"])).tokens
+        for p in ("fp32", "bf16")
+    }
+    assert len(names) == 2 and all("views of arithmetic 2" in name for name in names)
+
+
 def test_there_is_nothing_to_tokenize(tiny):
     with pytest.raises(ConfigError, match="`pretrain` makes the tokens itself"):
         tokenize.run(load_config(str(tiny.config), [ONLINE, "data.heldout_tokens=online"]))
@@ -115,6 +124,6 @@ def test_the_token_manifest_says_what_another_precision_would_change(tiny):
 
     manifest = json.loads((tiny.folder / "tokens" / "train" / "manifest.json").read_text())
     changed = manifest["provenance"]["tokens_changed_against_fp32"]
-    assert manifest["provenance"]["precision"] == "fp32"
+    assert manifest["tokenizer"]["precision"] == "fp32"
     assert set(changed) == {"fp16", "bf16"}
     assert 0 <= changed["fp16"] <= changed["bf16"] < 0.5

@@ -198,6 +198,8 @@ PAIRINGS = {
     "grid": (lambda c: c["tokenizer"].update(grid=[5, 5]), "token grid of"),
     "policy": (lambda c: c["policy"].update(flip=0.25), "view.flip 0.25"),
     "views": (lambda c: c.update(num_views=7), "7 views"),
+    "arithmetic": (lambda c: c["policy"].update(arithmetic=1), "view.arithmetic 1, here it is 2"),
+    "precision": (lambda c: c["tokenizer"].update(precision="bf16"), "tokenizer.precision bf16, here it is fp32"),
     "schema": (lambda c: c.update(schema=9), "schema 1"),
     "kind": (lambda c: c.update(kind="images"), "not tokens"),
 }

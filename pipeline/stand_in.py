@@ -1,4 +1,4 @@
-"""A stand-in for torchvision, so that timm's model file loads beside a CPU torch.
+"""A stand-in for torchvision where none loads, so that timm's BEiT does: in exports and in tests.
 
 torchvision's wheel on the package index is built for a CUDA torch and does not load without one. timm imports it for
 transforms and detection operators, none of which its BEiT uses: here every torchvision name is an empty class.
@@ -8,7 +8,9 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 
 class _Module(ModuleType):
@@ -23,15 +25,17 @@ class _Module(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name.split(".")[0] == "torchvision":
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return _Module(spec.name)
 
-    def exec_module(self, module):
+    def exec_module(self, module: Any) -> None:
         module.__version__ = "0"
 
 
