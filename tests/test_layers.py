@@ -28,7 +28,7 @@ BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model 
 BELOW += " pipeline.page pipeline.photos pipeline.pictures pipeline.pixels pipeline.probe pipeline.provenance"
 BELOW += " pipeline.record pipeline.sections pipeline.signals pipeline.streams pipeline.tokenizer pipeline.training"
 BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipeline.peers pipeline.resize"
-BELOW += " pipeline.formats pipeline.foreign safetensors"
+BELOW += " pipeline.formats pipeline.foreign safetensors kernels"
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_a_file_that_is_none(tmp_path, what):
     ("overrides", "words"),
     [
         (["model.positions=learned"], ["model.positions", "'learned'", "absolute, relative_shared, relative"]),
-        (["model.kernels=cuda"], ["model.kernels", "'cuda'", "auto, sdpa, reference"]),
+        (["model.kernels=cuda"], ["model.kernels", "'cuda'", "auto, fused, sdpa, reference"]),
         (["train.precision=fp8"], ["train.precision", "'fp8'", "bf16, fp16, fp32"]),
         (["train.zero_stage=4"], ["train.zero_stage", "4", "0, 1, 2, 3"]),
         (["train.offload_optimizer=true", "train.zero_stage=0"], ["train.offload_optimizer", "train.zero_stage"]),
