@@ -21,7 +21,7 @@ def main() -> None:
         sys.exit("error: run ./launch.sh demo first; this trains on its shards, with its tokenizer")
     images = DEMO / "shards" / "test"
     samples = sum(shard["samples"] for shard in json.loads((images / "manifest.json").read_text())["shards"])
-    rows = []
+    rows, epochs = [], STEPS * 64 / samples
     with tempfile.TemporaryDirectory() as folder:
         for views in VIEWS:
             ends = [trained(Path(folder), images, views, seed) for seed in SEEDS]
@@ -29,9 +29,7 @@ def main() -> None:
             rows.append(
                 {
                     "views a picture": views,
-                    "times each is seen": f"{STEPS * 64 / samples / (1 if views == 'online' else int(views)):.1f}"
-                    if views != "online"
-                    else "1",
+                    "times each is seen": f"{epochs / int(views):.1f}" if views != "online" else "1",
                     "training loss": _spread(seen[:, 0]),
                     "loss on never-seen views": _spread(seen[:, 1]),
                     "masked accuracy on never-seen views": _spread(100 * seen[:, 2], "%"),

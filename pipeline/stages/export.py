@@ -23,7 +23,7 @@ FORMATS = ("safetensors", "hf", "timm", "unilm")
 _AGREES = 1e-5  # largest difference of logits, as a share of the largest logit: float32 rounding over all layers
 
 
-def run(run_folder: Path, out: Path, to: str, finetune: bool, size: Size | None) -> int:
+def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = False, size: Size | None = None) -> int:
     """Write OUT; returns the exit code. `finetune`: a classifier without its head, for pictures of `size`."""
     config = run_config(run_folder)
     weights, state = checkpoint_weights(run_folder)
