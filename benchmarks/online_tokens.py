@@ -15,7 +15,7 @@ from pipeline.photos import write_tiles
 from pipeline.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, STEPS, ROUNDS = 8, 5, 2
+BATCH, STEPS, ROUNDS = 8, 3, 2
 # multiply-adds of one picture (RECIPE, "Cost"): three times the encoder's forward, and the DALL-E encoder's
 COSTS = {"base": 54.0, "tokenizer": 26.06}
 
