@@ -9,9 +9,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import pack
+from kernels.cross_entropy import linear_cross_entropy
 from pipeline.blocks import Block, LayerNorm, Linear, RelativeBias, empty
 from pipeline.config import Model
 
@@ -75,6 +77,23 @@ class Encoder(nn.Module):
         return x_BSD if self.position_embedding is None else x_BSD + self.position_embedding
 
 
+class Head(nn.Module):
+    """Logits over the vocabulary, or their cross entropy: both from `forward`, around which ZeRO-3 has the weights."""
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__()
+        self.weight, self.bias = empty(vocabulary, width), empty(vocabulary)
+
+    def forward(
+        self, x: Tensor, tokens: Tensor | None = None, counts: Tensor | None = None, kernels: str = "auto"
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [B, M, D]. Logits [B, M, V]; with tokens and counts [B, M], the two sums of linear_cross_entropy."""
+        if tokens is None or counts is None:
+            return F.linear(x, self.weight, self.bias)
+        rows = x.flatten(0, 1)
+        return linear_cross_entropy(rows, self.weight, self.bias, tokens.flatten(), counts.flatten(), kernels)
+
+
 class Beit(Encoder):
     """Encoder and head over visual tokens."""
 
@@ -82,21 +101,32 @@ class Beit(Encoder):
         """All parameters are drawn from `seed` alone."""
         super().__init__(model, masks=True)
         self.norm = LayerNorm(model.width)
-        self.head = Linear(model.width, vocabulary)
+        self.head = Head(model.width, vocabulary)
         initialise(self, seed)
 
     def forward(
-        self, pixels_BCHW: Tensor, mask_BN: Tensor, masked: int, keep_BL2: Tensor | None = None
+        self,
+        pixels_BCHW: Tensor,
+        mask_BN: Tensor,
+        masked: int,
+        keep_BL2: Tensor | None = None,
+        tokens_BN: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the masked patches.
+        """Logits of the masked patches, or with tokens how well they are predicted.
 
         pixels_BCHW: normalised. mask_BN: bool, at most `masked` True a row. keep_BL2: bool, which residual branches
-        survive drop path; None keeps all. Returns logits [B, M, V], their patch numbers i64 [B, M] and weights
-        [B, M]: 1 for a masked patch, 0 where a row has fewer than M = `masked` of them.
+        survive drop path; None keeps all. Returns logits [B, M, V], their patch numbers i64 [B, M] and counts
+        [B, M]: 1 for a masked patch, 0 where a row has fewer than M = `masked` of them. With tokens_BN, i64: sums over
+        the masked patches of cross entropy, of right predictions and of ones, float32, and no logits are kept.
         """
         index_BM = torch.sort(mask_BN.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :masked]
-        hidden_BMD = self.hidden(pixels_BCHW, mask_BN, keep_BL2, picked_BM=index_BM + 1)[-1]
-        return self.head(self.norm(hidden_BMD)), index_BM, mask_BN.gather(1, index_BM)
+        hidden_BMD = self.norm(self.hidden(pixels_BCHW, mask_BN, keep_BL2, picked_BM=index_BM + 1)[-1])
+        counts_BM = mask_BN.gather(1, index_BM)
+        if tokens_BN is None:
+            return self.head(hidden_BMD), index_BM, counts_BM
+        tokens_BM = tokens_BN.gather(1, index_BM)
+        loss, right = self.head(hidden_BMD, tokens_BM, counts_BM.float(), self.model.kernels)
+        return loss, right, counts_BM.float().sum()
 
     def all_logits(self, pixels_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
         """Logits [B, N, V] of every patch, masked or not; for comparisons."""

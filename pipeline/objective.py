@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.pixels import jittered
 from pipeline.config import DVAE_STRIDE, Config, Tokenizer
-from pipeline.pixels import jitter, normalise, tokenizer_input
+from pipeline.pixels import jitter, tokenizer_input
 
 
 class Views(Protocol):
@@ -33,10 +34,11 @@ class Views(Protocol):
     def draws(self) -> dict[str, Tensor]: ...
 
 
-def encoder_input(config: Config, batch: Views) -> Tensor:
+def encoder_input(config: Config, batch: Views, dtype: torch.dtype = torch.float32) -> Tensor:
     """Jittered, normalised pixels [B, 3, H, W] for the encoder."""
-    pixels = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
-    return normalise(pixels, config.model.mean, config.model.std)
+    normal = (config.model.mean, config.model.std)
+    views = (batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    return jittered(*views, normal, dtype, config.model.kernels)
 
 
 @torch.no_grad()
@@ -52,16 +54,11 @@ def masked_token_loss(
 
     `dtype` is that of the model's input; the loss is computed in float32.
     """
-    pixels_BCHW = encoder_input(config, batch).to(dtype)
+    pixels_BCHW = encoder_input(config, batch, dtype)
     mask_BN, keep_BL2 = batch.draws["mask"], batch.draws.get("keep")
-    logits_BMV, index_BM, weight_BM = model(pixels_BCHW, mask_BN, config.mask.num_patches, keep_BL2)
-    tokens_BM = batch.tokens.gather(1, index_BM)
-    logits_BMV, weight_BM = logits_BMV.float(), weight_BM.float()
-    each_BM = F.cross_entropy(logits_BMV.flatten(0, 1), tokens_BM.flatten(), reduction="none").view_as(weight_BM)
-    count = weight_BM.sum().clamp(min=1)
-    right = (logits_BMV.detach().argmax(dim=-1) == tokens_BM).float()
-    loss = (each_BM * weight_BM).sum() / count
-    return loss, {"masked_accuracy": (right * weight_BM).sum() / count}
+    loss, right, count = model(pixels_BCHW, mask_BN, config.mask.num_patches, keep_BL2, batch.tokens)
+    count = count.clamp(min=1)
+    return loss / count, {"masked_accuracy": right / count}
 
 
 def dvae_temperature(settings: Tokenizer, step: int, steps: int) -> float:

@@ -56,7 +56,7 @@ TABLE = (
     Row("pipeline.masking", LEARN, "shards deepspeed pipeline.stages torch"),
     Row("pipeline.objective", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.optim", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
-    Row("pipeline.pixels", "torch", "shards deepspeed pipeline.stages"),
+    Row("pipeline.pixels", "torch kernels", "shards deepspeed pipeline.stages"),
     Row("pipeline.dvae", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.dalle", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.vqkd", f"{LEARN} pipeline.blocks", "shards deepspeed pipeline.stages pipeline.model"),

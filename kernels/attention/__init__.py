@@ -6,36 +6,25 @@ relative-position table into the bias, `pack` the bias into what the fused kerne
 share it.
 """
 
-import importlib.util
-import os
-
 import torch
 
 from kernels.attention.reference import attention_reference
 from kernels.attention.sdpa import attention_sdpa
+from kernels.choice import runs_fused
 
 _LARGEST_HEAD = 128  # numbers a head that the fused kernels take
 
 
 def chosen(implementation: str, device: torch.device, head_size: int = _LARGEST_HEAD) -> str:
-    """What runs on a device: fused, sdpa or reference. auto is fused on a GPU (CUDA or ROCm) with Triton, else sdpa.
+    """What runs on a device: fused, sdpa or reference. auto is fused where kernels.choice.runs_fused, else sdpa.
 
-    Raises ValueError for another name, and for fused where it cannot run.
+    Raises ValueError as that does, and for fused with heads it cannot take.
     """
-    if implementation not in ("auto", "fused", "sdpa", "reference"):
-        raise ValueError(f"implementation is {implementation!r}; it takes auto, fused, sdpa or reference")
-    if implementation not in ("auto", "fused"):
-        return implementation
-    triton = importlib.util.find_spec("triton") is not None
-    if implementation == "fused" and head_size > _LARGEST_HEAD:
+    if head_size > _LARGEST_HEAD and implementation == "fused":
         raise ValueError(f"fused attention takes heads of up to {_LARGEST_HEAD}, not {head_size}; use auto, or sdpa")
-    if head_size > _LARGEST_HEAD:
-        return "sdpa"
-    if triton and (device.type == "cuda" or (implementation == "fused" and os.environ.get("TRITON_INTERPRET") == "1")):
+    if runs_fused(implementation, device) and head_size <= _LARGEST_HEAD:
         return "fused"
-    if implementation == "fused":
-        raise ValueError(f"fused attention needs a GPU and Triton, not {device.type}; use auto, or sdpa")
-    return "sdpa"
+    return "reference" if implementation == "reference" else "sdpa"
 
 
 def pack(

@@ -4,17 +4,17 @@ Imported when fused attention is first asked for; needs Triton.
 """
 
 import math
-import os
 
 import torch
 from torch import Tensor
 
 from kernels.attention import fused, tiles
 from kernels.attention.plan import Blocks, Plan, choose, padded
+from kernels.choice import interpreted
 
 _REGISTERS = 255  # ptxas gives a kernel that spills far fewer, unless told
 _PROGRAMS = 4 * 132  # of the query kernel: enough chunks of images to fill a large chip
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = interpreted()
 
 
 def attention_fused(qkv_BS3AK: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None) -> Tensor:

@@ -18,33 +18,43 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[dict]]:
-    """From a process of its own: in this one Triton may be interpreting."""
+    yield json.loads(compiling(["-m", "kernels.compiled", "--json"]))
+
+
+def compiling(words: list[str]) -> str:
+    """What a Python process of its own prints: in this one Triton may be interpreting."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.attention.compiled", "--json"]
+    command = [sys.executable, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    yield json.loads(done.stdout)
+    return done.stdout
 
 
 @pytest.mark.parametrize("chip", ACCEPTED)
 def test_every_kernel_fits_the_chip(table, chip):
     rows = [row for row in table if row["chip"] == chip]
-    kernels = {"forward", "backward_queries", "backward_keys_values", "backward_bias"}
-    assert {row["kernel"] for row in rows} == kernels
-    assert {(row["positions"], row["head_size"], row["type"]) for row in rows} == {
-        (197, 64, "bf16"),
-        (257, 88, "bf16"),
-        (577, 64, "bf16"),
-        (197, 64, "fp32"),
-    }
+    attention = {"forward", "backward_queries", "backward_keys_values", "backward_bias"}
+    assert {row["kernel"] for row in rows} == attention | {"cross_entropy_rows", "jitter_pixels"}
+    shapes = {"S 197, K 64, bf16", "S 257, K 88, bf16", "S 577, K 64, bf16", "S 197, K 64, fp32"}
+    assert {row["shape"] for row in rows if row["kernel"] in attention} == shapes
     for row in rows:
         assert row["spills"] <= ACCEPTED[chip], row
-        assert 0 < row["shared"] <= SHARED[chip], row
+        assert 0 <= row["shared"] <= SHARED[chip], row
         assert 0 < row["registers"] <= (512 if chip == "gfx942" else 255), row
 
 
 def test_two_programs_share_a_multiprocessor(table):
     """Base at 224 px on Hopper: registers and shared memory leave room for a second program, which hides waiting."""
     for row in table:
-        if row["chip"] == "sm_90" and row["positions"] == 197 and row["type"] == "bf16":
+        if row["chip"] == "sm_90" and row["shape"] == "S 197, K 64, bf16":
             assert 2 * 32 * row["warps"] * row["registers"] <= 65536 and 2 * row["shared"] <= 227 << 10, row
+
+
+def test_jitter_contracts_nothing():
+    """No product and sum are rounded as one, divisions are whole: the code gives the bits that plain PyTorch gives."""
+    program = "from kernels import ahead, compiled; chip = ahead.CHIPS[1]; "
+    program += "builds = [build for build in compiled.builds(chip) if build.kernel == 'jitter_pixels']; "
+    program += "print(*(ahead.compiled(build, chip).asm['ptx'] for build in builds))"
+    code = compiling(["-c", program])
+    assert code.count("div.rn.f32") >= 6 and "mul" in code
+    assert "fma." not in code and "div.full" not in code

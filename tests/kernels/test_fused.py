@@ -40,6 +40,17 @@ def poisoned() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a long row in float32's small blocks takes minutes: above 64 positions it gets those of 16 bits."""
+    from kernels.attention import operator
+
+    def plan(capability: tuple[int, int], positions: int, head_size: int, float32: bool) -> Plan:
+        return choose(capability, positions, head_size, float32 and (DEVICE == "cuda" or positions <= 64))
+
+    monkeypatch.setattr(operator, "choose", plan)
+
+
 def surrounded(tensor: Tensor) -> Tensor:
     """The tensor within memory that is NaN on both sides: a read beyond its ends shows."""
     around = torch.full((tensor.numel() + 512,), float("nan"), dtype=tensor.dtype, device=tensor.device)
@@ -80,20 +91,20 @@ def compare(qkv: Tensor, bias: Tensor | None, weight: Tensor, bound: float) -> N
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(shape, dtype):
+def test_output_and_gradients(shape, dtype, large_blocks):
     qkv, bias, weight = inputs(*shape, dtype)
     compare(qkv, bias, weight, BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_long_rows(dtype):
+def test_long_rows(dtype, large_blocks):
     """384 px: the bias gradient has a kernel of its own."""
     qkv, bias, weight = inputs(577, 1, 64, 1, dtype)
     assert not choose((9, 0), 577, 64, False).held and choose((9, 0), 197, 64, False).held
     compare(qkv, bias, weight, BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("s", [17, 64, 130])
+@pytest.mark.parametrize("s", [17, 64, 97])
 def test_without_a_bias(s):
     qkv, _, weight = inputs(s, 2, 32, 2, torch.float32)
     compare(qkv, None, weight, BOUNDS[torch.float32])
@@ -105,7 +116,7 @@ def test_the_bias_gradient_is_summed_over_chunks_of_images(images, monkeypatch):
     from kernels.attention import operator
 
     monkeypatch.setattr(operator, "_PROGRAMS", 4)
-    qkv, bias, weight = inputs(50, 2, 32, images, torch.float32)
+    qkv, bias, weight = inputs(34, 2, 32, images, torch.float32)
     compare(qkv, bias, weight, BOUNDS[torch.float32])
 
 
@@ -133,7 +144,7 @@ def test_large_logits_and_biases():
     compare(surrounded(qkv * 6), bias * 10, weight, 2e-5)
 
 
-@pytest.mark.parametrize("grid", [(3, 5), (1, 9), (8, 8)], ids=str)
+@pytest.mark.parametrize("grid", [(3, 5), (1, 9), (5, 5)], ids=str)
 def test_the_table_of_any_grid_gets_its_gradient(grid):
     """Through expand_bias, shared by three layers and packed once."""
     rows, columns = grid
@@ -202,7 +213,7 @@ def test_what_runs_where(monkeypatch):
     assert chosen("auto", torch.device("cuda")) == "fused"
     assert chosen("reference", torch.device("cuda")) == "reference"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="needs a GPU and Triton, not cpu; use auto, or sdpa"):
+    with pytest.raises(ValueError, match="need a GPU and Triton, not cpu; use auto, or sdpa"):
         chosen("fused", cpu)
     with pytest.raises(ValueError, match="takes auto, fused, sdpa or reference"):
         chosen("flash", cpu)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import Config, Mask, Model, Size, Tokenizer
-from pipeline.model import Beit
+from pipeline.model import Beit, Head
 from pipeline.objective import dvae_loss, dvae_temperature, encoder_input, masked_token_loss
 from pipeline.pixels import jitter, normalise, tokenizer_input
 
@@ -65,15 +65,20 @@ def beit() -> Beit:
 
 
 def fixed(logits_BNV: Tensor) -> Callable:
-    """A model that gives these logits, whatever it sees: the masked patches' in order, filled up with others."""
+    """A model whose logits are these, whatever it sees: the masked patches' in order, filled up with others."""
+    head = Head(V, V).requires_grad_(False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(V))
+        head.bias.zero_()
 
-    def model(pixels: Tensor, mask: Tensor, masked: int, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def model(pixels: Tensor, mask: Tensor, masked: int, keep: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:
         rows = []
         for row in mask:
             chosen = row.nonzero().flatten().tolist()
             rows.append((chosen + [i for i in range(N) if i not in chosen])[:masked])
         index = torch.tensor(rows)
-        return logits_BNV.gather(1, index[..., None].expand(-1, -1, V)), index, mask.gather(1, index)
+        logits, counts = logits_BNV.gather(1, index[..., None].expand(-1, -1, V)), mask.gather(1, index).float()
+        return *head(logits, tokens.gather(1, index), counts), counts.sum()
 
     return model
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from pipeline.pixels import _ORDERS, from_tokenizer, jitter, normalise, tokenizer_input
+from kernels.pixels.reference import ORDERS
+from pipeline.pixels import from_tokenizer, jitter, normalise, tokenizer_input
 from shards.codec import mean_grey
 from shards.views import JITTER_ORDERS
 
@@ -158,7 +159,7 @@ def test_results_stay_in_range():
 
 def test_orders_are_those_of_the_record():
     """Two tables, because pixels must not know shards: row n means the same in both."""
-    assert [list(order) for order in _ORDERS] == JITTER_ORDERS.tolist()
+    assert [list(order) for order in ORDERS] == JITTER_ORDERS.tolist()
 
 
 def test_normalise():

@@ -1,0 +1,39 @@
+"""Colour jitter, normalisation and cast of uint8 pictures, in one pass on a GPU.
+
+Every implementation gives the same bits: tokens were made of these pixels, and whoever cuts the view again must see
+what the tokenizer saw.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.choice import runs_fused
+from kernels.pixels.reference import jittered_reference, turns
+
+
+def jittered(
+    pixels_BCHW: Tensor,
+    jitters_B3: Tensor,
+    orders_B: Tensor,
+    mean_greys_B: Tensor,
+    normal: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "auto",
+) -> Tensor:
+    """uint8 pixels [B, 3, H, W], each picture jittered by its own factors in its own order, in [0, 1].
+
+    jitters_B3: factors of brightness, contrast, saturation; orders_B: i64, rows of reference.ORDERS; mean_greys_B:
+    0-255, of the whole unjittered picture. Every operation blends with a base: black, the mean grey, the pixel's own
+    grey. As Pillow does it, each result is clamped and loses its fraction, and greys are whole numbers. normal: mean
+    and standard deviation of each channel, for (x − mean) / std. Computed in float32, returned as dtype. Raises
+    ValueError for pixels of another kind, and as kernels.choice.runs_fused.
+    """
+    if pixels_BCHW.dtype != torch.uint8 or pixels_BCHW.dim() != 4 or pixels_BCHW.shape[1] != 3:
+        found = f"{tuple(pixels_BCHW.shape)} {pixels_BCHW.dtype}"
+        raise ValueError(f"pixels are {found}; jittered takes uint8 [B, 3, H, W]")
+    factors_B3, flats_B3, own_grey_B3 = turns(jitters_B3, orders_B, mean_greys_B)
+    if runs_fused(implementation, pixels_BCHW.device):
+        from kernels.pixels.fused import jittered_fused
+
+        return jittered_fused(pixels_BCHW, factors_B3, flats_B3, own_grey_B3, normal, dtype)
+    return jittered_reference(pixels_BCHW, factors_B3, flats_B3, own_grey_B3, normal, dtype)

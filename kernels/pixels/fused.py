@@ -1,0 +1,73 @@
+"""Triton kernel: jitter, normalise and cast in one pass. Imported when it is first asked for; needs Triton.
+
+The same bits as the reference: products and sums are not contracted, divisions are rounded correctly.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.choice import interpreted
+from kernels.pixels.reference import LUMA
+
+BLOCK = 1024  # pixels of a picture that a program holds
+WARPS = 4
+_HALVES: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 · 2²³: where float32 has no fractions left
+_RED: tl.constexpr = tl.constexpr(LUMA[0])
+_GREEN: tl.constexpr = tl.constexpr(LUMA[1])
+_BLUE: tl.constexpr = tl.constexpr(LUMA[2])
+
+
+@triton.jit
+def _blend(x, base, factor):
+    return tl.floor(tl.minimum(tl.maximum(base + factor * (x - base), 0.0), 255.0))
+
+
+@triton.jit
+def _store(out, x, mean, std, inside, NORMAL: tl.constexpr):
+    x = tl.div_rn(x, tl.full(x.shape, 255.0, tl.float32))
+    if NORMAL:
+        x = tl.div_rn(x - mean, tl.zeros_like(x) + std)
+    tl.store(out, x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def jitter_pixels(pixels, out, factors, flats, own_greys, mean0, mean1, mean2, std0, std1, std2,
+                  HW: tl.constexpr, BLOCK: tl.constexpr, NORMAL: tl.constexpr):  # fmt: skip
+    """One program BLOCK pixels of one picture, their three channels together."""
+    image, at = tl.cast(tl.program_id(1), tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < HW
+    base_in, base_out = pixels + image * (3 * HW) + at, out + image * (3 * HW) + at
+    red = tl.load(base_in, mask=inside, other=0).to(tl.float32)
+    green = tl.load(base_in + HW, mask=inside, other=0).to(tl.float32)
+    blue = tl.load(base_in + 2 * HW, mask=inside, other=0).to(tl.float32)
+    for turn in tl.static_range(3):
+        factor, flat = tl.load(factors + image * 3 + turn), tl.load(flats + image * 3 + turn)
+        own = tl.load(own_greys + image * 3 + turn) != 0
+        grey = red * _RED + green * _GREEN + blue * _BLUE
+        base = tl.where(own, (grey + _HALVES) - _HALVES, flat)  # rounded to the nearest, halves to even
+        red, green, blue = _blend(red, base, factor), _blend(green, base, factor), _blend(blue, base, factor)
+    _store(base_out, red, mean0, std0, inside, NORMAL)
+    _store(base_out + HW, green, mean1, std1, inside, NORMAL)
+    _store(base_out + 2 * HW, blue, mean2, std2, inside, NORMAL)
+
+
+def jittered_fused(
+    pixels: Tensor,
+    factors: Tensor,
+    flats: Tensor,
+    own_greys: Tensor,
+    normal: tuple[tuple[float, ...], tuple[float, ...]] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As jittered_reference, bit for bit."""
+    images, _, height, width = pixels.shape
+    out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+    mean, std = normal if normal is not None else ((0.0,) * 3, (1.0,) * 3)
+    options = {} if interpreted() else {"num_warps": WARPS, "enable_fp_fusion": False}
+    jitter_pixels[(triton.cdiv(height * width, BLOCK), images)](
+        pixels.contiguous(), out, factors.contiguous(), flats.contiguous(), own_greys.to(torch.uint8).contiguous(),
+        *mean, *std, height * width, BLOCK, normal is not None, **options,
+    )  # fmt: skip
+    return out
