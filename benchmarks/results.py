@@ -75,10 +75,10 @@ def render() -> None:
     """BENCHMARKS.md from every results file."""
     sections = [_section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(_FOLDER.glob("*.json"))]
     measured = {path.stem for path in _FOLDER.glob("*.json")}
-    waiting = [name for name in ("kernels", "train") if name not in measured]
+    waiting = [name for name in ("kernels", "fusions", "train") if name not in measured]
     tail = "Nothing yet of multi-node scaling.\n"
     if waiting:
-        commands = " and ".join(f"`./launch.sh bench {name}`" for name in waiting)
+        commands = ", ".join(f"`./launch.sh bench {name}`" for name in waiting)
         tail = f"Not measured on a GPU: {commands}, which are ready to run on one. {tail}"
     _PAGE.write_text("".join([_HEAD, *sections, "## Open\n\n", tail]), encoding="utf-8")
 

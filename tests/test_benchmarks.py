@@ -11,7 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("kernels", "ours                 with its gradient"), ("train", "ours learns")]
+    ("name", "shown"),
+    [
+        ("kernels", "ours                 with its gradient"),
+        ("fusions", "linear + cross entropy                        ours"),
+        ("train", "ours learns"),
+    ],
 )
 def test_dry_runs(name, shown):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -21,7 +26,7 @@ def test_dry_runs(name, shown):
     assert shown in done.stdout
 
 
-@pytest.mark.parametrize("name", ["kernels", "train"])
+@pytest.mark.parametrize("name", ["kernels", "fusions", "train"])
 def test_without_a_gpu_there_are_no_numbers(name):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}"]

@@ -223,3 +223,12 @@ def test_wider_heads_are_left_to_sdpa():
     assert chosen("auto", torch.device("cuda"), 144) == "sdpa"
     with pytest.raises(ValueError, match="heads of up to 128, not 144"):
         chosen("fused", torch.device("cuda"), 144)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_a_cuda_graph_replays_forward_and_backward():
+    qkv, bias, weight = inputs(197, 2, 64, 2, torch.bfloat16)
+    samples = qkv.clone().requires_grad_(), bias.clone().requires_grad_()
+    graphed = torch.cuda.make_graphed_callables(lambda qkv, bias: attention(qkv, bias, None, "fused"), samples)
+    for ours, theirs in zip(results(graphed, qkv, bias, weight), results(fused, qkv, bias, weight), strict=True):
+        assert torch.equal(ours, theirs)
