@@ -1,7 +1,8 @@
 """Checkpoints of a run: DeepSpeed's sharded files in `checkpoints/step-N/`, closed by state.json.
 
-A checkpoint exists when its state.json does: rank 0 writes it, by rename, after every rank's files are on disk, with
-the size of each file. A torn one is passed over with a line that says so. Must not know model, shards or any stage.
+A checkpoint exists when its state.json does: rank 0 writes it, by rename, after every rank has flushed its files, with
+the size of each file. A torn one is passed over with a line that says so. Any number of processes under any ZeRO stage
+goes on from it. Must not know model, shards or any stage.
 """
 
 import contextlib
@@ -12,16 +13,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pipeline import zero
 from pipeline.config import ConfigError
-from pipeline.engine import Engine, barrier, from_first
+from pipeline.engine import Engine, barrier, from_first, gathered
 
 _STATE = "state.json"
-_WRITER = ("PytorchStreamWriter", "inline_container", "iostream")
+_SLACK = 1.02  # of a checkpoint's estimated size: names, shapes, archives
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where a run stands. `samples_seen` is the whole state of the data stream; the fingerprints name its two sets."""
+    """Where a run stands. `samples_seen` is the whole state of the data stream; the fingerprints name its two sets.
+
+    `groups`: the parameters' names in the order of the optimizer's groups, which ZeRO-0's files leave out.
+    """
 
     step: int
     samples_seen: int
@@ -31,6 +36,7 @@ class State:
     images: str
     tokens: str
     config: str
+    groups: list[list[str]] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
 
 
@@ -38,64 +44,143 @@ def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step}"
 
 
-def save(engine: Engine, run: Path, state: State, keep: int) -> None:
-    """Every rank calls it. Saves, closes the checkpoint, then removes the oldest beyond `keep`."""
-    folder = _folder(run, state.step)
-    if engine.world.first:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
-        folder.mkdir(parents=True)
-    barrier()
-    try:
-        engine.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-    except (OSError, RuntimeError) as error:
-        # a full disk reaches torch.save's archive writer, which reports its own confusion instead
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITER):
-            raise
-        free = shutil.disk_usage(folder).free
-        raise ConfigError(
-            f"cannot write {folder} ({free >> 20} MiB free there): make room, then start again; it goes on from the "
-            f"checkpoint before"
-        ) from error
-    barrier()
-    if engine.world.first:
-        _close(folder, state)
-        _prune(run, keep)
-    barrier()
+class Saver:
+    """Saves the checkpoints of a run. Every rank calls each method at the same step."""
+
+    def __init__(self, engine: Engine, run: Path, *, keep: int, keep_every: int, asynchronous: bool):
+        """keep: the newest so many stay, and those whose step is a multiple of keep_every (0: none). asynchronous:
+        files are written while training goes on, and closed at a later step."""
+        self.engine, self.run, self.keep, self.keep_every = engine, run, keep, keep_every
+        self.engine.writer.asynchronous = asynchronous
+        self._open: State | None = None
+
+    def save(self, state: State) -> bool:
+        """Write a checkpoint, or begin to; False, and nothing is written, when the weights are not finite.
+
+        Raises ConfigError when there is no room for it, before anything is written, and when it cannot be written;
+        those before stay.
+        """
+        self.finish()
+        if not zero.finite(self.engine):
+            return False
+        folder, first = _folder(self.run, state.step), self.engine.world.first
+        refusal = from_first(self._make_room() if first else "", self.engine.world)
+        if refusal:
+            raise ConfigError(refusal)
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
+            folder.mkdir(parents=True)
+        barrier()
+        self.engine.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        self._open = state
+        if not self.engine.writer.asynchronous:
+            self.finish()
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether files of this rank are still being written."""
+        return self._open is not None and self.engine.writer.busy
+
+    @property
+    def open(self) -> bool:
+        """Whether a checkpoint waits to be closed: the same on every rank."""
+        return self._open is not None
+
+    def finish(self) -> None:
+        """Wait for the files of the last save and close it. Raises ConfigError when they could not be written."""
+        if self._open is None:
+            return
+        state, self._open = self._open, None
+        folder = _folder(self.run, state.step)
+        errors = [error for error in gathered(self.engine.writer.wait(), self.engine.world) if error]
+        if errors:
+            free = shutil.disk_usage(folder).free
+            raise ConfigError(
+                f"cannot write {folder} ({free >> 20} MiB free there; {errors[0]}): make room, then start again; it "
+                f"goes on from the checkpoint before"
+            )
+        if self.engine.world.first:
+            _close(folder, state)
+            self._prune(self.keep)
+        barrier()
+
+    def _make_room(self) -> str:
+        """Why there is no room for another checkpoint, or ''. May remove the oldest, which would go next anyway."""
+        needed = self.engine.checkpoint_bytes() * _SLACK
+        self.run.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.run).free < needed and self.keep > 1:
+            self._prune(self.keep - 1)
+        free = shutil.disk_usage(self.run).free
+        if free >= needed:
+            return ""
+        return (
+            f"{self.run / 'checkpoints'}: {free >> 20} MiB free, a checkpoint takes {int(needed) >> 20} MiB: make "
+            f"room, or keep fewer (checkpoint.keep), then start again; it goes on from the newest one"
+        )
+
+    def _prune(self, keep: int) -> None:
+        """Remove complete checkpoints beyond the newest `keep`, marker first: half a removal is no checkpoint."""
+        complete = [folder for folder in _candidates(self.run) if (folder / _STATE).exists()]
+        for folder in complete[keep:]:
+            if not self.keep_every or _step(folder) % self.keep_every:
+                _remove(folder)
 
 
 def _close(folder: Path, state: State) -> None:
-    """Flush every file, then write state.json by rename."""
+    """Write state.json by rename, once the folder itself is flushed."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _STATE)
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    flush_folder(folder)
     partial = folder / f"{_STATE}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         json.dump({**asdict(state), "files": sizes}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / _STATE)
+    flush_folder(folder)
 
 
-def _prune(run: Path, keep: int) -> None:
-    """Remove the oldest complete checkpoints beyond `keep`, marker first so that half a removal is no checkpoint."""
-    complete = [folder for folder in _candidates(run) if (folder / _STATE).exists()]
-    for folder in complete[keep:]:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / _STATE).unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+def flush_folder(folder: Path) -> None:
+    """So that the names in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (folder / _STATE).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_between(run: Path, after: int, until: int) -> None:
+    """Remove the checkpoints of steps after < step ≤ until: a run that has gone back leaves them behind."""
+    for folder in _candidates(run):
+        if after < _step(folder) <= until:
+            _remove(folder)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _candidates(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(folders, key=_step, reverse=True)
 
 
-def newest(run: Path, say: Callable[[str], None]) -> tuple[Path, State] | None:
-    """The newest complete checkpoint of a run folder, or None. `say` is told of each one passed over, and why."""
-    for folder in _candidates(run):
+def newest(
+    run: Path, say: Callable[[str], None], usable: Callable[[int], bool] = lambda _: True
+) -> tuple[Path, State] | None:
+    """The newest complete checkpoint of a run folder, or None. `say` is told of each one passed over, and why.
+
+    usable: whether one of a step may be taken at all.
+    """
+    for folder in (folder for folder in _candidates(run) if usable(_step(folder))):
         problem, state = _read(folder)
         if state is not None:
             return folder, state
@@ -118,13 +203,20 @@ def _read(folder: Path) -> tuple[str, State | None]:
     return "", state
 
 
-def resume(engine: Engine, run: Path, expected: State, say: Callable[[str], None]) -> State | None:
-    """Load the newest complete checkpoint into the engine; None when the run folder has none.
+def resume(
+    engine: Engine,
+    run: Path,
+    expected: State,
+    say: Callable[[str], None],
+    usable: Callable[[int], bool] = lambda _: True,
+) -> State | None:
+    """Load the newest complete checkpoint into the engine; None when the run folder has none. Every rank calls it.
 
-    `expected`: what this run would write now. Raises ConfigError when the checkpoint belongs to other data, or was
-    saved by another number of processes under ZeRO (whose files are per process).
+    `expected`: what this run would write now. One saved by another number of processes or ZeRO stage is laid out anew,
+    exactly; only fp16's loss scale then begins again. usable: as `newest` takes it. Raises ConfigError when the
+    checkpoint belongs to other data, or cannot be read.
     """
-    found = from_first(newest(run, say) if engine.world.first else None, engine.world)
+    found = from_first(newest(run, say, usable) if engine.world.first else None, engine.world)
     if found is None:
         return None
     folder, state = found
@@ -134,12 +226,14 @@ def resume(engine: Engine, run: Path, expected: State, say: Callable[[str], None
     ):
         if getattr(state, name) != getattr(expected, name):
             raise ConfigError(f"{folder}: {cure}; give the one it was started with, or a new train.run folder")
-    sharded = max(state.zero_stage, expected.zero_stage) > 0
-    if sharded and (state.world, state.zero_stage) != (expected.world, expected.zero_stage):
-        raise ConfigError(
-            f"{folder} was saved by {state.world} processes with ZeRO stage {state.zero_stage}, this run has "
-            f"{expected.world} with stage {expected.zero_stage}; start it as it was saved"
+    if (state.world, state.zero_stage) != (expected.world, expected.zero_stage):
+        say(
+            f"checkpoint {folder.name} was saved by {state.world} processes under ZeRO-{state.zero_stage}; laying it "
+            f"out for {expected.world} under ZeRO-{expected.zero_stage}"
         )
+        zero.adopt(engine, zero.saved(folder, state.zero_stage, state.groups))
+        barrier()
+        return state
     loaded, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise ConfigError(f"DeepSpeed could not load {folder}; remove it to fall back to the one before")

@@ -2,15 +2,13 @@
 
 import contextlib
 import datetime
-import io
 import logging
+import math
 import os
-import pickle
 import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
 
-_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+_NO_LIMIT = datetime.timedelta(days=365)
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 
 
@@ -36,12 +34,14 @@ class World:
         return self.rank == 0
 
 
-def start_world() -> World:
+def start_world(hang_seconds: float = 600.0) -> World:
     """Join the process group that the launcher's environment (deepspeed, torchrun or srun) describes; else alone.
 
     On a CPU it uses gloo, and none of DeepSpeed's own operators: they would be compiled at run time, and a process
-    killed meanwhile leaves a lock that hangs every later one.
+    killed meanwhile leaves a lock that hangs every later one. No collective waits longer than hang_seconds (0: no
+    limit).
     """
+    limit = datetime.timedelta(seconds=hang_seconds) if hang_seconds else _NO_LIMIT
     environment = os.environ
     if "SLURM_STEP_ID" in environment:
         for name, theirs in _SLURM.items():
@@ -52,8 +52,8 @@ def start_world() -> World:
         environment["MASTER_PORT"] = str(_free_port())
     cuda = torch.cuda.is_available()
     deepspeed = _deepspeed()
-    _limit_collectives()
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=_COLLECTIVE_TIMEOUT)
+    _limit_collectives(limit)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=limit)
     local = int(environment["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local % torch.cuda.device_count())
@@ -78,13 +78,13 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _limit_collectives() -> None:
+def _limit_collectives(limit: datetime.timedelta) -> None:
     """DeepSpeed's own groups ignore the timeout of init_distributed; give torch's new_group that default instead."""
     made = dist.new_group
     if getattr(made, "limited", False):
         return
 
-    def new_group(ranks: Any = None, timeout: Any = _COLLECTIVE_TIMEOUT, *rest: Any, **named: Any) -> Any:
+    def new_group(ranks: Any = None, timeout: Any = limit, *rest: Any, **named: Any) -> Any:
         return made(ranks, timeout, *rest, **named)
 
     new_group.limited = True  # type: ignore[attr-defined]
@@ -109,6 +109,14 @@ def sums(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
+
+
+def all_values(values: list[float], world: World) -> list[list[float]]:
+    """Every rank's few numbers, in rank order."""
+    mine = torch.tensor(values, dtype=torch.float64, device=world.device)
+    everyone = [torch.empty_like(mine) for _ in range(world.size)]
+    dist.all_gather(everyone, mine)
+    return [theirs.tolist() for theirs in everyone]
 
 
 def gathered(item: object, world: World) -> list:
@@ -201,10 +209,17 @@ class Engine:
             raise ConfigError("train.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
         self.world, self.setup = world, setup
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[setup.precision]
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         deepspeed = _deepspeed()
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=groups, config=deepspeed_config(setup)
         )
+        for state in getattr(self.optimizer, "optimizer", self.optimizer).state.values():
+            state["step"].zero_()  # DeepSpeed's optimizer without ZeRO warms up with a step that AdamW counts
+        from pipeline.writer import Writer
+
+        self.writer = self.deepspeed.checkpoint_engine = Writer()
         if setup.compile:
             self.deepspeed.compile()
 
@@ -216,17 +231,40 @@ class Engine:
     def module(self) -> nn.Module:
         return self.deepspeed.module
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients; DeepSpeed divides by the number of accumulation steps."""
-        self.deepspeed.backward(loss)
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes on disk: float32 masters, two moments, and the weights beside them."""
+        numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
+        apart = self.setup.zero_stage in (1, 2) or (self.setup.zero_stage == 0 and self.dtype != torch.float32)
+        return numbers * (12 + (self.dtype.itemsize if apart else 0))
 
-    def step(self, learning_rate: float) -> Tensor | float:
-        """After the last micro batch: clip, update, clear. Returns the gradient norm before clipping."""
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; DeepSpeed divides by the number of accumulation steps.
+
+        A loss that is not finite is given gradients that are not, so that `step` leaves the update out on every rank.
+        """
+        finite = torch.isfinite(loss.detach())
+        self.deepspeed.backward(loss * torch.where(finite, 1.0, math.nan))
+
+    def step(self, learning_rate: float) -> tuple[Tensor | float, bool]:
+        """After the last micro batch: clip, update, clear. Returns the gradient norm before clipping, and whether the
+        update was made: not where the norm, which is over all ranks, is not finite. Then nothing has changed."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._plain_norm()
+        if norm is None:
+            self.deepspeed.step()
+            return self.deepspeed.get_global_grad_norm(), not bool(getattr(self.optimizer, "overflow", False))
+        made = bool(torch.isfinite(norm))
+        if not made:
+            for parameter in self.module.parameters():
+                parameter.grad = None  # AdamW passes over what has no gradient
         self.deepspeed.step()
-        return self.deepspeed.get_global_grad_norm() if norm is None else norm
+        return norm, made
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients beyond the range are part of the search for a loss scale (fp16), and no fault."""
+        return self.dtype == torch.float16
 
     def accumulate(self) -> None:
         """After a micro batch that is not the last: DeepSpeed counts it."""
@@ -238,29 +276,6 @@ class Engine:
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.stack([gradient.norm() for gradient in gradients]).norm()
-
-
-def consolidated_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
-    """float32 weights of one checkpoint folder, put together from every process's part; on the CPU.
-
-    Raises ConfigError when a file of it cannot be read.
-    """
-    try:
-        weights = _weights(folder, zero_stage)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{folder} is damaged ({reason}); remove it to fall back to the one before") from error
-    return {name: tensor.detach().float().contiguous().clone() for name, tensor in weights.items()}
-
-
-def _weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
-    if zero_stage == 0:
-        return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
-    _deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
 
 
 def setup_from(config: Config, world: World, micro: int) -> Setup:

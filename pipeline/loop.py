@@ -3,6 +3,7 @@
 Must not know the model, shards or any stage.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.engine import Engine, agree, gathered, sums
-from pipeline.metrics import Metrics, Reporter, memory_bytes
+from pipeline.engine import Engine, agree, all_values, gathered, sums
+from pipeline.guard import Culprit, Guard
+from pipeline.metrics import Metrics, Reporter, memory_bytes, say
+from pipeline.pace import Pace, Stopwatch
+from pipeline.positions import Positions
 from pipeline.run import BadSamples
 
 
@@ -22,7 +26,19 @@ class Batch(Protocol):
 
     @property
     def bad(self) -> list: ...
+    @property
+    def samples(self) -> Tensor: ...
     def to(self, device: torch.device) -> Any: ...
+
+
+class Saving(Protocol):
+    """What the loop needs of the run's checkpoints (pipeline.checkpoint.Saver)."""
+
+    @property
+    def open(self) -> bool: ...
+    @property
+    def busy(self) -> bool: ...
+    def finish(self) -> None: ...
 
 
 Objective = Callable[[Callable, Any, int], tuple[Tensor, dict[str, Tensor]]]
@@ -41,6 +57,28 @@ class Plan:
     peak: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a training is made of. pace, bad_samples: of rank 0 alone; positions: where they are logged.
+
+    save: False when the weights are not finite, and nothing was saved. beat: told what comes next, at every step.
+    """
+
+    objective: Objective
+    rate: Callable[[int], float]
+    metrics: Metrics
+    progress: Reporter
+    guard: Guard
+    pace: Pace | None
+    bad_samples: BadSamples | None
+    positions: Positions | None
+    evaluate: Callable[[int], None]
+    save: Callable[[int], bool]
+    saving: Saving
+    stop: Callable[[], str]
+    beat: Callable[[str], None]
+
+
 @dataclass
 class Meter:
     """Sums since the last log line; tensors stay on the device until they are read."""
@@ -51,6 +89,10 @@ class Meter:
     waited: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     bad: list = field(default_factory=list)
+    forward: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.forward = Stopwatch(self.engine.world.device)
 
     def add(self, measures: dict[str, Tensor]) -> None:
         for name, value in measures.items():
@@ -58,8 +100,9 @@ class Meter:
             self.totals[name] = self.totals[name] + value if name in self.totals else value
         self.count += 1
 
-    def read(self) -> dict[str, float]:
-        """Means over ranks and micro batches, and the share of time spent waiting for data; starts anew."""
+    def read(self) -> tuple[dict[str, float], list[list[float]]]:
+        """Means over ranks and micro batches, and of every rank the seconds forward and the share of time it waited
+        for data; starts anew."""
         names = sorted(self.totals)
         seconds = time.perf_counter() - self.started
         local = [*(self.totals[name] for name in names), torch.tensor(self.waited / max(seconds, 1e-9))]
@@ -68,92 +111,117 @@ class Meter:
         result = {name: mean / self.count for name, mean in zip(names, means, strict=False)}
         result["data_wait_share"] = means[-1]
         result["seconds"] = seconds
+        ranks = all_values([self.forward.read(), self.waited / max(seconds, 1e-9)], self.engine.world)
         self.totals, self.count, self.waited, self.started = {}, 0, 0.0, time.perf_counter()
-        return result
+        return result, ranks
 
 
-def train(
-    engine: Engine,
-    batches: Iterator[Batch],
-    plan: Plan,
-    *,
-    objective: Objective,
-    rate: Callable[[int], float],
-    metrics: Metrics,
-    progress: Reporter,
-    bad_samples: BadSamples | None,
-    evaluate: Callable[[int], None],
-    save: Callable[[int], None],
-    stop: Callable[[], str],
-) -> int:
-    """Train from plan.first_step on; returns the number of steps done in all, less than plan.steps when stopped.
+def train(engine: Engine, batches: Iterator[Batch], plan: Plan, parts: Parts) -> int:
+    """Train from plan.first_step on; returns the number of steps done in all: less than plan.steps when stopped, or
+    when parts.guard must go back.
 
-    Raises ConfigError on every rank when any rank's loss is not finite, before the update, or when the budget of bad
-    samples is spent.
+    Raises ConfigError on every rank when the budget of bad samples is spent.
     """
     meter = Meter(engine)
     for step in range(plan.first_step, plan.steps):
-        broken = torch.zeros((), device=engine.world.device)
-        for micro in range(engine.setup.accumulation):
-            if micro:
-                engine.accumulate()
-            broken = torch.maximum(broken, _micro_step(engine, batches, objective, step, meter))
-        stopping, not_finite = agree([float(bool(stop())), broken.item()], engine.world)
-        if not_finite:
-            raise ConfigError(
-                f"the loss is not finite at step {step}; no rank has made this update; lower optimizer.lr or "
-                f"optimizer.clip_norm, then start again: it goes on from the newest checkpoint"
-            )
-        norm = engine.step(rate(step))
+        parts.beat(f"step {step}")
+        stopping, norm, made = _step(engine, batches, step, meter, parts)
         done = step + 1
-        last = done == plan.steps or bool(stopping)
-        progress.advance(1)
-        if done % plan.log_every == 0 or done == 1 or last:
-            _log(engine, plan, done, norm, rate(step), meter, metrics, progress)
-            _settle_bad(engine, meter, bad_samples)
+        if not made and parts.guard.must_go_back:
+            return done
+        last = done == plan.steps or stopping
+        parts.progress.advance(1)
+        if (done % plan.log_every == 0 or done == 1 or last) and meter.count:
+            _log(engine, plan, done, norm, meter, parts)
+            _settle_bad(engine, meter, parts.bad_samples)
         paused = time.perf_counter()
         if plan.heldout_every and (done % plan.heldout_every == 0 or done == plan.steps):
-            evaluate(done)
+            parts.beat(f"held-out evaluation after step {done}")
+            parts.evaluate(done)
         if done % plan.save_every == 0 or last:
-            save(done)
+            parts.beat(f"saving after step {done}")
+            if not parts.save(done):
+                _left_out(engine, parts, step, "weights", True)
+                return done
         meter.started += time.perf_counter() - paused  # neither is training time
         if stopping:
             return done
     return plan.steps
 
 
-def _micro_step(engine: Engine, batches: Iterator[Batch], objective: Objective, step: int, meter: Meter) -> Tensor:
-    """Forward and backward of one micro batch; returns 1 on the device when its loss is not finite, else 0."""
+def _step(
+    engine: Engine, batches: Iterator[Batch], step: int, meter: Meter, parts: Parts
+) -> tuple[bool, Tensor | float, bool]:
+    """One optimizer step: whether to stop after it, the gradient's norm, and whether the update was made."""
+    broken = torch.zeros((), device=engine.world.device)
+    measured, samples = [], []
+    for micro in range(engine.setup.accumulation):
+        if micro:
+            engine.accumulate()
+        batch, measures = _micro_step(engine, batches, parts.objective, step, meter)
+        broken = torch.maximum(broken, (~torch.isfinite(measures["loss"])).float())
+        measured.append(measures)
+        samples += batch.samples.tolist() if parts.positions is not None else []
+    mine = broken.item()
+    stopping, not_finite, busy = agree([float(bool(parts.stop())), mine, float(parts.saving.busy)], engine.world)
+    if parts.saving.open and not busy:
+        parts.saving.finish()
+    norm, made = engine.step(parts.rate(step))
+    if made:
+        parts.guard.good()
+    if not not_finite:
+        for measures in measured:
+            meter.add(measures)
+    if not_finite or not (made or engine.scales_loss):
+        _left_out(engine, parts, step, "loss" if not_finite else "gradient", bool(mine) or not not_finite)
+    if parts.positions is not None:
+        parts.positions.write(step, samples)
+    return bool(stopping), norm, made
+
+
+def _micro_step(
+    engine: Engine, batches: Iterator[Batch], objective: Objective, step: int, meter: Meter
+) -> tuple[Batch, dict[str, Tensor]]:
+    """Forward and backward of one micro batch; returns it and its loss with what else was measured."""
     asked = time.perf_counter()
     batch = next(batches)
     meter.waited += time.perf_counter() - asked
     meter.bad += batch.bad
-    loss, measures = objective(engine.model, batch.to(engine.world.device), step)
+    moved = batch.to(engine.world.device)
+    meter.forward.start()
+    loss, measures = objective(engine.model, moved, step)
+    meter.forward.stop()
     engine.backward(loss)
-    meter.add({"loss": loss, **measures})
-    return (~torch.isfinite(loss.detach())).float()
+    return batch, {"loss": loss.detach(), **measures}
 
 
-def _log(
-    engine: Engine,
-    plan: Plan,
-    done: int,
-    norm: Tensor | float,
-    rate: float,
-    meter: Meter,
-    metrics: Metrics,
-    progress: Reporter,
-) -> None:
+def _left_out(engine: Engine, parts: Parts, step: int, what: str, mine: bool) -> None:
+    """All ranks: write down that an update was not made, and where. A gradient is known only summed over all ranks."""
+    seen = gathered(Culprit(engine.world.rank, socket.gethostname(), what) if mine else None, engine.world)
+    culprits = [culprit for culprit in seen if culprit is not None]
+    if what != "loss":
+        culprits = [Culprit(-1, "all ranks", what)]
+    line = parts.guard.skipped(step, culprits)
+    parts.metrics.write(step + 1, "skip", {"row": float(len(parts.guard.row))})
+    if engine.world.first:
+        say(line)
+
+
+def _log(engine: Engine, plan: Plan, done: int, norm: Tensor | float, meter: Meter, parts: Parts) -> None:
     """One line of metrics.jsonl, and the note beside the bar."""
     samples = meter.count * engine.setup.micro_batch * engine.world.size
-    values = meter.read()
+    values, ranks = meter.read()
     speed = samples / values.pop("seconds")
-    values |= {"lr": rate, "gradient_norm": float(norm), "images_per_second": speed}
+    values |= {"lr": parts.rate(done - 1), "gradient_norm": float(norm), "images_per_second": speed}
     values["memory_bytes"] = memory_bytes(engine.world.device)
     if plan.flops and plan.peak:
         values["mfu"] = speed * plan.flops / (plan.peak * engine.world.size)
-    metrics.write(done, "train", values)
-    progress.advance(0, f"loss {values['loss']:.4f}, {speed:.0f} images/s, data wait {values['data_wait_share']:.0%}")
+    if parts.pace is not None:
+        forward, waits = ([rank[i] for rank in ranks] for i in range(2))
+        values |= parts.pace.look(done, values["loss"], forward, waits)
+    parts.metrics.write(done, "train", values)
+    note = f"loss {values['loss']:.4f}, {speed:.0f} images/s, data wait {values['data_wait_share']:.0%}"
+    parts.progress.advance(0, note)
 
 
 def _settle_bad(engine: Engine, meter: Meter, bad_samples: BadSamples | None) -> None:

@@ -21,6 +21,7 @@ _AT_LEAST_ONE = {
     "mask": ("num_patches", "min_block"),
     "loader": ("prefetch", "chunk", "window", "lanes"),
     "checkpoint": ("keep",),
+    "faults": ("max_skipped",),
     "log": ("every_steps", "heldout_samples"),
 }
 
@@ -48,7 +49,7 @@ def _numbers(config: Config) -> list[str]:
                 lines.append(f"{name} is {value}; it must be at least {least}")
             if (
                 isinstance(value, Duration)
-                and name not in ("optimizer.warmup", "tokenizer.warmup")
+                and name not in ("optimizer.warmup", "tokenizer.warmup", "checkpoint.keep_every")
                 and value.count <= 0
             ):
                 lines.append(f"{name} is {value}; it must be more than nothing")

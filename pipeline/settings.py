@@ -187,7 +187,21 @@ class Checkpoint:
     """When to save, and what to keep."""
 
     every: Duration = Duration(1000, "steps")
-    keep: int = 3
+    keep: int = 3  # the newest so many
+    keep_every: Duration = Duration(0, "steps")  # and for good those of every so many steps; 0: none
+    asynchronous: bool = False  # write while training goes on; takes a copy of the optimizer's part in host memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """When a run goes back or ends, and what it names in the log. 0 switches each off."""
+
+    max_skipped: int = 5  # at least 1: updates left out in a row, being not finite, before going back to a checkpoint
+    max_returns: int = 3  # going back so often without a checkpoint's worth of progress between ends the run
+    hang_seconds: float = 600.0  # without a step, save or evaluation a process ends; three times as long for the first
+    spike: float = 10.0  # a logged loss so many deviations above the median of the last 50
+    straggler: float = 1.5  # a rank's time forward, in times of the median rank's
+    starved: float = 0.2  # share of its time that a rank waits for data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +212,7 @@ class Log:
     heldout_every: Duration = Duration(1000, "steps")
     heldout_samples: int = 4096
     tensorboard: bool = True
+    positions: bool = False  # also every sample that every rank takes, in positions/
     peak_tflops: float = 0.0  # of one device at the precision used; 0: the built-in table, no MFU where it has none
 
 
@@ -214,6 +229,7 @@ class Config:
     train: Train = field(default_factory=Train)
     loader: Loader = field(default_factory=Loader)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    faults: Faults = field(default_factory=Faults)
     log: Log = field(default_factory=Log)
     deepspeed: dict = field(default_factory=dict)
 

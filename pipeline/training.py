@@ -4,20 +4,26 @@ What `tokenizer` and `pretrain` share; what differs comes in as a Job. Must not 
 """
 
 import contextlib
+import socket
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.config import Config, Duration
-from pipeline.engine import Engine, Setup, World, barrier
-from pipeline.loop import Objective, Plan, train
-from pipeline.metrics import Metrics, peak_flops, say
+from pipeline.config import Config, ConfigError, Duration
+from pipeline.engine import Engine, Setup, World, barrier, from_first, gathered
+from pipeline.guard import Guard, goes_on, usable
+from pipeline.loop import Objective, Parts, Plan, train
+from pipeline.metrics import Metrics, Reporter, peak_flops, say
 from pipeline.optim import learning_rate
+from pipeline.pace import Pace
+from pipeline.positions import Positions
 from pipeline.run import BadSamples, identity_digest, locked, open_folder
 from pipeline.streams import Source, training_batches
+from pipeline.watchdog import Watchdog
 from shards.progress import Progress, Silent
 
 
@@ -48,26 +54,92 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
 
     Raises ConfigError or ShardError for anything a user or a disk can cause.
     """
+    tell = say if world.first else lambda _: None
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, world.rank))
         if world.first:
             stack.enter_context(locked(job.run, say))
             open_folder(job.run, config, job.sections, world.size)
         barrier()
         engine = Engine(job.module, job.groups, job.setup, world)
         steps = job.duration.steps(job.source.samples, job.setup.global_batch)
-        state = checkpoint.resume(engine, job.run, _state(config, job, world, 0), _say_once(world))
-        first = state.step if state else 0
+        plan = _plan(config, job, 0, steps, world)
+        guard = Guard(
+            job.run, config.faults, first=world.first, save_every=plan.save_every, global_batch=job.setup.global_batch
+        )
+        expected = _state(config, job, engine, 0)
+        state = checkpoint.resume(engine, job.run, expected, tell, lambda step: usable(guard.returns, step))
+        first = goes_on(guard.returns, state.step) if state else 0
         metrics = stack.enter_context(contextlib.closing(Metrics(job.run, world.first, config.log.tensorboard)))
         metrics.write(first, "start", {"world": world.size, "steps": steps, "epoch_samples": job.source.samples})
         if first >= steps:
             return engine, True
-        done = _train(config, job, engine, _plan(config, job, first, steps, world), metrics, stop)
-        if world.first and done < steps:
-            say(f"stopped after step {done} of {steps} ({stop() or 'another rank was asked'}); run again to go on")
+        plan = replace(plan, first_step=first)
+        parts = _parts(config, job, engine, plan, guard, metrics, watchdog, stop, stack)
+        while True:
+            done = _train(config, job, engine, replace(plan, first_step=first), parts)
+            if not guard.must_go_back:
+                break
+            first = _go_back(job, engine, guard, parts, expected, tell)
+        parts.saving.finish()
+        if done < steps:
+            tell(f"stopped after step {done} of {steps} ({stop() or 'another rank was asked'}); run again to go on")
         return engine, done == steps
 
 
-def _train(config: Config, job: Job, engine: Engine, plan: Plan, metrics: Metrics, stop: Callable[[], str]) -> int:
+def _parts(
+    config: Config,
+    job: Job,
+    engine: Engine,
+    plan: Plan,
+    guard: Guard,
+    metrics: Metrics,
+    watchdog: Watchdog,
+    stop: Callable[[], str],
+    stack: contextlib.ExitStack,
+) -> Parts:
+    """What the loop works with; closed with the stack."""
+    world, setup, first = engine.world, job.setup, engine.world.first
+    warmup = job.warmup.steps(job.source.samples, setup.global_batch)
+    settings = config.checkpoint
+    keep_every = settings.keep_every.steps(job.source.samples, setup.global_batch)
+    saver = checkpoint.Saver(
+        engine, job.run, keep=settings.keep, keep_every=keep_every, asynchronous=settings.asynchronous
+    )
+
+    def rate(step: int) -> float:
+        return learning_rate(step, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=plan.steps)
+
+    def evaluate(done: int) -> None:
+        if job.evaluate is not None:
+            metrics.write(done, "heldout", job.evaluate(engine))
+
+    session = from_first(time.time_ns(), world)
+    hosts = gathered(socket.gethostname(), world)
+    bar = Progress(job.label, plan.steps, "step", done=plan.first_step)
+    progress: Reporter = stack.enter_context(bar) if first else Silent()
+    positions = None
+    if config.log.positions:
+        positions = stack.enter_context(contextlib.closing(Positions(job.run, world.rank, session)))
+    return Parts(
+        objective=job.objective(engine, plan.steps),
+        rate=rate,
+        metrics=metrics,
+        progress=progress,
+        guard=guard,
+        pace=Pace(config.faults, hosts, say) if first else None,
+        bad_samples=BadSamples(job.run, job.source.samples, config.data.bad_sample_budget) if first else None,
+        positions=positions,
+        evaluate=evaluate,
+        save=lambda done: saver.save(_state(config, job, engine, done)),
+        saving=saver,
+        stop=stop,
+        beat=watchdog.beat,
+    )
+
+
+def _train(config: Config, job: Job, engine: Engine, plan: Plan, parts: Parts) -> int:
+    """Train on the stream from plan.first_step on."""
     world, setup, first = engine.world, job.setup, plan.first_step
     batches = training_batches(
         config,
@@ -79,36 +151,29 @@ def _train(config: Config, job: Job, engine: Engine, plan: Plan, metrics: Metric
         world=world.size,
         steps=plan.steps - first,
     )
-    warmup = job.warmup.steps(job.source.samples, setup.global_batch)
-
-    def rate(step: int) -> float:
-        return learning_rate(step, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=plan.steps)
-
-    def evaluate(done: int) -> None:
-        if job.evaluate is not None:
-            metrics.write(done, "heldout", job.evaluate(engine))
-
-    def save(done: int) -> None:
-        checkpoint.save(engine, job.run, _state(config, job, world, done), config.checkpoint.keep)
-
-    bad = BadSamples(job.run, job.source.samples, config.data.bad_sample_budget) if world.first else None
     if world.first:
         micro = f"{setup.micro_batch} × {world.size} processes × {setup.accumulation} accumulation"
         say(f"{job.label}: {plan.steps} steps of {setup.global_batch} ({micro}), from step {first}, in {job.run}")
-    with Progress(job.label, plan.steps, "step", done=first) if world.first else Silent() as progress:
-        return train(
-            engine,
-            batches,
-            plan,
-            objective=job.objective(engine, plan.steps),
-            rate=rate,
-            metrics=metrics,
-            progress=progress,
-            bad_samples=bad,
-            evaluate=evaluate,
-            save=save,
-            stop=stop,
-        )
+    return train(engine, batches, plan, parts)
+
+
+def _go_back(
+    job: Job, engine: Engine, guard: Guard, parts: Parts, expected: checkpoint.State, tell: Callable[[str], None]
+) -> int:
+    """Take the weights of an earlier checkpoint and return the step to go on with, behind those left out."""
+    parts.beat("going back")
+    parts.saving.finish()
+    before, returns = guard.before(), list(guard.returns)
+    state = checkpoint.resume(engine, job.run, expected, tell, lambda s: s < before and usable(returns, s))
+    if state is None:
+        raise ConfigError(guard.report(f"there is no checkpoint before step {before} to go back to"))
+    made = guard.went_back(state.step)
+    if engine.world.first:
+        checkpoint.remove_between(job.run, made.to, made.on)
+    barrier()
+    parts.metrics.write(made.on, "return", {"to": float(made.to)})
+    tell(f"went back to the weights of step {made.to}; going on with step {made.on}, samples between are stepped over")
+    return made.on
 
 
 def _plan(config: Config, job: Job, first: int, steps: int, world: World) -> Plan:
@@ -126,18 +191,15 @@ def _plan(config: Config, job: Job, first: int, steps: int, world: World) -> Pla
     )
 
 
-def _state(config: Config, job: Job, world: World, step: int) -> checkpoint.State:
+def _state(config: Config, job: Job, engine: Engine, step: int) -> checkpoint.State:
     return checkpoint.State(
         step=step,
         samples_seen=step * job.setup.global_batch,
-        world=world.size,
+        world=engine.world.size,
         zero_stage=job.setup.zero_stage,
         precision=job.setup.precision,
         images=job.source.images,
         tokens=job.source.tokens,
         config=identity_digest(config, job.sections),
+        groups=engine.groups,
     )
-
-
-def _say_once(world: World) -> Callable[[str], None]:
-    return say if world.first else lambda _: None

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline import zero
 from pipeline.checkpoint import State, newest
 from pipeline.config import Config, ConfigError, from_tree, load_config, to_tree
-from pipeline.engine import consolidated_weights
 from pipeline.metrics import say
 from pipeline.model import Beit
 from pipeline.resize import fit_grid
@@ -44,7 +44,7 @@ def checkpoint_weights(run: Path) -> tuple[dict[str, Tensor], State]:
     found = newest(run, say)
     if found is not None:
         folder, state = found
-        return consolidated_weights(folder, state.zero_stage), state
+        return dict(zero.saved(folder, state.zero_stage, state.groups).weights()), state
     if not (run / _CONFIG).exists():
         raise ConfigError(f"{run} has no complete checkpoint yet; let `pretrain` save one")
     content, _, weights = _read_encoder(run)

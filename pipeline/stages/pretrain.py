@@ -40,7 +40,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     refuse_other_tokenizers(config)
     online = ONLINE in (config.data.tokens, config.data.heldout_tokens)
     tokenizer = fitting_tokenizer(config)[0] if online else None
-    world = start_world()
+    world = start_world(config.faults.hang_seconds)
     micro = micro_batch(config.train.global_batch, config.train.micro_batch, world.size, "train.global_batch")
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     beit.checkpointing = config.train.activation_checkpointing

@@ -34,7 +34,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
             f"set it so, or bring the other tokenizer with `import-tokenizer`"
         )
     source = tokenizer_training(config)
-    world = start_world()
+    world = start_world(config.faults.hang_seconds)
     settings = config.tokenizer
     micro = micro_batch(settings.global_batch, settings.micro_batch, world.size, "tokenizer.global_batch")
     folder = Path(config.data.tokenizer)

@@ -17,7 +17,7 @@ import torch
 from benchmarks.zero_parity import plain_losses as plain_losses_of
 from pipeline.checkpoint import newest
 from pipeline.config import load_config
-from pipeline.engine import consolidated_weights
+from pipeline import zero
 from pipeline.metrics import read_metrics
 from pipeline.signals import EXIT_STOPPED
 
@@ -54,7 +54,7 @@ def kill(process: subprocess.Popen) -> None:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     found = newest(run, lambda _: None)
     assert found is not None
-    return consolidated_weights(found[0], found[1].zero_stage)
+    return dict(zero.saved(found[0], found[1].zero_stage, found[1].groups).weights())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,63 @@
+"""An end to waiting: a process that stands still ends itself, so that the launcher ends the run and it can start again.
+
+A rank that hangs (stopped, swapped out, its node gone) leaves the others in a collective for as long as that may wait.
+Must not know torch, model, shards or any stage.
+"""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from types import TracebackType
+
+EXIT_HUNG = 74  # EX_IOERR: nothing happened for too long; start again to go on from the newest checkpoint
+_FIRST = 3  # times as long for the first step of a process: kernels are compiled, caches are cold
+_GRACE = 30.0  # seconds after which a process whose own thread cannot run is ended from outside the interpreter
+
+
+class Watchdog:
+    """Ends the process when `beat` is not called for `seconds` (0: never). To be used in a with statement."""
+
+    def __init__(self, seconds: float, rank: int):
+        self.seconds, self.rank = seconds, rank
+        self._what, self._since, self._first = "the start", time.monotonic(), True
+        self._done = threading.Event()
+
+    def beat(self, what: str) -> None:
+        """Something has been done; `what` comes next. The first beat ends the time allowed for the start."""
+        self._what, self._since, self._first = what, time.monotonic(), False
+        self._arm()
+
+    def _limit(self) -> float:
+        return self.seconds * (_FIRST if self._first else 1)
+
+    def _arm(self) -> None:
+        if self.seconds:
+            faulthandler.dump_traceback_later(self._limit() + _GRACE, exit=True, file=sys.__stderr__ or sys.stderr)
+
+    def __enter__(self) -> "Watchdog":
+        self._since = time.monotonic()
+        self._arm()
+        if self.seconds:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._done.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self.seconds / 4)):
+            waited = time.monotonic() - self._since
+            if waited > self._limit():
+                host = socket.gethostname()
+                print(
+                    f"error: rank {self.rank} on {host} stands still: {self._what} for {waited:.0f} s, more than "
+                    f"faults.hang_seconds allows; ending it, start again to go on from the newest checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(EXIT_HUNG)

@@ -1,0 +1,71 @@
+"""How DeepSpeed's checkpoint files reach the disk: each flushed by the process that wrote it, at once or behind the
+run.
+
+Imports deepspeed; the engine imports it once that is set up. Must not know model, shards or any stage.
+"""
+
+import copy
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+_WRITER = ("PytorchStreamWriter", "inline_container", "iostream")  # how torch reports a disk that is full
+
+
+class Writer(TorchCheckpointEngine):
+    """DeepSpeed hands every file of this process to `save`. What goes wrong with the disk is kept in `error`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asynchronous = False
+        self.error = ""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[Future] = []
+
+    def save(self, state_dict: dict, path: str) -> None:
+        """Write a file and flush it; asynchronous: of a copy in host memory, while the caller goes on."""
+        if self.asynchronous:
+            self._pending.append(self._pool.submit(self._write, _copied(state_dict), path))
+        else:
+            self._write(state_dict, path)
+
+    def _write(self, state: dict, path: str) -> None:
+        try:
+            with open(path, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITER):
+                raise
+            self.error = self.error or " ".join(str(error).split())[:200]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a file is still being written."""
+        return any(not future.done() for future in self._pending)
+
+    def wait(self) -> str:
+        """Until every file is on disk; returns what went wrong with it since the last time, or ''."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+        error, self.error = self.error, ""
+        return error
+
+
+def _copied(item: Any) -> Any:
+    """The same in host memory of its own, so that training can go on changing the original."""
+    if isinstance(item, torch.Tensor):
+        return item.detach().to("cpu", copy=True)
+    if isinstance(item, dict):
+        made = copy.copy(item)
+        for key, value in item.items():
+            made[key] = _copied(value)
+        return made
+    if type(item) in (list, tuple):
+        return type(item)(_copied(value) for value in item)
+    return copy.deepcopy(item)
