@@ -92,7 +92,7 @@ class Guard:
         samples = f"samples {start * self.global_batch}–{(self.row[-1][0] + 1) * self.global_batch - 1}"
         return (
             f"{_named(culprits)} at step {start}, the first of {len(self.row)} in a row ({samples}): {why}; lower "
-            f"optimizer.lr or optimizer.clip_norm, or look at these samples ({self.path} has them all), then start again: "
+            f"optimizer.lr or optimizer.clip_norm, or look at these samples (see {self.path}), then start again; "
             f"it goes on from the newest checkpoint"
         )
 

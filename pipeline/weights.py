@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import zero
@@ -36,34 +40,88 @@ def run_config(run: Path) -> Config:
     )
 
 
-def checkpoint_weights(run: Path) -> tuple[dict[str, Tensor], State]:
-    """float32 weights of a run's newest complete checkpoint, put together from every process's part; or an encoder's.
+@dataclass(frozen=True)
+class Trained:
+    """float32 weights that are read one after the other. `each` may be called again."""
+
+    shapes: dict[str, tuple[int, ...]]
+    each: Callable[[], Iterator[tuple[str, Tensor]]]
+    state: State
+
+    def all(self) -> dict[str, Tensor]:
+        return dict(self.each())
+
+
+def trained_weights(run: Path) -> Trained:
+    """The weights of a run's newest complete checkpoint, put together from every process's part; or an encoder's.
 
     Raises ConfigError when there is neither.
     """
     found = newest(run, say)
     if found is not None:
         folder, state = found
-        return dict(zero.saved(folder, state.zero_stage, state.groups).weights()), state
+        saved = zero.saved(folder, state.zero_stage, state.groups)
+        return Trained(saved.shapes, saved.weights, state)
     if not (run / _CONFIG).exists():
         raise ConfigError(f"{run} has no complete checkpoint yet; let `pretrain` save one")
     content, _, weights = _read_encoder(run)
     seen = {name: content[name] for name in ("step", "samples_seen", "tokens")}
-    return weights, State(**seen, world=1, zero_stage=0, precision="fp32", images="", config="")
+    state = State(**seen, world=1, zero_stage=0, precision="fp32", images="", config="")
+    return Trained(
+        {name: tuple(tensor.shape) for name, tensor in weights.items()}, lambda: iter(weights.items()), state
+    )
 
 
 def save_encoder(folder: Path, weights: dict[str, Tensor], config: Config, state: State, source: str = "") -> None:
     """Write model.safetensors and config.json, each by rename. source: what it was imported from, if it was."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    stream_encoder(folder, Trained(shapes, lambda: iter(weights.items()), state), config, source)
+
+
+def stream_encoder(folder: Path, weights: Trained, config: Config, source: str = "") -> None:
+    """As save_encoder, with no more than one tensor in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{_WEIGHTS}.partial"
-    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    save_file(contiguous, partial, metadata={"format": "pt", "made_by": "beitforge"})
+    _write_safetensors(partial, weights)
     partial.replace(folder / _WEIGHTS)
+    state = weights.state
     content = {"kind": "beit", "step": state.step, "samples_seen": state.samples_seen, "tokens": state.tokens}
     content |= {"imported_from": source} if source else {}
     partial = folder / f"{_CONFIG}.partial"
     partial.write_text(json.dumps({**content, "config": to_tree(config)}, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / _CONFIG)
+
+
+def _write_safetensors(path: Path, weights: Trained) -> None:
+    """The format of safetensors (a length, a JSON header, the tensors end to end), which its library writes only from
+    memory."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", "made_by": "beitforge"}}
+    end = 0
+    for name, shape in weights.shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), wanted in zip(weights.each(), weights.shapes, strict=True):
+            assert name == wanted, "weights come in the order of their shapes"
+            file.write(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+
+
+def written_as_read(folder: Path, weights: Trained) -> bool:
+    """Whether the encoder in a folder has these weights, bit for bit; one tensor at a time."""
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        names = set(file.keys())
+        return names == weights.shapes.keys() and all(torch.equal(file.get_tensor(n), t) for n, t in weights.each())
+
+
+def refuse_others(config: Config, shapes: dict[str, tuple[int, ...]], source: Path) -> None:
+    """Raise ConfigError when weights of these shapes, read from `source`, are not an encoder's of this config."""
+    with torch.device("meta"):
+        beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
+    if {name: tuple(tensor.shape) for name, tensor in beit.state_dict().items()} != shapes:
+        raise ConfigError(f"the weights in {source} are no encoder's of its config; is it the training of a tokenizer?")
 
 
 def load_encoder(folder: Path) -> tuple[Beit, Config]:
@@ -77,10 +135,9 @@ def with_weights(config: Config, weights: dict[str, Tensor], source: Path) -> Be
 
     Raises ConfigError when the weights, read from `source`, are not an encoder's of this config.
     """
+    refuse_others(config, {name: tuple(tensor.shape) for name, tensor in weights.items()}, source)
     model = dataclasses.replace(config.model, kernels="auto")
     beit = Beit(model, config.tokenizer.vocabulary, config.data.seed)
-    if weights.keys() != beit.state_dict().keys():
-        raise ConfigError(f"the weights in {source} are no encoder's of its config; is it the training of a tokenizer?")
     beit.load_state_dict(weights)
     return beit.eval()
 

@@ -1,10 +1,12 @@
 """`export RUN OUT`: a run's newest encoder for others: safetensors, transformers, timm, the released code.
 
 Whatever is written is loaded back, by the library it is for, and must compute what the run's encoder computes;
-otherwise nothing appears at OUT.
+otherwise nothing appears at OUT. Our own form is written and compared one tensor at a time: memory for the largest
+tensor is enough. The libraries hold the whole encoder.
 """
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -12,12 +14,19 @@ import torch
 from torch import Tensor
 
 from pipeline import peers
-from pipeline.checkpoint import State
 from pipeline.config import Config, ConfigError, Model, Size
 from pipeline.metrics import say
 from pipeline.model import Classifier
 from pipeline.resize import for_finetuning
-from pipeline.weights import checkpoint_weights, load_encoder, run_config, save_encoder, with_weights
+from pipeline.weights import (
+    Trained,
+    refuse_others,
+    run_config,
+    stream_encoder,
+    trained_weights,
+    with_weights,
+    written_as_read,
+)
 
 FORMATS = ("safetensors", "hf", "timm", "unilm")
 _AGREES = 1e-5  # largest difference of logits, as a share of the largest logit: float32 rounding over all layers
@@ -26,7 +35,7 @@ _AGREES = 1e-5  # largest difference of logits, as a share of the largest logit:
 def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = False, size: Size | None = None) -> int:
     """Write OUT; returns the exit code. `finetune`: a classifier without its head, for pictures of `size`."""
     config = run_config(run_folder)
-    weights, state = checkpoint_weights(run_folder)
+    weights = trained_weights(run_folder)
     if size is not None and not finetune:
         raise ConfigError("--input-size goes with --finetune: a pretraining export keeps the size it was trained at")
     if finetune and to not in ("hf", "timm"):
@@ -36,15 +45,14 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
     partial, before = (out.with_name(f"{out.name}.{what}") for what in ("partial", "before"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        if finetune:
-            largest = _write_classifier(partial, to, weights, config.model, size or config.model.input_size)
-        else:
-            largest = _write_encoder(partial, to, weights, config, state, run_folder)
-        if not largest <= _AGREES:
-            raise ConfigError(
-                f"{to}: what was written computes logits that differ by {largest:.2g} of the largest, more than "
-                f"{_AGREES:.0g}: not exported; please report it"
+        if to == "safetensors":
+            checked = _stream(partial, weights, config, run_folder)
+        elif finetune:
+            checked = _agreed(
+                to, _write_classifier(partial, to, weights, config.model, size or config.model.input_size)
             )
+        else:
+            checked = _agreed(to, _write_encoder(partial, to, weights, config, run_folder))
         shutil.rmtree(before, ignore_errors=True)
         if out.exists():
             out.rename(before)
@@ -52,12 +60,30 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    numbers = sum(tensor.numel() for tensor in weights.values())
-    say(
-        f"exported step {state.step} ({numbers:,} parameters) to {out} as {to}; loaded back, its logits differ by "
-        f"at most {largest:.1e} of the largest"
-    )
+    numbers = sum(math.prod(shape) for shape in weights.shapes.values())
+    say(f"exported step {weights.state.step} ({numbers:,} parameters) to {out} as {to}; loaded back, {checked}")
     return 0
+
+
+def _stream(folder: Path, weights: Trained, config: Config, source: Path) -> str:
+    """Write and read our own form, one tensor in memory at a time; returns what the comparison found."""
+    refuse_others(config, weights.shapes, source)
+    stream_encoder(folder, weights, config)
+    if not written_as_read(folder, weights):
+        raise ConfigError(
+            f"what was read back from {folder} is not what was written: check the disk, then export again"
+        )
+    return "it is the checkpoint's weights bit for bit"
+
+
+def _agreed(to: str, largest: float) -> str:
+    """What a comparison of logits found. Raises ConfigError when they differ."""
+    if not largest <= _AGREES:
+        raise ConfigError(
+            f"{to}: what was written computes logits that differ by {largest:.2g} of the largest, more than "
+            f"{_AGREES:.0g}: not exported; please report it"
+        )
+    return f"its logits differ by at most {largest:.1e} of the largest"
 
 
 def _refuse_others(out: Path, source: Path) -> None:
@@ -71,16 +97,11 @@ def _refuse_others(out: Path, source: Path) -> None:
 
 
 @torch.no_grad()
-def _write_encoder(
-    folder: Path, to: str, weights: dict[str, Tensor], config: Config, state: State, source: Path
-) -> float:
+def _write_encoder(folder: Path, to: str, found: Trained, config: Config, source: Path) -> float:
     """Write the pretraining encoder; returns the largest difference of its logits, a share of the largest."""
-    model, vocabulary = config.model, config.tokenizer.vocabulary
+    model, vocabulary, weights = config.model, config.tokenizer.vocabulary, found.all()
     ours = with_weights(config, weights, source)
     pixels, mask = _example(model)
-    if to == "safetensors":
-        save_encoder(folder, weights, config, state)
-        return _difference(ours.all_logits(pixels, mask), load_encoder(folder)[0].all_logits(pixels, mask))
     if to == "hf":
         peers.write_hf(folder, weights, model, vocabulary)
         return _difference(ours.all_logits(pixels, mask), peers.hf_forward(folder)(pixels, mask))
@@ -94,11 +115,11 @@ def _write_encoder(
 
 
 @torch.no_grad()
-def _write_classifier(folder: Path, to: str, weights: dict[str, Tensor], model: Model, size: Size) -> float:
+def _write_classifier(folder: Path, to: str, weights: Trained, model: Model, size: Size) -> float:
     """Write the fine-tuning form; returns the largest difference of its features, a share of the largest."""
     if any(side % model.patch_size for side in size):
         raise ConfigError(f"--input-size {size} is not a multiple of the patch size {model.patch_size}")
-    ready, target = for_finetuning(weights, dataclasses.replace(model, kernels="auto"), size)
+    ready, target = for_finetuning(weights.all(), dataclasses.replace(model, kernels="auto"), size)
     ours = Classifier(target, classes=0)
     ours.load_state_dict(ready)
     pixels, _ = _example(target)

@@ -14,7 +14,7 @@ from pipeline.model import Beit
 from pipeline.pixels import normalise
 from pipeline.probe import judge
 from pipeline.streams import Source, evaluation, evaluation_batches
-from pipeline.weights import checkpoint_weights, run_config, with_weights
+from pipeline.weights import run_config, trained_weights, with_weights
 from shards.index import FLAG_LABELLED
 from shards.progress import Progress
 
@@ -24,7 +24,8 @@ _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe c
 def run(run_folder: Path, shards: Path, test: Path | None, samples: int) -> int:
     """Print the table and write RUN/probe.json; returns the exit code."""
     config = run_config(run_folder)
-    weights, state = checkpoint_weights(run_folder)
+    source = trained_weights(run_folder)
+    weights, state = source.all(), source.state
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = with_weights(config, weights, run_folder)
     untrained = Beit(trained.model, config.tokenizer.vocabulary, config.data.seed)

@@ -19,7 +19,7 @@ from pipeline.provenance import what_ran
 from pipeline.record import Record, attempt, read_record
 from pipeline.streams import Source, evaluation_batches, fitting_tokenizer, heldout, pretraining
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer
-from pipeline.weights import checkpoint_weights, run_config, with_weights
+from pipeline.weights import run_config, trained_weights, with_weights
 from shards import codec
 from shards.files import write_text
 from shards.loader import Batch
@@ -119,7 +119,7 @@ def _decoder(config: Config, tokens: str) -> VisualTokenizer:
 
 
 def _encoder(config: Config, run_folder: Path) -> Beit:
-    return with_weights(config, checkpoint_weights(run_folder)[0], run_folder)
+    return with_weights(config, trained_weights(run_folder).all(), run_folder)
 
 
 def _picture_row(name: str, rebuilt: Reconstruction) -> str:

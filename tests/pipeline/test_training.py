@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks.zero_parity import plain_losses as plain_losses_of
+from pipeline import zero
 from pipeline.checkpoint import newest
 from pipeline.config import load_config
-from pipeline import zero
 from pipeline.metrics import read_metrics
 from pipeline.signals import EXIT_STOPPED
 
