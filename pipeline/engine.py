@@ -38,10 +38,10 @@ def start_world(hang_seconds: float = 600.0) -> World:
     """Join the process group that the launcher's environment (deepspeed, torchrun or srun) describes; else alone.
 
     On a CPU it uses gloo, and none of DeepSpeed's own operators: they would be compiled at run time, and a process
-    killed meanwhile leaves a lock that hangs every later one. No collective waits longer than hang_seconds (0: no
-    limit).
+    killed meanwhile leaves a lock that hangs every later one. hang_seconds (0: no limit): collectives wait a little
+    longer than pipeline.watchdog, which says more, allows the first step.
     """
-    limit = datetime.timedelta(seconds=hang_seconds) if hang_seconds else _NO_LIMIT
+    limit = datetime.timedelta(seconds=3 * hang_seconds + 30) if hang_seconds else _NO_LIMIT
     environment = os.environ
     if "SLURM_STEP_ID" in environment:
         for name, theirs in _SLURM.items():
@@ -255,10 +255,13 @@ class Engine:
             self.deepspeed.step()
             return self.deepspeed.get_global_grad_norm(), not bool(getattr(self.optimizer, "overflow", False))
         made = bool(torch.isfinite(norm))
-        if not made:
-            for parameter in self.module.parameters():
-                parameter.grad = None  # AdamW passes over what has no gradient
-        self.deepspeed.step()
+        if made:
+            self.deepspeed.step()
+        else:  # what DeepSpeed does with ZeRO and in half precision
+            self.deepspeed.zero_grad()
+            self.deepspeed.micro_steps += 1
+            self.deepspeed.global_steps += 1
+            self.deepspeed.skipped_steps += 1
         return norm, made
 
     @property

@@ -45,6 +45,7 @@ class Saved:
     pieces: dict[str, list[Piece]]
     step: float
 
+    @torch.no_grad()
     def fill(self, name: str, target: Piece) -> None:
         """Copy what the target wants of a parameter. Raises ConfigError when the files do not hold all of it."""
         filled = 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -79,33 +78,6 @@ def test_writes_what_the_design_says(whole):
         assert (whole / "checkpoints" / "step-24" / name).stat().st_size == size > 0
 
 
-def test_killed_run_ends_with_the_same_weights(tiny, whole, tmp_path):
-    """Promise 5: SIGKILL everything at a random moment, start again: bitwise the weights of the run left alone."""
-    run = tmp_path / "run"
-    seed = int.from_bytes(os.urandom(4), "little")
-    moments = random.Random(seed)
-    kills = 0
-    for _ in range(6):
-        process = launch(tiny, run, "log.every_steps=1")
-        want = moments.randrange(1, STEPS)
-        while process.poll() is None and not any(line["step"] >= want for line in read_metrics(run, "train")):
-            time.sleep(0.01)
-        time.sleep(moments.random() * 0.1)
-        if process.poll() is not None:
-            break
-        kill(process)
-        kills += 1
-        process.communicate()
-        if kills == 2:
-            break
-    output = finished(launch(tiny, run))
-    assert kills, f"seed {seed}: the run was never caught alive\n{output}"
-    left_alone, restarted = weights(whole), weights(run)
-    assert left_alone.keys() == restarted.keys()
-    for name, tensor in left_alone.items():
-        assert torch.equal(tensor, restarted[name]), f"seed {seed}: {name} differs"
-
-
 def test_interrupt_saves_and_goes_on(tiny, whole, tmp_path):
     """Ctrl-C in a terminal reaches every process of the group: they save, end with 75 or the launcher's 1, go on."""
     run = tmp_path / "run"
@@ -179,21 +151,15 @@ def test_another_config_is_refused(tiny, whole, tmp_path):
     assert "0.5" in line
 
 
-def test_another_world_is_refused(tiny, whole, tmp_path):
-    """ZeRO's files are per process; until a checkpoint can be reshaped the run says how it was saved."""
+def test_a_run_that_cannot_be_helped_says_what_is_wrong(tiny, tmp_path):
+    """Learning rate 1e30: the first update ruins the weights; nothing before it is left to go back to."""
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    assert "saved by 2 processes with ZeRO stage 2" in one_line(alone(tiny, run))
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, tmp_path):
-    """Learning rate 1e30: the first update ruins the weights; the run ends with one line, and saves nothing after."""
-    run = tmp_path / "run"
-    line = one_line(alone(tiny, run, "optimizer.lr=1e30", "optimizer.warmup=0 steps", "checkpoint.every=1 steps"))
-    assert "not finite" in line
+    settings = ["optimizer.lr=1e30", "optimizer.warmup=0 steps", "checkpoint.every=1 steps", "faults.max_skipped=2"]
+    line = one_line(alone(tiny, run, *settings))
+    assert "the loss of rank 0 on" in line and "is not finite at step 1, the first of 2 in a row (samples 8–23)" in line
+    assert "there is no checkpoint before step 1 to go back to" in line
     found = newest(run, lambda _: None)
-    assert found is not None
-    assert f"at step {found[1].step}" in line
+    assert found is not None and found[1].step >= 1
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tiny, tmp_path):
