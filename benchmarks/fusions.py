@@ -133,8 +133,8 @@ def _branch(size: Size, device: torch.device, dtype: torch.dtype) -> Job:
         x = x + y * gamma * keep[:, None, None]
         return x + F.layer_norm(x, scale.shape, scale, shift, 1e-6)
 
-    # forward: x, y in, sum and norm out; backward: their gradients, the sum and y in, two gradients out
-    moved = torch.finfo(dtype).bits / 8 * size.numbers * (4 + 6)
+    # forward: x and y in, the result out; backward: its gradient, x and y in, two gradients out
+    moved = torch.finfo(dtype).bits / 8 * size.numbers * (3 + 5)
     return Job(
         "residual, layer scale, drop path, LayerNorm",
         [x, y, gamma, scale, shift],
@@ -180,10 +180,15 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def right(job: Job, provider: str) -> bool:
-    """Error against float32 at most twice eager's, three times for gradients."""
+    """Error against float32 at most twice eager's, three times for gradients.
+
+    Where a compiler contracts products and sums a jittered pixel may be a level apart: let pass here;
+    tests/kernels/test_pixels.py asks for every bit of ours.
+    """
     exact = results(job, "eager", [leaf.float() if leaf.is_floating_point() else leaf for leaf in job.leaves])
     plain, found = (errors(results(job, name, job.leaves), exact) for name in ("eager", provider))
-    return all(e <= (3 if i else 2) * p + 1e-6 for i, (e, p) in enumerate(zip(found, plain, strict=True)))
+    slack = 1e-3 if job.name.startswith("jitter") else 1e-6
+    return all(e <= (3 if i else 2) * p + slack for i, (e, p) in enumerate(zip(found, plain, strict=True)))
 
 
 def measure(job: Job, size: Size, best: tuple[float, float]) -> list[dict]:
@@ -193,15 +198,18 @@ def measure(job: Job, size: Size, best: tuple[float, float]) -> list[dict]:
     limit = 1e6 * max(job.bytes / best[0], job.flops / best[1])
     rows = []
     for provider, run in job.providers.items():
+        torch.compiler.reset()
         row: dict = {"size": size.name, "operation": job.name, "provider": provider}
         if not right(job, provider):
             rows.append({**row, "µs": "wrong", "of the limit": "", "memory": "", "_µs": math.inf})
             continue
 
-        def both(run: Callable[..., Tensor] = run) -> None:
+        weights = _weights(run(*job.leaves).detach())
+
+        def both(run: Callable[..., Tensor] = run, weights: Tensor = weights) -> None:
             out = run(*job.leaves)
             if out.requires_grad:
-                out.backward(_weights(out))
+                out.backward(weights)
 
         both()
         torch.cuda.synchronize()
@@ -246,20 +254,20 @@ def main() -> None:
         return dry()
     if not torch.cuda.is_available():
         sys.exit("error: benchmarks.fusions needs a GPU; --dry checks every call without one")
-    device, rows = torch.device("cuda"), []
+    device = torch.device("cuda")
+    rows: list[dict] = []
     best = rates(device)
-    for size in SIZES:
-        for job in jobs(size, device, torch.bfloat16):
-            rows += measure(job, size, best)
-            torch.cuda.empty_cache()
     notes = [
         f"bf16, forward and backward together, median and the fifths at either end. The limit is the larger of the "
         f"bytes that must be moved and the products, at what this chip reached: copy {best[0] / 1e12:.2f} TB/s, "
         f"product {best[1] / 1e12:.0f} TFLOP/s. Memory: the most that was allocated on top of the inputs."
     ]
-    compared = ratios(rows)
-    cells = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
-    write("fusions", "what fusing saves beside attention, on one GPU", cells, compared, notes)
+    for size in SIZES:
+        for job in jobs(size, device, torch.bfloat16):
+            rows += measure(job, size, best)
+            torch.cuda.empty_cache()
+        cells = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+        write("fusions", "what fusing saves beside attention, on one GPU", cells, ratios(rows), notes)
     return None
 
 

@@ -8,6 +8,7 @@ tokenizer or DeepSpeed. timm's BEiT takes no mask: it gets the same head on the 
 """
 
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -148,6 +149,9 @@ def measure(name: str, model: Model, images: int, product_rate: float) -> list[d
     flops = images * training_flops(model, V, MASKED)
     for compiled in (False, True):
         for contender in contenders(model, device, dtype, MASKED):
+            gc.collect()
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             step = stepper(contender, tensors, compiled)
             check(step, contender.name)
@@ -163,8 +167,7 @@ def measure(name: str, model: Model, images: int, product_rate: float) -> list[d
                     "_ms": middle,
                 }
             )
-            del step
-            torch.cuda.empty_cache()
+            del step, contender
     return rows
 
 
@@ -196,15 +199,16 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: benchmarks.train needs a GPU; --dry runs every step without one")
     product_rate = rates(torch.device("cuda"))[1]
-    rows = [row for size in SIZES for row in measure(*size, product_rate)]
+    rows: list[dict] = []
     notes = [
         f"A whole step in bf16 without loader and DeepSpeed, {', '.join(f'{n} {b} images' for n, _, b in SIZES)}; "
         f"median and the fifths at either end. MFU against the {product_rate / 1e12:.0f} TFLOP/s that a large product "
         "reached on this chip; operations as RECIPE counts them, the last block whole."
     ]
-    compared = ratios(rows)
-    cells = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
-    write("train", "one training step on one GPU", cells, compared, notes)
+    for size in SIZES:
+        rows += measure(*size, product_rate)
+        cells = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+        write("train", "one training step on one GPU", cells, ratios(rows), notes)
     return None
 
 

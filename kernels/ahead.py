@@ -14,8 +14,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-_REGISTERS = 255  # as kernels.attention.operator asks for: ptxas gives a kernel that spills far fewer, unless told
-
 
 @dataclass(frozen=True)
 class Chip:
@@ -66,11 +64,10 @@ def compiled(build: Build, chip: Chip) -> Any:
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
+    cuda = chip.name.startswith("sm_")
+    target = GPUTarget("cuda" if cuda else "hip", int(chip.name[3:]) if cuda else chip.name, chip.warp)
     options = {"num_warps": build.warps, "num_stages": build.stages, **build.options}
-    if not chip.name.startswith("sm_"):
-        return triton.compile(source, target=GPUTarget("hip", chip.name, chip.warp), options=options)
-    target = GPUTarget("cuda", int(chip.name[3:]), chip.warp)
-    return triton.compile(source, target=target, options={**options, "maxnreg": _REGISTERS})
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(made: Any) -> tuple[int, int]:

@@ -1,10 +1,12 @@
 """Which implementation of a kernel runs on a device."""
 
+import contextlib
 import importlib.util
 import os
 
 import torch
 
+_TRITON = importlib.util.find_spec("triton") is not None  # here: asked inside, it would break a compiled graph
 NAMES = ("auto", "fused", "sdpa", "reference")
 
 
@@ -18,7 +20,7 @@ def runs_fused(implementation: str, device: torch.device) -> bool:
     if implementation not in ("auto", "fused"):
         return False
     asked = implementation == "fused"
-    if importlib.util.find_spec("triton") is not None and (device.type == "cuda" or (asked and interpreted())):
+    if _TRITON and (device.type == "cuda" or (asked and interpreted())):
         return True
     if asked:
         raise ValueError(f"fused kernels need a GPU and Triton, not {device.type}; use auto, or sdpa")
@@ -28,3 +30,8 @@ def runs_fused(implementation: str, device: torch.device) -> bool:
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter; it looks once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from kernels.ahead import CHIPS, Build, Chip, compiled, resources
 from kernels.attention import fused as attention
+from kernels.attention.operator import REGISTERS
 from kernels.attention.plan import Blocks, choose, padded
 from kernels.cross_entropy import fused as cross_entropy
 from kernels.cross_entropy import operator as cross_entropy_operator
@@ -56,12 +57,12 @@ def builds(chip: Chip) -> list[Build]:
         kernels = [("forward", plan.forward), ("backward_queries", plan.queries)]
         kernels += [("backward_keys_values", plan.keys_values)]
         kernels += [] if plan.held else [("backward_bias", plan.queries)]
-        found += [_attention(*kernel, positions, head_size, kind, plan.held) for kernel in kernels]
+        found += [_attention(chip, *kernel, positions, head_size, kind, plan.held) for kernel in kernels]
     found += [_cross_entropy(vocabulary, kind) for vocabulary, kind in VOCABULARIES]
     return found + [_pixels(size, kind) for size, kind in PIXELS]
 
 
-def _attention(kernel: str, blocks: Blocks, positions: int, head_size: int, kind: str, held: bool) -> Build:
+def _attention(chip: Chip, kernel: str, blocks: Blocks, positions: int, head_size: int, kind: str, held: bool) -> Build:
     constants = {"S": positions, "A": HEADS, "K": head_size, "KP": padded(head_size), "BM": blocks.rows}
     constants |= {"BN": blocks.columns, "BR": blocks.split(positions)[1], "BIAS": True, "UP": False}
     constants |= {"STAGES": blocks.stages, "SUM": held, "WIDTH": blocks.columns, "FIRST": 0}
@@ -78,6 +79,7 @@ def _attention(kernel: str, blocks: Blocks, positions: int, head_size: int, kind
         warps=blocks.warps,
         stages=blocks.stages,
         aligned=frozenset({"tiles_of_head", "tiles_of_image"}),
+        options={"maxnreg": REGISTERS} if chip.name.startswith("sm_") else {},
     )
 
 
@@ -95,7 +97,7 @@ def _cross_entropy(vocabulary: int, kind: str) -> Build:
 
 
 def _pixels(size: int, kind: str) -> Build:
-    types = {"pixels": "*u8", "out": f"*{kind}", "factors": "*fp32", "flats": "*fp32", "own_greys": "*u8"}
+    types = {"pixels": "*u8", "out": f"*{kind}", "jitters": "*fp32", "orders": "*i64", "mean_greys": "*fp32"}
     types |= dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32")
     return Build(
         kernel="jitter_pixels",

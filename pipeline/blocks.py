@@ -76,7 +76,7 @@ class Attention(nn.Module):
         qkv_BS3AK = F.linear(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
         if self.own_bias is not None:
             bias_ASS = self.own_bias()
-            packed_AT = pack(bias_ASS, d // self.heads, x_BSD.dtype, self.kernels)
+            packed_AT = pack(bias_ASS, d // self.heads, qkv_BS3AK.dtype, self.kernels)
         y_BSD = attention(qkv_BS3AK, bias_ASS, packed_AT, self.kernels).reshape(b, s, d)
         return self.out(at(y_BSD, picked_BM))
 

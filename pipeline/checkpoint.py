@@ -115,8 +115,8 @@ class Saver:
         if free >= needed:
             return ""
         return (
-            f"{self.run / 'checkpoints'}: {free >> 20} MiB free, a checkpoint takes {int(needed) >> 20} MiB: make "
-            f"room, or keep fewer (checkpoint.keep), then start again; it goes on from the newest one"
+            f"{self.run / 'checkpoints'}: {free / 2**20:.1f} MiB free, a checkpoint takes {needed / 2**20:.1f} MiB: "
+            f"make room, or keep fewer (checkpoint.keep), then start again; it goes on from the newest one"
         )
 
     def _prune(self, keep: int) -> None:

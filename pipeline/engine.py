@@ -51,7 +51,7 @@ def start_world(hang_seconds: float = 600.0) -> World:
     if "MASTER_PORT" not in environment:
         environment["MASTER_PORT"] = str(_free_port())
     cuda = torch.cuda.is_available()
-    deepspeed = _deepspeed()
+    deepspeed = quiet_deepspeed()
     _limit_collectives(limit)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=limit)
     local = int(environment["LOCAL_RANK"])
@@ -65,7 +65,7 @@ def start_world(hang_seconds: float = 600.0) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _deepspeed() -> Any:
+def quiet_deepspeed() -> Any:
     """The deepspeed module, quiet, and told not to compile its shared-memory operator."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     # DeepSpeed calls torch.distributed functions whose new names torch 2.13 advertises at every call
@@ -211,7 +211,7 @@ class Engine:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[setup.precision]
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
-        deepspeed = _deepspeed()
+        deepspeed = quiet_deepspeed()
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=groups, config=deepspeed_config(setup)
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.engine import Engine, agree
+from pipeline.engine import Engine, agree, quiet_deepspeed
 
 VALUES = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -85,6 +85,7 @@ def saved(folder: Path, stage: int, groups: list[list[str]]) -> Saved:
 
 def _load(path: Path) -> dict:
     """A file DeepSpeed wrote, its tensors left on disk until they are read."""
+    quiet_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -83,6 +83,9 @@ def relative_index(rows: int, columns: int) -> torch.Tensor:
 
 
 def expand_bias(table_RA: torch.Tensor, index_SS: torch.Tensor) -> torch.Tensor:
-    """The bias [A, S, S] of a table [R, A] and its index i64 [S, S]; float32, in which layers' gradients are summed."""
+    """The bias [A, S, S] of a table [R, A] and its index i64 [S, S]; float32, in which layers' gradients are summed.
+
+    Contiguous: on a GPU PyTorch's fused attention takes no other bias.
+    """
     table_RA = table_RA.to(torch.promote_types(table_RA.dtype, torch.float32))
-    return table_RA[index_SS.reshape(-1)].reshape(*index_SS.shape, -1).permute(2, 0, 1)
+    return table_RA[index_SS.reshape(-1)].reshape(*index_SS.shape, -1).permute(2, 0, 1).contiguous()

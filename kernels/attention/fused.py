@@ -5,8 +5,8 @@ in `FULL` blocks of `BN` and a last one of `BR` (0: none), queries in blocks of 
 change places. No mask is computed for a full block.
 
 The bias is the accumulator's start: tiles hold bias / scale, -inf at keys beyond S, in the order in which the matrix
-unit wants an accumulator (`tiles.fragment_order`), so that a tile is one contiguous load and costs no add, no mask and
-no exchange between threads. Another compiler's accumulator order would cost speed, not correctness.
+unit wants an accumulator (`tiles.fragment_order`), so that a tile is one contiguous read and costs no add, no mask and
+no change of layout. Another compiler's accumulator order would cost speed, not correctness.
 
 `UP` casts operands to float32 before each product: for Triton's interpreter, which multiplies bf16 wrongly.
 """
@@ -53,7 +53,7 @@ def _load_rows(
 ):
     """Rows first … first + COUNT of one head, [COUNT, KP]; beyond S (only if MASKED) and beyond K they are zero.
 
-    Kept out of the first-level cache, so that the bias tile, which every image uses, may stay there.
+    Read past the first-level cache: a program uses them once.
     """
     rows, columns = first + tl.arange(0, COUNT), tl.arange(0, KP)
     pointers = base + rows[:, None] * STRIDE + columns[None, :]
@@ -112,7 +112,7 @@ def _online(q, k, v, tile, first, largest, total, out, to_log2, BM: tl.constexpr
             MASKED: tl.constexpr, BIAS: tl.constexpr, UP: tl.constexpr):  # fmt: skip
     """One block of keys of a softmax taken as they go by: the largest score, the sum and the output so far."""
     scores = _scores(q, k, tile, first, BM, BN, S, MASKED, BIAS, UP)
-    now = tl.maximum(largest, tl.max(scores, 1) * to_log2)
+    now = tl.maximum(tl.maximum(largest, tl.max(scores, 1) * to_log2), -1e30)  # finite where a whole block is -inf
     weights = tl.exp2(scores * to_log2 - now[:, None])
     shrink = tl.exp2(largest - now)
     total = total * shrink + tl.sum(weights, 1)

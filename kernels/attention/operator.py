@@ -10,16 +10,18 @@ from torch import Tensor
 
 from kernels.attention import fused, tiles
 from kernels.attention.plan import Blocks, Plan, choose, padded
-from kernels.choice import interpreted
+from kernels.choice import interpreted, on_device
 
-_REGISTERS = 255  # ptxas gives a kernel that spills far fewer, unless told
+REGISTERS = 255  # ptxas gives a kernel that spills far fewer, unless told
 _PROGRAMS = 4 * 132  # of the query kernel: enough chunks of images to fill a large chip
 _INTERPRETED = interpreted()
 
 
 def attention_fused(qkv_BS3AK: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None) -> Tensor:
     """As attention_reference, with its gradients, by the kernels of `fused`. packed_AT: pack_bias of the bias."""
-    if bias_ASS is not None and packed_AT is None:
+    if bias_ASS is None:
+        packed_AT = None
+    elif packed_AT is None:
         packed_AT = pack_bias(bias_ASS, qkv_BS3AK.shape[-1], qkv_BS3AK.dtype)
     return _attention(qkv_BS3AK.contiguous(), bias_ASS, packed_AT)[0]
 
@@ -39,16 +41,21 @@ def plan_of(device: torch.device, positions: int, head_size: int, dtype: torch.d
 @torch.library.custom_op("beitforge::pack_bias", mutates_args=())
 def _pack(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
     plan = plan_of(bias_ASS.device, bias_ASS.shape[1], head_size, dtype)
-    # float16 has three more bits than bfloat16, and a bias never needs the range
-    return tiles.pack(bias_ASS, plan, head_size**-0.5, torch.float32 if dtype == torch.float32 else torch.float16)
+    return tiles.pack(bias_ASS, plan, head_size**-0.5, _packed(bias_ASS, head_size, dtype)[1])
 
 
 @_pack.register_fake
 def _(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    shape, kind = _packed(bias_ASS, head_size, dtype)
+    return bias_ASS.new_empty(shape, dtype=kind)
+
+
+def _packed(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and type of a packed bias: float16 has three more bits than bfloat16, and a bias never needs the range."""
     heads, positions = bias_ASS.shape[0], int(bias_ASS.shape[1])  # the kernels are compiled for one S
     plan = plan_of(bias_ASS.device, positions, head_size, dtype)
     length = tiles.offsets(positions, plan)[2] + plan.keys_values.size(positions)
-    return bias_ASS.new_empty(heads, length, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
+    return (heads, length), torch.float32 if dtype == torch.float32 else torch.float16
 
 
 @torch.library.custom_op("beitforge::attention", mutates_args=())
@@ -56,6 +63,8 @@ def _attention(qkv: Tensor, bias: Tensor | None, packed: Tensor | None) -> tuple
     """Output [B, S, A, K] and the log2 of each row's sum of exponentials, float32 [B, A, S]."""
     images, positions, _, heads, size = qkv.shape
     plan = plan_of(qkv.device, positions, size, qkv.dtype)
+    if bias is not None and packed is not None and (packed.shape, packed.dtype) != _packed(bias, size, qkv.dtype):
+        raise ValueError(f"the bias was packed for another type or head size than qkv's {qkv.dtype} and {size}")
     out, lse = (
         qkv.new_empty(images, positions, heads, size),
         qkv.new_empty(images, heads, positions, dtype=torch.float32),
@@ -63,10 +72,11 @@ def _attention(qkv: Tensor, bias: Tensor | None, packed: Tensor | None) -> tuple
     blocks = plan.forward
     grid = (-(-positions // blocks.rows) * images * heads,)
     read, per_head = (qkv, 0) if packed is None else (packed, packed.shape[1])
-    fused.forward[grid](
-        qkv, read, out, lse, images, per_head, size**-0.5 * math.log2(math.e),
-        *_shape(qkv, blocks), packed is not None, _up(qkv), blocks.stages, **_options(blocks),
-    )  # fmt: skip
+    with on_device(qkv):
+        fused.forward[grid](
+            qkv, read, out, lse, images, per_head, size**-0.5 * math.log2(math.e),
+            *_shape(qkv, blocks), packed is not None, _up(qkv), blocks.stages, **_options(blocks),
+        )  # fmt: skip
     return out, lse
 
 
@@ -95,18 +105,19 @@ def _backward(
     chunk = -(-images // max(1, _PROGRAMS // (rows * heads)))
     chunks = -(-images // chunk)
     partial = lse.new_empty((chunks, heads, blocks.size(positions)) if needs_bias else (0,))
-    fused.backward_queries[(rows, heads, chunks)](
-        qkv, out, dout, dqkv, read[:, at_queries:] if biased else read, lse, delta, partial if held else lse,
-        images, chunk, per_head, 0, to_log2, scale,
-        *_shape(qkv, blocks), biased, held, up, blocks.stages, **_options(blocks),
-    )  # fmt: skip
     keys = plan.keys_values
-    fused.backward_keys_values[(-(-positions // keys.rows) * images * heads,)](
-        qkv, dout, dqkv, read[:, at_keys:] if biased else read, lse, delta, images, per_head, to_log2, scale,
-        *_shape(qkv, keys), biased, up, keys.stages, **_options(keys),
-    )  # fmt: skip
-    if needs_bias and not held:
-        _bias_sums(qkv, dout, read[:, at_queries:], lse, delta, partial, chunk, per_head, to_log2, plan)
+    with on_device(qkv):
+        fused.backward_queries[(rows, heads, chunks)](
+            qkv, out, dout, dqkv, read[:, at_queries:] if biased else read, lse, delta, partial if held else lse,
+            images, chunk, per_head, 0, to_log2, scale,
+            *_shape(qkv, blocks), biased, held, up, blocks.stages, **_options(blocks),
+        )  # fmt: skip
+        fused.backward_keys_values[(-(-positions // keys.rows) * images * heads,)](
+            qkv, dout, dqkv, read[:, at_keys:] if biased else read, lse, delta, images, per_head, to_log2, scale,
+            *_shape(qkv, keys), biased, up, keys.stages, **_options(keys),
+        )  # fmt: skip
+        if needs_bias and not held:
+            _bias_sums(qkv, dout, read[:, at_queries:], lse, delta, partial, chunk, per_head, to_log2, plan)
     dbias = tiles.unpack(partial, positions, blocks) if needs_bias else lse.new_empty(0)
     return dqkv, dbias
 
@@ -169,4 +180,4 @@ def _options(blocks: Blocks) -> dict[str, int]:
     if _INTERPRETED:
         return {}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    return options if torch.version.hip else {**options, "maxnreg": _REGISTERS}
+    return options if torch.version.hip else {**options, "maxnreg": REGISTERS}

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.choice import on_device
 from kernels.cross_entropy import fused
 
 _LOGITS = 1 << 25  # numbers in the logits that exist at a time: 64 MiB in 16 bits
@@ -20,7 +21,7 @@ def linear_cross_entropy_fused(
     They are gradients of the sum, of the size of softmax, and are scaled in float32 by what comes back: in float16 a
     mean's would be below the smallest number.
     """
-    counts = counts_T.to(torch.float32)
+    counts, weight_VD, bias_V = counts_T.to(torch.float32), weight_VD.to(x_TD.dtype), bias_V.to(x_TD.dtype)
     loss, right, *_ = _sums(x_TD.contiguous(), weight_VD, bias_V, tokens_T, counts, needed)
     return loss, right
 
@@ -41,17 +42,20 @@ def _sums(
     dx = torch.empty_like(x) if needed else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if needed else counts.new_empty(0)
     dbias = torch.zeros_like(bias, dtype=torch.float32) if needed else counts.new_empty(0)
-    at_a_time = max(1, _LOGITS // vocabulary)
+    at_a_time = max(16, _LOGITS // vocabulary // 16 * 16)  # every part begins where whole words do
+    # a sum over thousands of rows leaves float16's range: by a power of two, which costs no digit
+    shrink = 1 / 64 if x.dtype == torch.float16 else 1.0
     for first in range(0, rows, at_a_time):
         some = slice(first, first + at_a_time)
         logits = torch.addmm(bias, x[some], weight.t())
-        fused.cross_entropy_rows[(len(logits),)](
-            logits, tokens[some], counts[some], losses[some], right[some],
-            vocabulary, block(vocabulary), needed, num_warps=WARPS,
-        )  # fmt: skip
+        with on_device(logits):
+            fused.cross_entropy_rows[(len(logits),)](
+                logits, tokens[some], counts[some], losses[some], right[some],
+                vocabulary, block(vocabulary), needed, num_warps=WARPS,
+            )  # fmt: skip
         if needed:
             torch.mm(logits, weight, out=dx[some])
-            dweight += logits.t() @ x[some]
+            dweight.add_(logits.t() @ (x[some] * shrink), alpha=1 / shrink)
             dbias += logits.sum(0, dtype=torch.float32)
     return losses.sum(), right.sum(), dx, dweight, dbias
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.choice import runs_fused
-from kernels.pixels.reference import jittered_reference, turns
+from kernels.pixels.reference import jittered_reference
 
 
 def jittered(
@@ -31,9 +31,9 @@ def jittered(
     if pixels_BCHW.dtype != torch.uint8 or pixels_BCHW.dim() != 4 or pixels_BCHW.shape[1] != 3:
         found = f"{tuple(pixels_BCHW.shape)} {pixels_BCHW.dtype}"
         raise ValueError(f"pixels are {found}; jittered takes uint8 [B, 3, H, W]")
-    factors_B3, flats_B3, own_grey_B3 = turns(jitters_B3, orders_B, mean_greys_B)
+    views = (pixels_BCHW, jitters_B3, orders_B, mean_greys_B)
     if runs_fused(implementation, pixels_BCHW.device):
         from kernels.pixels.fused import jittered_fused
 
-        return jittered_fused(pixels_BCHW, factors_B3, flats_B3, own_grey_B3, normal, dtype)
-    return jittered_reference(pixels_BCHW, factors_B3, flats_B3, own_grey_B3, normal, dtype)
+        return jittered_fused(*views, normal, dtype)
+    return jittered_reference(*views, normal, dtype)

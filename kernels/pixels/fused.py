@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.choice import interpreted
+from kernels.choice import interpreted, on_device
 from kernels.pixels.reference import LUMA
 
 BLOCK = 1024  # pixels of a picture that a program holds
@@ -33,7 +33,7 @@ def _store(out, x, mean, std, inside, NORMAL: tl.constexpr):
 
 
 @triton.jit
-def jitter_pixels(pixels, out, factors, flats, own_greys, mean0, mean1, mean2, std0, std1, std2,
+def jitter_pixels(pixels, out, jitters, orders, mean_greys, mean0, mean1, mean2, std0, std1, std2,
                   HW: tl.constexpr, BLOCK: tl.constexpr, NORMAL: tl.constexpr):  # fmt: skip
     """One program BLOCK pixels of one picture, their three channels together."""
     image, at = tl.cast(tl.program_id(1), tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -42,11 +42,17 @@ def jitter_pixels(pixels, out, factors, flats, own_greys, mean0, mean1, mean2, s
     red = tl.load(base_in, mask=inside, other=0).to(tl.float32)
     green = tl.load(base_in + HW, mask=inside, other=0).to(tl.float32)
     blue = tl.load(base_in + 2 * HW, mask=inside, other=0).to(tl.float32)
+    order, mean = tl.load(orders + image), tl.load(mean_greys + image)
+    first = order // 2  # reference.ORDERS: the two others follow in rising order, or in falling
+    second = tl.where(order % 2 == 0, tl.where(first == 0, 1, 0), tl.where(first == 2, 1, 2))
     for turn in tl.static_range(3):
-        factor, flat = tl.load(factors + image * 3 + turn), tl.load(flats + image * 3 + turn)
-        own = tl.load(own_greys + image * 3 + turn) != 0
+        operation = first if turn == 0 else (second if turn == 1 else 3 - first - second)
+        factor = tl.load(jitters + image * 3 + operation)
         grey = red * _RED + green * _GREEN + blue * _BLUE
-        base = tl.where(own, (grey + _HALVES) - _HALVES, flat)  # rounded to the nearest, halves to even
+        flat = tl.where(operation == 1, tl.floor(mean + 0.5), 0.0)
+        base = tl.where(operation == 2, (grey + _HALVES) - _HALVES, flat)  # rounded to the nearest, halves to even
+        mean = tl.where(operation == 0, mean * factor, mean) - tl.where(factor != 1.0, 0.5, 0.0)
+        mean = tl.minimum(tl.maximum(mean, 0.0), 255.0)
         red, green, blue = _blend(red, base, factor), _blend(green, base, factor), _blend(blue, base, factor)
     _store(base_out, red, mean0, std0, inside, NORMAL)
     _store(base_out + HW, green, mean1, std1, inside, NORMAL)
@@ -55,9 +61,9 @@ def jitter_pixels(pixels, out, factors, flats, own_greys, mean0, mean1, mean2, s
 
 def jittered_fused(
     pixels: Tensor,
-    factors: Tensor,
-    flats: Tensor,
-    own_greys: Tensor,
+    jitters: Tensor,
+    orders: Tensor,
+    mean_greys: Tensor,
     normal: tuple[tuple[float, ...], tuple[float, ...]] | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -66,8 +72,9 @@ def jittered_fused(
     out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
     mean, std = normal if normal is not None else ((0.0,) * 3, (1.0,) * 3)
     options = {} if interpreted() else {"num_warps": WARPS, "enable_fp_fusion": False}
-    jitter_pixels[(triton.cdiv(height * width, BLOCK), images)](
-        pixels.contiguous(), out, factors.contiguous(), flats.contiguous(), own_greys.to(torch.uint8).contiguous(),
-        *mean, *std, height * width, BLOCK, normal is not None, **options,
-    )  # fmt: skip
+    with on_device(pixels):
+        jitter_pixels[(triton.cdiv(height * width, BLOCK), images)](
+            pixels.contiguous(), out, jitters.float().contiguous(), orders.contiguous(), mean_greys.float(),
+            *mean, *std, height * width, BLOCK, normal is not None, **options,
+        )  # fmt: skip
     return out

@@ -1,5 +1,7 @@
 """The definition of jittered in plain PyTorch."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,15 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
 _BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
 
 
+@functools.lru_cache(maxsize=32)
+def _orders(device: torch.device) -> Tensor:
+    return torch.tensor(ORDERS, device=device)
+
+
 def turns(jitters_B3: Tensor, orders_B: Tensor, mean_greys_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three blends of each picture in its order: factors f32 [B, 3], the constant each blends with f32 [B, 3], and
     whether it blends with the pixel's own grey instead, bool [B, 3]."""
-    operations_B3 = torch.tensor(ORDERS, device=jitters_B3.device)[orders_B]
+    operations_B3 = _orders(jitters_B3.device)[orders_B]
     factors_B3 = jitters_B3.float().gather(1, operations_B3)
     mean_B, flats = mean_greys_B.float(), []
     for turn in range(3):
@@ -25,13 +32,14 @@ def turns(jitters_B3: Tensor, orders_B: Tensor, mean_greys_B: Tensor) -> tuple[T
 
 def jittered_reference(
     pixels_BCHW: Tensor,
-    factors_B3: Tensor,
-    flats_B3: Tensor,
-    own_grey_B3: Tensor,
+    jitters_B3: Tensor,
+    orders_B: Tensor,
+    mean_greys_B: Tensor,
     normal: tuple[tuple[float, ...], tuple[float, ...]] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As kernels.pixels.jittered, of what `turns` gives."""
+    """As kernels.pixels.jittered."""
+    factors_B3, flats_B3, own_grey_B3 = turns(jitters_B3, orders_B, mean_greys_B)
     x_BCHW = pixels_BCHW.float()
     for turn in range(3):
         factor, flat, own = (values[:, turn, None, None, None] for values in (factors_B3, flats_B3, own_grey_B3))

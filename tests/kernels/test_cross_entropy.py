@@ -83,6 +83,15 @@ def test_small_gradients_survive_half_precision():
     assert max(errors(results(tensors, "fused", 1e-3), exact)[2:]) < 1e-2
 
 
+def test_a_sum_over_many_rows_stays_in_range():
+    """Features far from zero: the weight's gradient is a sum of thousands, beyond float16 where its mean is small."""
+    x, weight, bias, tokens, counts = inputs(2048, 8, 4, torch.float16)
+    x, tokens, counts = x + 60, torch.zeros_like(tokens), torch.ones_like(counts)
+    exact = results([x.double(), weight.double(), bias.double(), tokens, counts], "reference", 1 / 2048)
+    assert exact[3].abs().max() * 2048 > 65504
+    assert max(errors(results([x, weight, bias, tokens, counts], "fused", 1 / 2048), exact)[2:]) < 1e-2
+
+
 def test_rows_that_do_not_count():
     tensors = inputs(12, 8, 20, torch.float32)
     tensors[4] = torch.zeros(12, device=DEVICE)

@@ -89,6 +89,7 @@ def compare(qkv: Tensor, bias: Tensor | None, weight: Tensor, bound: float) -> N
     for name, ours, theirs in zip(
         ("out", "q", "k", "v", "bias"), results(fused, qkv, bias, weight), exact, strict=False
     ):
+        assert ours.isfinite().all(), f"{name} is not finite"
         apart = (ours.double() - theirs).norm() / theirs.norm().clamp(min=1)
         assert apart < bound, f"{name} differs by {apart:.1e}"
 
@@ -236,3 +237,20 @@ def test_a_cuda_graph_replays_forward_and_backward():
     graphed = torch.cuda.make_graphed_callables(lambda qkv, bias: attention(qkv, bias, None, "fused"), samples)
     for ours, theirs in zip(results(graphed, qkv, bias, weight), results(fused, qkv, bias, weight), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_bias_lies_as_a_gpu_wants_it():
+    """PyTorch's fused attention refuses a bias whose last dimension is not dense."""
+    assert expand_bias(torch.zeros(52, 3), relative_index(4, 4)).is_contiguous()
+
+
+def test_a_bias_packed_for_another_type_is_refused():
+    qkv, bias, _ = inputs(20, 2, 16, 1, torch.float16)
+    with pytest.raises(ValueError, match="packed for another type"):
+        attention(qkv, bias, pack(bias, 16, torch.float32, "fused"), "fused")
+
+
+def test_a_whole_block_may_be_forbidden():
+    qkv, bias, weight = inputs(97, 1, 16, 1, torch.float32)
+    bias[:, :, :64] = float("-inf")
+    compare(qkv, bias, weight, 1e-5)
