@@ -3,7 +3,10 @@
 #
 #   demo [DIR]                 the whole job on this machine, on sample photographs or your own folder
 #   pack · index · verify · stats        pictures and shards (python -m shards VERB --help)
-#   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher
+#   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher, here or on HOSTFILE's hosts
+#   slurm [pretrain|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--dry-run] [-- sbatch options]
+#   slurm pack IMAGES SHARDS … [--cpus-per-task C]    writes a batch script into the run folder and submits it
+#   stop RUN                   a run finishes its step, saves and ends, under whatever launcher
 #   export · probe · report    a finished run (python -m pipeline VERB --help)
 #   import · import-tokenizer  published weights come in (python -m pipeline VERB --help)
 #   test [pytest options] · check · bench    the project's own checks and benchmarks
@@ -11,7 +14,11 @@
 #
 # Environment:
 #   NPROC=2           processes on this machine (default: one per GPU, 2 without a GPU)
-#   HOSTFILE=hosts    DeepSpeed hostfile ("host slots=8" per line): start on many hosts over ssh
+#   HOSTFILE=hosts    DeepSpeed hostfile ("host slots=8" per line): start on many hosts over ssh, with this environment's
+#                     PYTHON*, NCCL_*, OMP_*, HF_HOME and the like (pipeline/carried.py), over them NAME=VALUE lines of
+#                     ~/.deepspeed_env, ./.deepspeed_env or DS_ENV_FILE
+#   MASTER_ADDR, MASTER_PORT   where the processes meet (default: the first host, and a port made from the process id;
+#                     under SLURM both follow from the job)
 #   BEITFORGE_PYTHON  a Python that already has everything installed; otherwise .venv is made from constraints.txt
 #   PYTHON=python3    the Python (3.10-3.12) that .venv is made with
 set -euo pipefail
@@ -19,7 +26,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-usage() { sed -n '2,17s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,23s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -64,26 +71,6 @@ peers() {
     echo "$made_from" >"$stamp"
 }
 
-# The deepspeed launcher: one process per GPU, NPROC (2) of them on a machine without one, or HOSTFILE's hosts.
-under_deepspeed() {
-    local verb=$1; shift
-    local options=(--no_local_rank --module)
-    if [ -n "${HOSTFILE:-}" ]; then
-        [ -r "$HOSTFILE" ] || fail "HOSTFILE=$HOSTFILE cannot be read"
-        options+=(--hostfile "$HOSTFILE")
-    else
-        local gpus
-        gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
-        # a port of its own, so that two runs on one machine do not meet
-        options+=(--num_gpus "${NPROC:-$((gpus > 0 ? gpus : 2))}" --master_port "${MASTER_PORT:-$((20000 + $$ % 20000))}")
-        [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
-    fi
-    export PATH="$(dirname "$python"):$PATH" DS_SKIP_CUDA_CHECK=1 TORCH_CPP_LOG_LEVEL=ERROR
-    # Ctrl-C is for the training processes: they save and end, and the launcher ends after them
-    trap '' INT
-    exec "$python" -W ignore -m deepspeed.launcher.runner --log_level critical "${options[@]}" pipeline "$verb" "$@"
-}
-
 verb=${1:-}
 [ $# -eq 0 ] || shift
 case $verb in
@@ -92,12 +79,12 @@ case $verb in
         [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
         setup
         [ $# -eq 0 ] || peers ;;
-    demo | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
+    demo | slurm | stop | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
     pack | index | verify | stats) setup; exec "$python" -m shards "$verb" "$@" ;;
     tokenizer | tokenize | pretrain)
         setup
         case " $* " in *" -h "* | *" --help "*) exec "$python" -m pipeline "$verb" --help ;; esac
-        under_deepspeed "$verb" "$@" ;;
+        exec "$python" -m pipeline launch "$verb" "$@" ;;
     test) setup; cd "$root"; exec "$python" -m pytest "$@" ;;
     check)
         setup

@@ -5,9 +5,11 @@ import errno
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from pipeline.config import ConfigError, load_config, to_size
-from pipeline.signals import StopRequest
+from pipeline.config import Config, ConfigError, load_config, micro_batch, to_size
+from pipeline.rendezvous import HostError, in_step, rank_of
+from pipeline.signals import StopRequest, end_with_launcher
 
 _CONFIG_VERBS = {
     "tokenizer": "train a dVAE on the image shards; writes data.tokenizer",
@@ -57,20 +59,56 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--samples", type=int, default=20_000, help="at most so many of each set (default 20000)")
     report = verbs.add_parser("report", help="RUN/report.html: curves, throughput, reconstructions, one file")
     report.add_argument("run", metavar="RUN", type=Path)
+    _add_launching(verbs)
     demo = verbs.add_parser("demo", help="the whole job on this machine: pictures → … → report")
     demo.add_argument("words", metavar="DIR section.key=value", nargs="*", help=_DEMO_WORDS)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (default runs/demo)")
     return parser
 
 
+def _add_launching(verbs: argparse._SubParsersAction) -> None:
+    text = "under DeepSpeed's launcher: NPROC processes here (one per GPU), or every host of HOSTFILE"
+    launch = verbs.add_parser("launch", help=text, description=text)
+    launch.add_argument("what", metavar="VERB", choices=sorted(_CONFIG_VERBS), help=" · ".join(_CONFIG_VERBS))
+    launch.add_argument("config", metavar="CONFIG")
+    launch.add_argument("overrides", metavar="section.key=value", nargs="*")
+    stop = verbs.add_parser("stop", help="ask a run to finish its step, save and end, under whatever launcher")
+    stop.add_argument("run", metavar="RUN", type=Path, help="run folder, or a tokenizer's folder")
+    text = "write a batch script into the job's folder (RUN/slurm/), submit it, and say how to watch and stop it"
+    slurm = verbs.add_parser("slurm", help=text, description=text, epilog=_SLURM_EXAMPLES, allow_abbrev=False)
+    slurm.formatter_class = argparse.RawDescriptionHelpFormatter
+    slurm.add_argument(
+        "words", metavar="[VERB] CONFIG|ARGS", nargs="*", help="pretrain (default), tokenizer, tokenize, pack"
+    )
+    slurm.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
+    slurm.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="one task, one process for each")
+    slurm.add_argument("--tasks-per-node", type=int, default=0, metavar="T", help="processes per node, without GPUs")
+    slurm.add_argument("--cpus-per-task", type=int, default=0, metavar="C", help="loader.workers and one more, say")
+    for option in ("time", "partition", "account", "array"):
+        slurm.add_argument(f"--{option}", default="", help="as sbatch has it")
+    lead = "before the time limit: save, and go on in the queue (default 120)"
+    slurm.add_argument("--signal-seconds", type=int, default=120, metavar="S", help=lead)
+    slurm.add_argument("--dry-run", action="store_true", help="only write the script")
+
+
+_SLURM_EXAMPLES = """any option of sbatch may follow a --:
+  ./launch.sh slurm configs/beit_base.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 -- --qos high --exclude n7
+  ./launch.sh slurm tokenize configs/beit_base.yaml --array 0-15 --gpus-per-node 1 --time 4:00:00
+  ./launch.sh slurm pack IMAGES SHARDS --short-side 320 --cpus-per-task 64 --partition cpu"""
+
+
 def _arguments() -> argparse.Namespace:
-    """argparse gives up on words that come after an option; `demo` takes them anywhere."""
+    """argparse gives up on words that come after an option; `demo` and `slurm` take them anywhere."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args()
-    if rest and (arguments.verb != "demo" or any(word.startswith("-") for word in rest)):
+    words = sys.argv[1:]
+    cut = words.index("--") if words[:1] == ["slurm"] and "--" in words else len(words)
+    arguments, rest = parser.parse_known_args(words[:cut])
+    packing = arguments.verb == "slurm" and (arguments.words + rest)[:1] == ["pack"]  # whose options are its own
+    if rest and not packing and (arguments.verb not in ("demo", "slurm") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.words += rest
+    arguments.more = tuple(words[cut + 1 :])
     return arguments
 
 
@@ -78,20 +116,9 @@ def _run(arguments: argparse.Namespace) -> int:
     """One verb; returns the exit code."""
     verb = arguments.verb
     if verb in _CONFIG_VERBS:
-        config = load_config(arguments.config, arguments.overrides)
-        stop = StopRequest()
-        if verb == "tokenize":
-            from pipeline.stages import tokenize
-
-            return tokenize.run(config)
-        stop.install()
-        if verb == "pretrain":
-            from pipeline.stages import pretrain
-
-            return pretrain.run(config, lambda: stop.reason)
-        from pipeline.stages import tokenizer
-
-        return tokenizer.run(config, lambda: stop.reason)
+        return _work(verb, load_config(arguments.config, arguments.overrides))
+    if verb in ("launch", "slurm", "stop"):
+        return _start_or_stop(arguments)
     if verb in ("export", "import", "import-tokenizer"):
         return _exchange(arguments)
     if verb == "probe":
@@ -109,6 +136,77 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"demo takes one folder of pictures, not {len(folders)}: {' '.join(folders)}")
     settings = [word for word in arguments.words if "=" in word]
     return demo.run(Path(folders[0]) if folders else None, arguments.out, settings)
+
+
+def _folder(verb: str, config: Config) -> Path:
+    """The run folder of a training; that of the tokens."""
+    folders = {
+        "pretrain": config.train.run,
+        "tokenizer": f"{config.data.tokenizer}/training",
+        "tokenize": config.data.tokens,
+    }
+    return Path(folders[verb])
+
+
+def _work(verb: str, config: Config) -> int:
+    """One of the processes of a training or of `tokenize`."""
+    stop = StopRequest()
+    if verb == "tokenize":
+        from pipeline.stages import tokenize
+
+        if "LOCAL_RANK" in os.environ:
+            end_with_launcher()
+        return tokenize.run(config)
+    stop.install()
+    stop.look_in(_folder(verb, config))
+    if verb == "pretrain":
+        from pipeline.stages import pretrain
+
+        return pretrain.run(config, stop)
+    from pipeline.stages import tokenizer
+
+    return tokenizer.run(config, stop)
+
+
+def _start_or_stop(arguments: argparse.Namespace) -> int:
+    """The verbs that start the processes of a run elsewhere, or end them."""
+    if arguments.verb == "stop":
+        from pipeline.stages import stop
+
+        return stop.run(arguments.run)
+    if arguments.verb == "launch":
+        return _launch(arguments.what, arguments.config, arguments.overrides)
+    from pipeline.stages import slurm
+
+    wanted = slurm.Wanted(
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        tasks_per_node=arguments.tasks_per_node,
+        cpus_per_task=arguments.cpus_per_task,
+        time=arguments.time,
+        partition=arguments.partition,
+        account=arguments.account,
+        array=arguments.array,
+        signal_seconds=arguments.signal_seconds,
+        more=arguments.more,
+    )
+    return slurm.run(arguments.words, wanted, arguments.dry_run)
+
+
+def _launch(verb: str, path: str, overrides: list[str]) -> int:
+    """What can be refused is refused here, once, before any process is started."""
+    from pipeline.stages import launch
+
+    config = load_config(path, overrides)
+    hosts = launch.hostfile(os.environ["HOSTFILE"]) if os.environ.get("HOSTFILE") else {}
+    world = sum(hosts.values()) or launch.processes_here()
+    if verb == "pretrain":
+        micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
+    if verb == "tokenizer":
+        micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")
+    folder = _folder(verb, config)
+    tokenized = (lambda: (folder / "manifest.json").exists()) if verb == "tokenize" else None
+    return launch.run(verb, [path, *overrides], folder, tokenized, hosts)
 
 
 def _exchange(arguments: argparse.Namespace) -> int:
@@ -136,7 +234,7 @@ def main() -> int:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     except ConfigError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), isinstance(error, HostError))
     except ValueError as error:
         from shards.errors import ShardError
 
@@ -149,12 +247,24 @@ def main() -> int:
         return _refuse(f"{error.filename or 'a file'}: {error.strerror}; mend that, then run the same command again")
 
 
-def _refuse(line: str) -> int:
-    """Say it once, not once per rank."""
-    if os.environ.get("RANK", "0") == "0":
+def _refuse(line: str, of_host: bool = False) -> int:
+    """Say it once, not once per rank; what only one host knows, its first process says."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0") if in_step(os.environ) else "0")
+    if local == "0" if of_host else rank_of(os.environ) == 0:
         print(f"error: {line}", file=sys.stderr, flush=True)
     return 2
 
 
+def _end(code: int) -> NoReturn:
+    """End a process of a training without taking its threads and libraries apart: now and then gloo aborts there, after
+    all is done, and a launcher takes that for a failure."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if sys.argv[1:2] in (["pretrain"], ["tokenizer"]):
+        _end(code)
+    sys.exit(code)

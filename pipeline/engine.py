@@ -5,7 +5,6 @@ import datetime
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
+from pipeline.rendezvous import meeting, place_of, refuse_loopback_name
 
 _NO_LIMIT = datetime.timedelta(days=365)
-_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 
 
 @dataclass(frozen=True)
@@ -35,32 +34,27 @@ class World:
 
 
 def start_world(hang_seconds: float = 600.0) -> World:
-    """Join the process group that the launcher's environment (deepspeed, torchrun or srun) describes; else alone.
+    """Join the process group that the environment describes (pipeline.rendezvous); else alone.
 
     On a CPU it uses gloo, and none of DeepSpeed's own operators: they would be compiled at run time, and a process
     killed meanwhile leaves a lock that hangs every later one. hang_seconds (0: no limit): collectives wait a little
     longer than pipeline.watchdog, which says more, allows the first step.
     """
     limit = datetime.timedelta(seconds=3 * hang_seconds + 30) if hang_seconds else _NO_LIMIT
-    environment = os.environ
-    if "SLURM_STEP_ID" in environment:
-        for name, theirs in _SLURM.items():
-            environment.setdefault(name, environment[theirs])
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        environment.setdefault(name, value)
-    if "MASTER_PORT" not in environment:
-        environment["MASTER_PORT"] = str(_free_port())
+    place = place_of(os.environ)
+    os.environ.update(meeting(os.environ))
     cuda = torch.cuda.is_available()
+    if not cuda:
+        refuse_loopback_name(place, os.environ)
     deepspeed = quiet_deepspeed()
     _limit_collectives(limit)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=limit)
-    local = int(environment["LOCAL_RANK"])
     if cuda:
-        torch.cuda.set_device(local % torch.cuda.device_count())
+        # SLURM may show each task its own GPU only, as number 0
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
         device = torch.device("cuda", torch.cuda.current_device())
     else:
-        local_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment["WORLD_SIZE"])))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
+        torch.set_num_threads(place.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
         device = torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), device)
 
@@ -89,12 +83,6 @@ def _limit_collectives(limit: datetime.timedelta) -> None:
 
     new_group.limited = True  # type: ignore[attr-defined]
     dist.new_group = new_group
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def agree(values: list[float], world: World) -> list[float]:

@@ -178,12 +178,17 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: list[str]) -> int:
+def parsed(words: list[str]) -> argparse.Namespace:
+    """A command line as it will be taken; a wrong one ends the process with argparse's usage and code 2."""
+    return _parser().parse_args(words)
+
+
+def main(words: list[str]) -> int:
     """Run one verb; the exit code. What a user or a disk can cause is one line on stderr and code 2."""
-    parsed = _parser().parse_args(arguments)
-    verb = {"pack": _pack, "index": _index, "verify": _verify, "stats": _stats}[parsed.verb]
+    arguments = parsed(words)
+    verb = {"pack": _pack, "index": _index, "verify": _verify, "stats": _stats}[arguments.verb]
     try:
-        return verb(parsed)
+        return verb(arguments)
     except (ShardError, OSError) as error:
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2

@@ -28,7 +28,7 @@ BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model 
 BELOW += " pipeline.page pipeline.photos pipeline.pictures pipeline.pixels pipeline.probe pipeline.provenance"
 BELOW += " pipeline.record pipeline.sections pipeline.signals pipeline.streams pipeline.tokenizer pipeline.training"
 BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipeline.peers pipeline.resize"
-BELOW += " pipeline.formats pipeline.foreign safetensors kernels"
+BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ TABLE = (
     Row("shards.loader", "shards numpy torch", "kernels pipeline deepspeed"),
     Row("shards*", "shards numpy webdataset yaml safetensors xxhash tqdm", "kernels pipeline deepspeed torch"),
     Row("pipeline", ""),
-    Row("pipeline.__main__", f"{CONFIG} pipeline.signals pipeline.stages shards.errors"),
+    Row("pipeline.__main__", f"{CONFIG} pipeline.rendezvous pipeline.signals pipeline.stages shards.errors"),
     Row("pipeline.settings", "", "torch numpy shards kernels"),
     Row("pipeline.rules", "pipeline.settings", "torch numpy shards kernels"),
     Row("pipeline.config", "yaml pipeline.settings pipeline.rules", "torch numpy shards kernels"),
-    Row("pipeline.signals", "", "torch numpy shards"),
+    Row("pipeline.rendezvous", CONFIG, "torch numpy shards"),
+    Row("pipeline.signals", "pipeline.rendezvous", "torch numpy shards"),
+    Row("pipeline.carried", f"{CONFIG} pipeline.signals", "torch numpy shards"),
     Row("pipeline.blocks", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.model", f"{LEARN} pipeline.blocks", "shards deepspeed pipeline.stages"),
     Row("pipeline.masking", LEARN, "shards deepspeed pipeline.stages torch"),
@@ -80,11 +82,12 @@ TABLE = (
     ),
     Row("pipeline.precision", "torch pipeline.tokenizer", "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.probe", "torch", "shards deepspeed pipeline"),
-    Row("pipeline.engine", f"{CONFIG} torch deepspeed", "pipeline.model shards pipeline.stages"),
+    Row("pipeline.engine", f"{CONFIG} torch deepspeed pipeline.rendezvous", "pipeline.model shards pipeline.stages"),
     Row("pipeline.metrics", f"{CONFIG} torch pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
     Row("pipeline.run", f"{CONFIG} yaml", "pipeline.model shards pipeline.stages torch deepspeed"),
     Row("pipeline.checkpoint", f"{ENGINE} torch pipeline.metrics", "pipeline.model shards pipeline.stages"),
     Row("pipeline.loop", f"{ENGINE} torch pipeline.metrics pipeline.run", "pipeline.model shards pipeline.stages"),
+    Row("pipeline.ending", f"{ENGINE} pipeline.checkpoint pipeline.signals", "pipeline.model shards pipeline.stages"),
     Row(
         "pipeline.streams",
         f"{CONFIG} pipeline.masking pipeline.tokenizer shards numpy torch",
@@ -114,6 +117,9 @@ TABLE = (
         "deepspeed pipeline.stages",
     ),
     Row("pipeline.stages", ""),
+    Row("pipeline.stages.launch", f"{CONFIG} pipeline.carried pipeline.signals", "torch numpy shards"),
+    Row("pipeline.stages.slurm", f"{CONFIG} pipeline.signals shards.__main__"),
+    Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),
     Row("pipeline.stages.*", f"{ENGINE} {BELOW}"),
 )
 

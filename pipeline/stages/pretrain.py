@@ -9,13 +9,13 @@ from torch import Tensor
 from kernels.attention import chosen
 from pipeline.checkpoint import newest
 from pipeline.config import ONLINE, Config, ConfigError, micro_batch
-from pipeline.engine import Engine, World, from_first, leave, setup_from, start_world, sums
+from pipeline.ending import end
+from pipeline.engine import Engine, World, from_first, setup_from, start_world, sums
 from pipeline.metrics import say
 from pipeline.model import Beit, training_flops
 from pipeline.objective import masked_token_loss, online_tokens
 from pipeline.optim import parameter_groups
 from pipeline.precision import computing
-from pipeline.signals import EXIT_STOPPED
 from pipeline.streams import (
     Source,
     evaluation_batches,
@@ -81,8 +81,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         flops=training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches),
     )
     _, finished = run_training(config, job, world, stop)
-    leave()
-    return 0 if finished else EXIT_STOPPED
+    return end(run_folder, finished, stop, world)
 
 
 def _kernels(config: Config, world: World) -> str:

@@ -21,6 +21,7 @@ from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.metrics import say
 from pipeline.pixels import jitter
 from pipeline.precision import changed_tokens, computing
+from pipeline.rendezvous import place_of, rank_of
 from pipeline.streams import fitting_tokenizer, policy_record, view_policy
 from pipeline.tokenizer import VisualTokenizer
 from shards.files import PARTIAL
@@ -85,11 +86,10 @@ def run(config: Config) -> int:
 
 
 def _device() -> torch.device:
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    place = place_of(os.environ)
     if torch.cuda.is_available():
-        return torch.device("cuda", local % torch.cuda.device_count())
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, processes)))
+        return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    torch.set_num_threads(place.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
     return torch.device("cpu")
 
 
@@ -97,8 +97,7 @@ def _tokenize_set(config: Config, task: Task) -> None:
     """Every shard that nobody else takes, until all are there; then the manifest."""
     shards = task.images.manifest.shards
     task.folder.mkdir(parents=True, exist_ok=True)
-    rank, world = _place()
-    turn = rank * len(shards) // world  # processes begin at different shards
+    rank, turn = rank_of(os.environ), _turn(len(shards))
     total = task.images.manifest.samples * task.num_views
     watch = _Finished(task)
     label = f"tokenize {task.images.folder.name}"
@@ -125,6 +124,14 @@ def _tokenize_set(config: Config, task: Task) -> None:
         say(f"tokenized: {total} views of {task.images.manifest.samples} pictures, in {task.folder}")
 
 
+def _turn(num_shards: int) -> int:
+    """Processes begin at different shards: by their rank, and by their element of a job array."""
+    place = place_of(os.environ)
+    first, last = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "0")) for name in ("MIN", "MAX"))
+    element = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - first
+    return (element * place.size + place.rank) * num_shards // ((last - first + 1) * place.size)
+
+
 def _try_shard(config: Config, task: Task, number: int, watch: "_Finished", progress: Progress | Silent) -> None:
     """Tokenize a shard unless it is finished or another process holds it."""
     if watch.finished(number):
@@ -143,12 +150,6 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > _OLD_SECONDS:
                 partial.unlink()
-
-
-def _place() -> tuple[int, int]:
-    environment = os.environ
-    rank = environment.get("RANK", environment.get("SLURM_PROCID", "0"))
-    return int(rank), int(environment.get("WORLD_SIZE", environment.get("SLURM_NTASKS", "1")))
 
 
 def _provenance(task: Task) -> dict:

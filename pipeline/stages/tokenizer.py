@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pipeline.config import DVAE_STRIDE, Config, ConfigError, micro_batch
 from pipeline.dvae import Dvae
-from pipeline.engine import Engine, Setup, World, leave, start_world
+from pipeline.ending import end
+from pipeline.engine import Engine, Setup, World, start_world
 from pipeline.loop import Objective
 from pipeline.metrics import say
 from pipeline.objective import dvae_loss
 from pipeline.pixels import jitter
-from pipeline.signals import EXIT_STOPPED
 from pipeline.streams import Source, evaluation_batches, tokenizer_training
 from pipeline.tokenizer import save_dvae
 from pipeline.training import Job, run_training
@@ -57,8 +57,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     engine, finished = run_training(config, job, world, stop)
     if finished and world.first:
         _finish(config, engine, source, folder)
-    leave()
-    return 0 if finished else EXIT_STOPPED
+    return end(job.run, finished, stop, world)
 
 
 def _setup(config: Config, world: World, micro: int) -> Setup:

@@ -1,0 +1,270 @@
+"""`launch VERB CONFIG`: one process per GPU under DeepSpeed's launcher, on this machine or on HOSTFILE's hosts.
+
+What DeepSpeed's launcher leaves open is closed around it. A signal ends it and not the training, or kills the training
+before it has saved: so it runs in a session of its own, and a signal is passed on from here. Killed itself, it answers
+0 and leaves its processes behind: so the exit code follows from what the run says of its end, and the rest is ended.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.carried import lines, own_lines
+from pipeline.config import ConfigError
+from pipeline.signals import EXIT_STOPPED, FINISHED, ORPHAN_SECONDS, STOP_FILE, begin, read_ended
+
+_DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
+_SLOT = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
+_ENDING_SECONDS = ORPHAN_SECONDS + 10  # for processes whose launcher was killed
+_SAME_REQUEST_SECONDS = 0.5
+_POLL_SECONDS = 0.2
+# A host that vanishes sends nothing: its ssh must notice, or the launcher waits for it for hours.
+_SSH_KEEPALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+
+
+def hostfile(path: str) -> dict[str, int]:
+    """Slots by host, in order. Raises ConfigError for a file that cannot be read or says anything else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"HOSTFILE={path} cannot be read: {error}") from error
+    slots: dict[str, int] = {}
+    for line in text.splitlines():
+        found = _SLOT.fullmatch(line.strip())
+        if not line.strip() or line.startswith("#"):
+            continue
+        if not found or found[1] in slots or int(found[2]) < 1:
+            raise ConfigError(
+                f"HOSTFILE={path} holds {line.strip()!r}; every line must be HOST slots=COUNT, each host once"
+            )
+        slots[found[1]] = int(found[2])
+    if not slots:
+        raise ConfigError(f"HOSTFILE={path} names no host; write HOST slots=COUNT, one a line")
+    return slots
+
+
+def gpus() -> int:
+    """Of this machine, without importing torch."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+def processes_here() -> int:
+    """NPROC, or one per GPU, or 2. Raises ConfigError when NPROC is no count."""
+    text = os.environ.get("NPROC", "")
+    if text and (not text.isdecimal() or int(text) < 1):
+        raise ConfigError(f"NPROC is {text!r}; it must be a number of processes, at least 1")
+    return int(text) if text else gpus() or 2
+
+
+def run(verb: str, words: list[str], folder: Path, finished: Callable[[], bool] | None, hosts: dict[str, int]) -> int:
+    """Start `python -m pipeline VERB WORDS…` on all hosts ({}: on this machine) and see it to its end; the exit code.
+
+    `folder`: of the run, which says how it ended; where `finished` is given, that says whether the work is done, and
+    nothing needs to be saved when it is stopped. Raises ConfigError for hosts that cannot be used.
+    """
+    environment = {**os.environ, "DS_SKIP_CUDA_CHECK": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    port = environment.get("MASTER_PORT") or str(20000 + os.getpid() % 10000)  # two runs on one machine do not meet
+    # operators that a `deepspeed:` section may ask for are compiled on first use; a kill meanwhile leaves a lock there
+    extensions = Path(tempfile.gettempdir()) / f"torch_extensions-{os.getpid()}-{port}"
+    environment.setdefault("TORCH_EXTENSIONS_DIR", str(extensions))
+    options = ["--log_level", "critical", "--no_local_rank", "--master_port", port]
+    kept: tuple[int, ...] = ()
+    if hosts:
+        address = environment.get("MASTER_ADDR") or _address(next(iter(hosts)))
+        options += ["--hostfile", os.environ["HOSTFILE"], "--force_multi", "--no_ssh_check", "--master_addr", address]
+        environment["PDSH_SSH_ARGS_APPEND"] = f"{_SSH_KEEPALIVE} {environment.get('PDSH_SSH_ARGS_APPEND', '')}".strip()
+        kept = (_carried(environment),)
+        environment["DS_ENV_FILE"] = f"/proc/self/fd/{kept[0]}"
+    else:
+        options += ["--num_gpus", str(processes_here())]
+        if not gpus() and not Path("/dev/kfd").exists():  # AMD's
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "deepspeed.launcher.runner",
+        *options,
+        "--module",
+        "pipeline",
+        verb,
+    ]
+    if finished is None:
+        begin(folder)
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # processes that lose their launcher become ours, to wait for
+    watch = _Watch(folder, bool(hosts), saves=finished is None)
+    watch.install()
+    watch.start([*command, *words], environment, kept)
+    code = watch.wait()
+    return _exit_code(code, watch, folder, finished)
+
+
+def _exit_code(code: int, watch: "_Watch", folder: Path, finished: Callable[[], bool] | None) -> int:
+    """What the work says of its end comes before what the launcher answers."""
+    ended = read_ended(folder) if finished is None else None
+    if ended is not None:
+        return 0 if ended[1] == FINISHED else EXIT_STOPPED
+    if code == 0 and finished is not None and finished():
+        return 0
+    if watch.asked:
+        return EXIT_STOPPED if finished is not None else 128 + watch.asked[-1]
+    if code <= 0:
+        print("the launcher ended before its work did; start it again to go on", file=sys.stderr, flush=True)
+    return 128 - code if code < 0 else code or 1
+
+
+def _address(host: str) -> str:
+    """The first address of a host, asked over ssh: also the test that it can be reached without a password."""
+    if shutil.which("pdsh") is None:
+        raise ConfigError("HOSTFILE needs pdsh on this machine (Debian: apt-get install pdsh); or start under SLURM")
+    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, "hostname", "-I"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode or not done.stdout.split():
+        reason = " ".join(done.stderr.split()) or f"`hostname -I` gives {done.stdout.strip()!r}"
+        raise ConfigError(f"HOSTFILE: {host} cannot be used over ssh without a password: {reason}; or set MASTER_ADDR")
+    return done.stdout.split()[0]
+
+
+def _carried(environment: dict[str, str]) -> int:
+    """A file in memory for DeepSpeed to read, by its descriptor."""
+    descriptor = os.memfd_create("deepspeed_env", 0)
+    os.write(descriptor, "".join(f"{line}\n" for line in lines(environment, own_lines(environment))).encode())
+    return descriptor
+
+
+@dataclass
+class _Watch:
+    """The launcher's process, and what has been asked of it. `remote`: its ranks are on other hosts."""
+
+    folder: Path
+    remote: bool
+    saves: bool
+    asked: list[int] = field(default_factory=list)
+    launcher: int = 0
+    _asked_at: float = 0.0
+    _told: set[int] = field(default_factory=set)
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if not self.asked or now - self._asked_at > _SAME_REQUEST_SECONDS:
+            self.asked.append(number)
+            self._asked_at = now
+
+    def start(self, command: list[str], environment: dict[str, str], kept: tuple[int, ...]) -> None:
+        """In a session of its own: Ctrl-C in the terminal is for us. It ends with us, whatever ends us."""
+        us = os.getpid()
+
+        def before() -> None:
+            ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+            if os.getppid() != us:
+                os._exit(1)
+
+        process = subprocess.Popen(command, env=environment, pass_fds=kept, start_new_session=True, preexec_fn=before)
+        self.launcher = process.pid
+
+    def wait(self) -> int:
+        """The launcher's exit code, negative for a signal, once everything it started here is gone."""
+        code, over, acted = None, float("inf"), 0
+        while True:
+            code = self._reap(code)
+            if code is not None and not self._alive():
+                return code
+            if code is not None and over == float("inf"):
+                # what is left of a launcher over ssh are connections; here, ranks that have noticed and save
+                over = time.monotonic() + (0.0 if self.remote or not self.saves else _ENDING_SECONDS)
+            if time.monotonic() > over or len(self.asked) > 2:
+                self._kill(signal.SIGKILL)
+            if self.asked and (acted < len(self.asked) or not self.remote):
+                self._act(acted < len(self.asked))
+                acted = len(self.asked)
+            time.sleep(_POLL_SECONDS)
+
+    def _act(self, new: bool) -> None:
+        """Asked once: save and end. Asked twice: end."""
+        if not self.saves or len(self.asked) > 1:
+            if new:
+                self._end()
+            return
+        if new:
+            print("asked to stop: finishing the step and saving; once more to end at once", file=sys.stderr, flush=True)
+        if self.remote:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / STOP_FILE).touch()
+            return
+        for rank in _children(_children([self.launcher])):
+            if rank not in self._told and _listens(rank):
+                self._told.add(rank)
+                os.kill(rank, self.asked[0])
+
+    def _end(self) -> None:
+        """Over ssh DeepSpeed's launcher must live to end the others; it gives them 30 s."""
+        if self.remote:
+            os.kill(self.launcher, signal.SIGTERM)
+        else:
+            self._kill(signal.SIGKILL if self.saves else signal.SIGTERM)
+
+    def _kill(self, number: int) -> None:
+        try:
+            os.killpg(self.launcher, number)
+        except ProcessLookupError:
+            return
+
+    def _alive(self) -> bool:
+        try:
+            os.killpg(self.launcher, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _reap(self, code: int | None) -> int | None:
+        """Wait for whatever has ended; the launcher's exit code once it is among them."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return code
+            if not pid:
+                return code
+            if pid == self.launcher:
+                code = os.waitstatus_to_exitcode(status)
+
+
+def _children(parents: list[int]) -> list[int]:
+    """Ids of the processes that `parents` have started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue  # it ended meanwhile
+        if parent in parents:
+            found.append(int(path.parent.name))
+    return found
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process has taken over SIGTERM; before that a signal would end it without a save."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)

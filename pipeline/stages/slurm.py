@@ -1,0 +1,219 @@
+"""`slurm [VERB] …`: write the batch script of a job into its folder, from configs/slurm/, and submit it.
+
+The script is the whole job: it can be read, changed, and submitted again with sbatch. Must not need torch, nor SLURM
+where the script is only written.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import ONLINE, Config, ConfigError, load_config, micro_batch, to_yaml
+from pipeline.signals import begin
+
+VERBS = ("pretrain", "tokenizer", "tokenize", "pack")
+_ROOT = Path(__file__).resolve().parents[2]
+_TEMPLATES = _ROOT / "configs" / "slurm"
+_BLANK = re.compile(r"\{\{(\w+)\}\}")
+_TICK_SECONDS = 60  # SLURM signals up to so much early
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is asked of SLURM. Empty or 0: not said, the cluster's default."""
+
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    cpus_per_task: int
+    time: str
+    partition: str
+    account: str
+    array: str
+    signal_seconds: int
+    more: tuple[str, ...]  # sbatch options as they are
+
+    @property
+    def tasks(self) -> int:
+        """On each node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """One job. `home`: the folder whose `slurm/` holds script and log; `run`: of a training, which can be stopped."""
+
+    verb: str
+    name: str
+    home: Path
+    run: Path | None
+    blanks: dict[str, str]
+    config: Config | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.home / "slurm"
+
+
+def run(words: list[str], wanted: Wanted, dry_run: bool) -> int:
+    """Write and submit; returns the exit code. Raises ConfigError before anything is written or submitted."""
+    verb, rest = (words[0], words[1:]) if words and words[0] in VERBS else ("pretrain", words)
+    _check(verb, wanted)
+    if not dry_run and shutil.which("sbatch") is None:
+        raise ConfigError("there is no sbatch on this machine; submit from a login node, or only write with --dry-run")
+    work = _packing(rest, wanted) if verb == "pack" else _configured(verb, rest, wanted)
+    script = _write(work, wanted)
+    if dry_run:
+        print(f"written, not submitted: {script}\nsubmit with: sbatch {shlex.quote(str(script))}")
+        return 0
+    if work.run is not None:
+        begin(work.run)
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"sbatch refused {script}: {' '.join(done.stderr.split())}")
+    print(_advice(work, wanted, script, done.stdout.strip().partition(";")[0]))
+    return 0
+
+
+def _check(verb: str, wanted: Wanted) -> None:
+    counts = {"--nodes": wanted.nodes, "--signal-seconds": wanted.signal_seconds}
+    counts |= {"--gpus-per-node": wanted.gpus_per_node or 1, "--tasks-per-node": wanted.tasks_per_node or 1}
+    for option, count in {**counts, "--cpus-per-task": wanted.cpus_per_task or 1}.items():
+        if count < 1:
+            raise ConfigError(f"{option} is {count}; it must be at least 1")
+    if verb == "pack" and (wanted.nodes > 1 or wanted.tasks > 1 or wanted.array):
+        raise ConfigError("pack runs as one task on one node; give it CPUs with --cpus-per-task")
+    if verb in ("pretrain", "tokenizer") and not (wanted.gpus_per_node or wanted.tasks_per_node):
+        raise ConfigError("say --gpus-per-node, for one process per GPU; or, without GPUs, --tasks-per-node")
+    if wanted.gpus_per_node and wanted.tasks_per_node not in (0, wanted.gpus_per_node) and verb != "tokenize":
+        raise ConfigError(
+            f"--tasks-per-node is {wanted.tasks_per_node} and --gpus-per-node {wanted.gpus_per_node}; there is one "
+            f"process per GPU: leave --tasks-per-node out"
+        )
+    seconds = _seconds(wanted.time)
+    if seconds and wanted.signal_seconds + _TICK_SECONDS >= seconds:
+        raise ConfigError(
+            f"--signal-seconds {wanted.signal_seconds} leaves nothing of --time {wanted.time}: SLURM may signal "
+            f"{_TICK_SECONDS} s early; ask for more time, or for less lead with --signal-seconds"
+        )
+
+
+def _seconds(time: str) -> int:
+    """SLURM's ways to write a time: 90, 90:00, 1:30:00, 1-2, 1-2:30, 1-2:30:00; 0 for none and for UNLIMITED."""
+    if not time or time.upper() in ("UNLIMITED", "INFINITE"):
+        return 0
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not found:
+        raise ConfigError(f"--time is {time!r}; write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
+    days, first, second, third = (int(part) if part else 0 for part in found.groups())
+    if found[1]:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    return (first * 60 + second) * 60 + third if found[4] else first * 60 + second
+
+
+def _configured(verb: str, words: list[str], wanted: Wanted) -> Work:
+    """A verb that takes CONFIG and settings. Raises ConfigError when they do not load or do not fit the processes."""
+    if not words:
+        raise ConfigError(f"slurm {verb} needs a CONFIG, a YAML file such as configs/beit_base.yaml")
+    config = load_config(words[0], words[1:])
+    world = wanted.nodes * wanted.tasks
+    if verb == "tokenize":
+        if config.data.tokens == ONLINE:
+            raise ConfigError("data.tokens is online: `pretrain` makes the tokens itself; name a folder for them")
+        home = Path(config.data.tokens)
+        made = [home, *(Path(path) for path in [config.data.heldout_tokens] if path not in ("", ONLINE))]
+        program = [sys.executable, "-u", "-m", "pipeline", "tokenize", str(home / "slurm" / "tokenize.yaml")]
+        blanks = {"command": shlex.join(program), "made": shlex.join(map(str, made))}
+        return Work(verb, f"tokenize-{home.parent.name}", home, None, blanks, config)
+    if verb == "pretrain":
+        micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
+        home = Path(config.train.run)
+        return Work(verb, home.name, home, home, {"run": shlex.quote(str(home))}, config)
+    micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")
+    home = Path(config.data.tokenizer) / "training"
+    return Work(verb, f"tokenizer-{home.parent.name}", home, home, {"run": shlex.quote(str(home))}, config)
+
+
+def _packing(words: list[str], wanted: Wanted) -> Work:
+    """`pack IMAGES SHARDS …`, its options checked by its own parser, which ends with a line of its own."""
+    from shards.__main__ import parsed
+
+    arguments = parsed(["pack", *words])
+    more = [] if "--workers" in words or not wanted.cpus_per_task else ["--workers", str(wanted.cpus_per_task)]
+    program = shlex.join([sys.executable, "-u", "-m", "shards", "pack", *words, *more])
+    shards = Path(arguments.shards)
+    blanks = {"command": program, "made": shlex.quote(str(shards))}
+    return Work("pack", f"pack-{shards.name}", shards, None, blanks)
+
+
+def _write(work: Work, wanted: Wanted) -> Path:
+    """The batch script, and the resolved config it runs with: later changes of the file are another job's."""
+    work.folder.mkdir(parents=True, exist_ok=True)
+    script = work.folder / f"{work.verb}.sbatch"
+    config = work.folder / f"{work.verb}.yaml"
+    output = str(work.folder).replace("%", "%%") + f"/{work.verb}-{'%A_%a' if wanted.array else '%j'}.out"
+    blanks = {
+        "verb": work.verb,
+        "made_by": f"Written by:  ./launch.sh {' '.join(shlex.join(sys.argv[1:]).split())}",
+        "script": shlex.quote(str(script)),
+        "signal_seconds": str(wanted.signal_seconds),
+        "name": shlex.quote(work.name),
+        "nodes": str(wanted.nodes),
+        "tasks_per_node": str(wanted.tasks),
+        "output": shlex.quote(output),
+        "working_folder": shlex.quote(str(Path.cwd())),
+        "more_options": "\n".join(_options(wanted)),
+        "root": shlex.quote(str(_ROOT)),
+        "python": shlex.quote(sys.executable),
+        "config": shlex.quote(str(config)),
+        "folder": shlex.quote(str(work.folder)),
+        **work.blanks,
+    }
+    template = _TEMPLATES / ("work.sbatch" if work.run is None else "training.sbatch")
+    if work.config is not None:
+        _replace(config, to_yaml(work.config))
+    _replace(script, filled(template.read_text(encoding="utf-8"), blanks))
+    script.chmod(0o755)
+    return script
+
+
+def filled(template: str, blanks: dict[str, str]) -> str:
+    """The template with each {{name}} replaced; a KeyError is a name that nobody gives."""
+    return _BLANK.sub(lambda found: blanks[found[1]], template)
+
+
+def _options(wanted: Wanted) -> list[str]:
+    """#SBATCH lines for what was asked beyond the template's; of an option given twice sbatch takes the last."""
+    given = {
+        "gpus-per-node": wanted.gpus_per_node,
+        "cpus-per-task": wanted.cpus_per_task,
+        "time": wanted.time,
+        "partition": wanted.partition,
+        "account": wanted.account,
+        "array": wanted.array,
+    }
+    lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in given.items() if value]
+    return [*lines, f"#SBATCH {shlex.join(wanted.more)}"] if wanted.more else lines
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _advice(work: Work, wanted: Wanted, script: Path, job: str) -> str:
+    """What to type next."""
+    log = work.folder / f"{work.verb}-{job}{'_0' if wanted.array else ''}.out"
+    tasks = f"{wanted.nodes} nodes × {wanted.tasks} tasks{f', array {wanted.array}' if wanted.array else ''}"
+    lines = [f"submitted job {job}: {work.verb} on {tasks}, by {script}"]
+    lines += [f"  watch    squeue -j {job}; tail -F {shlex.quote(str(log))}"]
+    if work.run is not None:
+        lines += [f"  stop     ./launch.sh stop {shlex.quote(str(work.run))}   (saves, and ends the job)"]
+        lines += [f"  requeue  scancel -s USR1 {job}   (saves, and waits for its turn again)"]
+    lines += [f"  cancel   scancel {job}"]
+    return "\n".join(lines)
