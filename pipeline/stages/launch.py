@@ -5,6 +5,7 @@ before it has saved: so it runs in a session of its own, and a signal is passed 
 0 and leaves its processes behind: so the exit code follows from what the run says of its end, and the rest is ended.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -185,13 +186,13 @@ class _Watch:
         code, over, acted = None, float("inf"), 0
         while True:
             code = self._reap(code)
-            if code is not None and not self._alive():
+            if code is not None and not _descendants():
                 return code
             if code is not None and over == float("inf"):
                 # what is left of a launcher over ssh are connections; here, ranks that have noticed and save
                 over = time.monotonic() + (0.0 if self.remote or not self.saves else _ENDING_SECONDS)
             if time.monotonic() > over or len(self.asked) > 2:
-                self._kill(signal.SIGKILL)
+                _signal(_descendants(), signal.SIGKILL)
             if self.asked and (acted < len(self.asked) or not self.remote):
                 self._act(acted < len(self.asked))
                 acted = len(self.asked)
@@ -212,27 +213,14 @@ class _Watch:
         for rank in _children(_children([self.launcher])):
             if rank not in self._told and _listens(rank):
                 self._told.add(rank)
-                os.kill(rank, self.asked[0])
+                _signal([rank], self.asked[0])
 
     def _end(self) -> None:
         """Over ssh DeepSpeed's launcher must live to end the others; it gives them 30 s."""
         if self.remote:
-            os.kill(self.launcher, signal.SIGTERM)
+            _signal([self.launcher], signal.SIGTERM)
         else:
-            self._kill(signal.SIGKILL if self.saves else signal.SIGTERM)
-
-    def _kill(self, number: int) -> None:
-        try:
-            os.killpg(self.launcher, number)
-        except ProcessLookupError:
-            return
-
-    def _alive(self) -> bool:
-        try:
-            os.killpg(self.launcher, 0)
-        except ProcessLookupError:
-            return False
-        return True
+            _signal(_descendants(), signal.SIGKILL if self.saves else signal.SIGTERM)
 
     def _reap(self, code: int | None) -> int | None:
         """Wait for whatever has ended; the launcher's exit code once it is among them."""
@@ -248,16 +236,31 @@ class _Watch:
 
 
 def _children(parents: list[int]) -> list[int]:
-    """Ids of the processes that `parents` have started."""
+    """Ids of the living processes that `parents` have started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
             continue  # it ended meanwhile
-        if parent in parents:
+        if fields and fields[0] != "Z" and int(fields[1]) in parents:
             found.append(int(path.parent.name))
     return found
+
+
+def _descendants() -> list[int]:
+    """All processes below this one, those whose own parents are gone among them: pdsh gives each ssh a session."""
+    found: list[int] = []
+    generation = [os.getpid()]
+    while generation := _children(generation):
+        found += generation
+    return found
+
+
+def _signal(processes: list[int], number: int) -> None:
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _listens(pid: int) -> bool:

@@ -154,6 +154,13 @@ class Cluster:
         inner = {process.pid for process in training}
         return sorted((p for p in training if p.parent not in inner), key=lambda process: process.rank)
 
+    def cut(self, host: str) -> None:
+        """The host vanishes: its link goes down, so that nobody is told, then everything on it is killed."""
+        gone = [process.pid for process in self.processes() if self.host_of(process) == host]
+        self.run("ip", "link", "set", f"ve{host.removeprefix('node')}", "down")
+        for pid in gone:
+            os.kill(pid, signal.SIGKILL)
+
     def job(self, number: str) -> dict[str, str]:
         """`scontrol show job`, field by field."""
         text = self.run("scontrol", "-o", "show", "job", number)

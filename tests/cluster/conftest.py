@@ -22,6 +22,8 @@ STEPS = 120  # some six seconds: long enough to be met in the middle
 SETTINGS = (f"train.duration={STEPS} steps", "checkpoint.every=20 steps", "log.every_steps=1")
 NO_HELDOUT = ("data.heldout_images=", "data.heldout_tokens=")
 
+nightly = pytest.mark.skipif(os.environ.get("BEITFORGE_NIGHTLY") != "1", reason="minutes: BEITFORGE_NIGHTLY=1")
+
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
@@ -87,6 +89,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[
 
 
 FOUR = ("--nodes", "2", "--gpus-per-node", "2", "--time", "30")
+TWO = ("--nodes", "2", "--tasks-per-node", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,12 @@
-"""A real SLURM does what a cluster does to a job, and the run ends with the weights it would have had on a quiet day."""
+"""A real SLURM does to a job what clusters do, and the run ends with the weights it would have had on a quiet day."""
 
 import json
-import os
 import re
-
-import pytest
 
 from pipeline.metrics import read_metrics
 from pipeline.signals import read_ended
-from tests.cluster.conftest import FOUR, NO_HELDOUT, SETTINGS, STEPS, Run, same, submit
 from tests.cluster.cluster import Cluster, until
-
-nightly = pytest.mark.skipif(os.environ.get("BEITFORGE_NIGHTLY") != "1", reason="minutes: BEITFORGE_NIGHTLY=1")
+from tests.cluster.conftest import FOUR, NO_HELDOUT, SETTINGS, STEPS, TWO, Run, nightly, same, submit
 
 
 def restarted(cluster: Cluster, run: Run, times: int) -> None:
@@ -51,8 +46,8 @@ def test_preempted_requeued_and_out_of_time(cluster, tiny, whole, tmp_path):
 
 
 def test_requeued_by_hand_then_stopped_by_the_stop_file(cluster, tiny, tmp_path):
-    """`scontrol requeue` goes on where it saved; `./launch.sh stop` ends the job for good; both with every step once."""
-    run = submit(cluster, tiny.config, tmp_path / "run", *FOUR)
+    """`scontrol requeue` goes on where it saved, `./launch.sh stop` ends the job for good; every step is done once."""
+    run = submit(cluster, tiny.config, tmp_path / "run", *TWO)
     run.reaches(5)
     cluster.run("scontrol", "requeue", run.job)
     restarted(cluster, run, 1)
@@ -70,7 +65,7 @@ def test_requeued_by_hand_then_stopped_by_the_stop_file(cluster, tiny, tmp_path)
 
 def test_cancelled_stays_cancelled(cluster, tiny, tmp_path):
     """Saved first, and nothing puts the job back in the queue."""
-    run = submit(cluster, tiny.config, tmp_path / "run", *FOUR)
+    run = submit(cluster, tiny.config, tmp_path / "run", *TWO)
     run.reaches(5)
     cluster.run("scancel", run.job)
     job = cluster.ended(run.job)
@@ -130,6 +125,38 @@ def test_the_first_host_is_slurms(cluster):
     """rendezvous reads SLURM's short lists of hosts by itself; `scontrol show hostnames` says what they mean."""
     from pipeline.rendezvous import first_host
 
-    for nodes in ("node1", "node[1-2]", "n[07-12,15],login", "a1,b[03-05]", "r[1-2]n[3-4]", "g-[001]-i"):
+    for nodes in ("node1", "node[1-2]", "n[07-12,15],login", "a1,b[03-05]", "r[1-2]n[3-4]", "g-[001]"):
         said = cluster.run("scontrol", "show", "hostnames", nodes).split()
         assert first_host(nodes) == said[0], nodes
+
+
+@nightly
+def test_a_real_time_limit(cluster, tiny, tmp_path):
+    """SLURM's own USR1, 30 s before the end of two minutes; it looks every 30 s. Each round saves and goes on."""
+    steps = "train.duration=2600 steps"  # some three minutes
+    options = ("--nodes", "2", "--tasks-per-node", "1", "--time", "2", "--signal-seconds", "30")
+    run = submit(cluster, tiny.config, tmp_path / "run", steps, *options)
+    job = cluster.ended(run.job, 900)
+    assert job["JobState"] == "COMPLETED", run.log()
+    assert int(job["Restarts"]) >= 1
+    reasons = re.findall(r"; (\w+) at step (\d+)", run.log())
+    assert [reason for reason, _ in reasons] == ["SIGUSR1"] * int(job["Restarts"]) + ["finished"], run.log()
+    every_step_once(run, 2600)
+
+
+@nightly
+def test_a_node_that_vanishes(tiny, tmp_path):
+    """Three nodes, the job on two; one dies with everything on it. SLURM gives the job the third; it goes on."""
+    lab = Cluster(hosts=3, slurmd_timeout=10)
+    try:
+        run = submit(lab, tiny.config, tmp_path / "run", *TWO)
+        until(lambda: run.saved() >= 20, 90, run.log)
+        assert lab.job(run.job)["NodeList"] == "node[1-2]"
+        lab.cut("node2")
+        restarted(lab, run, 1)
+        job = lab.ended(run.job)
+        assert job["JobState"] == "COMPLETED", run.log()
+        assert job["NodeList"] == "node[1,3]"
+        assert "from step 20" in run.log()
+    finally:
+        lab.down()
