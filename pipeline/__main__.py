@@ -1,10 +1,12 @@
 """The command line: `python -m pipeline VERB …`. Help and config errors are instant: stages import what is heavy."""
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from pipeline.config import Config, ConfigError, load_config, micro_batch, to_size
@@ -158,6 +160,7 @@ def _work(verb: str, config: Config) -> int:
             end_with_launcher()
         return tokenize.run(config)
     stop.install()
+    sys.excepthook = _end_with_error
     stop.look_in(_folder(verb, config))
     if verb == "pretrain":
         from pipeline.stages import pretrain
@@ -258,9 +261,16 @@ def _refuse(line: str, of_host: bool = False) -> int:
 def _end(code: int) -> NoReturn:
     """End a process of a training without taking its threads and libraries apart: now and then gloo aborts there, after
     all is done, and a launcher takes that for a failure."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
+
+
+def _end_with_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For errors that nobody expects: this process ends at once, so that the others learn of it and end, too."""
+    sys.__excepthook__(kind, error, trace)
+    _end(1)
 
 
 if __name__ == "__main__":

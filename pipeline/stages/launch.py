@@ -7,6 +7,7 @@ before it has saved: so it runs in a session of its own, and a signal is passed 
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from pipeline.config import ConfigError
 from pipeline.signals import EXIT_STOPPED, FINISHED, ORPHAN_SECONDS, STOP_FILE, begin, read_ended
 
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
-_SLOT = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
+_SLOT = re.compile(r"(\S+)\s+slots=(\d+)(?:\s.*)?")  # as DeepSpeed reads it
 _ENDING_SECONDS = ORPHAN_SECONDS + 10  # for processes whose launcher was killed
 _SAME_REQUEST_SECONDS = 0.5
 _POLL_SECONDS = 0.2
@@ -39,20 +40,19 @@ def hostfile(path: str) -> dict[str, int]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"HOSTFILE={path} cannot be read: {error}") from error
     slots: dict[str, int] = {}
-    for line in text.splitlines():
-        found = _SLOT.fullmatch(line.strip())
-        if not line.strip() or line.startswith("#"):
+    for line in map(str.strip, text.splitlines()):
+        found = _SLOT.fullmatch(line)
+        if not line or line.startswith("#"):
             continue
         if not found or found[1] in slots or int(found[2]) < 1:
-            raise ConfigError(
-                f"HOSTFILE={path} holds {line.strip()!r}; every line must be HOST slots=COUNT, each host once"
-            )
+            raise ConfigError(f"HOSTFILE={path} holds {line!r}; every line must be HOST slots=COUNT, each host once")
         slots[found[1]] = int(found[2])
     if not slots:
         raise ConfigError(f"HOSTFILE={path} names no host; write HOST slots=COUNT, one a line")
     return slots
 
 
+@functools.cache
 def gpus() -> int:
     """Of this machine, without importing torch."""
     if shutil.which("nvidia-smi") is None:

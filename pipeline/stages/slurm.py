@@ -75,6 +75,7 @@ def run(words: list[str], wanted: Wanted, dry_run: bool) -> int:
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"sbatch refused {script}: {' '.join(done.stderr.split())}")
+    sys.stderr.write(done.stderr)  # what the site has to say
     print(_advice(work, wanted, script, done.stdout.strip().partition(";")[0]))
     return 0
 

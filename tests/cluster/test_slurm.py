@@ -1,7 +1,9 @@
 """A real SLURM does to a job what clusters do, and the run ends with the weights it would have had on a quiet day."""
 
 import json
+import os
 import re
+import signal
 
 from pipeline.metrics import read_metrics
 from pipeline.signals import read_ended
@@ -73,6 +75,16 @@ def test_cancelled_stays_cancelled(cluster, tiny, tmp_path):
     assert (cluster.job(run.job)["JobState"], job["Restarts"]) == ("CANCELLED", "0"), run.log()
     assert read_ended(run.folder) == (run.saved(), "SIGTERM")
     assert run.saved() >= 5
+
+
+def test_a_killed_rank_fails_the_job(cluster, tiny, tmp_path):
+    """srun ends the others within seconds; nothing is left on any node, and nothing requeues what may fail again."""
+    run = submit(cluster, tiny.config, tmp_path / "run", *TWO)
+    run.reaches(5)
+    os.kill(cluster.rank(1).pid, signal.SIGKILL)
+    job = cluster.ended(run.job, 30)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), run.log()
+    until(lambda: not cluster.pythons(), 5, lambda: str(cluster.pythons()))
 
 
 def test_a_stop_file_ends_a_job_that_waits_in_the_queue(cluster, tiny, tmp_path):

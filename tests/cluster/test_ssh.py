@@ -95,6 +95,18 @@ def test_a_killed_rank_and_ctrl_c_on_two_hosts(cluster, tiny, whole, hostfile, t
     assert same(whole.weights(), run.weights()) == []
 
 
+def test_a_host_name_that_others_cannot_reach_is_refused(cluster, tiny, tmp_path):
+    """Debian's 127.0.1.1 in /etc/hosts: else gloo fails after a minute and names neither file nor cure."""
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n127.0.1.1 node2\n10.77.0.1 node1\n")
+    words = f"mount --bind {tmp_path}/hosts /etc/hosts; exec {cluster.python} -m pipeline pretrain {tiny.config}"
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    meeting = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    said = cluster.run("unshare", "--mount", "bash", "-c", words, host="node2", code=2, **place, **meeting)
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "the name of host node2 stands for 127.0.1.1" in line
+    assert "Traceback" not in said
+
+
 @nightly
 @pytest.mark.parametrize(
     "victim", ["-m pipeline launch", "launcher.runner", "^pdsh -S", "^[^ ]+python.* -m deepspeed.launcher.launch"]
