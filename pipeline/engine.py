@@ -1,6 +1,5 @@
 """DeepSpeed: start-up, configuration, and the few calls the loop needs. Must not know model, shards or stages."""
 
-import contextlib
 import datetime
 import logging
 import math

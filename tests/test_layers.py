@@ -82,11 +82,27 @@ TABLE = (
     ),
     Row("pipeline.precision", "torch pipeline.tokenizer", "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.probe", "torch", "shards deepspeed pipeline"),
-    Row("pipeline.engine", f"{CONFIG} torch deepspeed pipeline.rendezvous", "pipeline.model shards pipeline.stages"),
+    Row(
+        "pipeline.engine",
+        f"{CONFIG} torch deepspeed pipeline.rendezvous pipeline.writer",
+        "pipeline.model shards pipeline.stages",
+    ),
     Row("pipeline.metrics", f"{CONFIG} torch pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
     Row("pipeline.run", f"{CONFIG} yaml", "pipeline.model shards pipeline.stages torch deepspeed"),
-    Row("pipeline.checkpoint", f"{ENGINE} torch pipeline.metrics", "pipeline.model shards pipeline.stages"),
-    Row("pipeline.loop", f"{ENGINE} torch pipeline.metrics pipeline.run", "pipeline.model shards pipeline.stages"),
+    Row("pipeline.writer", "torch deepspeed", "pipeline shards"),
+    Row("pipeline.zero", f"{ENGINE} torch deepspeed", "pipeline.model shards pipeline.stages"),
+    Row(
+        "pipeline.checkpoint", f"{ENGINE} torch pipeline.metrics pipeline.zero", "pipeline.model shards pipeline.stages"
+    ),
+    Row("pipeline.guard", f"{CONFIG} pipeline.run", "torch pipeline.model shards pipeline.stages"),
+    Row("pipeline.watchdog", "", "torch pipeline.model shards pipeline.stages"),
+    Row("pipeline.positions", "pipeline.run", "torch pipeline.model shards pipeline.stages"),
+    Row("pipeline.pace", f"{CONFIG} torch", "pipeline.model shards pipeline.stages deepspeed"),
+    Row(
+        "pipeline.loop",
+        f"{ENGINE} torch pipeline.guard pipeline.metrics pipeline.pace pipeline.positions pipeline.run",
+        "pipeline.model shards pipeline.stages",
+    ),
     Row("pipeline.ending", f"{ENGINE} pipeline.checkpoint pipeline.signals", "pipeline.model shards pipeline.stages"),
     Row(
         "pipeline.streams",
@@ -95,13 +111,13 @@ TABLE = (
     ),
     Row(
         "pipeline.training",
-        f"{ENGINE} pipeline.checkpoint pipeline.loop pipeline.metrics pipeline.optim pipeline.run pipeline.streams "
-        "shards torch",
+        f"{ENGINE} pipeline.checkpoint pipeline.guard pipeline.loop pipeline.metrics pipeline.optim pipeline.pace "
+        "pipeline.positions pipeline.run pipeline.streams pipeline.watchdog shards torch",
         "pipeline.model pipeline.stages",
     ),
     Row(
         "pipeline.weights",
-        f"{ENGINE} pipeline.checkpoint pipeline.metrics pipeline.model pipeline.resize torch safetensors",
+        f"{ENGINE} pipeline.checkpoint pipeline.metrics pipeline.model pipeline.resize pipeline.zero torch safetensors",
         "shards pipeline.stages",
     ),
     Row("pipeline.photos", f"{CONFIG} numpy {TORCHLESS}", "torch deepspeed pipeline.stages"),

@@ -35,7 +35,8 @@ def processes(run: Path) -> dict[int, bool]:
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
             if f"train.run={run}".encode() in words:
-                found[int(path.parent.name)] = any(word.startswith(b"deepspeed.launcher") for word in words)
+                launcher = any(word == b"launch" or word.startswith(b"deepspeed.launcher") for word in words)
+                found[int(path.parent.name)] = launcher
     return found
 
 
