@@ -1,8 +1,8 @@
 """The lab for these tests, once a session: real hosts and a real SLURM (lab/up.sh), or the reason why there is none.
 
 BEITFORGE_CLUSTER=1 says that what it needs has been installed: then only forbidden namespaces are a reason to skip.
-BEITFORGE_NIGHTLY=1 adds what takes minutes. PROCTRACK=linuxproc or cgroup chooses how SLURM tracks processes; by itself it
-is cgroup where this machine allows that, as on real clusters.
+BEITFORGE_NIGHTLY=1 adds what takes minutes. PROCTRACK=linuxproc or cgroup chooses how SLURM tracks processes; by itself
+it is cgroup where this machine allows that, as on real clusters.
 """
 
 import os
