@@ -26,10 +26,11 @@ from pipeline.signals import EXIT_STOPPED, FINISHED, ORPHAN_SECONDS, STOP_FILE, 
 
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
 _SLOT = re.compile(r"(\S+)\s+slots=(\d+)(?:\s.*)?")  # as DeepSpeed reads it
+_TOGETHER_SECONDS = 20.0  # all hosts of a training end within; where one ended alone the others wait for it in vain
 _ENDING_SECONDS = ORPHAN_SECONDS + 10  # for processes whose launcher was killed
 _SAME_REQUEST_SECONDS = 0.5
 _POLL_SECONDS = 0.2
-# A host that vanishes sends nothing: its ssh must notice, or the launcher waits for it for hours.
+# A host that vanishes sends nothing: its ssh must notice, in half a minute, or the launcher waits for it for hours.
 _SSH_KEEPALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
 
@@ -107,7 +108,7 @@ def run(verb: str, words: list[str], folder: Path, finished: Callable[[], bool] 
     if finished is None:
         begin(folder)
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # processes that lose their launcher become ours, to wait for
-    watch = _Watch(folder, bool(hosts), saves=finished is None)
+    watch = _Watch(folder, len(hosts), saves=finished is None)
     watch.install()
     watch.start([*command, *words], environment, kept)
     code = watch.wait()
@@ -149,15 +150,17 @@ def _carried(environment: dict[str, str]) -> int:
 
 @dataclass
 class _Watch:
-    """The launcher's process, and what has been asked of it. `remote`: its ranks are on other hosts."""
+    """The launcher's process, and what has been asked of it. `hosts`: how many it reaches over ssh; 0: it is here."""
 
     folder: Path
-    remote: bool
+    hosts: int
     saves: bool
     asked: list[int] = field(default_factory=list)
     launcher: int = 0
     _asked_at: float = 0.0
     _told: set[int] = field(default_factory=set)
+    _apart_since: float = float("inf")
+    _connected: bool = False
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -190,12 +193,14 @@ class _Watch:
                 return code
             if code is not None and over == float("inf"):
                 # what is left of a launcher over ssh are connections; here, ranks that have noticed and save
-                over = time.monotonic() + (0.0 if self.remote or not self.saves else _ENDING_SECONDS)
+                over = time.monotonic() + (0.0 if self.hosts or not self.saves else _ENDING_SECONDS)
             if time.monotonic() > over or len(self.asked) > 2:
                 _signal(_descendants(), signal.SIGKILL)
-            if self.asked and (acted < len(self.asked) or not self.remote):
+            if self.asked and (acted < len(self.asked) or not self.hosts):
                 self._act(acted < len(self.asked))
                 acted = len(self.asked)
+            if self.hosts and self.saves and code is None:
+                self._end_what_is_left()
             time.sleep(_POLL_SECONDS)
 
     def _act(self, new: bool) -> None:
@@ -206,7 +211,7 @@ class _Watch:
             return
         if new:
             print("asked to stop: finishing the step and saving; once more to end at once", file=sys.stderr, flush=True)
-        if self.remote:
+        if self.hosts:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / STOP_FILE).touch()
             return
@@ -217,10 +222,28 @@ class _Watch:
 
     def _end(self) -> None:
         """Over ssh DeepSpeed's launcher must live to end the others; it gives them 30 s."""
-        if self.remote:
+        if self.hosts:
             _signal([self.launcher], signal.SIGTERM)
         else:
             _signal(_descendants(), signal.SIGKILL if self.saves else signal.SIGTERM)
+
+    def _end_what_is_left(self) -> None:
+        """One host's connection is gone and the others' are not: its processes died, or all of it has vanished.
+
+        pdsh waits for the others, which may be waiting in a collective for what is gone: ten minutes by its time limit.
+        """
+        connections = len(_children(_children([self.launcher])))
+        now = time.monotonic()
+        self._connected = self._connected or connections == self.hosts
+        if not self._connected or connections in (0, self.hosts):
+            self._apart_since = float("inf")
+            return
+        self._apart_since = min(self._apart_since, now)
+        if now - self._apart_since > _TOGETHER_SECONDS:
+            lost = self.hosts - connections
+            print(f"{lost} of {self.hosts} hosts ended alone: ending the others", file=sys.stderr, flush=True)
+            self._connected = False
+            self._end()
 
     def _reap(self, code: int | None) -> int | None:
         """Wait for whatever has ended; the launcher's exit code once it is among them."""

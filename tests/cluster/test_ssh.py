@@ -17,7 +17,9 @@ from tests.conftest import ROOT
 # A killed rank's peers lose their connections at once; DeepSpeed's launcher looks once a second and gives what it ends
 # 30 s.
 BOUND_SECONDS = 60
-COLLECTIVE_SECONDS = 600
+# A vanished host's ssh gives up after 30 s; 20 s later the others are ended, which takes 10 s of trying to reach it and
+# 30 s for those that wait in a collective.
+VANISHED_SECONDS = 120
 SECRET = "not for the command lines of a host"
 AWKWARD = "a b  $HOME `date` \"quoted\" 'single' 100% %h %n back\\slash"
 
@@ -126,8 +128,8 @@ def test_a_killed_launcher_ends_the_run_everywhere(cluster, tiny, hostfile, tmp_
 
 @nightly
 def test_a_host_that_vanishes(tiny, tmp_path):
-    """Its link is cut, so that no word of its end gets out, then it dies. The others learn it from the time limit of
-    their collectives (pipeline.engine), ssh from its own; so the job ends, though late."""
+    """Its link is cut, so that no word of its end gets out, then it dies. The others wait for it in a collective whose
+    own time limit is ten minutes."""
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
     lab = Cluster()
@@ -137,9 +139,10 @@ def test_a_host_that_vanishes(tiny, tmp_path):
         run.reaches(5)
         lab.cut("node2")
         began = time.monotonic()
-        code, output = ended(process, COLLECTIVE_SECONDS + BOUND_SECONDS)
-        assert code != 0, output
-        nothing_runs(lab)
+        code, output = ended(process, VANISHED_SECONDS)
+        assert code not in (0, EXIT_STOPPED), output
+        assert "1 of 2 hosts ended alone" in output
+        nothing_runs(lab, VANISHED_SECONDS - (time.monotonic() - began))
         print(f"ended {time.monotonic() - began:.0f} s after the host had vanished")
     finally:
         lab.down()
