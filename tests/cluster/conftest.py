@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import zero
 from pipeline.checkpoint import newest
-from pipeline.engine import consolidated_weights
 from pipeline.metrics import read_metrics
 from tests.cluster.cluster import Cluster, forbidden, missing, until
 
@@ -69,7 +69,7 @@ class Run:
         found = newest(self.folder, lambda _: None)
         assert found is not None
         assert found[1].step == STEPS
-        return consolidated_weights(found[0], found[1].zero_stage)
+        return dict(zero.saved(found[0], found[1].zero_stage, found[1].groups).weights())
 
     def reaches(self, step: int, seconds: float = 90) -> None:
         until(lambda: self.step() >= step, seconds, lambda: f"step {self.step()} of {step}\n{self.log()}")
