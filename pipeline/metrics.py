@@ -69,7 +69,7 @@ class Metrics:
                 self.writer = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line: {"step", "kind": train · heldout · start · end, "time", …values}."""
+        """One line: {"step", "kind": train · heldout · start · skip · return, "time", …values}."""
         if not self.first:
             return
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
