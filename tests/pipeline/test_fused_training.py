@@ -1,4 +1,4 @@
-"""Training with every fused kernel, on GPUs or in Triton's interpreter: the losses of plain PyTorch under ZeRO 2 and 3."""
+"""Training with every fused kernel, on GPUs or in Triton's interpreter: the losses of plain PyTorch."""
 
 import importlib.util
 import os
