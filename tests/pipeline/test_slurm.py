@@ -128,6 +128,68 @@ def test_the_script_of_pack(tmp_path):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+def batch(tmp_path: Path, config: Path, ended: str, code: int = 0, seconds: float = 60) -> tuple[int, str]:
+    """Exit code and output of the script of a training whose ranks end with `code` and the word `ended`.
+
+    srun and scontrol are stand-ins: a requeue kills the script, as SLURM would.
+    """
+    script = tmp_path / "runs" / "some run" / "slurm" / "pretrain.sbatch"
+    if not script.exists():
+        slurm(config, "--gpus-per-node", 1, "--dry-run", folder=tmp_path)
+    word = f"echo '{ended}' >'runs/some run/ended'; " if ended else ""
+    for name, does in (("srun", f"{word}exit {code}"), ("scontrol", 'echo "scontrol $*"; kill -KILL $PPID')):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{does}\n")
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment["SLURM_JOB_NODELIST"] = "n1"
+    done = subprocess.run(
+        ["bash", str(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_requeues_are_bounded_by_progress(tmp_path, config):
+    """SIGUSR1 puts the job back in the queue as long as it gets further; a job too short for a step ends."""
+    for step in (5, 9):
+        code, output = batch(tmp_path, config, f"{step} SIGUSR1")
+        assert (code, "scontrol requeue 7" in output) == (-9, True), output
+    code, output = batch(tmp_path, config, "9 SIGUSR1", 143)
+    assert (code, "scontrol" in output) == (1, False), output
+    assert "no step further than at the last requeue" in output
+
+
+@pytest.mark.parametrize(
+    ("ended", "code", "expected"),
+    [
+        ("24 finished", 143, 0),  # what srun answers when one rank ends before the others
+        ("9 stop file", 143, 0),
+        ("", 2, 2),
+        ("", 0, 1),
+    ],
+    ids=str,
+)
+def test_a_job_is_judged_by_the_word_of_its_run(tmp_path, config, ended, code, expected):
+    found, output = batch(tmp_path, config, ended, code)
+    assert found == expected, output
+    assert "scontrol" not in output
+
+
+def test_after_sigterm_the_script_waits_for_slurm(tmp_path, config):
+    """Ending first would turn a preemption into an ordinary end; requeueing would undo a scancel."""
+    with pytest.raises(subprocess.TimeoutExpired) as waiting:
+        batch(tmp_path, config, "9 SIGTERM", seconds=3)
+    assert b"SIGTERM at step 9" in (waiting.value.stdout or b"")
+    assert b"scontrol" not in (waiting.value.stdout or b"")
+
+
 def test_a_tokenizers_script_lies_with_its_training(tmp_path, config):
     done = slurm("tokenizer", config, "--tasks-per-node", 2, "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
