@@ -55,7 +55,7 @@ def unfinished(run: Path) -> set[str]:
 
 
 def strike(run: Path, where: str, torn: set[str], draws: random.Random) -> bool:
-    """SIGKILL what `where` says; False when the run had ended by itself. torn: checkpoints that an earlier kill left."""
+    """SIGKILL what `where` says; False when the run had ended by itself. torn: what an earlier kill left unfinished."""
     if where == "save":
         while processes(run) and not unfinished(run) - torn:
             time.sleep(0.001)
