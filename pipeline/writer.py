@@ -41,7 +41,8 @@ class Writer(TorchCheckpointEngine):
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITER):
                 raise
-            self.error = self.error or " ".join(str(error).split())[:200]
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides a full disk
+            self.error = self.error or " ".join(str(cause).split())[:200]
 
     @property
     def busy(self) -> bool:

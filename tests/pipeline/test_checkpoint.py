@@ -97,6 +97,18 @@ def test_a_disk_that_fails_is_told_once_everything_was_tried(tmp_path, writer, a
     assert writer.wait() == ""
 
 
+def test_a_full_disk_is_called_so(tmp_path, writer):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        writer.save({"a": torch.zeros(100_000)}, str(disk / "file.pt"))
+        assert "No space left" in writer.wait()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 @pytest.mark.parametrize(("size", "kept"), [("900k", {1}), ("1600k", {7, 8})], ids=["refused", "the oldest goes first"])
 def test_room_is_made_or_nothing_is_begun(tiny, tmp_path, size, kept):
     """Real file systems with room for one checkpoint, and for two beside each other but not for three."""
