@@ -92,8 +92,8 @@ class Guard:
         samples = f"samples {start * self.global_batch}–{(self.row[-1][0] + 1) * self.global_batch - 1}"
         return (
             f"{_named(culprits)} at step {start}, the first of {len(self.row)} in a row ({samples}): {why}; look at "
-            f"these samples (see {self.path}), or begin a new train.run folder with a lower optimizer.lr, from an export "
-            f"of this run (train.init) or anew"
+            f"these samples (see {self.path}), or begin a new train.run folder with a lower optimizer.lr, from an "
+            f"export of this run (train.init) or anew"
         )
 
     def _write(self, values: dict) -> None:
