@@ -23,7 +23,8 @@ from pipeline.watchdog import EXIT_HUNG
 from tests.pipeline.test_training import finished, kill, launch, weights
 
 KILLS = 100 if os.environ.get("BEITFORGE_NIGHTLY") else 5
-STEPS = 60 * KILLS  # more than it gets through between two kills
+STEPS = 300 if KILLS == 5 else 3000  # more than it gets through between its kills
+SECONDS = 180 if KILLS == 5 else 1800
 SETTINGS = [f"train.duration={STEPS} steps", "checkpoint.every=2 steps", "checkpoint.keep=3", "log.positions=true"]
 SETTINGS += ["log.every_steps=1", "data.heldout_images=", "data.heldout_tokens="]
 WHERE = ("rank", "launcher", "everything", "save")
@@ -83,7 +84,7 @@ def strike(run: Path, where: str, torn: set[str], draws: random.Random) -> bool:
 @pytest.fixture(scope="module")
 def unbroken(tiny, tmp_path_factory) -> Iterator[Path]:
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    finished(launch(tiny, run, *SETTINGS))
+    finished(launch(tiny, run, *SETTINGS), seconds=SECONDS)
     yield run
 
 
@@ -99,13 +100,14 @@ def test_any_kill_at_any_moment(tiny, unbroken, tmp_path):
             time.sleep(0.001)
         struck = strike(run, WHERE[kills % len(WHERE)], torn, draws)
         kills += struck
+        print(f"kill {kills}, of {WHERE[(kills - 1) % len(WHERE)]}, at step {last_step(run)}", flush=True)
         gone(run, 90)
         kill(process)
         output, _ = process.communicate()
         began = re.findall(r"from step (\d+),", output)  # nothing where it was killed before it said so
         assert began in ([], [str(found[1].step if found else 0)]), f"seed {seed}\n{output}"
         assert struck, f"seed {seed}: the run ended before it was killed for the {kills + 1}th time\n{output}"
-    finished(launch(tiny, run, *SETTINGS))
+    finished(launch(tiny, run, *SETTINGS), seconds=SECONDS)
     assert read_positions(run) == {step: list(range(8 * step, 8 * step + 8)) for step in range(STEPS)}, f"seed {seed}"
     whole, restarted = weights(unbroken), weights(run)
     for name, tensor in whole.items():

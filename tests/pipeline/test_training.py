@@ -33,10 +33,10 @@ def launch(tiny, run: Path, *overrides: str, processes: int = 2) -> subprocess.P
     )
 
 
-def finished(process: subprocess.Popen, code: int = 0) -> str:
+def finished(process: subprocess.Popen, code: int = 0, seconds: float = 180) -> str:
     """Its output, once it has ended with `code`."""
     try:
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=seconds)
     finally:
         kill(process)
     assert process.returncode == code, output
