@@ -54,6 +54,8 @@ class Saved:
             if first >= last:
                 continue
             for value, into in target.values.items():
+                if value not in piece.values:
+                    raise ConfigError(f"{self.folder} holds weights but not what the optimizer knows of {name}")
                 found = piece.values[value][first - piece.start : last - piece.start]
                 into[first - target.start : last - target.start].copy_(found)
             filled += last - first
@@ -97,9 +99,12 @@ def _load(path: Path) -> dict:
 def _saved_whole(folder: Path, groups: list[list[str]]) -> Saved:
     """ZeRO-0: one file with everything; masters apart from the weights unless these are float32 themselves."""
     content = _load(folder / "mp_rank_00_model_states.pt")
-    module, optimizer = content["module"], content["optimizer"]
+    module, optimizer = content["module"], content.get("optimizer")
     shapes = {name: tuple(tensor.shape) for name, tensor in module.items()}
-    masters = {name: tensor for name, tensor in module.items()}
+    masters = dict(module)
+    if optimizer is None or not groups:  # weights alone: a checkpoint of before the groups' names were saved
+        alone = {name: [Piece(0, {"fp32": tensor.reshape(-1)})] for name, tensor in module.items()}
+        return Saved(folder, shapes, alone, 0.0)
     if "fp32_groups" in optimizer:
         for names, tensors in zip(groups, optimizer["fp32_groups"], strict=True):
             masters.update(zip(names, tensors, strict=True))

@@ -59,6 +59,12 @@ def last_step(run: Path) -> int:
     return 0
 
 
+def size(run: Path) -> int:
+    with contextlib.suppress(OSError):
+        return (run / "metrics.jsonl").stat().st_size
+    return 0
+
+
 def unfinished(run: Path) -> set[str]:
     """Checkpoints that are being written, or were when a kill came."""
     return {path.name for path in (run / "checkpoints").glob("step-*") if not (path / "state.json").exists()}
@@ -95,8 +101,8 @@ def test_any_kill_at_any_moment(tiny, unbroken, tmp_path):
     while kills < KILLS:
         found, torn = newest(run, lambda _: None), unfinished(run)
         process = launch(tiny, run, *SETTINGS, *(("checkpoint.asynchronous=true",) if draws.random() < 0.5 else ()))
-        reach = (found[1].step if found else 0) + draws.randrange(0, 20)
-        while process.poll() is None and last_step(run) <= reach:
+        reach, before = (found[1].step if found else 0) + draws.randrange(0, 20), size(run)
+        while process.poll() is None and (size(run) == before or last_step(run) <= reach):
             time.sleep(0.001)
         struck = strike(run, WHERE[kills % len(WHERE)], torn, draws)
         kills += struck
