@@ -266,8 +266,7 @@ def main() -> None:
         for job in jobs(size, device, torch.bfloat16):
             rows += measure(job, size, best)
             torch.cuda.empty_cache()
-        cells = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
-        write("fusions", "what fusing saves beside attention, on one GPU", cells, ratios(rows), notes)
+        write("fusions", "what fusing saves beside attention, on one GPU", rows, ratios(rows), notes)
     return None
 
 

@@ -297,8 +297,7 @@ def main() -> None:
     ]
     for shape in (shape for shape in SHAPES if not wanted or shape.name in wanted):
         rows += measure(shape, device, best)
-        cells = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
-        write("kernels", "attention with BEiT's bias on one GPU", cells, ratios(rows), notes)  # what is done is kept
+        write("kernels", "attention with BEiT's bias on one GPU", rows, ratios(rows), notes)  # what is done is kept
     return None
 
 

@@ -24,14 +24,15 @@ numbers belong to the machine named. Each table is rendered from `benchmarks/res
 
 
 def write(name: str, question: str, rows: list[dict], ratios: dict[str, float], notes: list[str]) -> None:
-    """Write results/NAME.json and render the page. rows: one dict a line of the table, the same keys in each."""
+    """Write results/NAME.json and render the page. rows: one dict a line of the table, the same keys in each; keys that
+    begin with _ are for computing ratios and stay out."""
     content = {
         "name": name,
         "question": question,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_gpu()}, Python {platform.python_version()}",
         "versions": _versions(),
-        "rows": rows,
+        "rows": [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows],
         "ratios": ratios,
         "notes": notes,
     }

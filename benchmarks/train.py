@@ -207,8 +207,7 @@ def main() -> None:
     ]
     for size in SIZES:
         rows += measure(*size, product_rate)
-        cells = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
-        write("train", "one training step on one GPU", cells, ratios(rows), notes)
+        write("train", "one training step on one GPU", rows, ratios(rows), notes)
     return None
 
 

@@ -28,7 +28,7 @@ SHAPES = [
     (63, 2, 40, 2),
     (64, 1, 16, 1),
     (197, 1, 64, 2),
-    (205, 1, 88, 2),
+    (205, 1, 88, 1),
     (257, 1, 128, 1),
 ]
 
@@ -138,7 +138,7 @@ def test_any_blocks_give_the_same(blocks, held, monkeypatch):
 
 
 def test_two_runs_are_bitwise_equal():
-    qkv, bias, weight = inputs(197, 1, 64, 3, torch.float16)
+    qkv, bias, weight = inputs(197, 1, 64, 2, torch.float16)
     first, second = (results(fused, qkv, bias, weight) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
