@@ -25,12 +25,17 @@ class Return:
 
 
 @dataclass(frozen=True)
-class Culprit:
-    """Where a number is not finite. what: loss, gradient or weights; rank: -1 where all ranks share it."""
+class Fault:
+    """What was not finite at a step (loss, gradient or weights) and of which ranks, as far as one can tell: a gradient
+    is known only summed over all of them."""
 
-    rank: int
-    host: str
+    step: int
     what: str
+    ranks: list[tuple[int, str]]  # with their hosts
+
+    def __str__(self) -> str:
+        who = [f"the {self.what} of rank {rank} on {host} is not finite" for rank, host in self.ranks]
+        return ", ".join(who) or f"the {self.what} is not finite"
 
 
 class Guard:
@@ -41,7 +46,7 @@ class Guard:
         self.path, self.faults, self.first = run / "skipped.jsonl", faults, first
         self.save_every, self.global_batch = save_every, global_batch
         self.returns = read_returns(run)
-        self.row: list[tuple[int, list[Culprit]]] = []
+        self.row: list[Fault] = []
         self.ruined = False  # by an update that was made: the weights themselves are not finite
         if first:
             end_cut_line(self.path)
@@ -50,14 +55,14 @@ class Guard:
         """An update was made."""
         self.row.clear()
 
-    def skipped(self, step: int, culprits: list[Culprit]) -> str:
+    def skipped(self, fault: Fault) -> str:
         """The update of a step was left out, or has ruined the weights; returns a line that says so."""
-        self.row.append((step, culprits))
-        self.ruined = any(culprit.what == "weights" for culprit in culprits)
-        first, last = step * self.global_batch, (step + 1) * self.global_batch - 1
-        who = [{"rank": culprit.rank, "host": culprit.host, "what": culprit.what} for culprit in culprits]
-        self._write({"kind": "skip", "step": step, "samples": [first, last], "seen": who})
-        return f"step {step} left out, samples {first}–{last}: {_named(culprits)}"
+        self.row.append(fault)
+        self.ruined = fault.what == "weights"
+        first, last = fault.step * self.global_batch, (fault.step + 1) * self.global_batch - 1
+        ranks = [{"rank": rank, "host": host} for rank, host in fault.ranks]
+        self._write({"kind": "skip", "step": fault.step, "samples": [first, last], "what": fault.what, "ranks": ranks})
+        return f"step {fault.step} left out, samples {first}–{last}: {fault}"
 
     @property
     def must_go_back(self) -> bool:
@@ -66,7 +71,7 @@ class Guard:
     def before(self) -> int:
         """The checkpoint to go back to is the newest of a step less than this: one with other weights than those that
         failed, or, where the last return brought nothing, an older one. Raises ConfigError when enough were made."""
-        start = self.row[0][0] + (self.ruined and len(self.row) == 1)
+        start = self.row[0].step + (self.ruined and len(self.row) == 1)
         idle, on = 0, start
         for made in reversed(self.returns):
             if on - made.on >= self.save_every:
@@ -78,7 +83,7 @@ class Guard:
 
     def went_back(self, to: int) -> Return:
         """Write down a return to the checkpoint of step `to`; the run goes on behind the last step left out."""
-        made = Return(to, self.row[-1][0] + 1)
+        made = Return(to, self.row[-1].step + 1)
         samples = [to * self.global_batch, made.on * self.global_batch - 1]
         self._write({"kind": "return", "to": to, "on": made.on, "samples": samples})
         self.returns.append(made)
@@ -88,10 +93,10 @@ class Guard:
 
     def report(self, why: str) -> str:
         """The line that ends the run."""
-        start, culprits = self.row[0]
-        samples = f"samples {start * self.global_batch}–{(self.row[-1][0] + 1) * self.global_batch - 1}"
+        start = self.row[0].step
+        samples = f"samples {start * self.global_batch}–{(self.row[-1].step + 1) * self.global_batch - 1}"
         return (
-            f"{_named(culprits)} at step {start}, the first of {len(self.row)} in a row ({samples}): {why}; look at "
+            f"{self.row[0]} at step {start}, the first of {len(self.row)} in a row ({samples}): {why}; look at "
             f"these samples (see {self.path}), or begin a new train.run folder with a lower optimizer.lr, from an "
             f"export of this run (train.init) or anew"
         )
@@ -102,15 +107,6 @@ class Guard:
                 file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-
-
-def _named(culprits: list[Culprit]) -> str:
-    return ", ".join(
-        f"the {one.what} of rank {one.rank} on {one.host} is not finite"
-        if one.rank >= 0
-        else f"the {one.what} is not finite"
-        for one in culprits
-    )
 
 
 def read_returns(run: Path) -> list[Return]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.engine import Engine, agree, all_values, gathered, sums
-from pipeline.guard import Culprit, Guard
+from pipeline.guard import Fault, Guard
 from pipeline.metrics import Metrics, Reporter, memory_bytes, say
 from pipeline.pace import Pace, Stopwatch
 from pipeline.positions import Positions
@@ -141,7 +141,7 @@ def train(engine: Engine, batches: Iterator[Batch], plan: Plan, parts: Parts) ->
         if done % plan.save_every == 0 or last:
             parts.beat(f"saving after step {done}")
             if not parts.save(done):
-                _left_out(engine, parts, step, "weights", True)
+                _left_out(engine, parts, step, "weights", False)
                 return done
         meter.started += time.perf_counter() - paused  # neither is training time
         if stopping:
@@ -173,7 +173,7 @@ def _step(
         for measures in measured:
             meter.add(measures)
     if not_finite or not (made or engine.scales_loss):
-        _left_out(engine, parts, step, "loss" if not_finite else "gradient", bool(mine) or not not_finite)
+        _left_out(engine, parts, step, "loss" if not_finite else "gradient", bool(mine))
     if parts.positions is not None:
         parts.positions.write(step, samples)
     return bool(stopping), norm, made
@@ -196,12 +196,9 @@ def _micro_step(
 
 
 def _left_out(engine: Engine, parts: Parts, step: int, what: str, mine: bool) -> None:
-    """All ranks: write down that an update was not made, and where. A gradient is known only summed over all ranks."""
-    seen = gathered(Culprit(engine.world.rank, socket.gethostname(), what) if mine else None, engine.world)
-    culprits = [culprit for culprit in seen if culprit is not None]
-    if what != "loss":
-        culprits = [Culprit(-1, "all ranks", what)]
-    line = parts.guard.skipped(step, culprits)
+    """All ranks: write down that an update was not made, and whose loss it was, where it was a loss (`mine`)."""
+    seen = gathered((engine.world.rank, socket.gethostname()) if mine else None, engine.world)
+    line = parts.guard.skipped(Fault(step, what, [rank for rank in seen if rank is not None]))
     parts.metrics.write(step + 1, "skip", {"row": float(len(parts.guard.row))})
     if engine.world.first:
         say(line)

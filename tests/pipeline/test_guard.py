@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError, Faults
-from pipeline.guard import Culprit, Guard, Return, goes_on, read_returns, usable
+from pipeline.guard import Fault, Guard, Return, goes_on, read_returns, usable
 
 ROOT = Path(__file__).resolve().parents[2]
-CULPRIT = [Culprit(2, "node1", "loss")]
 
 
 def guard(run: Path, **settings: float) -> Guard:
@@ -21,7 +20,7 @@ def guard(run: Path, **settings: float) -> Guard:
 
 def leave_out(kept: Guard, *steps: int) -> None:
     for step in steps:
-        kept.skipped(step, CULPRIT)
+        kept.skipped(Fault(step, "loss", [(2, "node1")]))
 
 
 def test_goes_back_after_so_many_in_a_row(tmp_path):
@@ -36,7 +35,7 @@ def test_goes_back_after_so_many_in_a_row(tmp_path):
     assert not kept.must_go_back
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["skip"] * 5 + ["return"]
-    assert lines[2]["samples"] == [56, 63] and lines[2]["seen"] == [{"rank": 2, "host": "node1", "what": "loss"}]
+    assert lines[2]["samples"] == [56, 63] and lines[2]["ranks"] == [{"rank": 2, "host": "node1"}]
     assert lines[-1]["samples"] == [32, 79]
 
 
@@ -84,7 +83,7 @@ def test_what_a_return_left_behind_is_not_used():
 
 def test_ruined_weights_go_back_at_once(tmp_path):
     kept = guard(tmp_path)
-    kept.skipped(12, [Culprit(-1, "all ranks", "weights")])
+    kept.skipped(Fault(12, "weights", []))
     assert kept.must_go_back and kept.before() == 13
     assert kept.went_back(to=12) == Return(12, 13)
 
