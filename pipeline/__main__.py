@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from pipeline.config import Config, ConfigError, load_config, micro_batch, to_size
+from pipeline.config import Config, ConfigError, load_config, refuse_world, to_size, work_folder
 from pipeline.rendezvous import HostError, in_step, rank_of
 from pipeline.signals import StopRequest, end_with_launcher
 
@@ -140,16 +140,6 @@ def _run(arguments: argparse.Namespace) -> int:
     return demo.run(Path(folders[0]) if folders else None, arguments.out, settings)
 
 
-def _folder(verb: str, config: Config) -> Path:
-    """The run folder of a training; that of the tokens."""
-    folders = {
-        "pretrain": config.train.run,
-        "tokenizer": f"{config.data.tokenizer}/training",
-        "tokenize": config.data.tokens,
-    }
-    return Path(folders[verb])
-
-
 def _work(verb: str, config: Config) -> int:
     """One of the processes of a training or of `tokenize`."""
     stop = StopRequest()
@@ -161,7 +151,7 @@ def _work(verb: str, config: Config) -> int:
         return tokenize.run(config)
     stop.install()
     sys.excepthook = _end_with_error
-    stop.look_in(_folder(verb, config))
+    stop.look_in(work_folder(verb, config))
     if verb == "pretrain":
         from pipeline.stages import pretrain
 
@@ -203,11 +193,8 @@ def _launch(verb: str, path: str, overrides: list[str]) -> int:
     config = load_config(path, overrides)
     hosts = launch.hostfile(os.environ["HOSTFILE"]) if os.environ.get("HOSTFILE") else {}
     world = sum(hosts.values()) or launch.processes_here()
-    if verb == "pretrain":
-        micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
-    if verb == "tokenizer":
-        micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")
-    folder = _folder(verb, config)
+    refuse_world(verb, config, world)
+    folder = work_folder(verb, config)
     tokenized = (lambda: (folder / "manifest.json").exists()) if verb == "tokenize" else None
     return launch.run(verb, [path, *overrides], folder, tokenized, hosts)
 

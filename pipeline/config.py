@@ -38,6 +38,8 @@ from pipeline.settings import (
     Train,
     View,
     micro_batch,
+    refuse_world,
+    work_folder,
 )
 
 __all__ = [
@@ -66,9 +68,11 @@ __all__ = [
     "load_config",
     "load_tree",
     "micro_batch",
+    "refuse_world",
     "to_size",
     "to_tree",
     "to_yaml",
+    "work_folder",
 ]
 
 

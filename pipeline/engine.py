@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
 from pipeline.rendezvous import meeting, place_of, refuse_loopback_name
+from pipeline.watchdog import longest
 
 _NO_LIMIT = datetime.timedelta(days=365)
 
@@ -36,10 +37,10 @@ def start_world(hang_seconds: float = 600.0) -> World:
     """Join the process group that the environment describes (pipeline.rendezvous); else alone.
 
     On a CPU it uses gloo, and none of DeepSpeed's own operators: they would be compiled at run time, and a process
-    killed meanwhile leaves a lock that hangs every later one. hang_seconds (0: no limit): collectives wait a little
-    longer than pipeline.watchdog, which says more, allows the first step.
+    killed meanwhile leaves a lock that hangs every later one. hang_seconds (0: no limit): collectives wait as long as
+    pipeline.watchdog does at most, which says more.
     """
-    limit = datetime.timedelta(seconds=3 * hang_seconds + 30) if hang_seconds else _NO_LIMIT
+    limit = datetime.timedelta(seconds=longest(hang_seconds)) if hang_seconds else _NO_LIMIT
     place = place_of(os.environ)
     os.environ.update(meeting(os.environ))
     cuda = torch.cuda.is_available()

@@ -4,6 +4,7 @@ Imports nothing heavy: help and config errors are instant. Must not know torch, 
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -250,3 +251,21 @@ def micro_batch(global_batch: int, at_most: int, world: int, where: str) -> int:
         )
     per_process = global_batch // world
     return max(size for size in range(1, min(at_most, per_process) + 1) if per_process % size == 0)
+
+
+def work_folder(verb: str, config: Config) -> Path:
+    """Where the work of a verb stands: the run folder of pretrain and tokenizer, the token shards of tokenize."""
+    folders = {
+        "pretrain": config.train.run,
+        "tokenizer": f"{config.data.tokenizer}/training",
+        "tokenize": config.data.tokens,
+    }
+    return Path(folders[verb])
+
+
+def refuse_world(verb: str, config: Config, world: int) -> None:
+    """Raise ConfigError when so many processes cannot build the verb's global batch."""
+    if verb == "pretrain":
+        micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
+    if verb == "tokenizer":
+        micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")

@@ -17,6 +17,11 @@ _FIRST = 3  # times as long for the first step of a process: kernels are compile
 _GRACE = 30.0  # seconds after which a process whose own thread cannot run is ended from outside the interpreter
 
 
+def longest(seconds: float) -> float:
+    """How long a watchdog of so many seconds ever waits."""
+    return _FIRST * seconds + _GRACE
+
+
 class Watchdog:
     """Ends the process when `beat` is not called for `seconds` (0: never). To be used in a with statement."""
 

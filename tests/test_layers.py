@@ -84,7 +84,7 @@ TABLE = (
     Row("pipeline.probe", "torch", "shards deepspeed pipeline"),
     Row(
         "pipeline.engine",
-        f"{CONFIG} torch deepspeed pipeline.rendezvous pipeline.writer",
+        f"{CONFIG} torch deepspeed pipeline.rendezvous pipeline.watchdog pipeline.writer",
         "pipeline.model shards pipeline.stages",
     ),
     Row("pipeline.metrics", f"{CONFIG} torch pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
@@ -134,7 +134,7 @@ TABLE = (
     ),
     Row("pipeline.stages", ""),
     Row("pipeline.stages.launch", f"{CONFIG} pipeline.carried pipeline.signals", "torch numpy shards"),
-    Row("pipeline.stages.slurm", f"{CONFIG} pipeline.signals shards.__main__"),
+    Row("pipeline.stages.slurm", f"{CONFIG} pipeline.signals shards.__main__ shards.files"),
     Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),
     Row("pipeline.stages.*", f"{ENGINE} {BELOW}"),
 )

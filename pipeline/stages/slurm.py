@@ -12,8 +12,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import ONLINE, Config, ConfigError, load_config, micro_batch, to_yaml
+from pipeline.config import ONLINE, Config, ConfigError, load_config, refuse_world, to_yaml, work_folder
 from pipeline.signals import begin
+from shards.files import write_text
 
 VERBS = ("pretrain", "tokenizer", "tokenize", "pack")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -122,21 +123,17 @@ def _configured(verb: str, words: list[str], wanted: Wanted) -> Work:
         raise ConfigError(f"slurm {verb} needs a CONFIG, a YAML file such as configs/beit_base.yaml")
     config = load_config(words[0], words[1:])
     world = wanted.nodes * wanted.tasks
+    refuse_world(verb, config, world)
+    home = work_folder(verb, config)
     if verb == "tokenize":
         if config.data.tokens == ONLINE:
             raise ConfigError("data.tokens is online: `pretrain` makes the tokens itself; name a folder for them")
-        home = Path(config.data.tokens)
         made = [home, *(Path(path) for path in [config.data.heldout_tokens] if path not in ("", ONLINE))]
         program = [sys.executable, "-u", "-m", "pipeline", "tokenize", str(home / "slurm" / "tokenize.yaml")]
         blanks = {"command": shlex.join(program), "made": shlex.join(map(str, made))}
         return Work(verb, f"tokenize-{home.parent.name}", home, None, blanks, config)
-    if verb == "pretrain":
-        micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
-        home = Path(config.train.run)
-        return Work(verb, home.name, home, home, {"run": shlex.quote(str(home))}, config)
-    micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")
-    home = Path(config.data.tokenizer) / "training"
-    return Work(verb, f"tokenizer-{home.parent.name}", home, home, {"run": shlex.quote(str(home))}, config)
+    name = home.name if verb == "pretrain" else f"tokenizer-{home.parent.name}"
+    return Work(verb, name, home, home, {"run": shlex.quote(str(home))}, config)
 
 
 def _packing(words: list[str], wanted: Wanted) -> Work:
@@ -176,8 +173,8 @@ def _write(work: Work, wanted: Wanted) -> Path:
     }
     template = _TEMPLATES / ("work.sbatch" if work.run is None else "training.sbatch")
     if work.config is not None:
-        _replace(config, to_yaml(work.config))
-    _replace(script, filled(template.read_text(encoding="utf-8"), blanks))
+        write_text(config, to_yaml(work.config))
+    write_text(script, filled(template.read_text(encoding="utf-8"), blanks))
     script.chmod(0o755)
     return script
 
@@ -199,12 +196,6 @@ def _options(wanted: Wanted) -> list[str]:
     }
     lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in given.items() if value]
     return [*lines, f"#SBATCH {shlex.join(wanted.more)}"] if wanted.more else lines
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _advice(work: Work, wanted: Wanted, script: Path, job: str) -> str:
