@@ -196,9 +196,10 @@ class _Watch:
                 over = time.monotonic() + (0.0 if self.hosts or not self.saves else _ENDING_SECONDS)
             if time.monotonic() > over or len(self.asked) > 2:
                 _signal(_descendants(), signal.SIGKILL)
-            if self.asked and (acted < len(self.asked) or not self.hosts):
-                self._act(acted < len(self.asked))
-                acted = len(self.asked)
+            asked = len(self.asked)  # what is asked from here on is for the next turn
+            if asked and (acted < asked or not self.hosts):
+                self._act(acted < asked)
+                acted = asked
             if self.hosts and self.saves and code is None:
                 self._end_what_is_left()
             time.sleep(_POLL_SECONDS)

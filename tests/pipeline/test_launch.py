@@ -17,6 +17,7 @@ from pipeline.checkpoint import newest
 from pipeline.config import ConfigError
 from pipeline.metrics import read_metrics
 from pipeline.signals import EXIT_STOPPED, read_ended
+from pipeline.stages import launch
 from pipeline.stages.launch import hostfile
 from tests.conftest import ROOT
 
@@ -93,6 +94,26 @@ def test_a_stop_file_ends_it(started):
     assert started.saved() >= 2
     assert not (started.run / "stop").exists()
     started.gone(5)
+
+
+def test_a_signal_that_comes_while_another_is_passed_on_is_not_lost(monkeypatch, tmp_path):
+    watch, turns, ended = launch._Watch(tmp_path, 0, saves=True, asked=[signal.SIGTERM]), [0], []
+
+    def children(_: list[int]) -> list[int]:
+        if len(watch.asked) == 1:
+            watch.asked.append(signal.SIGTERM)
+        return []
+
+    def reap(_: launch._Watch, __: int | None) -> int | None:
+        turns[0] += 1
+        return 0 if ended or turns[0] > 20 else None
+
+    monkeypatch.setattr(launch, "_children", children)
+    monkeypatch.setattr(launch, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(launch._Watch, "_reap", reap)
+    monkeypatch.setattr(launch._Watch, "_end", lambda _: ended.append(True))
+    watch.wait()
+    assert ended == [True]
 
 
 def test_a_hung_run_ends_at_the_second_signal(started):
