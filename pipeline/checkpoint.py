@@ -36,6 +36,7 @@ class State:
     images: str
     tokens: str
     config: str
+    order: int = 1  # shards.order.ARITHMETIC of the version that saved it; the first did not say
     groups: list[list[str]] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
 
@@ -226,6 +227,11 @@ def resume(
     ):
         if getattr(state, name) != getattr(expected, name):
             raise ConfigError(f"{folder}: {cure}; give the one it was started with, or a new train.run folder")
+    if state.order != expected.order:
+        raise ConfigError(
+            f"{folder} was saved by a version that puts samples in another order ({state.order}, here "
+            f"{expected.order}): finish the run with that version, or begin a new one with train.init=EXPORT"
+        )
     if (state.world, state.zero_stage) != (expected.world, expected.zero_stage):
         say(
             f"checkpoint {folder.name} was saved by {state.world} processes under ZeRO-{state.zero_stage}; laying it "

@@ -24,6 +24,7 @@ from pipeline.positions import Positions
 from pipeline.run import BadSamples, identity_digest, locked, open_folder
 from pipeline.streams import Source, training_batches
 from pipeline.watchdog import Watchdog
+from shards.order import ARITHMETIC
 from shards.progress import Progress, Silent
 
 
@@ -201,5 +202,6 @@ def _state(config: Config, job: Job, engine: Engine, step: int) -> checkpoint.St
         images=job.source.images,
         tokens=job.source.tokens,
         config=identity_digest(config, job.sections),
+        order=ARITHMETIC,
         groups=engine.groups,
     )

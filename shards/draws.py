@@ -16,6 +16,7 @@ CHUNK_ORDER, WINDOW_ORDER, VIEW, MASK, DROP_PATH, SUBSTITUTE, PACK_ORDER, SPLIT,
 
 _INCREMENT = 0x9E3779B97F4A7C15
 _WORD = 0xFFFFFFFFFFFFFFFF
+_ROUNDS = 8
 
 
 def _as_words(value: Words) -> np.ndarray:
@@ -51,3 +52,42 @@ def permutation(count: int, *words: Words) -> np.ndarray:
 def hash_key(key: str) -> int:
     """The 64-bit name of a sample's key (xxh3), as the indexes and token shards store it."""
     return xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
+
+
+class Shuffle:
+    """A permutation of 0 … count - 1 that is computed place by place, both ways, and keeps no table.
+
+    A Feistel network (Luby and Rackoff 1988) over the next power of two, its halves of unequal width where need be; what
+    lands at count or beyond goes through it again until it lands below (cycle walking, Black and Rogaway 2002), which
+    takes less than two turns on average.
+    """
+
+    def __init__(self, count: int, *words: Words):
+        self.count = count
+        width = max(2, (count - 1).bit_length())
+        self._low = width // 2
+        self._masks = (1 << self._low) - 1, (1 << (width - self._low)) - 1
+        self._keys = bits(*words, np.arange(_ROUNDS, dtype=np.uint64))
+
+    def forward(self, places: np.ndarray) -> np.ndarray:
+        """Where each of `places` (i64 [n], in 0 … count - 1) goes; i64 [n]."""
+        return self._walk(places, range(_ROUNDS))
+
+    def inverse(self, places: np.ndarray) -> np.ndarray:
+        """What came to each of `places`: inverse(forward(x)) is x."""
+        return self._walk(places, range(_ROUNDS - 1, -1, -1))
+
+    def _walk(self, places: np.ndarray, rounds: range) -> np.ndarray:
+        found = self._once(places.astype(np.uint64), rounds)
+        while (outside := np.flatnonzero(found >= self.count)).size:
+            found[outside] = self._once(found[outside], rounds)
+        return found.astype(np.int64)
+
+    def _once(self, values: np.ndarray, rounds: range) -> np.ndarray:
+        shift = np.uint64(self._low)
+        halves = [values & np.uint64(self._masks[0]), values >> shift]
+        for number in rounds:
+            changed = number % 2
+            mixed = _mix(halves[1 - changed] ^ self._keys[number]) >> np.uint64(20)
+            halves[changed] = halves[changed] ^ (mixed & np.uint64(self._masks[changed]))
+        return halves[0] | (halves[1] << shift)

@@ -3,15 +3,23 @@
 Sample s of a run belongs to epoch s div N at position s mod N. An epoch permutes all chunks of the set (C consecutive
 samples each, one read) and lays them end to end; cuts that sequence into L lanes; and permutes each lane within windows
 of G chunks' worth. Global position p of the epoch is lane p mod L, step p div L. (ARCHITECTURE.md, "Order".)
+
+Nothing is as long as the set: the permutation of the chunks is computed place by place, and where a place lies in the
+sequence follows from the few chunks that are short, the last ones of their shards.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from shards import draws
 from shards.errors import ShardError
+
+# The number of the order's arithmetic, which checkpoints carry: a change of it makes another sequence of samples.
+ARITHMETIC = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,64 +32,171 @@ class OrderPolicy:
     lanes: int = 256
 
 
+class Chunks(NamedTuple):
+    """n chunks of a shard set by shard and by number within it; i64 [n] each."""
+
+    shards: np.ndarray
+    numbers: np.ndarray
+
+
 class Order:
     """Where sample s of a run lies. State: none but caches of pure functions."""
 
     def __init__(self, shard_samples: list[int], policy: OrderPolicy):
         """`shard_samples`: number of samples of each shard, in manifest order."""
         self.policy = policy
-        self.samples = sum(shard_samples)
+        samples = np.asarray(shard_samples, dtype=np.int64)
+        self.samples = int(samples.sum())
         if self.samples == 0:
             raise ShardError("the shard set holds no samples; pack some pictures first")
-        starts = [np.arange(0, count, policy.chunk) for count in shard_samples]
-        self._chunk_shard = np.repeat(np.arange(len(shard_samples)), [len(start) for start in starts])
-        self._chunk_start = np.concatenate(starts)
-        counts = np.asarray(shard_samples)[self._chunk_shard]
-        self._chunk_samples = np.minimum(policy.chunk, counts - self._chunk_start)
-        self._chunks_of_epoch = lru_cache(maxsize=2)(self._permute_chunks)
-        self._window = lru_cache(maxsize=2 * policy.lanes)(self._permute_window)
+        chunks = -(-samples // policy.chunk)
+        self._first_chunk = np.concatenate([[0], np.cumsum(chunks)])
+        short = np.flatnonzero(samples % policy.chunk)
+        self._short_chunk = self._first_chunk[short + 1] - 1
+        self._short_by = policy.chunk - samples[short] % policy.chunk
+        self._make_caches()
 
-    def _permute_chunks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        chunks = draws.permutation(len(self._chunk_shard), draws.CHUNK_ORDER, self.policy.seed, epoch)
-        return chunks, np.concatenate([[0], np.cumsum(self._chunk_samples[chunks])])
+    def _make_caches(self) -> None:
+        self._epoch = lru_cache(maxsize=2)(self._open_epoch)
+        self._window = lru_cache(maxsize=2 * self.policy.lanes)(self._permute_window)
 
-    def _permute_window(self, epoch: int, lane: int, window: int, samples: int) -> np.ndarray:
-        return draws.permutation(samples, draws.WINDOW_ORDER, self.policy.seed, epoch, lane, window)
+    def _open_epoch(self, epoch: int) -> "_Epoch":
+        shuffle = draws.Shuffle(int(self._first_chunk[-1]), draws.CHUNK_ORDER, self.policy.seed, epoch)
+        return _Epoch(shuffle, self.policy.chunk, self._short_chunk, self._short_by)
+
+    def _permute_window(self, epoch: int, lane: int, window: int) -> np.ndarray:
+        """The permutation within a window; shorter at the end of a lane."""
+        start, stop = self._window_ends(lane, window)
+        return draws.permutation(stop - start, draws.WINDOW_ORDER, self.policy.seed, epoch, lane, window)
+
+    def _window_ends(self, lane: int, window: int) -> tuple[int, int]:
+        """Where a window of a lane begins and ends in the epoch's sequence; empty behind the lane's end."""
+        length, longer = divmod(self.samples, self.policy.lanes)  # the first `longer` lanes have one sample more
+        start, size = lane * length + min(lane, longer), self.policy.chunk * self.policy.window
+        stop = start + length + (lane < longer)
+        return min(start + window * size, stop), min(start + (window + 1) * size, stop)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, shard and row (i64 [n] each) of the samples numbered `samples` (i64 [n], any order)."""
         epochs, positions = np.divmod(samples.astype(np.int64), self.samples)
         shards, rows = np.empty_like(epochs), np.empty_like(epochs)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            shards[here], rows[here] = self._locate_in_epoch(int(epoch), positions[here])
+            sequence = self._sequence(epoch, positions[here])
+            chunks, within = self._epoch(epoch).chunks(sequence)
+            shards[here], numbers = self._place(chunks)
+            rows[here] = numbers * self.policy.chunk + within
         return epochs, shards, rows
 
-    def _locate_in_epoch(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _sequence(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Where in the epoch's sequence of chunks laid end to end the samples at `positions` lie."""
         steps, lanes = np.divmod(positions, self.policy.lanes)
-        length, longer = divmod(self.samples, self.policy.lanes)  # the first `longer` lanes have one sample more
-        size = self.policy.chunk * self.policy.window
-        windows, within = np.divmod(steps, size)
+        windows, within = np.divmod(steps, self.policy.chunk * self.policy.window)
+        places, which = np.unique(windows * self.policy.lanes + lanes, return_inverse=True)
         sequence = np.empty_like(positions)
-        for lane, window in np.unique(np.stack([lanes, windows], axis=-1), axis=0).tolist():
-            here = (lanes == lane) & (windows == window)
-            first = window * size
-            count = min(size, length + (lane < longer) - first)
-            lane_start = lane * length + min(lane, longer)
-            sequence[here] = lane_start + first + self._window(epoch, lane, window, count)[within[here]]
-        chunks, ends = self._chunks_of_epoch(epoch)
-        slots = np.searchsorted(ends, sequence, side="right") - 1
-        chunk = chunks[slots]
-        return self._chunk_shard[chunk], self._chunk_start[chunk] + sequence - ends[slots]
+        turns = np.argsort(which, kind="stable")
+        ends = np.cumsum(np.bincount(which, minlength=len(places)))
+        for place, turn in zip(places.tolist(), np.split(turns, ends[:-1]), strict=True):
+            window, lane = divmod(place, self.policy.lanes)
+            sequence[turn] = self._window_ends(lane, window)[0] + self._window(epoch, lane, window)[within[turn]]
+        return sequence
+
+    def _place(self, chunks: np.ndarray) -> Chunks:
+        """Shards and numbers within them of chunks counted through the set."""
+        shards = np.searchsorted(self._first_chunk, chunks, side="right") - 1
+        return Chunks(shards, chunks - self._first_chunk[shards])
+
+    def ahead(self, sample: int, rank: int, world: int) -> Iterator[tuple[int, Chunks]]:
+        """What a rank reads from a sample on, window by window without end: the number of the sample at which a window
+        begins, and its chunks. A rank of a world that divides the lanes has lanes of its own, else it reads all."""
+        lanes, size = self.policy.lanes, self.policy.chunk * self.policy.window
+        mine = range(rank, lanes, world) if lanes % world == 0 else range(lanes)
+        epoch, position = divmod(sample, self.samples)
+        window = position // (size * lanes)
+        while True:
+            ends = [self._window_ends(lane, window) for lane in mine]
+            spans = [(start, stop) for start, stop in ends if stop > start]
+            if spans:
+                yield epoch * self.samples + window * size * lanes, self._place(self._epoch(epoch).covering(spans))
+                window += 1
+            else:
+                epoch, window = epoch + 1, 0
+
+    def next_use(self, chunks: Chunks, sample: int, rank: int, world: int) -> np.ndarray:
+        """The number of the next sample from `sample` on (i64 [n]) for which a rank reads each of the chunks, to the
+        window: `sample` itself where it is in use, 2^62 where it is not used within two epochs."""
+        numbers = self._first_chunk[chunks.shards] + chunks.numbers
+        found = np.full(len(numbers), 2**62)
+        first = sample // self.samples
+        for epoch in (first, first + 1):
+            for start, end, lanes in self._uses(epoch, numbers):
+                mine = (lanes % world == rank % world) | (self.policy.lanes % world != 0)
+                counts = mine & (end > sample)
+                found[counts] = np.minimum(found, np.maximum(start, sample))[counts]
+        return found
+
+    def _uses(self, epoch: int, chunks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """First sample, end and lane of the windows that the first and the last sample of each chunk fall into."""
+        length, longer = divmod(self.samples, self.policy.lanes)
+        size = self.policy.chunk * self.policy.window
+        for sequence in self._epoch(epoch).span(chunks):
+            border = longer * (length + 1)
+            before, after = sequence // (length + 1), longer + (sequence - border) // max(length, 1)
+            lanes = np.where(sequence < border, before, after)
+            windows = (sequence - lanes * length - np.minimum(lanes, longer)) // size
+            start = epoch * self.samples + windows * size * self.policy.lanes
+            yield start, np.minimum(start + size * self.policy.lanes, (epoch + 1) * self.samples), lanes
 
     def __getstate__(self) -> dict:
         """Caches stay behind when a worker process receives the order."""
-        return {name: value for name, value in vars(self).items() if name not in ("_chunks_of_epoch", "_window")}
+        return {name: value for name, value in vars(self).items() if name not in ("_epoch", "_window")}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._chunks_of_epoch = lru_cache(maxsize=2)(self._permute_chunks)
-        self._window = lru_cache(maxsize=2 * self.policy.lanes)(self._permute_window)
+        self._make_caches()
+
+
+class _Epoch:
+    """The sequence of one epoch: all chunks in their permuted order, end to end. Slot i holds chunk shuffle(i)."""
+
+    def __init__(self, shuffle: draws.Shuffle, chunk: int, short_chunks: np.ndarray, short_by: np.ndarray):
+        """short_chunks: those of fewer than `chunk` samples, and by how many."""
+        self.shuffle, self.chunk = shuffle, chunk
+        slots = shuffle.inverse(short_chunks)
+        turn = np.argsort(slots)
+        self._short_slots, self._missing = slots[turn], np.concatenate([[0], np.cumsum(short_by[turn])])
+        # behind every short chunk a run begins in which slots are evenly spaced
+        self._run_slot = np.concatenate([[0], self._short_slots + 1])
+        self._run_start = self._run_slot * chunk - self._missing
+
+    def chunks(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The chunk in which each place of the sequence lies, and the place within it."""
+        slots, within = self._slots(sequence)
+        different, which = np.unique(slots, return_inverse=True)
+        return self.shuffle.forward(different)[which], within
+
+    def _slots(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        run = np.searchsorted(self._run_start, sequence, side="right") - 1
+        behind, within = np.divmod(sequence - self._run_start[run], self.chunk)
+        return self._run_slot[run] + behind, within
+
+    def covering(self, spans: list[tuple[int, int]]) -> np.ndarray:
+        """The chunks that spans (start, stop) of the sequence touch, each once."""
+        ends, _ = self._slots(np.array([(start, stop - 1) for start, stop in spans], dtype=np.int64).reshape(-1))
+        slots = [np.arange(first, last + 1) for first, last in ends.reshape(-1, 2).tolist()]
+        return self.shuffle.forward(np.unique(np.concatenate(slots)))
+
+    def span(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the first and the last sample of each chunk in the sequence."""
+        slots = self.shuffle.inverse(chunks)
+        before = np.searchsorted(self._short_slots, slots, side="left")
+        start = slots * self.chunk - self._missing[before]
+        return start, start + self.chunk - 1 - self._short(slots, before)
+
+    def _short(self, slots: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """How many samples the chunk in each slot is short of."""
+        padded = np.concatenate([self._short_slots, [-1]])
+        return np.where(padded[before] == slots, np.diff(self._missing, append=self._missing[-1])[before], 0)
 
 
 def rank_batches(

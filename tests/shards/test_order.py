@@ -1,6 +1,7 @@
 """The order: every sample once an epoch, arithmetic alone, the same for any shape of the run, and well mixed."""
 
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from shards import draws
 from shards.errors import ShardError
-from shards.order import Order, OrderPolicy, RankBatches, rank_batches
+from shards.order import Chunks, Order, OrderPolicy, RankBatches, rank_batches
 
 SMALL = OrderPolicy(seed=3, chunk=8, window=2, lanes=4)
 SHARDS = [100, 3, 0, 57]  # uneven, one of them empty
@@ -22,7 +23,8 @@ def plain_order(shard_samples: list[int], policy: OrderPolicy, epoch: int) -> li
         for shard, samples in enumerate(shard_samples)
         for start in range(0, samples, policy.chunk)
     ]
-    order = draws.permutation(len(chunks), draws.CHUNK_ORDER, policy.seed, epoch)
+    shuffle = draws.Shuffle(len(chunks), draws.CHUNK_ORDER, policy.seed, epoch)
+    order = shuffle.forward(np.arange(len(chunks))).tolist()
     sequence = [place for chunk in order for place in chunks[chunk]]
     lanes, end = [], 0
     for lane in range(policy.lanes):
@@ -51,8 +53,8 @@ def test_golden_positions():
     five positions of epoch 0 and the first five of epoch 1. If this changes, no run can be continued."""
     epochs, shards, rows = Order(SHARDS, SMALL).locate(np.arange(155, 165))
     assert epochs.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
-    assert shards.tolist() == [3, 0, 0, 0, 3, 0, 0, 0, 3, 0]
-    assert rows.tolist() == [18, 58, 76, 94, 17, 92, 20, 39, 41, 93]
+    assert shards.tolist() == [0, 0, 0, 3, 0, 0, 3, 0, 0, 0]
+    assert rows.tolist() == [34, 70, 91, 32, 33, 67, 19, 87, 92, 68]
 
 
 def test_golden_defaults():
@@ -193,6 +195,73 @@ def test_pickling_keeps_the_function():
 def test_an_empty_set_is_refused(shard_samples):
     with pytest.raises(ShardError, match="no samples"):
         Order(shard_samples, OrderPolicy())
+
+
+@pytest.mark.parametrize(
+    ("shard_samples", "policy", "world"),
+    [
+        (SHARDS, SMALL, 1),
+        (SHARDS, SMALL, 2),
+        (SHARDS, SMALL, 3),
+        ([7], OrderPolicy(), 4),
+        ([1000, 1, 999, 64], OrderPolicy(chunk=16, window=4, lanes=8), 4),
+    ],
+)
+def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world):
+    """What a rank is told to fetch, window by window, is what its samples of that window lie in, and no more where it
+    has lanes of its own."""
+    order, total = Order(shard_samples, policy), sum(shard_samples)
+    size = policy.chunk * policy.window * policy.lanes
+    for rank in range(world):
+        first = total // 3
+        told = order.ahead(first, rank, world)
+        begin, chunks = next(told)
+        samples = np.arange(begin, 2 * total)
+        samples = samples[samples % total % policy.lanes % world == rank] if policy.lanes % world == 0 else samples
+        while begin < 2 * total:
+            then, following = next(told)
+            here = samples[(samples >= begin) & (samples < then)]
+            _, shards, rows = order.locate(here)
+            read = set(zip(shards.tolist(), (rows // policy.chunk).tolist(), strict=True))
+            assert set(zip(chunks.shards.tolist(), chunks.numbers.tolist(), strict=True)) == read
+            assert begin <= first or begin % total % size == 0
+            begin, chunks = then, following
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_next_use_is_the_next_window_that_reads_a_chunk(world):
+    """Against the windows themselves, from many places of two epochs."""
+    order, total, size = Order(SHARDS, SMALL), sum(SHARDS), SMALL.chunk * SMALL.window * SMALL.lanes
+    samples = np.arange(3 * total)
+    _, shards, rows = order.locate(samples)
+    starts = samples // total * total + samples % total // size * size
+    ends = np.minimum(starts + size, (samples // total + 1) * total)
+    every = sorted({(shard, row // SMALL.chunk) for shard, row in everything(SHARDS)})
+    chunks = Chunks(*(np.array(column) for column in zip(*every, strict=True)))
+    for now in range(0, total, 7):
+        for rank in range(world):
+            found = order.next_use(chunks, now, rank, world)
+            mine = (samples % total % SMALL.lanes % world == rank) | (SMALL.lanes % world != 0)
+            for (shard, number), use in zip(every, found.tolist(), strict=True):
+                reads = mine & (shards == shard) & (rows // SMALL.chunk == number) & (ends > now)
+                reads &= samples < (now // total + 2) * total
+                assert use == (max(now, int(starts[reads].min())) if reads.any() else 2**62)
+
+
+def test_a_billion_samples_need_little_memory():
+    """100,000 shards: what an order holds does not grow with the samples but with the shards, and a place far away is
+    found from there."""
+    tracemalloc.start()
+    try:
+        order = Order([10_000] * 100_000, OrderPolicy())
+        epochs, shards, rows = order.locate(np.arange(7 * 10**9, 7 * 10**9 + 64))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 64 * 2**20
+    assert set(epochs.tolist()) == {7}
+    assert len(set(shards.tolist())) > 60
+    assert rows.max() < 10_000
 
 
 SHAPES = [(1, 24), (1, 4), (2, 12), (2, 3), (3, 8), (4, 2), (8, 1), (24, 1)]
