@@ -68,7 +68,7 @@ def official_cut(pixels: np.ndarray, draw: Draw, size: int, resample: Image.Resa
 def our_cut(pixels: np.ndarray, draw: Draw, size: int, resample: str, limits: list[int] | None = None) -> np.ndarray:
     """The loader's cut, u8 [size, size, 3]; without `limits`, clamped as the loader clamps it."""
     out = torch.empty((3, size, size), dtype=torch.uint8)
-    cut_into(out, pixels, draw.box, draw.flip, limits or loader_limits(draw), resample)
+    cut_into(out, codec.crop(pixels, draw.box), draw.flip, limits or loader_limits(draw), resample)
     return out.permute(1, 2, 0).numpy()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pipeline.settings import (
+    DECODERS,
     KERNELS,
     POSITIONS,
     PRECISIONS,
@@ -63,6 +64,7 @@ def _choices(config: Config) -> list[str]:
     taken = (
         ("model.positions", model.positions, POSITIONS),
         ("model.kernels", model.kernels, KERNELS),
+        ("loader.decoder", config.loader.decoder, DECODERS),
         ("train.precision", train.precision, PRECISIONS),
         ("tokenizer.precision", config.tokenizer.precision, TOKENIZER_PRECISIONS),
         ("train.zero_stage", train.zero_stage, (0, 1, 2, 3)),

@@ -174,10 +174,11 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """The stream. seed, chunk, window and lanes fix the order; workers and prefetch never change it."""
+    """The stream. seed, chunk, window and lanes fix the order; workers, prefetch and decoder never change it."""
 
     workers: int = 8  # per process; 0 builds batches in the training process
     prefetch: int = 4  # batches each worker keeps ready
+    decoder: str = "auto"  # of JPEGs: auto (the fastest installed) · nvimgcodec · simplejpeg · pillow; same pixels
     chunk: int = 64  # samples read together; 1 is the perfect shuffle, for local NVMe
     window: int = 16  # chunks' worth of samples a lane is permuted within
     lanes: int = 256
@@ -239,6 +240,7 @@ POSITIONS = ("absolute", "relative_shared", "relative")
 PRECISIONS = ("bf16", "fp16", "fp32")
 TOKENIZER_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 KERNELS = ("auto", "fused", "sdpa", "reference")
+DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
 UNITS = ("epochs", "steps", "samples")
 DVAE_STRIDE = 8  # three convolutions of stride 2
 

@@ -108,6 +108,7 @@ def _pairs(config: Config, images: ImageSet, tokens: str, places: Places, draw: 
         size=config.model.input_size,
         tokenizer_size=(height, width),
         tokenizer_resample=resample,
+        decoder=config.loader.decoder,
         seed=config.data.seed,
         draw=draw,
     )
@@ -188,6 +189,7 @@ def tokenizer_training(config: Config) -> Source:
         source=DrawnViews(view_policy(config.view)),
         size=config.tokenizer.input_size,
         resample="lanczos",
+        decoder=config.loader.decoder,
         seed=config.data.seed,
     )
     return Source(stream, images.manifest.fingerprint, "")

@@ -24,6 +24,7 @@ from pipeline.positions import Positions
 from pipeline.run import BadSamples, identity_digest, locked, open_folder
 from pipeline.streams import Source, training_batches
 from pipeline.watchdog import Watchdog
+from shards import jpeg
 from shards.order import ARITHMETIC
 from shards.progress import Progress, Silent
 
@@ -154,7 +155,9 @@ def _train(config: Config, job: Job, engine: Engine, plan: Plan, parts: Parts) -
     )
     if world.first:
         micro = f"{setup.micro_batch} × {world.size} processes × {setup.accumulation} accumulation"
-        say(f"{job.label}: {plan.steps} steps of {setup.global_batch} ({micro}), from step {first}, in {job.run}")
+        decoder = jpeg.decoder(config.loader.decoder).name
+        line = f"{job.label}: {plan.steps} steps of {setup.global_batch} ({micro}), from step {first}, in {job.run}"
+        say(f"{line}; JPEGs by {decoder}")
     return train(engine, batches, plan, parts)
 
 

@@ -1,4 +1,4 @@
-"""Bytes to pixels and back: the one file that knows Pillow.
+"""Bytes to pixels and back: all that Pillow does here; shards.jpeg has faster ways to the same pixels of a JPEG.
 
 Pixels are uint8 [H, W, 3] RGB. Everyone who decodes a picture decodes it here, so tokenizer and encoder see the same
 values. What is not in the pixels is ignored: EXIF turns (packing applies them once), alpha (dropped, as
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from shards import jpeg
 from shards.errors import ShardError
 from shards.index import (
     FLAG_ANIMATED,
@@ -143,6 +144,32 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return _pixels(image)
 
 
+def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, decoder: str = "auto") -> np.ndarray:
+    """uint8 [height, width, 3]: `decode` cut to a box x, y, width, height, by the decoder of that name (jpeg.DECODERS),
+    which may decode no more than it needs. size (width, height) and flags: the picture's in its index.
+
+    Raises PictureError as `decode` does, ShardError when the box leaves the picture.
+    """
+    check_box(box, size)
+    fast = jpeg.decoder(decoder)
+    if fast.region and _plain_jpeg(flags):
+        found = fast.region(data, box)
+        if found is not None and found.shape == (box[3], box[2], 3):
+            return found
+    return crop(decode_whole(data, flags, decoder), box)
+
+
+def decode_whole(data: bytes, flags: int, decoder: str = "auto") -> np.ndarray:
+    """`decode` by the decoder of that name."""
+    fast = jpeg.decoder(decoder)
+    found = fast.whole(data) if fast.whole and _plain_jpeg(flags) else None
+    return decode(data) if found is None else found
+
+
+def _plain_jpeg(flags: int) -> bool:
+    return bool(flags & FLAG_JPEG) and not flags & FLAG_NOT_RGB
+
+
 def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, np.ndarray]:
     """`read_header` and `decode` in one pass."""
     with _opened(data, max_pixels) as image:
@@ -168,13 +195,19 @@ def resize(pixels: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarr
 
 def crop(pixels: np.ndarray, box: list[int]) -> np.ndarray:
     """The part of u8 [H, W, 3] in a box x, y, width, height; not copied. Raises ShardError when the box leaves it."""
+    check_box(box, (pixels.shape[1], pixels.shape[0]))
     x, y, width, height = box
-    if min(x, y) < 0 or min(width, height) < 1 or x + width > pixels.shape[1] or y + height > pixels.shape[0]:
-        raise ShardError(
-            f"view box {tuple(box)} (x, y, width, height) leaves a picture of {pixels.shape[1]}x{pixels.shape[0]}: "
-            "view and picture do not belong together; run `verify`"
-        )
     return pixels[y : y + height, x : x + width]
+
+
+def check_box(box: list[int], size: tuple[int, int]) -> None:
+    """Raise ShardError when a box x, y, width, height leaves a picture of size (width, height)."""
+    x, y, width, height = box
+    if min(x, y) < 0 or min(width, height) < 1 or x + width > size[0] or y + height > size[1]:
+        raise ShardError(
+            f"view box {tuple(box)} (x, y, width, height) leaves a picture of {size[0]}x{size[1]}: view and picture do "
+            "not belong together; run `verify`"
+        )
 
 
 def encode(pixels: np.ndarray, format: str, quality: int) -> bytes:

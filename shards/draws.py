@@ -57,9 +57,9 @@ def hash_key(key: str) -> int:
 class Shuffle:
     """A permutation of 0 … count - 1 that is computed place by place, both ways, and keeps no table.
 
-    A Feistel network (Luby and Rackoff 1988) over the next power of two, its halves of unequal width where need be; what
-    lands at count or beyond goes through it again until it lands below (cycle walking, Black and Rogaway 2002), which
-    takes less than two turns on average.
+    A Feistel network (Luby and Rackoff 1988) over the next power of two, of unequal halves where need be. What
+    lands at or beyond count goes through it again until it lands below (cycle walking, Black and Rogaway 2002): less
+    than two turns on average.
     """
 
     def __init__(self, count: int, *words: Words):

@@ -3,6 +3,7 @@
 A batch is a pure function of the sample numbers asked for. Workers, ranks and restarts therefore never change it.
 """
 
+import math
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from shards import codec, draws
 from shards.errors import ShardError
@@ -88,7 +89,7 @@ class InTurn:
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """What turns sample numbers into batches. `size` is (H, W), `resample` a filter of `cut_into`; `tokenizer_size` and
-    its filter ask for the same views once more, as a tokenizer sees them."""
+    its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of shards.jpeg.DECODERS."""
 
     images: ImageSet
     places: Places
@@ -97,33 +98,48 @@ class Stream:
     resample: str = TORCH
     tokenizer_size: tuple[int, int] = (0, 0)
     tokenizer_resample: str = "lanczos"
+    decoder: str = "auto"
     seed: int = 0
     draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
     def batch(self, samples: np.ndarray) -> Batch:
         """Build the batch of these samples (i64 [B]). Raises ShardError when a shard cannot be read."""
+        refused: dict[tuple[int, int], str] = {}
+        while True:
+            try:
+                return self._batch(samples, refused)
+            except _Undecodable as error:
+                refused[error.place] = str(error)
+
+    def _batch(self, samples: np.ndarray, refused: dict[tuple[int, int], str]) -> Batch:
+        """The batch, where `refused` says which rows cannot stand at which of its places, and why."""
         epochs, shards, rows = self.places.locate(samples)
         bad: list[BadSample] = []
         pictures = []
         for i, sample in enumerate(samples.tolist()):
-            row, picture = self._picture(sample, int(shards[i]), int(rows[i]), bad)
-            rows[i] = row
+            rows[i], picture = self._picture(i, sample, int(shards[i]), int(rows[i]), refused, bad)
             pictures.append(picture)
         indexes = [self.images.index(shard) for shard in shards.tolist()]
         columns = {
-            name: np.array([getattr(index, name)[row] for index, row in zip(indexes, rows, strict=True)])
-            for name in ("key_hash", "width", "height", "mean_grey", "label")
+            name: np.array([index.columns[name][row] for index, row in zip(indexes, rows.tolist(), strict=True)])
+            for name in ("key_hash", "width", "height", "mean_grey", "label", "flags")
         }
         picked = Picked(epochs, shards, rows, columns["key_hash"], columns["width"], columns["height"])
         views, tokens = self.source.views(picked)
-        pixels = torch.empty((len(samples), 3, *self.size), dtype=torch.uint8)
-        second = torch.empty((len(samples), 3, *self.tokenizer_size), dtype=torch.uint8)
-        limits = unclipped_limits(views, columns["mean_grey"])
-        for i, picture in enumerate(pictures):
-            how = views.boxes[i].tolist(), bool(views.flips[i]), limits[i].tolist()
-            cut_into(pixels[i], picture, *how, self.resample)
+        pixels = _empty((len(samples), 3, *self.size))
+        second = _empty((len(samples), 3, *self.tokenizer_size))
+        limits = unclipped_limits(views, columns["mean_grey"]).tolist()
+        sizes = zip(columns["width"].tolist(), columns["height"].tolist(), strict=True)
+        records = zip(views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
+        how = zip(pictures, sizes, columns["flags"].tolist(), records, strict=True)
+        for i, (picture, size, flags, (box, flip, limit)) in enumerate(how):
+            try:
+                crop = codec.decode_view(picture, box, size, flags, self.decoder)
+            except codec.PictureError as error:
+                raise _Undecodable((i, int(rows[i])), str(error)) from error
+            cut_into(pixels[i], crop, bool(flip), limit, self.resample)
             if second.numel():
-                cut_into(second[i], picture, *how, self.tokenizer_resample)
+                cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
         drawn = self.draw(samples) if self.draw else {}
         return Batch(
             torch.from_numpy(samples),
@@ -138,19 +154,23 @@ class Stream:
             bad,
         )
 
-    def _picture(self, sample: int, shard: int, row: int, bad: list[BadSample]) -> tuple[int, np.ndarray]:
-        """The decoded picture and its row, or those of the first usable substitute: a pure function of the sample."""
+    def _picture(
+        self, i: int, sample: int, shard: int, row: int, refused: dict[tuple[int, int], str], bad: list[BadSample]
+    ) -> tuple[int, bytes]:
+        """The picture at place i and its row, or those of the first usable substitute: a pure function of the
+        sample."""
         index, name = self.images.index(shard), self.images.manifest.shards[shard].name
-        reason, candidate = "", row
+        key_hash, reason, candidate = int(index.key_hash[row]), "", row
         for attempt in range(_SUBSTITUTES):
             try:
+                if (i, candidate) in refused:
+                    raise DamagedSample(refused[i, candidate])
                 if not self.source.usable(shard, candidate):
                     raise DamagedSample("`tokenize` could not read it, so it has no tokens")
-                picture = codec.decode(self.images.read(shard, candidate))
+                picture = self.images.read(shard, candidate)
                 break
-            except (DamagedSample, codec.PictureError) as error:
+            except DamagedSample as error:
                 reason = reason or str(error)
-            key_hash = int(index.key_hash[row])
             candidate = int(draws.uniform(draws.SUBSTITUTE, self.seed, key_hash, attempt)[0] * len(index))
         else:
             raise ShardError(f"{name}: {_SUBSTITUTES} samples tried for {index.key(row)}, none usable; run `verify`")
@@ -159,17 +179,29 @@ class Stream:
         return candidate, picture
 
 
-def cut_into(
-    out: torch.Tensor, picture: np.ndarray, box: list[int], flip: bool, limits: list[int], resample: str
-) -> None:
-    """Write one view into `out` u8 [3, H, W]: crop (x, y, width, height), clamp, antialiased resize, flip.
+class _Undecodable(Exception):
+    """A picture whose bytes are as packed does not decode: its place in the batch and its row."""
+
+    def __init__(self, place: tuple[int, int], reason: str):
+        super().__init__(reason)
+        self.place = place
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """u8; in a worker in shared memory, where the training process reads it without another copy."""
+    if get_worker_info() is None or 0 in shape:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int], resample: str) -> None:
+    """Write one view into `out` u8 [3, H, W] from its crop u8 [h, w, 3]: clamp, antialiased resize, flip.
 
     limits: lowest and highest value (shards.views.unclipped_limits). resample: TORCH is torch's bicubic, four times
-    Pillow's speed, for the encoder; bicubic and lanczos are Pillow's. Raises ShardError when the box leaves the
-    picture.
+    Pillow's speed, for the encoder; bicubic and lanczos are Pillow's.
     """
     size = (out.shape[1], out.shape[2])
-    crop = codec.crop(picture, box)
     if limits != [0, 255]:
         crop = crop.clip(limits[0], limits[1])
     if resample == TORCH:
@@ -253,6 +285,7 @@ class ShardCuts(Dataset):
     size: tuple[int, int]
     resample: str
     per_item: int
+    decoder: str = "auto"
 
     def __len__(self) -> int:
         return -(-self.views.flips.shape[1] // self.per_item)
@@ -275,12 +308,13 @@ class ShardCuts(Dataset):
                 continue
             for k, box in enumerate(views.boxes[:, row].tolist()):
                 how = bool(views.flips[k, row]), limits[k, n].tolist()
-                cut_into(pixels[n, k], picture, box, *how, self.resample)
+                cut_into(pixels[n, k], codec.crop(picture, box), *how, self.resample)
         return Cuts(torch.from_numpy(rows), pixels, torch.from_numpy(bad))
 
     def _picture(self, row: int) -> np.ndarray | None:
         try:
-            return codec.decode(self.images.read(self.shard, row))
+            flags = int(self.images.index(self.shard).flags[row])
+            return codec.decode_whole(self.images.read(self.shard, row), flags, self.decoder)
         except (DamagedSample, codec.PictureError):
             return None
 

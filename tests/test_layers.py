@@ -43,6 +43,7 @@ class Row:
 TABLE = (
     Row("kernels*", "kernels torch triton", "shards pipeline deepspeed"),
     Row("shards.codec", "shards numpy PIL", "kernels pipeline deepspeed torch"),
+    Row("shards.jpeg", "shards.errors numpy PIL nvidia simplejpeg", "kernels pipeline deepspeed torch"),
     Row("shards.loader", "shards numpy torch", "kernels pipeline deepspeed"),
     Row("shards*", "shards numpy webdataset yaml safetensors xxhash tqdm", "kernels pipeline deepspeed torch"),
     Row("pipeline", ""),

@@ -24,6 +24,7 @@ from pipeline.precision import changed_tokens, computing
 from pipeline.rendezvous import place_of, rank_of
 from pipeline.streams import fitting_tokenizer, policy_record, view_policy
 from pipeline.tokenizer import VisualTokenizer
+from shards import jpeg
 from shards.files import PARTIAL
 from shards.images import ImageSet
 from shards.index import Index
@@ -51,6 +52,7 @@ class Task:
     num_views: int
     precision: str
     device: torch.device
+    decoder: str
 
     def stamp(self, shard: ImageShard) -> dict[str, str]:
         """What a token file of this task carries; a file with another stamp belongs to another task."""
@@ -80,6 +82,7 @@ def run(config: Config) -> int:
             config.view.num_views,
             config.tokenizer.precision,
             device,
+            config.loader.decoder,
         )
         _tokenize_set(config, task)
     return 0
@@ -99,6 +102,8 @@ def _tokenize_set(config: Config, task: Task) -> None:
     task.folder.mkdir(parents=True, exist_ok=True)
     rank, turn = rank_of(os.environ), _turn(len(shards))
     total = task.images.manifest.samples * task.num_views
+    if rank == 0:
+        say(f"tokenize {task.images.folder}: JPEGs by {jpeg.decoder(task.decoder).name}")
     watch = _Finished(task)
     label = f"tokenize {task.images.folder.name}"
     with Progress(label, total, "view", done=watch.views()) if rank == 0 else Silent() as progress:
@@ -155,7 +160,7 @@ def _sweep(folder: Path) -> None:
 def _provenance(task: Task) -> dict:
     """For people: what made the tokens, and how many of them another precision would have changed."""
     versions = {name: metadata.version(name) for name in ("torch", "pillow", "numpy")}
-    made = {"device": task.device.type, "decoder": "pillow", **versions}
+    made = {"device": task.device.type, "decoder": jpeg.decoder(task.decoder).name, **versions}
     index = task.images.index(0)
     views = _draw(task, index)
     first = replace(_cuts(task, 0, views), per_item=_COMPARED if task.device.type == "cuda" else _COMPARED_SLOWLY)[0]
@@ -236,6 +241,7 @@ def _cuts(task: Task, number: int, views: Views) -> ShardCuts:
         size=(height, width),
         resample=task.identity["filter"],
         per_item=_PICTURES_PER_ITEM,
+        decoder=task.decoder,
     )
 
 

@@ -16,6 +16,7 @@ from pipeline.streams import Source, pretraining, refuse_other_tokenizers, train
 from pipeline.tokenizer import load_tokenizer
 from shards.errors import ShardError
 from shards.images import ImageSet
+from shards.jpeg import DECODERS
 from shards.loader import Batch, Stream, load
 from shards.manifest import read_image_manifest, read_token_manifest
 from shards.order import RankBatches
@@ -63,6 +64,14 @@ def test_same_sequence_for_any_ranks_and_workers(tiny, ranks, workers):
     steps = 5  # 60 samples of an epoch of 50: crosses its end
     alone = stream_rows(config, source, 0, steps, ranks=1, workers=0)
     assert stream_rows(config, source, 0, steps, ranks, workers) == alone
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_same_batches_by_any_decoder(tiny, decoder):
+    config = tiny_config(tiny, f"loader.decoder={decoder}")
+    samples = np.arange(20, dtype=np.int64)
+    expected = pretraining(tiny_config(tiny, "loader.decoder=pillow")).stream.batch(samples)
+    assert split(pretraining(config).stream.batch(samples)) == split(expected)
 
 
 def test_each_sample_once_an_epoch(tiny):
