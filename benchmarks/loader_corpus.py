@@ -49,8 +49,8 @@ class Corpus:
         index = [ImageSet(self.shards).index(shard) for shard in range(len(self.urls()))]
         area = np.concatenate([one.width.astype(float) * one.height for one in index]).mean() / 1000
         return (
-            f"{len(files)} JPEGs of {kilobytes:.0f} kB and {area:.0f} thousand pixels in the mean (ImageNet-1k: 110 kB), "
-            "blended from photographs with 1/f noise, 85 % of them 4:2:0; all in the page cache."
+            f"{len(files)} JPEGs of {kilobytes:.0f} kB and {area:.0f} thousand pixels in the mean (ImageNet-1k's have "
+            "110 kB), blended from photographs with 1/f noise, 85 % of them 4:2:0; all in the page cache."
         )
 
 
