@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -197,13 +197,18 @@ def check(pictures: Corpus, stream: Stream, known: dict[str, Recorded]) -> None:
         assert torch.equal(found, again), "webdataset gives other pixels at equal work"
 
 
-def measure(paths: dict[str, tuple[Callable[[int], Iterable], int]], rounds: int) -> dict[str, list[float]]:
+def measure(paths: Mapping[str, tuple[Callable[[int], Iterable], int]], rounds: int) -> dict[str, list[float]]:
     """Images/s of each path in each round; a path is (what gives WARM + n batches, n)."""
     rates: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(rounds):
         for name, (batches, count) in paths.items():
             rates[name].append(rate(batches(WARM + count), count))
     return rates
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """The median over the rounds of what was measured side by side."""
+    return float(np.median(np.array(one) / np.array(other)))
 
 
 def row(path: str, cores: str, does: str, rates: list[float]) -> dict:
@@ -247,14 +252,13 @@ def main(dry: bool) -> None:
     scaling = measure(workers, rounds)
     rows = [row(name, "one core", DOES[name], found) for name, found in rates.items()]
     rows += [row(name, f"{len(cores)} cores", DOES["ours"], found) for name, found in scaling.items()]
-    middle = {name: float(np.median(found)) for name, found in {**rates, **scaling}.items()}
-    ratios = {f"ours / {name}": middle["ours"] / middle[name] for name in DOES if name != "ours"}
-    ratios["2 workers / 1 worker"] = middle["ours, 2 workers"] / middle["ours, 1 worker"]
+    ratios = {f"ours / {name}": ratio(rates["ours"], rates[name]) for name in DOES if name != "ours"}
+    ratios["2 workers / 1 worker"] = ratio(scaling["ours, 2 workers"], scaling["ours, 1 worker"])
     if dry:
         print(*rows, ratios, sep="\n")
         return
-    note = f"{pictures.describe()} Batch {BATCH}, one DataLoader worker and the consumer on the same core, median of "
-    note += f"{rounds} rounds in turn; the bare loop runs in one process. "
+    note = f"{pictures.describe()} Batch {BATCH}, one DataLoader worker and the consumer on the same core, medians of "
+    note += f"{rounds} rounds in turn, of rates and of their ratios; the bare loop runs in one process. "
     note += "Every path was checked before it was timed: ours against the stream without workers, webdataset's and the "
     note += "bare loop's pixels against ours, BEiT's against the transform of `views`."
     write("loader", "how many images a second does a core load?", rows, ratios, [note])

@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +56,22 @@ class Corpus:
 
 def corpus(count: int) -> Corpus:
     """The corpus of `count` pictures, made when it is not there."""
-    folder = FOLDER / f"corpus-{count}"
+    return _made(FOLDER / f"corpus-{count}", lambda folder: write_pictures(folder, count), _PER_SHARD)
+
+
+def tiny_corpus(count: int, per_shard: int) -> Corpus:
+    """`count` pictures of 32 x 32, for what does not depend on the work a picture makes."""
+    return _made(FOLDER / f"tiny-{count}-{per_shard}", lambda folder: write_tiny_pictures(folder, count), per_shard)
+
+
+def _made(folder: Path, write: Callable[[Path], None], per_shard: int) -> Corpus:
+    """The corpus in `folder`: what an earlier run finished, or `write`'s pictures, packed, with tokens."""
     found = Corpus(folder / "pictures", folder / "shards", folder / "tokens")
     finished = folder / "version"
     if not finished.exists() or finished.read_text(encoding="utf-8") != _VERSION:
         shutil.rmtree(folder, ignore_errors=True)
-        write_pictures(found.pictures, count)
-        pack(found.pictures, found.shards, PackOptions(samples_per_shard=_PER_SHARD, labels="none"), "0", 1)
+        write(found.pictures)
+        pack(found.pictures, found.shards, PackOptions(samples_per_shard=per_shard, labels="none"), "0", 1)
         write_tokens(found.shards, found.tokens)
         write_text(finished, _VERSION)
     return found
@@ -87,6 +96,13 @@ def write_pictures(folder: Path, count: int) -> None:
             file, "JPEG", quality=quality, subsampling=subsampling
         )
         (folder / f"{number:06d}.jpg").write_bytes(file.getvalue())
+
+
+def write_tiny_pictures(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = (256 * draws.uniform(_SEED, number, np.arange(8 * 8 * 3))).astype(np.uint8).reshape(8, 8, 3)
+        (folder / f"{number:06d}.jpg").write_bytes(codec.encode(codec.resize(pixels, (32, 32), "bicubic"), "jpg", 90))
 
 
 def _size(u: Iterator[float]) -> tuple[int, int]:
