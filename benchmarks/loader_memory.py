@@ -4,6 +4,8 @@ import functools
 import multiprocessing
 import sys
 
+import numpy as np
+
 from benchmarks.loader_corpus import tiny_corpus
 from benchmarks.loader_resume import large_set, large_stream
 from benchmarks.results import write
@@ -16,6 +18,7 @@ from shards.pairs import RecordedViews
 
 PICTURES, PER_SHARD, BATCH, WORKERS = 4000, 100, 16, 2
 AT, AT_DRY = (100, 1000, 2500, 5000, 10_000), (10, 20)
+READINGS = 20
 _MIB = 1024
 
 
@@ -43,17 +46,22 @@ def memory(pid: int) -> tuple[float, float]:
 
 
 def watch(name: str, stream: Stream, at: tuple[int, ...]) -> list[dict]:
-    """A row for each number of batches in `at`, with the memory of every worker."""
+    """A row for each number of batches in `at`: the memory of every worker, the median over the readings before it,
+    since a batch that is being built comes and goes."""
     numbers, rows = RankBatches(0, BATCH, BATCH, 0, 1, at[-1] + 1), []
+    readings: list[list[tuple[float, float]]] = []
     for taken, batch in enumerate(load(stream, numbers, workers=WORKERS, prefetch=4, pin=False)):
         assert len(batch.pixels) == BATCH and not batch.bad, "a batch is not whole"
-        if taken in at:  # the worker is still there: one batch more is asked for than is looked at
+        if any(mark - READINGS < taken <= mark for mark in at):  # the workers live: one batch more is asked for
             workers = sorted(process.pid or 0 for process in multiprocessing.active_children())
             assert len(workers) == WORKERS, f"{len(workers)} workers are running"
-            found = [memory(pid) for pid in workers]
-            row = {"set": name, "batches": taken}
-            row |= {f"worker {i}, private MiB": private for i, (private, _) in enumerate(found, 1)}
-            rows.append(row | {f"worker {i}, RSS MiB": everything for i, (_, everything) in enumerate(found, 1)})
+            readings.append([memory(pid) for pid in workers])
+        if taken in at:
+            private, everything = np.median(readings, axis=0).T.tolist()
+            readings.clear()
+            row: dict = {"set": name, "batches": taken}
+            row |= {f"worker {i}, private MiB": value for i, value in enumerate(private, 1)}
+            rows.append(row | {f"worker {i}, RSS MiB": value for i, value in enumerate(everything, 1)})
     return rows
 
 
@@ -77,10 +85,10 @@ def main(dry: bool) -> None:
         print(*rows, ratios, sep="\n")
         return
     note = (
-        f"{WORKERS} workers, batches of {BATCH} tiny pictures cut to 224. Private: pages that no other process maps. "
+        f"{WORKERS} workers, batches of {BATCH} tiny pictures cut to 224. Private: pages that no other process maps; "
     )
-    note += "A ratio is that of the worker that grew most. The large set opens shards until 256 are open, then closes "
-    note += "the least used; its views are drawn, without tokens or masks."
+    note += f"medians of {READINGS} readings. A ratio is that of the worker that grew most. The large set opens shards "
+    note += "until 256 are open, then closes the least used; its views are drawn, without tokens or masks."
     write("loader_memory", "does a worker's memory stay flat?", rows, ratios, [note])
 
 
