@@ -59,7 +59,18 @@ def _gpu() -> str:
 def _versions() -> dict[str, str]:
     """Of what is installed: a machine that measures kernels needs little."""
     versions = {}
-    for package in ("torch", "triton", "deepspeed", "webdataset", "numpy", "pillow", "transformers", "timm"):
+    for package in (
+        "torch",
+        "triton",
+        "deepspeed",
+        "webdataset",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "nvidia-nvimgcodec-cu12",
+        "transformers",
+        "timm",
+    ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions

@@ -1,0 +1,96 @@
+"""Does a loader's worker grow? The memory of two workers over 10,000 batches."""
+
+import functools
+import multiprocessing
+import sys
+
+import numpy as np
+
+from benchmarks.loader_corpus import tiny_corpus
+from benchmarks.loader_resume import large_set, large_stream
+from benchmarks.results import write
+from pipeline.config import Mask, Model
+from pipeline.streams import sample_draws
+from shards.images import ImageSet
+from shards.loader import Stream, load
+from shards.order import Order, OrderPolicy, RankBatches
+from shards.pairs import RecordedViews
+
+PICTURES, PER_SHARD, BATCH, WORKERS = 4000, 100, 16, 2
+AT, AT_DRY = (100, 1000, 2500, 5000, 10_000), (10, 20)
+READINGS = 20
+_MIB = 1024
+
+
+def small_stream() -> Stream:
+    """The whole stream over a small set: 40 shards, recorded views, tokens, masks."""
+    pictures = tiny_corpus(PICTURES, PER_SHARD)
+    images = ImageSet(pictures.shards)
+    return Stream(
+        images=images,
+        places=Order([shard.samples for shard in images.manifest.shards], OrderPolicy()),
+        source=RecordedViews(images, pictures.tokens),
+        size=(224, 224),
+        draw=functools.partial(sample_draws, Mask(), Model(), 0),
+    )
+
+
+def memory(pid: int) -> tuple[float, float]:
+    """MiB of a process: what it alone holds (private pages), and all it has mapped in memory."""
+    kilobytes = {}
+    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+        for line in list(file)[1:]:
+            name, value = line.split()[:2]
+            kilobytes[name.rstrip(":")] = int(value)
+    return (kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]) / _MIB, kilobytes["Rss"] / _MIB
+
+
+def watch(name: str, stream: Stream, at: tuple[int, ...]) -> list[dict]:
+    """A row for each number of batches in `at`: the memory of every worker, the median over the readings before it,
+    since a batch that is being built comes and goes."""
+    numbers, rows = RankBatches(0, BATCH, BATCH, 0, 1, at[-1] + 1), []
+    readings: list[list[tuple[float, float]]] = []
+    for taken, batch in enumerate(load(stream, numbers, workers=WORKERS, prefetch=4, pin=False)):
+        assert len(batch.pixels) == BATCH and not batch.bad, "a batch is not whole"
+        if any(mark - READINGS < taken <= mark for mark in at):  # the workers live: one batch more is asked for
+            workers = sorted(process.pid or 0 for process in multiprocessing.active_children())
+            assert len(workers) == WORKERS, f"{len(workers)} workers are running"
+            readings.append([memory(pid) for pid in workers])
+        if taken in at:
+            private, everything = np.median(readings, axis=0).T.tolist()
+            readings.clear()
+            row: dict = {"set": name, "batches": taken}
+            row |= {f"worker {i}, private MiB": value for i, value in enumerate(private, 1)}
+            rows.append(row | {f"worker {i}, RSS MiB": value for i, value in enumerate(everything, 1)})
+    return rows
+
+
+def growth(rows: list[dict], kind: str) -> float:
+    """Memory at the last row over that at the second, of the worker that grew most."""
+    names = [name for name in rows[0] if name.endswith(kind)]
+    return max(rows[-1][name] / rows[1][name] for name in names)
+
+
+def main(dry: bool) -> None:
+    """A small set read 40 times over, and one of 1420 shards, more than stay open."""
+    at = AT_DRY if dry else AT
+    small = watch("4000 pictures, tokens, masks", small_stream(), at)
+    large = watch("14.2 M listed in 1420 shards", large_stream(large_set()), at)
+    rows, last = small + large, f"{at[-1]} / {at[1]} batches"
+    ratios = {}
+    for name, found in (("small", small), ("large", large)):
+        for kind in ("private MiB", "RSS MiB"):
+            ratios[f"{name} set, {kind}, {last}"] = growth(found, kind)
+    if dry:
+        print(*rows, ratios, sep="\n")
+        return
+    note = (
+        f"{WORKERS} workers, batches of {BATCH} tiny pictures cut to 224. Private: pages that no other process maps; "
+    )
+    note += f"medians of {READINGS} readings. A ratio is that of the worker that grew most. The large set opens shards "
+    note += "until 256 are open, then closes the least used; its views are drawn, without tokens or masks."
+    write("loader_memory", "does a worker's memory stay flat?", rows, ratios, [note])
+
+
+if __name__ == "__main__":
+    main("--dry" in sys.argv)
