@@ -3,6 +3,7 @@
 Every path runs on one core, worker and consumer together, in turn with the others, round after round.
 """
 
+import dataclasses
 import functools
 import io
 import os
@@ -35,18 +36,12 @@ PICTURES, PICTURES_DRY = 19 * BATCH, 4 * BATCH
 EPOCHS = 2  # timed, of the paths that decode as we do; of the slower ones, one
 
 
-def region(data: bytes, box: list[int], flags: int) -> np.ndarray:
-    """The crop of a picture, by the fastest decoder installed."""
-    if hasattr(codec, "decode_region"):
-        return codec.decode_region(data, box, flags)
-    return codec.crop(codec.decode(data), box)
-
-
 @dataclass(frozen=True)
 class Recorded:
     """A picture with the view that the stream shows of it."""
 
     data: bytes
+    size: tuple[int, int]
     flags: int
     box: list[int]
     flip: bool
@@ -54,13 +49,11 @@ class Recorded:
 
     def cut(self, out: torch.Tensor) -> None:
         """What the stream does with it."""
-        crop = region(self.data, self.box, self.flags)
-        cut_into(out, crop, [0, 0, crop.shape[1], crop.shape[0]], self.flip, self.limits, TORCH)
+        cut_into(out, codec.decode_view(self.data, self.box, self.size, self.flags), self.flip, self.limits, TORCH)
 
     def cut_barely(self, out: torch.Tensor) -> None:
         """Decode, crop, resize; no flip, no clamp."""
-        crop = region(self.data, self.box, self.flags)
-        cut_into(out, crop, [0, 0, crop.shape[1], crop.shape[0]], False, [0, 255], TORCH)
+        cut_into(out, codec.decode_view(self.data, self.box, self.size, self.flags), False, [0, 255], TORCH)
 
 
 def our_stream(pictures: Corpus) -> Stream:
@@ -90,7 +83,8 @@ def records(stream: Stream, samples: np.ndarray) -> dict[str, Recorded]:
     found = {}
     for i, (index, shard, row) in enumerate(zip(indexes, shards.tolist(), rows.tolist(), strict=True)):
         box, flip = views.boxes[i].tolist(), bool(views.flips[i])
-        found[index.key(row)] = Recorded(images.read(shard, row), flags[i], box, flip, limits[i])
+        size = int(picked.widths[i]), int(picked.heights[i])
+        found[index.key(row)] = Recorded(images.read(shard, row), size, flags[i], box, flip, limits[i])
     return found
 
 
@@ -134,7 +128,7 @@ class EqualWork(IterableDataset):
                 sample = next(samples)
                 view = self.known[sample["__key__"]]
                 numbers[i] = self.numbers[sample["__key__"]]
-                Recorded(sample["jpg"], view.flags, view.box, view.flip, view.limits).cut(pixels[i])
+                dataclasses.replace(view, data=sample["jpg"]).cut(pixels[i])
             yield pixels, numbers
 
 

@@ -114,6 +114,7 @@ def open_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         if end != size:
             raise ShardError(f"{path} is {size} bytes long but its header describes {end}: damaged; make it again")
         mapped = np.memmap(path, dtype=np.uint8, mode="r") if end > start else np.empty(size, np.uint8)
+        mapped = mapped.view(np.ndarray)  # a memmap's own class takes a microsecond more for every row read
         for name, entry in header.items():
             first, last = entry["data_offsets"]
             tensors[name] = mapped[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])

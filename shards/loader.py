@@ -4,6 +4,7 @@ A batch is a pure function of the sample numbers asked for. Workers, ranks and r
 """
 
 import math
+import mmap
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from shards import codec, draws
 from shards.errors import ShardError
@@ -102,16 +103,27 @@ class Stream:
     seed: int = 0
     draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
-    def batch(self, samples: np.ndarray) -> Batch:
-        """Build the batch of these samples (i64 [B]). Raises ShardError when a shard cannot be read."""
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one sample's pixels and tokenizer_pixels."""
+        return (3, *self.size), (3, *self.tokenizer_size)
+
+    def batch(self, samples: np.ndarray, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> Batch:
+        """Build the batch of these samples (i64 [B]), its pixels and tokenizer_pixels in the two tensors `into`.
+
+        Raises ShardError when a shard cannot be read.
+        """
+        places = into or tuple(torch.empty((len(samples), *shape), dtype=torch.uint8) for shape in self.shapes)
         refused: dict[tuple[int, int], str] = {}
         while True:
             try:
-                return self._batch(samples, refused)
+                return self._batch(samples, refused, *places)
             except _Undecodable as error:
                 refused[error.place] = str(error)
 
-    def _batch(self, samples: np.ndarray, refused: dict[tuple[int, int], str]) -> Batch:
+    def _batch(
+        self, samples: np.ndarray, refused: dict[tuple[int, int], str], pixels: torch.Tensor, second: torch.Tensor
+    ) -> Batch:
         """The batch, where `refused` says which rows cannot stand at which of its places, and why."""
         epochs, shards, rows = self.places.locate(samples)
         bad: list[BadSample] = []
@@ -126,8 +138,6 @@ class Stream:
         }
         picked = Picked(epochs, shards, rows, columns["key_hash"], columns["width"], columns["height"])
         views, tokens = self.source.views(picked)
-        pixels = _empty((len(samples), 3, *self.size))
-        second = _empty((len(samples), 3, *self.tokenizer_size))
         limits = unclipped_limits(views, columns["mean_grey"]).tolist()
         sizes = zip(columns["width"].tolist(), columns["height"].tolist(), strict=True)
         records = zip(views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
@@ -187,14 +197,6 @@ class _Undecodable(Exception):
         self.place = place
 
 
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """u8; in a worker in shared memory, where the training process reads it without another copy."""
-    if get_worker_info() is None or 0 in shape:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
 def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int], resample: str) -> None:
     """Write one view into `out` u8 [3, H, W] from its crop u8 [h, w, 3]: clamp, antialiased resize, flip.
 
@@ -203,7 +205,7 @@ def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int],
     """
     size = (out.shape[1], out.shape[2])
     if limits != [0, 255]:
-        crop = crop.clip(limits[0], limits[1])
+        crop = torch.from_numpy(crop).clamp(limits[0], limits[1]).numpy()
     if resample == TORCH:
         resized = interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0]
     else:
@@ -218,19 +220,64 @@ class Numbers(Protocol):
     def __getitem__(self, i: int, /) -> np.ndarray: ...
 
 
+class _Ring:
+    """Memory for the pixels of a few batches, shared with the workers that are forked after it was made.
+
+    A fresh piece of shared memory for every batch would cost more in page faults than a copy of it does. Batch i has
+    slot i mod slots, which is free again: no more than `slots` - 1 batches are asked for before one is received.
+    """
+
+    def __init__(self, slots: int, samples: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]):
+        """`samples`: of the largest batch; `shapes`: Stream.shapes."""
+        self.slots, self.shapes, self.sizes = slots, shapes, [samples * math.prod(shape) for shape in shapes]
+        self.memory = torch.frombuffer(mmap.mmap(-1, max(1, slots * sum(self.sizes))), dtype=torch.uint8)
+
+    def places(self, number: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the pixels and tokenizer_pixels of batch `number` go, u8 [samples, *shape] each."""
+        start, found = number % self.slots * sum(self.sizes), []
+        for size, shape in zip(self.sizes, self.shapes, strict=True):
+            found.append(self.memory[start : start + samples * math.prod(shape)].view(samples, *shape))
+            start += size
+        return found[0], found[1]
+
+
+class _Sent:
+    """A batch on its way from a worker: everything but the pixels, which lie in the ring."""
+
+    def __init__(self, number: int, batch: Batch):
+        self.number, self.bad = number, batch.bad
+        none = torch.empty(0)
+        kept = batch._replace(pixels=none, tokenizer_pixels=none, draws={}, bad=[])
+        self.arrays = {name: value.numpy() for name, value in kept._asdict().items() if torch.is_tensor(value)}
+        self.draws = {name: value.numpy() for name, value in batch.draws.items()}
+
+    def received(self, ring: _Ring, pin: bool) -> Batch:
+        """The batch in memory of its own, pinned where a GPU copies it from."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory() if pin else tensor.clone()
+
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        places = ring.places(self.number, len(self.arrays["samples"]))
+        tensors |= {"pixels": own(places[0]), "tokenizer_pixels": own(places[1])}
+        drawn = {name: torch.from_numpy(array) for name, array in self.draws.items()}
+        return Batch(**tensors, draws=drawn, bad=self.bad)
+
+
 class _Batches(Dataset):
     """torch's view of a stream: item i is the batch of numbers[i]."""
 
-    def __init__(self, stream: Stream, numbers: Numbers):
-        self.stream, self.numbers = stream, numbers
+    def __init__(self, stream: Stream, numbers: Numbers, ring: _Ring):
+        self.stream, self.numbers, self.ring = stream, numbers, ring
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> Batch | str:
+    def __getitem__(self, i: int) -> _Sent | str:
         """The batch, or the one line of its ShardError: raised in a worker it would come back as a traceback."""
         try:
-            return self.stream.batch(self.numbers[i])
+            samples = self.numbers[i]
+            return _Sent(i, self.stream.batch(samples, self.ring.places(i, len(samples))))
         except ShardError as error:
             return str(error)
 
@@ -243,25 +290,35 @@ def _start_worker(_: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
 
 
-def load(stream: Stream, numbers: Numbers, *, workers: int, prefetch: int, pin: bool) -> Iterator[Batch]:
-    """Iterate over the batches of `numbers` (see order.RankBatches), in order.
+def _as_it_is(sent: _Sent | str) -> _Sent | str:
+    return sent
 
-    workers: processes beside this one, 0 to build batches here. prefetch: batches each worker keeps ready.
-    Raises ShardError for a shard that cannot be read, whichever process met it.
+
+def load(stream: Stream, numbers: Numbers, *, workers: int, prefetch: int, pin: bool) -> Iterator[Batch]:
+    """Iterate over the batches of `numbers` (see order.RankBatches; the first is the largest), in order.
+
+    workers: processes beside this one, 0 to build batches here. prefetch: batches each worker keeps ready. pin: in
+    pinned memory. Raises ShardError for a shard that cannot be read, whichever process met it.
     """
+    if not workers or not len(numbers):
+        for i in range(len(numbers)):
+            yield stream.batch(numbers[i])
+        return
+    ring = _Ring(workers * prefetch + 1, len(numbers[0]), stream.shapes)
     loader: DataLoader = DataLoader(
-        _Batches(stream, numbers),
+        _Batches(stream, numbers, ring),
         batch_size=None,
         shuffle=False,
         num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=pin,
+        prefetch_factor=prefetch,
+        collate_fn=_as_it_is,
+        multiprocessing_context="fork",  # the ring is inherited
         worker_init_fn=_start_worker,
     )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise ShardError(batch)
-        yield batch
+    for sent in loader:
+        if isinstance(sent, str):
+            raise ShardError(sent)
+        yield sent.received(ring, pin)
 
 
 class Cuts(NamedTuple):

@@ -76,9 +76,14 @@ class RecordedViews:
         numbers = (picked.key_hashes + picked.epochs.astype(np.uint64)) % np.uint64(self.tokens.manifest.num_views)
         places = list(zip(picked.shards.tolist(), numbers.tolist(), picked.rows.tolist(), strict=True))
         opened = [self.tokens.shard(shard, self.images.index(shard).key_hash) for shard, _, _ in places]
-        pairs = list(zip(opened, places, strict=True))
-        views = Views(*(np.stack([getattr(o.views, name)[k, row] for o, (_, k, row) in pairs]) for name in FIELDS))
-        return views, np.stack([o.tokens[k, row] for o, (_, k, row) in pairs])
+        whole = {name: [getattr(shard.views, name) for shard in opened] for name in FIELDS}
+        whole["tokens"] = [shard.tokens for shard in opened]
+        found = {name: np.empty((len(places), *all_[0].shape[2:]), all_[0].dtype) for name, all_ in whole.items()}
+        for name, tensors in whole.items():
+            for i, (tensor, (_, k, row)) in enumerate(zip(tensors, places, strict=True)):
+                found[name][i] = tensor[k, row]
+        tokens = found.pop("tokens")
+        return Views(**found), tokens
 
     def usable(self, shard: int, row: int) -> bool:
         """False where `tokenize` could not read the picture."""
