@@ -92,7 +92,7 @@ def make_bases(folder: Path) -> Bases:
 
 
 def damaged_stored(damage: StoredDamage) -> Judge:
-    """Damage after packing; read with tokens, or, where it is not about them, in one case of four the pictures alone."""
+    """Damage after packing; read with tokens or, in one case of four that are not about them, without."""
 
     def judge(case: Case, folder: Path) -> Verdict:
         rng = case.generator()

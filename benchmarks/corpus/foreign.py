@@ -175,8 +175,8 @@ def harm_index(rng: np.random.Generator, folder: Path) -> None:
     """For a folder that was indexed: an index flipped, cut, lost, or another tar's; the manifest there or lost too."""
     path = some_tar(rng, folder).with_suffix(".index.safetensors")
     other = folder / ("first" if path.name.startswith("second") else "second")
-    data, turn = path.read_bytes(), int(rng.integers(4))
-    if turn == 0:
+    data, turn = path.read_bytes(), int(rng.integers(6))
+    if turn in (0, 4, 5):
         rewrite(path, flipped(rng, data))
     elif turn == 1:
         rewrite(path, data[: int(rng.integers(len(data)))])
