@@ -131,12 +131,13 @@ def index_tar(job: ScanJob, beat: Beat) -> Indexed:
 
 
 def _fits(path: Path, tar_digest: str, index_digest: str) -> bool:
-    """Whether an index is there, was made from this very tar, and is the one an earlier manifest lists, if one does."""
+    """Whether an index is there, whole, made from this very tar, and the one an earlier manifest lists, if one does."""
     try:
-        metadata = open_index(path).metadata
+        index = open_index(path)
     except ShardError:
         return False
-    return metadata.get("tar_digest") == tar_digest and index_digest in ("", file_digest(path))
+    made_from_it = index.whole and index.metadata.get("tar_digest") == tar_digest
+    return made_from_it and index_digest in ("", file_digest(path))
 
 
 def find_twins(indexes: list[Index]) -> list[str]:

@@ -102,9 +102,9 @@ def open_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             header = json.loads(file.read(length)) if length <= size - 8 else None
     except FileNotFoundError as error:
         raise ShardError(f"{path} is missing; make it again with the command that made its folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         header = None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise ShardError(f"{path} is not a whole safetensors file: its header is damaged; make it again")
     metadata = header.pop("__metadata__", {})
     tensors: dict[str, np.ndarray] = {}
@@ -118,7 +118,7 @@ def open_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         for name, entry in header.items():
             first, last = entry["data_offsets"]
             tensors[name] = mapped[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"{path} is not a whole safetensors file: {error}; make it again") from error

@@ -6,17 +6,23 @@
     image_offset, image_size u64 · label_offset, label_size u64 · json_offset, json_size u64 (size 0: no such member)
     image_xxh3 u64 of the image bytes · width, height u32 in pixels · mean_grey f32 (whole image as RGB, ITU-R 601
     luma, 0-255) · label i64 · flags u32 (FLAG_*)
+
+The metadata says how the tar was made, and under `digest` has the xxh3-128 of its other entries and all columns: where
+no manifest lists an index, nothing else tells a damaged one from a whole one.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from shards.errors import ShardError
 from shards.files import open_tensors, write_tensors
 
 SUFFIX = ".index.safetensors"
+DIGEST = "digest"
 
 FLAG_JPEG, FLAG_PNG, FLAG_WEBP = 1, 2, 4
 FLAG_PROGRESSIVE, FLAG_NOT_RGB, FLAG_ROTATED, FLAG_ANIMATED = 8, 16, 32, 64  # ROTATED: an EXIF turn not yet applied
@@ -75,6 +81,12 @@ class Index:
             return self.columns[name]
         raise AttributeError(name)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is as it was written, by its own digest; those of earlier versions carry none, and are not."""
+        others = {name: value for name, value in self.metadata.items() if name != DIGEST}
+        return self.metadata.get(DIGEST) == _digest(self.columns, others)
+
     def key(self, row: int) -> str:
         """The sample's key, for people; code compares key_hash."""
         ends = self.columns["key_end"]
@@ -95,7 +107,15 @@ def write_index(path: Path, rows: list[IndexRow], metadata: dict[str, str]) -> N
     texts = [row.key.encode("utf-8", "surrogateescape") for row in rows]
     columns["key_text"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
     columns["key_end"] = np.cumsum([len(text) for text in texts], dtype=np.uint64).reshape(len(rows))
-    write_tensors(path, columns, metadata)
+    write_tensors(path, columns, {**metadata, DIGEST: _digest(columns, metadata)})
+
+
+def _digest(columns: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    state = xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(columns):
+        state.update(name.encode())
+        state.update(columns[name].tobytes())
+    return state.hexdigest()
 
 
 def open_index(path: Path) -> Index:

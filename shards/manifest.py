@@ -8,6 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
@@ -16,6 +17,8 @@ from shards.files import write_text
 
 SCHEMA = 1
 NAME = "manifest.json"
+
+_LEAST_BYTES = 512  # of a sample in a tar: the header of its picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,9 @@ class TokenShard:
     image_digest: str
 
 
+Entry = TypeVar("Entry", ImageShard, TokenShard)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenManifest:
     """A token shard set: `NAME.safetensors` per image shard.
@@ -89,6 +95,27 @@ def write_manifest(folder: Path, manifest: ImageManifest | TokenManifest) -> Non
     kind = "images" if isinstance(manifest, ImageManifest) else "tokens"
     content = {"schema": SCHEMA, "kind": kind, **dataclasses.asdict(manifest)}
     write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
+
+
+def _entries(kind: type[Entry], content: object) -> list[Entry]:
+    """The shards of a manifest. Raises TypeError where they are not what their fields ask for: a wrong count would
+    change the order of the whole set, or leave a shard out of it without a word."""
+    _demand(isinstance(content, list) and bool(content), "shards", content)
+    entries = [kind(**shard) for shard in content]  # type: ignore[attr-defined]
+    for entry in entries:
+        for field in dataclasses.fields(entry):
+            value = getattr(entry, field.name)
+            _demand(_is_count(value) if field.type is int else isinstance(value, str), field.name, value)
+    return entries
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**53
+
+
+def _demand(holds: bool, name: str, value: object) -> None:
+    if not holds:
+        raise TypeError(f"{name} is {str(value)[:40]!r}")
 
 
 def _read_object(path: Path) -> dict | None:
@@ -135,10 +162,14 @@ def read_image_manifest(folder: Path) -> ImageManifest:
     cure = "finish it with `pack` (the same command again), or adopt its tars with `index`"
     content = _read(folder, "images", cure)
     try:
-        shards = [ImageShard(**shard) for shard in content["shards"]]
-        return ImageManifest(shards=shards, classes=content["classes"], made_by=content["made_by"])
+        shards, classes, made_by = _entries(ImageShard, content["shards"]), content["classes"], content["made_by"]
+        for shard in shards:
+            _demand(shard.samples * _LEAST_BYTES <= shard.bytes, f"{shard.name}: samples", shard.samples)
+        _demand(isinstance(classes, list) and all(isinstance(name, str) for name in classes), "classes", classes)
+        _demand(isinstance(made_by, dict), "made_by", made_by)
+        return ImageManifest(shards=shards, classes=classes, made_by=made_by)
     except (KeyError, TypeError) as error:
-        raise ShardError(f"{folder / NAME} lacks what schema {SCHEMA} asks for ({error}): {cure}") from error
+        raise ShardError(f"{folder / NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error
 
 
 def read_token_manifest(folder: Path) -> TokenManifest:
@@ -147,6 +178,12 @@ def read_token_manifest(folder: Path) -> TokenManifest:
     content = _read(folder, "tokens", cure)
     try:
         fields = {key: content[key] for key in ("tokenizer", "policy", "num_views", "provenance")}
-        return TokenManifest(shards=[TokenShard(**shard) for shard in content["shards"]], **fields)
+        for key in ("tokenizer", "policy", "provenance"):
+            _demand(isinstance(fields[key], dict), key, fields[key])
+        grid, vocabulary = fields["tokenizer"]["grid"], fields["tokenizer"]["vocabulary"]
+        _demand(isinstance(grid, list) and len(grid) == 2 and all(map(_is_count, grid)), "tokenizer.grid", grid)
+        _demand(_is_count(vocabulary), "tokenizer.vocabulary", vocabulary)
+        _demand(_is_count(fields["num_views"]), "num_views", fields["num_views"])
+        return TokenManifest(shards=_entries(TokenShard, content["shards"]), **fields)
     except (KeyError, TypeError) as error:
-        raise ShardError(f"{folder / NAME} lacks what schema {SCHEMA} asks for ({error}): {cure}") from error
+        raise ShardError(f"{folder / NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error

@@ -105,7 +105,7 @@ def finished_shard(job: ShardJob) -> PackedShard | None:
     except ShardError:
         return None
     metadata = index.metadata
-    if metadata.get("plan") != job.plan:
+    if metadata.get("plan") != job.plan or not index.whole:
         return None
     size = int(metadata["tar_bytes"])
     if len(index) and not (tar.is_file() and tar.stat().st_size == size):

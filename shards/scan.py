@@ -24,6 +24,8 @@ LABEL, JSON = "cls", "json"
 _BLOCK = 512
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
+_PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,9}) ")
 _CURE = "the tar is damaged or was cut short: copy or download it again"
 
 
@@ -203,6 +205,7 @@ def _regular_members(path: Path) -> Iterator[tuple[str, Place]]:
                     raise ShardError(f"{path}: {last} at byte {member.offset_data} is cut off at byte {size}: {_CURE}")
                 if member.issparse():
                     raise ShardError(f"{path}: {last} at byte {member.offset} is sparse: write the tar without -S")
+                _check_long_names(path, member)
                 if member.isreg():
                     yield member.name, Place(member.offset_data, member.size)
             end = tar.offset
@@ -216,6 +219,42 @@ def _next_member(tar: tarfile.TarFile, path: Path, last: str) -> tarfile.TarInfo
         return tar.next()
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         raise ShardError(f"{path}: no whole header after {last} near byte {tar.offset} ({error}): {_CURE}") from error
+
+
+def _check_long_names(path: Path, member: tarfile.TarInfo) -> None:
+    """What stands before a member's header when its name is too long for it has no checksum, and tarfile passes over
+    what it cannot read there: the member would go by another name, and then perhaps not be a sample's any more."""
+    if member.offset_data - member.offset == _BLOCK:
+        return
+    with open(path, "rb") as file:
+        file.seek(member.offset)
+        blocks = file.read(member.offset_data - _BLOCK - member.offset)
+    while blocks:
+        try:
+            head = tarfile.TarInfo.frombuf(blocks[:_BLOCK], "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            head = tarfile.TarInfo()
+        end = _BLOCK + -(-head.size // _BLOCK) * _BLOCK
+        text, padding = blocks[_BLOCK : _BLOCK + head.size], blocks[_BLOCK + head.size : end]
+        name = text.rstrip(b"\0")  # GNU's
+        whole = _is_pax(text) if head.type in _PAX_TYPES else name and b"\0" not in name
+        if not whole or any(padding) or end > len(blocks):
+            raise ShardError(f"{path}: the long name before byte {member.offset_data} is damaged: {_CURE}")
+        blocks = blocks[end:]
+
+
+def _is_pax(text: bytes) -> bool:
+    """Whether these are pax records and nothing else: each "LENGTH KEYWORD=VALUE\\n", LENGTH counting all of itself."""
+    position = 0
+    while position < len(text):
+        length = _PAX_LENGTH.match(text, position)
+        end = position + int(length.group(1)) if length else 0
+        if not length or not length.end() < end <= len(text) or text[end - 1] != ord("\n"):
+            return False
+        if b"=" not in text[length.end() : end]:
+            return False
+        position = end
+    return position > 0
 
 
 def _check_end(path: Path, end: int, last: str) -> None:

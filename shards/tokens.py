@@ -12,6 +12,7 @@ import numpy as np
 
 from shards.errors import ShardError
 from shards.files import file_digest, open_tensors, write_tensors
+from shards.images import retried
 from shards.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
 from shards.views import FIELDS, Views
 
@@ -57,6 +58,8 @@ def open_token_shard(path: Path) -> OpenTokenShard:
     for name, dtype in _DTYPES.items():
         if name not in tensors or tensors[name].dtype != dtype:
             raise ShardError(f"{path} has no tensor {name} of type {np.dtype(dtype)}: {_CURE}")
+    if tensors["tokens"].ndim != 3:
+        raise ShardError(f"{path}: tokens has shape {tensors['tokens'].shape}, not views, samples, patches: {_CURE}")
     num_views, samples = tensors["tokens"].shape[:2]
     shapes = {"boxes": (num_views, samples, 4), "jitters": (num_views, samples, 3), "keys": (samples,)}
     shapes |= {"flips": (num_views, samples), "orders": (num_views, samples), "bad": (samples,)}
@@ -98,27 +101,34 @@ class TokenSet:
         self.folder = folder
         self.manifest: TokenManifest = read_token_manifest(folder)
         self._open: dict[int, OpenTokenShard] = {}
+        self._whole: set[int] = set()
 
     def __getstate__(self) -> dict:
-        return {"folder": self.folder, "manifest": self.manifest, "_open": {}}
+        return {"folder": self.folder, "manifest": self.manifest, "_open": {}, "_whole": set()}
 
     def shard(self, number: int, image_keys: np.ndarray) -> OpenTokenShard:
         """Shard `number`, checked against the manifest and the image shard's keys (u64 [samples]) when first opened."""
         opened = self._open.get(number)
         if opened is None:
-            opened = self._open[number] = self._open_checked(self.manifest.shards[number], image_keys)
+            path = token_path(self.folder, self.manifest.shards[number].name)
+            opened = retried(lambda: self._open_checked(number, path, image_keys), str(path))
+            self._open[number] = opened
             if len(self._open) > _OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
         return opened
 
-    def _open_checked(self, entry: TokenShard, image_keys: np.ndarray) -> OpenTokenShard:
-        path = token_path(self.folder, entry.name)
+    def _open_checked(self, number: int, path: Path, image_keys: np.ndarray) -> OpenTokenShard:
+        entry = self.manifest.shards[number]
         opened = open_token_shard(path)
         rows, columns = self.manifest.tokenizer["grid"]
         shape = (self.manifest.num_views, entry.samples, rows * columns)
         if opened.tokens.shape != shape:
             raise ShardError(f"{path} holds tokens of shape {opened.tokens.shape}, its manifest says {shape}: {_CURE}")
         check_rows(str(path), opened.keys, image_keys)
+        # Once a process: tokens and boxes have no checksum of their own, and a wrong one looks like any other.
+        if number not in self._whole and file_digest(path) != entry.digest:
+            raise ShardError(f"{path} is damaged, or not the file its manifest lists (digest differs): {_CURE}")
+        self._whole.add(number)
         return opened
 
 

@@ -114,6 +114,18 @@ def test_what_no_longer_fits_is_scanned_again(foreign, harm):
     assert findings(foreign) == []
 
 
+def test_an_index_damaged_before_there_was_a_manifest_is_made_again(foreign):
+    """A killed adoption leaves indexes that nothing vouches for but themselves; a bit decides key, label or size."""
+    run(foreign)
+    path = index_path(foreign, "00001")
+    good = path.read_bytes()
+    for place in range(8, len(good), 61):
+        (foreign / "manifest.json").unlink()
+        path.write_bytes(good[:place] + bytes([good[place] ^ 2]) + good[place + 1 :])
+        assert run(foreign).kept == 2, f"byte {place}"
+        assert path.read_bytes() == good
+
+
 def test_keys_used_in_two_tars_are_listed(foreign):
     """Within a tar the scan finds them, across tars only the set does; all pairs are named."""
     write_tar(foreign, "00003", labelled(2, 3))

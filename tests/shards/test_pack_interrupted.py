@@ -1,5 +1,6 @@
 """Packing killed, interrupted, and out of space: started again, it ends with the same bytes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from shards.errors import ShardError
 from shards.files import PARTIAL, write_tensors
 from shards.pack import Packed, pack
-from shards.plan import PackOptions
+from shards.plan import PackOptions, make_plan
 from shards.prepare import PictureOptions
 from tests.shards.pictures_made import contents, jpeg, stamps, write_folder
 
@@ -109,6 +110,22 @@ def test_ctrl_c_ends_cleanly(slow_images, tmp_path, workers, moment):
     assert errors.splitlines()[-1] == "interrupted: run the same command again to go on"
     until_all_gone(process)
     assert not list(target.glob(f"*{PARTIAL}*")) and not (target / "manifest.json").exists()
+
+
+def test_an_index_damaged_meanwhile_is_made_again(tmp_path):
+    """Its bits decide keys, labels and what was rejected; it must not be taken over into the manifest."""
+    images = write_folder(tmp_path / "in", {**{f"{i}.jpg": jpeg(i) for i in range(4)}, "no.jpg": b"no picture"})
+    options = PackOptions(samples_per_shard=4)
+    run(images, tmp_path / "set", options)
+    whole, marker = contents(tmp_path / "set"), json.dumps(make_plan(images, tmp_path / "set", options).describe())
+    path = tmp_path / "set/shard-000000.index.safetensors"
+    good = path.read_bytes()
+    for place in range(8, len(good), 61):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 2]) + good[place + 1 :])
+        (tmp_path / "set/manifest.json").unlink()
+        (tmp_path / "set/packing.json").write_text(marker)
+        run(images, tmp_path / "set", options)
+        assert contents(tmp_path / "set") == whole, f"byte {place}"
 
 
 @pytest.fixture

@@ -88,7 +88,8 @@ def test_index_round_trip(tmp_path):
     for column in ("image_offset", "image_xxh3", "label", "width", "flags"):
         assert getattr(index, column).tolist() == [getattr(row, column) for row in rows]
     np.testing.assert_array_equal(index.mean_grey, np.array([row.mean_grey for row in rows], np.float32))
-    assert index.metadata == metadata
+    assert index.metadata == {**metadata, "digest": index.metadata["digest"]}
+    assert index.whole
 
 
 LONG = "deep/" * 60 + "é" * 40
@@ -104,6 +105,20 @@ def test_any_tar_dialect_gives_webdatasets_samples(tmp_path, key, format):
     ours = [(row.key, raw[row.image_offset : row.image_offset + row.image_size]) for row in scan(path)]
     assert ours == theirs
     assert len(ours) == 2
+
+
+@pytest.mark.parametrize("harm", ["zeros", "noise", "one byte"])
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_damaged_long_name_is_refused(tmp_path, format, number, harm):
+    """tarfile reads on with a name cut short: the label, or the whole sample, would be passed over as a stranger."""
+    members = [(f"{'folder/' * 20}{name}", data) for name, data in sample("a", 1)]
+    path = write_tar(tmp_path / "x.tar", members, format)
+    at = headers(path)[number].offset + 512
+    noise = np.random.default_rng(number).bytes(512)
+    overwrite(path, at, {"zeros": bytes(512), "noise": noise, "one byte": b"\0"}[harm])
+    with pytest.raises(ShardError, match=r"x\.tar.*(long name before byte \d+ is damaged|no whole header|has 0 image)"):
+        scan(path)
 
 
 def test_a_picture_that_does_not_decode_is_a_row(tmp_path):
