@@ -18,7 +18,8 @@ from shards.pairs import RecordedViews
 
 PICTURES, PER_SHARD, BATCH, WORKERS = 4000, 100, 16, 2
 AT, AT_DRY = (100, 1000, 2500, 5000, 10_000), (10, 20)
-READINGS = 20
+READINGS = 20  # over the last fifth of the batches before a row
+KINDS = ("USS MiB", "RSS MiB")  # of each worker
 _MIB = 1024
 
 
@@ -36,7 +37,7 @@ def small_stream() -> Stream:
 
 
 def memory(pid: int) -> tuple[float, float]:
-    """MiB of a process: what it alone holds (private pages), and all it has mapped in memory."""
+    """MiB of a process: pages that no other process maps, and all it has mapped."""
     kilobytes = {}
     with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
         for line in list(file)[1:]:
@@ -46,28 +47,28 @@ def memory(pid: int) -> tuple[float, float]:
 
 
 def watch(name: str, stream: Stream, at: tuple[int, ...]) -> list[dict]:
-    """A row for each number of batches in `at`: the memory of every worker, the median over the readings before it,
-    since a batch that is being built comes and goes."""
+    """A row for each number of batches in `at`: the memory of every worker, the mean of the readings before it, since
+    the batches on their way come and go."""
+    # one batch more than is looked at, so that the workers are still there
     numbers, rows = RankBatches(0, BATCH, BATCH, 0, 1, at[-1] + 1), []
     readings: list[list[tuple[float, float]]] = []
     for taken, batch in enumerate(load(stream, numbers, workers=WORKERS, prefetch=4, pin=False)):
         assert len(batch.pixels) == BATCH and not batch.bad, "a batch is not whole"
-        if any(mark - READINGS < taken <= mark for mark in at):  # the workers live: one batch more is asked for
+        if any(0.8 * mark < taken <= mark and taken % max(1, mark // (5 * READINGS)) == 0 for mark in at):
             workers = sorted(process.pid or 0 for process in multiprocessing.active_children())
             assert len(workers) == WORKERS, f"{len(workers)} workers are running"
             readings.append([memory(pid) for pid in workers])
         if taken in at:
-            private, everything = np.median(readings, axis=0).T.tolist()
+            found = np.mean(readings, axis=0)
             readings.clear()
-            row: dict = {"set": name, "batches": taken}
-            row |= {f"worker {i}, private MiB": value for i, value in enumerate(private, 1)}
-            rows.append(row | {f"worker {i}, RSS MiB": value for i, value in enumerate(everything, 1)})
+            cells = {f"{kind}, {i + 1}": float(found[i, k]) for k, kind in enumerate(KINDS) for i in range(WORKERS)}
+            rows.append({"set": name, "batches": taken, **cells})
     return rows
 
 
 def growth(rows: list[dict], kind: str) -> float:
     """Memory at the last row over that at the second, of the worker that grew most."""
-    names = [name for name in rows[0] if name.endswith(kind)]
+    names = [name for name in rows[0] if name.startswith(kind)]
     return max(rows[-1][name] / rows[1][name] for name in names)
 
 
@@ -79,16 +80,17 @@ def main(dry: bool) -> None:
     rows, last = small + large, f"{at[-1]} / {at[1]} batches"
     ratios = {}
     for name, found in (("small", small), ("large", large)):
-        for kind in ("private MiB", "RSS MiB"):
+        for kind in KINDS:
             ratios[f"{name} set, {kind}, {last}"] = growth(found, kind)
     if dry:
         print(*rows, ratios, sep="\n")
         return
     note = (
-        f"{WORKERS} workers, batches of {BATCH} tiny pictures cut to 224. Private: pages that no other process maps; "
+        f"{WORKERS} workers, batches of {BATCH} tiny pictures cut to 224. USS: pages that no other process maps. Means "
     )
-    note += f"medians of {READINGS} readings. A ratio is that of the worker that grew most. The large set opens shards "
-    note += "until 256 are open, then closes the least used; its views are drawn, without tokens or masks."
+    note += f"of {READINGS} readings over the last fifth before each row; a batch on its way is 2.3 MiB, and some come "
+    note += "and go. A ratio is that of the worker that grew most. The large set opens shards until 256 are open, then "
+    note += "closes the least used; its views are drawn, without tokens or masks."
     write("loader_memory", "does a worker's memory stay flat?", rows, ratios, [note])
 
 
