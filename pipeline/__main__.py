@@ -54,10 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     tokens.add_argument("--input-size", metavar="PIXELS", help="of the views it is given (default: as published)")
     probe = verbs.add_parser("probe", help="k-NN and linear probe of a run's encoder on labelled shards")
     probe.add_argument("run", metavar="RUN", type=Path, help="run folder; its newest checkpoint is probed")
-    probe.add_argument("shards", metavar="SHARDS", type=Path, help="labelled image shards to fit on")
-    probe.add_argument(
-        "test", metavar="TEST", type=Path, nargs="?", help="shards to test on (default: a fifth of SHARDS)"
-    )
+    probe.add_argument("shards", metavar="SHARDS", help="labelled image shards to fit on")
+    probe.add_argument("test", metavar="TEST", nargs="?", help="shards to test on (default: a fifth of SHARDS)")
     probe.add_argument("--samples", type=int, default=20_000, help="at most so many of each set (default 20000)")
     report = verbs.add_parser("report", help="RUN/report.html: curves, throughput, reconstructions, one file")
     report.add_argument("run", metavar="RUN", type=Path)

@@ -42,7 +42,7 @@ def _data_about(record: Record) -> str:
 def _data(record: Record, state: State | None) -> str:
     """Each shard set as it is now, and whether it is the one the checkpoint was trained on."""
     data, missing = record.config.data, list[str]()
-    sets: list[tuple[str, str, Callable[[Path], ImageManifest | TokenManifest], str]] = [
+    sets: list[tuple[str, str, Callable[[str], ImageManifest | TokenManifest], str]] = [
         ("training pictures", data.images, read_image_manifest, state.images if state else ""),
         ("training tokens", data.tokens, read_token_manifest, state.tokens if state else ""),
     ]
@@ -54,7 +54,7 @@ def _data(record: Record, state: State | None) -> str:
         if folder == ONLINE:
             rows.append([name, "made online, inside every step", "", "", ""])
             continue
-        manifest = attempt(name.capitalize(), missing, lambda read=read, folder=folder: read(Path(folder)))  # type: ignore[misc]
+        manifest = attempt(name.capitalize(), missing, lambda read=read, folder=folder: read(folder))  # type: ignore[misc]
         if manifest is None:
             rows.append([name, folder, "", "", trained_on[:_DIGITS]])
             continue

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.metrics import read_metrics
 from shards.errors import ShardError
+from shards.remote import cache_for, is_url
 from shards.tokens import TokenSet, token_counts
 
 Value = TypeVar("Value")
@@ -167,10 +168,13 @@ def token_use(config: Config) -> TokenUse:
     """Of the run's token sets, over all their views. Raises ShardError when the training set is not there."""
     if config.data.tokens == ONLINE:
         raise ConfigError("tokens are made online, on a fresh view every time; none are kept to count")
-    train = token_counts(TokenSet(Path(config.data.tokens)))
     apart = config.data.heldout_tokens
-    kept = apart not in ("", ONLINE) and Path(apart).exists()
-    heldout = token_counts(TokenSet(Path(apart))) if kept else None
+    kept = apart not in ("", ONLINE) and (is_url(apart) or Path(apart).exists())
+    train, heldout = (
+        token_counts(TokenSet(where, cache_for(where, config.data.cache, config.data.cache_gb))) if where else None
+        for where in (config.data.tokens, apart if kept else "")
+    )
+    assert train is not None, "data.tokens is never empty"
     judged = train if heldout is None else heldout
     share = train[train > 0] / train.sum()
     return TokenUse(

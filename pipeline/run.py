@@ -25,7 +25,18 @@ _LOCK_SECONDS = 120
 _PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "numpy", "pillow", "safetensors")
 
 # Settings that change no number of a run, or whose meaning is guarded by fingerprints; the rest is its identity.
-_FREE = {"data": {"images", "tokens", "heldout_images", "heldout_tokens", "tokenizer", "bad_sample_budget"}}
+_FREE = {
+    "data": {
+        "images",
+        "tokens",
+        "heldout_images",
+        "heldout_tokens",
+        "tokenizer",
+        "bad_sample_budget",
+        "cache",
+        "cache_gb",
+    }
+}
 _FREE |= {"loader": {"workers", "prefetch", "decoder"}, "model": {"kernels"}, "deepspeed": set()}
 _FREE |= {"train": {"run", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "compile"}}
 _FREE |= {"tokenizer": {"micro_batch", "precision"}}

@@ -47,13 +47,15 @@ ONLINE = "online"
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Folders. Empty held-out folders: no held-out loss."""
+    """Where things lie. Shard sets are folders or URLs (s3://, gs://, https://). No held-out sets: no held-out loss."""
 
     images: str = "data/images"  # image shard set to train on
     tokens: str = "data/tokens"  # its token shard set, made by `tokenize`; online: a fresh view's, inside every step
     heldout_images: str = ""
     heldout_tokens: str = ""
     tokenizer: str = "data/tokenizer"  # tokenizer folder, made by `tokenizer`
+    cache: str = ""  # of a node, for sets behind URLs: what was fetched; empty: a folder in $TMPDIR
+    cache_gb: float = 100.0  # at most
     seed: int = 0  # order, masks, drop path, initial weights
     bad_sample_budget: float = 1e-4  # distinct bad samples as a share of the set; more stop the run
 

@@ -6,21 +6,25 @@ deepspeed or any stage.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import ONLINE, Config, ConfigError, Mask, Model, Size, View
+from pipeline.config import ONLINE, Config, ConfigError, Mask, Model, View
 from pipeline.masking import draw_masks
+from pipeline.rendezvous import place_of
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer, stated_fingerprint
 from shards import draws
-from shards.images import ImageSet
+from shards.ahead import fetched_ahead
+from shards.images import ImageSet, Reading
 from shards.loader import Batch, InTurn, Numbers, Places, Stream, load
 from shards.manifest import read_token_manifest
-from shards.order import Order, OrderPolicy, rank_batches
+from shards.order import Order, OrderPolicy, RankBatches, rank_batches
 from shards.pairs import CentralViews, DrawnViews, RecordedViews, ViewSource
+from shards.remote import Remote, cache_for
 from shards.views import ARITHMETIC, ViewPolicy
 
 Draw = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -54,6 +58,11 @@ def sample_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> di
     return drawn
 
 
+def image_set(config: Config, where: str) -> ImageSet:
+    """The image set in a folder or behind a URL."""
+    return ImageSet(where, cache_for(where, config.data.cache, config.data.cache_gb), config.loader.chunk)
+
+
 def _order(config: Config, images: ImageSet) -> Order:
     loader = config.loader
     policy = OrderPolicy(seed=config.data.seed, chunk=loader.chunk, window=loader.window, lanes=loader.lanes)
@@ -76,7 +85,7 @@ class Source:
 
 def pretraining(config: Config) -> Source:
     """Image shards with their token shards, in the order of DESIGN §4. Raises ShardError or ConfigError."""
-    images = ImageSet(Path(config.data.images))
+    images = image_set(config, config.data.images)
     draw = functools.partial(sample_draws, config.mask, config.model, config.data.seed)
     return _pairs(config, images, config.data.tokens, _order(config, images), draw, view_policy(config.view))
 
@@ -84,7 +93,7 @@ def pretraining(config: Config) -> Source:
 def heldout(config: Config) -> Source:
     """The held-out pairs in manifest order, each always with the same view and mask; where tokens are online, a view
     that no training draws, so that pictures trained on can be held out too."""
-    images = ImageSet(Path(config.data.heldout_images))
+    images = image_set(config, config.data.heldout_images)
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
     places = InTurn([shard.samples for shard in images.manifest.shards])
     policy = dataclasses.replace(view_policy(config.view), seed=~config.view.seed)
@@ -144,7 +153,7 @@ def _heldout_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> 
 
 def recorded(config: Config, images: ImageSet, folder: str) -> RecordedViews:
     """The pairs of `images` with the tokens in `folder`, refused unless they are what this config asks for."""
-    source = RecordedViews(images, Path(folder))
+    source = RecordedViews(images, folder, cache_for(folder, config.data.cache, config.data.cache_gb))
     manifest = source.tokens.manifest
     grid = list(config.model.grid)
     cure = "run `tokenize` with this config, or point data.tokens at the set made with it"
@@ -173,7 +182,7 @@ def refuse_other_tokenizers(config: Config) -> None:
     stated = stated_fingerprint(Path(config.data.tokenizer))
     folders = (config.data.tokens, config.data.heldout_tokens)
     for folder in (folder for folder in folders if folder not in ("", ONLINE)):
-        if stated is not None and stated != read_token_manifest(Path(folder)).tokenizer["fingerprint"]:
+        if stated is not None and stated != read_token_manifest(folder).tokenizer["fingerprint"]:
             raise ConfigError(
                 f"{folder} was made by another tokenizer than the one in {config.data.tokenizer}: run `tokenize` with "
                 f"this config, or point data.tokenizer at the tokenizer the set was made with"
@@ -182,7 +191,7 @@ def refuse_other_tokenizers(config: Config) -> None:
 
 def tokenizer_training(config: Config) -> Source:
     """Images under fresh views every epoch, at the tokenizer's size and filter."""
-    images = ImageSet(Path(config.data.images))
+    images = image_set(config, config.data.images)
     stream = Stream(
         images=images,
         places=_order(config, images),
@@ -195,9 +204,9 @@ def tokenizer_training(config: Config) -> Source:
     return Source(stream, images.manifest.fingerprint, "")
 
 
-def evaluation(folder: Path, size: Size) -> Source:
-    """Images in manifest order, central views of `size` pixels."""
-    images = ImageSet(folder)
+def evaluation(config: Config, where: str) -> Source:
+    """Images in manifest order, central views of the encoder's size."""
+    images, size = image_set(config, where), config.model.input_size
     places = InTurn([shard.samples for shard in images.manifest.shards])
     stream = Stream(images=images, places=places, source=CentralViews(size.width / size.height), size=size)
     return Source(stream, images.manifest.fingerprint, "")
@@ -218,7 +227,22 @@ def training_batches(
     numbers = rank_batches(
         first_sample=first_sample, global_batch=global_batch, micro_batch=micro, rank=rank, world=world, steps=steps
     )
-    return _load(config, source.stream, numbers)
+    if not isinstance(source.stream.images.folder, Remote):
+        return _load(config, source.stream, numbers)
+    return _load_ahead(config, source.stream, numbers)
+
+
+def _load_ahead(config: Config, stream: Stream, numbers: RankBatches) -> Iterator[Batch]:
+    """The batches of a remote set, their chunks fetched before they are asked for."""
+    place, rank, world = place_of(os.environ), numbers.rank, numbers.world
+    first = rank - place.local_rank
+    assert isinstance(stream.places, Order), "training reads in an order"
+    reading = Reading(stream.places, range(first, first + place.local_size), world, numbers.first_sample)
+    end = numbers.first_sample + numbers.steps * numbers.global_batch
+    with fetched_ahead(stream.images, reading, rank, end) as tell:
+        for batch in _load(config, stream, numbers):
+            tell(int(batch.samples[0]))
+            yield batch
 
 
 def evaluation_batches(

@@ -29,6 +29,8 @@ from shards.index import (
 
 MAX_PIXELS = 2**27
 
+_REGION_SHARE = 0.9  # of a picture; a larger crop is cut from the whole
+
 # Plug-ins that are asked, and no others: some of Pillow's run programs (EPS) or read what is no picture.
 _READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION = 0x0112
@@ -152,7 +154,7 @@ def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, 
     """
     check_box(box, size)
     fast = jpeg.decoder(decoder)
-    if fast.region and _plain_jpeg(flags):
+    if fast.region and _plain_jpeg(flags) and box[2] * box[3] < _REGION_SHARE * size[0] * size[1]:
         found = fast.region(data, box)
         if found is not None and found.shape == (box[3], box[2], 3):
             return found

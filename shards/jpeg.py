@@ -57,7 +57,7 @@ def _decoder(wanted: str, _: int) -> JpegDecoder:
             tried.append(f"{name} does not start ({str(error).splitlines()[0]})")
             continue
         if _same_pixels(made):
-            return made
+            return _with_faster_whole(made) if wanted == "auto" else made
         tried.append(f"{name} gives other pixels than Pillow")
     if wanted not in ("auto", "pillow"):
         raise ShardError(
@@ -65,6 +65,15 @@ def _decoder(wanted: str, _: int) -> JpegDecoder:
             f"loader.decoder=auto"
         )
     return JpegDecoder(f"pillow {metadata.version('pillow')}")
+
+
+def _with_faster_whole(made: JpegDecoder) -> JpegDecoder:
+    """With simplejpeg for whole pictures, where it works: it is a seventh faster at them than nvImageCodec."""
+    with contextlib.suppress(ShardError):
+        other = decoder("simplejpeg")
+        if made.region:
+            return JpegDecoder(f"{made.name}, whole ones {other.name}", other.whole, made.region)
+    return made
 
 
 def _version(name: str) -> str:

@@ -126,6 +126,8 @@ class Stream:
     ) -> Batch:
         """The batch, where `refused` says which rows cannot stand at which of its places, and why."""
         epochs, shards, rows = self.places.locate(samples)
+        if self.images.reading is not None:
+            self.images.reading.sample = int(samples.min())
         bad: list[BadSample] = []
         pictures = []
         for i, sample in enumerate(samples.tolist()):
@@ -147,6 +149,9 @@ class Stream:
                 crop = codec.decode_view(picture, box, size, flags, self.decoder)
             except codec.PictureError as error:
                 raise _Undecodable((i, int(rows[i])), str(error)) from error
+            except ShardError as error:
+                name = self.images.manifest.shards[int(shards[i])].name
+                raise ShardError(f"{name} {indexes[i].key(int(rows[i]))}: {error}") from error
             cut_into(pixels[i], crop, bool(flip), limit, self.resample)
             if second.numel():
                 cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
@@ -290,7 +295,7 @@ def _start_worker(_: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
 
 
-def _as_it_is(sent: _Sent | str) -> _Sent | str:
+def _as_it_is(sent: Any) -> Any:
     return sent
 
 

@@ -4,6 +4,7 @@ Schema 1. An image set lists its tars and their indexes; a token set lists its s
 digest of the image shard it was made from.
 """
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ import xxhash
 
 from shards.errors import ShardError
 from shards.files import write_text
+from shards.remote import Missing, Remote, is_url
 
 SCHEMA = 1
 NAME = "manifest.json"
+_FETCHES = 4
 
 _LEAST_BYTES = 512  # of a sample in a tar: the header of its picture
 
@@ -53,12 +56,14 @@ class ImageManifest:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenShard:
-    """One token file and the image shard (same name) whose rows it follows."""
+    """One token file and the image shard (same name) whose rows it follows. checks_digest: xxh3-128 of its rows'
+    checksums, empty in sets of earlier versions, which have none."""
 
     name: str
     samples: int
     digest: str
     image_digest: str
+    checks_digest: str = ""
 
 
 Entry = TypeVar("Entry", ImageShard, TokenShard)
@@ -94,6 +99,7 @@ def write_manifest(folder: Path, manifest: ImageManifest | TokenManifest) -> Non
     """Close a folder: write its manifest by rename."""
     kind = "images" if isinstance(manifest, ImageManifest) else "tokens"
     content = {"schema": SCHEMA, "kind": kind, **dataclasses.asdict(manifest)}
+    content["digest"] = _digest(content)
     write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
 
 
@@ -126,26 +132,46 @@ def _read_object(path: Path) -> dict | None:
     return content if isinstance(content, dict) else None
 
 
-def _read(folder: Path, kind: str, cure: str) -> dict:
-    path = folder / NAME
-    if not folder.is_dir():
+def _read(folder: Path | str, kind: str, cure: str) -> dict:
+    path = f"{folder}/{NAME}"
+    if not is_url(folder) and not Path(folder).is_dir():
         raise ShardError(f"{folder} does not exist; a {kind[:-1]} shard set is expected there: {cure}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        content = _fetched(Remote(str(folder))) if is_url(folder) else json.loads(Path(path).read_bytes())
+    except (FileNotFoundError, Missing) as error:
         raise ShardError(f"{folder} has no {NAME}, so it is unfinished: {cure}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ShardError(f"{path} is damaged ({error}): {cure}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ShardError(f"{path} is not of schema {SCHEMA}, the one this version reads: {cure}")
+    if content.get("digest", "") not in ("", _digest(content)):
+        raise ShardError(f"{path} is damaged (its digest differs): {cure}")
     if content.get("kind") != kind:
         raise ShardError(f"{folder} holds {content.get('kind')}, not {kind}: give the folder of the {kind}")
     return content
 
 
+def _digest(content: dict) -> str:
+    """xxh3-128 of everything else in a manifest; those of earlier versions have none."""
+    others = {name: value for name, value in content.items() if name != "digest"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(others, sort_keys=True).encode())
+
+
+def _fetched(remote: Remote) -> object:
+    """A remote manifest; one that comes damaged is fetched again."""
+    for _ in range(_FETCHES - 1):
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            content = json.loads(remote.whole(NAME))
+            if not isinstance(content, dict) or content.get("digest", "") in ("", _digest(content)):
+                return content
+    return json.loads(remote.whole(NAME))
+
+
 def kind_of(folder: Path) -> str:
     """What a folder's manifest says it holds, images or tokens. Raises ShardError when there is no manifest."""
     path = folder / NAME
+    if is_url(folder):
+        raise ShardError(f"{folder} is a URL: this verb reads folders of this machine alone")
     if folder.is_dir() and not path.exists():
         below = sorted(inner.parent.name for inner in folder.glob(f"*/{NAME}"))
         if below:
@@ -157,8 +183,9 @@ def kind_of(folder: Path) -> str:
     return content["kind"]
 
 
-def read_image_manifest(folder: Path) -> ImageManifest:
-    """The manifest of an image shard set. Raises ShardError when there is none, or it is not of images."""
+def read_image_manifest(folder: Path | str) -> ImageManifest:
+    """The manifest of the image shard set in a folder or behind a URL. Raises ShardError where there is none, or one
+    of something else."""
     cure = "finish it with `pack` (the same command again), or adopt its tars with `index`"
     content = _read(folder, "images", cure)
     try:
@@ -169,11 +196,12 @@ def read_image_manifest(folder: Path) -> ImageManifest:
         _demand(isinstance(made_by, dict), "made_by", made_by)
         return ImageManifest(shards=shards, classes=classes, made_by=made_by)
     except (KeyError, TypeError) as error:
-        raise ShardError(f"{folder / NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error
+        raise ShardError(f"{folder}/{NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error
 
 
-def read_token_manifest(folder: Path) -> TokenManifest:
-    """The manifest of a token shard set. Raises ShardError when there is none, or it is not of tokens."""
+def read_token_manifest(folder: Path | str) -> TokenManifest:
+    """The manifest of the token shard set in a folder or behind a URL. Raises ShardError where there is none, or one
+    of something else."""
     cure = "finish it with `tokenize` (the same command again)"
     content = _read(folder, "tokens", cure)
     try:
@@ -186,4 +214,4 @@ def read_token_manifest(folder: Path) -> TokenManifest:
         _demand(_is_count(fields["num_views"]), "num_views", fields["num_views"])
         return TokenManifest(shards=_entries(TokenShard, content["shards"]), **fields)
     except (KeyError, TypeError) as error:
-        raise ShardError(f"{folder / NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error
+        raise ShardError(f"{folder}/{NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error

@@ -108,7 +108,7 @@ class Order:
 
     def ahead(self, sample: int, rank: int, world: int) -> Iterator[tuple[int, Chunks]]:
         """What a rank reads from a sample on, window by window without end: the number of the sample at which a window
-        begins, and its chunks. A rank of a world that divides the lanes has lanes of its own, else it reads all."""
+        begins, and its chunks. A rank of a world that divides the lanes has lanes of its own; any other reads all."""
         lanes, size = self.policy.lanes, self.policy.chunk * self.policy.window
         mine = range(rank, lanes, world) if lanes % world == 0 else range(lanes)
         epoch, position = divmod(sample, self.samples)
@@ -122,15 +122,15 @@ class Order:
             else:
                 epoch, window = epoch + 1, 0
 
-    def next_use(self, chunks: Chunks, sample: int, rank: int, world: int) -> np.ndarray:
-        """The number of the next sample from `sample` on (i64 [n]) for which a rank reads each of the chunks, to the
-        window: `sample` itself where it is in use, 2^62 where it is not used within two epochs."""
+    def next_use(self, chunks: Chunks, sample: int, ranks: range, world: int) -> np.ndarray:
+        """The number of the next sample from `sample` on (i64 [n]) for which any of the ranks reads each of the chunks,
+        to the window: `sample` itself where it is in use, 2^62 where it is not used in this epoch and the next."""
         numbers = self._first_chunk[chunks.shards] + chunks.numbers
         found = np.full(len(numbers), 2**62)
         first = sample // self.samples
         for epoch in (first, first + 1):
             for start, end, lanes in self._uses(epoch, numbers):
-                mine = (lanes % world == rank % world) | (self.policy.lanes % world != 0)
+                mine = np.isin(lanes % world, np.arange(ranks.start, ranks.stop)) | (self.policy.lanes % world != 0)
                 counts = mine & (end > sample)
                 found[counts] = np.minimum(found, np.maximum(start, sample))[counts]
         return found

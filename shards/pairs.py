@@ -9,9 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
+from shards.cache import Cache
 from shards.images import ImageSet
 from shards.tokens import TokenSet, check_pairing
-from shards.views import FIELDS, ViewPolicy, Views, central_views, draw_views
+from shards.views import ViewPolicy, Views, central_views, draw_views
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,21 @@ class CentralViews:
 class RecordedViews:
     """The views `tokenize` recorded, with their tokens: view (epoch + hash(key)) mod K of each picture."""
 
-    def __init__(self, images: ImageSet, folder: Path):
-        """Raises ShardError when the token set in `folder` was not made from `images`."""
-        self.tokens = TokenSet(folder)
+    def __init__(self, images: ImageSet, where: Path | str, cache: Cache | None = None):
+        """where: a folder, or a URL with a cache. Raises ShardError when the token set there was not made from
+        `images`."""
+        self.tokens = TokenSet(where, cache)
         self.images = images
-        check_pairing(images.manifest, self.tokens.manifest, folder)
+        check_pairing(images.manifest, self.tokens.manifest, where)
 
     def views(self, picked: Picked) -> tuple[Views, np.ndarray]:
         """Reads one row per picture from the mapped token files."""
         numbers = (picked.key_hashes + picked.epochs.astype(np.uint64)) % np.uint64(self.tokens.manifest.num_views)
         places = list(zip(picked.shards.tolist(), numbers.tolist(), picked.rows.tolist(), strict=True))
         opened = [self.tokens.shard(shard, self.images.index(shard).key_hash) for shard, _, _ in places]
-        whole = {name: [getattr(shard.views, name) for shard in opened] for name in FIELDS}
-        whole["tokens"] = [shard.tokens for shard in opened]
-        found = {name: np.empty((len(places), *all_[0].shape[2:]), all_[0].dtype) for name, all_ in whole.items()}
-        for name, tensors in whole.items():
-            for i, (tensor, (_, k, row)) in enumerate(zip(tensors, places, strict=True)):
-                found[name][i] = tensor[k, row]
-        tokens = found.pop("tokens")
-        return Views(**found), tokens
+        rows = [shard.row(k, row) for shard, (_, k, row) in zip(opened, places, strict=True)]
+        tokens, *records = (np.stack(column) for column in zip(*rows, strict=True))
+        return Views(*records), tokens
 
     def usable(self, shard: int, row: int) -> bool:
         """False where `tokenize` could not read the picture."""

@@ -2,18 +2,23 @@
 
 `NAME.safetensors` per image shard `NAME.tar`: tokens u16 [views, samples, patches] · boxes, flips, jitters, orders (the
 records, shards.views.Views with leading [views, samples]) · keys u64 [samples] · bad u8 [samples] (1: the picture could
-not be read, its rows are zeros and the stream substitutes it). View-major, so that an epoch touches one slice.
+not be read, its rows are zeros and the stream substitutes it) · checks u64 [views, samples], the checksum of each row,
+which sets of earlier versions lack. View-major, so that more views can follow.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
+from shards.cache import Cache
 from shards.errors import ShardError
 from shards.files import file_digest, open_tensors, write_tensors
 from shards.images import retried
 from shards.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
+from shards.remote import Remote, is_url, kept_file
 from shards.views import FIELDS, Views
 
 _CURE = "run `tokenize` again with this image set, or point data.tokens at the folder made from it"
@@ -31,13 +36,44 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class OpenTokenShard:
-    """One mapped token file."""
+    """One mapped token file. `checks` is None in files of earlier versions."""
 
+    path: Path
     tokens: np.ndarray
     views: Views
     keys: np.ndarray
     bad: np.ndarray
+    checks: np.ndarray | None
     metadata: dict[str, str]
+
+    @property
+    def checks_digest(self) -> str:
+        """xxh3-128 of the rows' checksums; empty where there are none."""
+        return "" if self.checks is None else xxhash.xxh3_128_hexdigest(self.checks.tobytes())
+
+    def row(self, view: int, row: int) -> "TokenRow":
+        """One picture's tokens u16 [patches] and record. Raises ShardError when they are not what was written."""
+        found = TokenRow(self.tokens[view, row], *(getattr(self.views, name)[view, row] for name in FIELDS))
+        if self.checks is not None and found.check(self.bad[row]) != int(self.checks[view, row]):
+            raise ShardError(
+                f"{self.path}: view {view} of row {row} is damaged (its checksum differs): restore the file, or remove "
+                "it and the manifest and run `tokenize` again"
+            )
+        return found
+
+
+class TokenRow(NamedTuple):
+    """One view of one picture: tokens u16 [patches], and its record (shards.views.Views)."""
+
+    tokens: np.ndarray
+    boxes: np.ndarray
+    flips: np.ndarray
+    jitters: np.ndarray
+    orders: np.ndarray
+
+    def check(self, bad: np.ndarray) -> int:
+        """xxh3-64 of all of it, and of whether the picture could be read."""
+        return xxhash.xxh3_64_intdigest(b"".join([*(part.tobytes() for part in self), bad.tobytes()]))
 
 
 def token_path(folder: Path, name: str) -> Path:
@@ -48,8 +84,13 @@ def write_token_shard(
     path: Path, tokens: np.ndarray, views: Views, keys: np.ndarray, bad: np.ndarray, metadata: dict[str, str]
 ) -> None:
     """Write one token file by rename. tokens u16 [views, samples, patches]; keys u64 [samples]; bad u8 [samples]."""
-    tensors = {"tokens": tokens, "keys": keys, "bad": bad, **{name: getattr(views, name) for name in FIELDS}}
-    write_tensors(path, {name: tensors[name].astype(dtype) for name, dtype in _DTYPES.items()}, metadata)
+    given = {"tokens": tokens, "keys": keys, "bad": bad, **{name: getattr(views, name) for name in FIELDS}}
+    tensors = {name: given[name].astype(dtype) for name, dtype in _DTYPES.items()}
+    checks = np.zeros(tokens.shape[:2], np.uint64)
+    for view, row in np.ndindex(*checks.shape):
+        found = TokenRow(tensors["tokens"][view, row], *(tensors[name][view, row] for name in FIELDS))
+        checks[view, row] = found.check(tensors["bad"][row])
+    write_tensors(path, {**tensors, "checks": checks}, metadata)
 
 
 def open_token_shard(path: Path) -> OpenTokenShard:
@@ -63,14 +104,16 @@ def open_token_shard(path: Path) -> OpenTokenShard:
     num_views, samples = tensors["tokens"].shape[:2]
     shapes = {"boxes": (num_views, samples, 4), "jitters": (num_views, samples, 3), "keys": (samples,)}
     shapes |= {"flips": (num_views, samples), "orders": (num_views, samples), "bad": (samples,)}
+    shapes |= {"checks": (num_views, samples)} if "checks" in tensors else {}
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ShardError(f"{path}: {name} has shape {tensors[name].shape}, its tokens ask for {shape}: {_CURE}")
     views = Views(*(tensors[name] for name in FIELDS))
-    return OpenTokenShard(tensors["tokens"], views, tensors["keys"], tensors["bad"], metadata)
+    checks = tensors.get("checks")
+    return OpenTokenShard(path, tensors["tokens"], views, tensors["keys"], tensors["bad"], checks, metadata)
 
 
-def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path) -> None:
+def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | str) -> None:
     """Refuse token sets of other pictures: names, counts and image digests must agree shard by shard."""
     ours, theirs = [shard.name for shard in images.shards], [shard.name for shard in tokens.shards]
     if ours != theirs:
@@ -95,56 +138,84 @@ def check_rows(name: str, keys: np.ndarray, image_keys: np.ndarray) -> None:
 
 
 class TokenSet:
-    """The token shards of one folder, opened when first touched."""
+    """The token shards of one set, opened when first touched."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.manifest: TokenManifest = read_token_manifest(folder)
+    def __init__(self, where: Path | str, cache: Cache | None = None):
+        """where: a folder or a URL. cache: of this node, for a URL."""
+        self.folder: Path | Remote = Remote(str(where)) if is_url(where) else Path(where)
+        self.manifest: TokenManifest = read_token_manifest(where)
+        self._cache = cache
         self._open: dict[int, OpenTokenShard] = {}
         self._whole: set[int] = set()
+        if isinstance(self.folder, Remote) and cache is None:
+            raise ShardError(f"{where} is a URL, which is read through a cache on this machine only")
 
     def __getstate__(self) -> dict:
-        return {"folder": self.folder, "manifest": self.manifest, "_open": {}, "_whole": set()}
+        return {**vars(self), "_open": {}, "_whole": set()}
 
     def shard(self, number: int, image_keys: np.ndarray) -> OpenTokenShard:
         """Shard `number`, checked against the manifest and the image shard's keys (u64 [samples]) when first opened."""
         opened = self._open.get(number)
         if opened is None:
-            path = token_path(self.folder, self.manifest.shards[number].name)
-            opened = retried(lambda: self._open_checked(number, path, image_keys), str(path))
+            opened = retried(lambda: self._open_checked(number, image_keys), f"{self.folder}/{self._name(number)}")
             self._open[number] = opened
             if len(self._open) > _OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
         return opened
 
-    def _open_checked(self, number: int, path: Path, image_keys: np.ndarray) -> OpenTokenShard:
-        entry = self.manifest.shards[number]
+    def _name(self, number: int) -> str:
+        return token_path(Path(), self.manifest.shards[number].name).name
+
+    def path(self, number: int) -> Path:
+        """Where the file of shard `number` lies on this machine; a remote one is fetched."""
+        if not isinstance(self.folder, Remote):
+            return self.folder / self._name(number)
+        assert self._cache is not None, "a remote set has a cache"
+        owner, digest = self.manifest.fingerprint[:16], self.manifest.shards[number].digest
+        return kept_file(self.folder, self._cache, owner, self._name(number), digest, None)
+
+    def _open_checked(self, number: int, image_keys: np.ndarray) -> OpenTokenShard:
+        entry, path = self.manifest.shards[number], self.path(number)
         opened = open_token_shard(path)
         rows, columns = self.manifest.tokenizer["grid"]
         shape = (self.manifest.num_views, entry.samples, rows * columns)
         if opened.tokens.shape != shape:
             raise ShardError(f"{path} holds tokens of shape {opened.tokens.shape}, its manifest says {shape}: {_CURE}")
         check_rows(str(path), opened.keys, image_keys)
-        # Once a process: tokens and boxes have no checksum of their own, and a wrong one looks like any other.
-        if number not in self._whole and file_digest(path) != entry.digest:
+        self._check_contents(number, path, opened)
+        return opened
+
+    def _check_contents(self, number: int, path: Path, opened: OpenTokenShard) -> None:
+        """The manifest vouches for the rows' checksums, and they for each row that is read. Files of earlier versions
+        are read through, once a process: a wrong token looks like any other."""
+        entry = self.manifest.shards[number]
+        if entry.checks_digest:
+            whole = opened.checks_digest == entry.checks_digest
+        else:
+            whole = number in self._whole or file_digest(path) == entry.digest
+        if not whole:
             raise ShardError(f"{path} is damaged, or not the file its manifest lists (digest differs): {_CURE}")
         self._whole.add(number)
-        return opened
 
 
 def token_shard_entry(folder: Path, name: str, image_digest: str) -> TokenShard:
     """The manifest's line for a finished token file."""
     path = token_path(folder, name)
+    opened = open_token_shard(path)
     return TokenShard(
-        name=name, samples=len(open_token_shard(path).keys), digest=file_digest(path), image_digest=image_digest
+        name=name,
+        samples=len(opened.keys),
+        digest=file_digest(path),
+        image_digest=image_digest,
+        checks_digest=opened.checks_digest,
     )
 
 
 def token_counts(tokens: TokenSet, at_most_shards: int = 64) -> np.ndarray:
     """How often each visual token occurs, i64 [vocabulary], over all views of (evenly spaced) shards."""
-    entries = tokens.manifest.shards
+    shards = len(tokens.manifest.shards)
     counts = np.zeros(tokens.manifest.tokenizer["vocabulary"], dtype=np.int64)
-    for entry in entries[:: -(-len(entries) // at_most_shards)]:
-        found = open_token_shard(token_path(tokens.folder, entry.name)).tokens
+    for number in range(0, shards, -(-shards // at_most_shards)):
+        found = open_token_shard(tokens.path(number)).tokens
         counts += np.bincount(found.reshape(-1), minlength=len(counts))
     return counts

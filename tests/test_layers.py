@@ -23,7 +23,8 @@ ENGINE = f"{CONFIG} pipeline.engine"
 LEARN = f"{CONFIG} kernels torch numpy pipeline.pixels"
 REPORT = f"{CONFIG} pipeline.chart pipeline.checkpoint pipeline.look pipeline.metrics pipeline.page pipeline.record"
 # shards without its one module that uses torch, and what a stage may use
-TORCHLESS = "shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress shards.tokens"
+TORCHLESS = "shards.cache shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress"
+TORCHLESS += " shards.remote shards.tokens"
 BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model pipeline.objective pipeline.optim"
 BELOW += " pipeline.page pipeline.photos pipeline.pictures pipeline.pixels pipeline.probe pipeline.provenance"
 BELOW += " pipeline.record pipeline.sections pipeline.signals pipeline.streams pipeline.tokenizer pipeline.training"
@@ -44,6 +45,7 @@ TABLE = (
     Row("kernels*", "kernels torch triton", "shards pipeline deepspeed"),
     Row("shards.codec", "shards numpy PIL", "kernels pipeline deepspeed torch"),
     Row("shards.jpeg", "shards.errors numpy PIL nvidia simplejpeg", "kernels pipeline deepspeed torch"),
+    Row("shards.remote", "shards xxhash fsspec aiohttp", "kernels pipeline deepspeed torch"),
     Row("shards.loader", "shards numpy torch", "kernels pipeline deepspeed"),
     Row("shards*", "shards numpy webdataset yaml safetensors xxhash tqdm", "kernels pipeline deepspeed torch"),
     Row("pipeline", ""),
@@ -107,7 +109,7 @@ TABLE = (
     Row("pipeline.ending", f"{ENGINE} pipeline.checkpoint pipeline.signals", "pipeline.model shards pipeline.stages"),
     Row(
         "pipeline.streams",
-        f"{CONFIG} pipeline.masking pipeline.tokenizer shards numpy torch",
+        f"{CONFIG} pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",
         "pipeline.model deepspeed pipeline.stages",
     ),
     Row(

@@ -135,7 +135,7 @@ def _trained(settings: list[str], run_folder: Path) -> bool:
     if found is None:
         return False
     config = load_config(settings[0], settings[1:])
-    samples = read_image_manifest(Path(config.data.images)).samples
+    samples = read_image_manifest(config.data.images).samples
     return found[1].step >= config.train.duration.steps(samples, config.train.global_batch)
 
 

@@ -21,7 +21,7 @@ from shards.progress import Progress
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
 
 
-def run(run_folder: Path, shards: Path, test: Path | None, samples: int) -> int:
+def run(run_folder: Path, shards: str, test: str | None, samples: int) -> int:
     """Print the table and write RUN/probe.json; returns the exit code."""
     config = run_config(run_folder)
     source = trained_weights(run_folder)
@@ -60,15 +60,15 @@ def run(run_folder: Path, shards: Path, test: Path | None, samples: int) -> int:
 
 @torch.no_grad()
 def _features(
-    config: Config, models: dict[str, Beit], folder: Path, samples: int, device: torch.device
+    config: Config, models: dict[str, Beit], folder: str, samples: int, device: torch.device
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
     """Features by model and layer, f32 [n, D]: the mean over patches after each block; and labels i64 [n]."""
-    source = evaluation(folder, config.model.input_size)
+    source = evaluation(config, folder)
     _require_labels(source, folder)
     count = min(samples, source.samples)
     gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}
     labels = []
-    with Progress(f"features {folder.name}", count, "image") as progress:
+    with Progress(f"features {Path(folder).name}", count, "image") as progress:
         for batch in evaluation_batches(config, source, samples=count, micro=128, rank=0, world=1):
             labels.append(batch.labels)
             pixels = batch.pixels.to(device).float() / 255
@@ -85,7 +85,7 @@ def _features(
     )
 
 
-def _require_labels(source: Source, folder: Path) -> None:
+def _require_labels(source: Source, folder: str) -> None:
     images = source.stream.images
     for shard, entry in enumerate(images.manifest.shards):
         if not (images.index(shard).flags & FLAG_LABELLED).all():

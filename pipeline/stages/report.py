@@ -111,7 +111,7 @@ def _decoder(config: Config, tokens: str) -> VisualTokenizer:
     """The tokenizer, if it is the one the tokens were made with and can decode them."""
     folder = Path(config.data.tokenizer)
     tokenizer, identity = load_tokenizer(folder)
-    if tokens != ONLINE and identity["fingerprint"] != read_token_manifest(Path(tokens)).tokenizer.get("fingerprint"):
+    if tokens != ONLINE and identity["fingerprint"] != read_token_manifest(tokens).tokenizer.get("fingerprint"):
         raise ConfigError(f"{folder} is not the tokenizer that {tokens} was made with")
     if not tokenizer.decodes:
         raise ConfigError(f"the tokenizer in {folder} has no decoder to pixels")

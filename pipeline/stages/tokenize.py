@@ -22,7 +22,7 @@ from pipeline.metrics import say
 from pipeline.pixels import jitter
 from pipeline.precision import changed_tokens, computing
 from pipeline.rendezvous import place_of, rank_of
-from pipeline.streams import fitting_tokenizer, policy_record, view_policy
+from pipeline.streams import fitting_tokenizer, image_set, policy_record, view_policy
 from pipeline.tokenizer import VisualTokenizer
 from shards import jpeg
 from shards.files import PARTIAL
@@ -74,7 +74,7 @@ def run(config: Config) -> int:
     device = _device()
     for images, tokens in pairs:
         task = Task(
-            ImageSet(Path(images)),
+            image_set(config, images),
             Path(tokens),
             tokenizer.to(device),
             identity,
@@ -105,7 +105,7 @@ def _tokenize_set(config: Config, task: Task) -> None:
     if rank == 0:
         say(f"tokenize {task.images.folder}: JPEGs by {jpeg.decoder(task.decoder).name}")
     watch = _Finished(task)
-    label = f"tokenize {task.images.folder.name}"
+    label = f"tokenize {Path(str(task.images.folder)).name}"
     with Progress(label, total, "view", done=watch.views()) if rank == 0 else Silent() as progress:
         left = [number for number in [*range(turn, len(shards)), *range(turn)] if not watch.finished(number)]
         while left:

@@ -240,7 +240,7 @@ def test_next_use_is_the_next_window_that_reads_a_chunk(world):
     chunks = Chunks(*(np.array(column) for column in zip(*every, strict=True)))
     for now in range(0, total, 7):
         for rank in range(world):
-            found = order.next_use(chunks, now, rank, world)
+            found = order.next_use(chunks, now, range(rank, rank + 1), world)
             mine = (samples % total % SMALL.lanes % world == rank) | (SMALL.lanes % world != 0)
             for (shard, number), use in zip(every, found.tolist(), strict=True):
                 reads = mine & (shards == shard) & (rows // SMALL.chunk == number) & (ends > now)

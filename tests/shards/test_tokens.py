@@ -9,7 +9,7 @@ import pytest
 from shards import files
 from shards.errors import ShardError
 from shards.files import open_tensors, write_tensors
-from shards.manifest import TokenManifest, write_manifest
+from shards.manifest import TokenManifest, read_token_manifest, write_manifest
 from shards.tokens import TokenSet, open_token_shard, token_path, token_shard_entry, write_token_shard
 from shards.views import ViewPolicy, draw_views
 
@@ -30,19 +30,45 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_every_flipped_bit_of_a_token_file_is_refused(folder):
-    """Keys and shapes cannot tell a token, a box or a flip from another; the manifest's digest can."""
+def rows(folder: Path) -> list[bytes]:
+    """Every row as the stream reads it, in bytes, and whether the picture could be read."""
+    opened = TokenSet(folder).shard(0, KEYS)
+    return [b"".join(part.tobytes() for part in opened.row(0, row)) + bytes([opened.bad[row]]) for row in range(5)]
+
+
+def as_before(folder: Path) -> None:
+    """The set as a version without rows' checksums wrote it."""
     path = token_path(folder, "a")
-    whole = path.read_bytes()
+    tensors, metadata = open_tensors(path)
+    tensors = {name: np.array(value) for name, value in tensors.items() if name != "checks"}
+    write_tensors(path, tensors, metadata)
+    manifest = read_token_manifest(folder)
+    write_manifest(folder, dataclasses.replace(manifest, shards=[token_shard_entry(folder, "a", "0" * 32)]))
+    assert read_token_manifest(folder).shards[0].checks_digest == ""
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_every_flipped_bit_of_a_token_file_is_refused(folder, old):
+    """Keys and shapes cannot tell a token, a box or a flip from another; the rows' checksums can, and their digest in
+    the manifest. What is refused names the file; what is not is none of the rows."""
+    if old:
+        as_before(folder)
+    path, refused = token_path(folder, "a"), 0
+    whole, expected = path.read_bytes(), rows(folder)
     assert TokenSet(folder).shard(0, KEYS).tokens[0, 4].tolist() == [16, 17, 18, 19]
-    for place in range(0, len(whole), 7):
+    for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ShardError, match=r"a\.safetensors"):
-            TokenSet(folder).shard(0, KEYS)
+        try:
+            assert rows(folder) == expected
+        except ShardError as error:
+            assert "a.safetensors" in str(error)
+            refused += 1
+    assert refused > 250 or (old and refused == len(range(0, len(whole), 3)))
 
 
-def test_a_file_is_read_through_once_a_process(folder, monkeypatch):
+def test_a_file_of_an_earlier_version_is_read_through_once_a_process(folder, monkeypatch):
     """A run opens and closes the same token files again and again."""
+    as_before(folder)
     tokens = TokenSet(folder)
     tokens.shard(0, KEYS)
     tokens._open.clear()
@@ -52,6 +78,7 @@ def test_a_file_is_read_through_once_a_process(folder, monkeypatch):
 
 def test_an_io_error_is_tried_again(folder, monkeypatch):
     """As it is for pictures."""
+    as_before(folder)
     errors = iter([OSError(5, "Input/output error")])
 
     def digest(path: Path) -> str:

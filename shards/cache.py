@@ -1,0 +1,183 @@
+"""What was fetched of remote shard sets, kept on this node for all its processes, within a size.
+
+An entry is a file that appears by rename: it is whole, or it is not there. Its place is SET/NAME below the cache's
+folder, SET being the fingerprint of the set it belongs to. When room is needed, that goes first which is used last;
+whole files (indexes, tokens), which all parts of a shard share, go after all parts, the least lately opened first.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import ShardError
+from shards.files import PARTIAL, atomic_path
+
+PART = ".part"  # an entry that is a part of a tar; others are whole files
+ALWAYS = float("-inf")  # in use before anything else
+# When each of a set's parts is used next, f64 [n]: the larger, the sooner it goes.
+Uses = Callable[[list[str]], np.ndarray]
+
+_LOCKS = 256
+_KEPT_SHARE = 0.95  # what is cleared out makes a little more room than asked for, so that it is rare
+_OLD_SECONDS = 3600.0
+_FAR = 2.0**50
+
+
+class Cache:
+    """A folder of entries. May be handed to worker processes; every method may be called by many at once."""
+
+    def __init__(self, folder: Path, limit: int):
+        """limit: bytes, of all sets together."""
+        self.folder, self.limit = folder, limit
+        try:
+            (folder / ".locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ShardError(
+                f"the cache folder {folder} cannot be made ({error}): set data.cache to another"
+            ) from error
+        self._sweep()
+
+    def path(self, entry: str) -> Path:
+        return self.folder / entry
+
+    def read(self, entry: str, start: int, size: int) -> bytes | None:
+        """Bytes of an entry from `start` on, at most `size`; None when it is not here."""
+        try:
+            descriptor = os.open(self.path(entry), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.pread(descriptor, size, start)
+        finally:
+            os.close(descriptor)
+
+    def has(self, entry: str) -> bool:
+        return self.path(entry).exists()
+
+    def keep_part(
+        self, entry: str, size: int, fetch: Callable[[], bytes], uses: Uses | None = None, before: float = ALWAYS
+    ) -> bool:
+        """See to it that a part is here, fetching it unless another process just did; False where there is no room.
+
+        uses: says when each part of this set is used next; what is used later than `before` makes room, and all of
+        other sets. None: of this set the parts that came first make room.
+        """
+        with self._locked_entry(entry):
+            if self.has(entry):
+                return True
+            if not self._reserve(entry, size, uses, before, alone=uses is None):
+                return False
+            try:
+                self._write(entry, fetch())
+            except BaseException:
+                self._count(-size)
+                raise
+        return True
+
+    def keep_whole(self, entry: str, fetch: Callable[[], bytes], uses: Uses | None = None) -> Path:
+        """The path of a whole file, fetched unless it is here. Raises ShardError when it is larger than the cache."""
+        path = self.path(entry)
+        with self._locked_entry(entry):
+            if self.has(entry):
+                os.utime(path)
+                return path
+            data = fetch()
+            if not self._reserve(entry, len(data), uses, ALWAYS, alone=False):
+                raise ShardError(
+                    f"{entry} has {len(data)} bytes, and the cache {self.folder} may take {self.limit} in all: raise "
+                    f"data.cache_gb"
+                )
+            self._write(entry, data)
+        return path
+
+    def _write(self, entry: str, data: bytes) -> None:
+        with atomic_path(self.path(entry)) as partial:
+            partial.write_bytes(data)
+
+    def drop(self, entry: str) -> None:
+        """Remove an entry that turned out to be damaged."""
+        with contextlib.suppress(FileNotFoundError):
+            size = self.path(entry).stat().st_size
+            self.path(entry).unlink()
+            self._count(-size)
+
+    def _reserve(self, entry: str, size: int, uses: Uses | None, before: float, alone: bool) -> bool:
+        """Count `size` bytes as taken, making room for them; False when there is none."""
+        with self._locked("usage"):
+            used = self._used()
+            if used + size > self.limit:
+                used = self._make_room(entry.partition("/")[0], size, uses, before, alone)
+            fits = used + size <= self.limit
+            self._write_used(used + size if fits else used)
+            return fits
+
+    def _make_room(self, owner: str, size: int, uses: Uses | None, before: float, alone: bool) -> int:
+        """Remove entries until `size` more fit, the last used first; the bytes that are left."""
+        entries = [(entry, info.st_size, info.st_mtime) for entry, info in self._entries()]
+        used = sum(length for _, length, _ in entries)
+        next_use = np.array([_age(entry, modified, owner, alone) for entry, _, modified in entries])
+        parts = [i for i, (entry, _, _) in enumerate(entries) if entry.startswith(f"{owner}/") and entry.endswith(PART)]
+        if uses is not None and parts:
+            next_use[parts] = uses([entries[i][0] for i in parts])
+        for place in np.argsort(-next_use, kind="stable").tolist():
+            if used + size <= self.limit * _KEPT_SHARE or next_use[place] <= before:
+                break
+            entry, length, _ = entries[place]
+            self.path(entry).unlink(missing_ok=True)
+            used -= length
+        return used
+
+    def _entries(self) -> Iterator[tuple[str, os.stat_result]]:
+        for owner in os.scandir(self.folder):
+            if owner.is_dir() and owner.name != ".locks":
+                for file in os.scandir(owner.path):
+                    with contextlib.suppress(FileNotFoundError):
+                        if PARTIAL not in file.name:
+                            yield f"{owner.name}/{file.name}", file.stat()
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        for partial in self.folder.glob(f"*/*{PARTIAL}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - partial.stat().st_mtime > _OLD_SECONDS:
+                    partial.unlink()
+
+    def _used(self) -> int:
+        """Bytes counted so far; counted anew where nobody has, or where the count was cut short."""
+        try:
+            return int((self.folder / ".locks/used").read_text())
+        except (FileNotFoundError, ValueError):
+            return sum(info.st_size for _, info in self._entries())
+
+    def _write_used(self, used: int) -> None:
+        (self.folder / ".locks/used").write_text(str(used))
+
+    def _count(self, size: int) -> None:
+        with self._locked("usage"):
+            self._write_used(max(0, self._used() + size))
+
+    def _locked_entry(self, entry: str) -> contextlib.AbstractContextManager[None]:
+        return self._locked(f"{zlib.crc32(entry.encode()) % _LOCKS:03d}")
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """One process, and one thread of it, at a time; the lock ends with the process, however it ends."""
+        with open(self.folder / ".locks" / name, "w", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _age(entry: str, modified: float, owner: str, alone: bool) -> float:
+    """Stands for the next use of an entry of which none is known: the longer ago it came, the sooner it goes; other
+    sets' parts before all, or, `alone`, not at all; whole files behind all."""
+    if not entry.endswith(PART):
+        return -_FAR - modified
+    if entry.startswith(f"{owner}/"):
+        return -modified
+    return ALWAYS if alone else _FAR - modified
