@@ -2,7 +2,7 @@
 # The one front door: ./launch.sh VERB [CONFIG] [section.key=value …]
 #
 #   demo [DIR]                 the whole job on this machine, on sample photographs or your own folder
-#   pack · index · verify · stats        pictures and shards (python -m shards VERB --help)
+#   pack · index · verify · stats · simulate    pictures and shards (python -m shards VERB --help)
 #   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher, here or on HOSTFILE's hosts
 #   slurm [pretrain|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--dry-run] [-- sbatch options]
 #   slurm pack IMAGES SHARDS … [--cpus-per-task C]    writes a batch script into the run folder and submits it
@@ -53,7 +53,7 @@ setup() {
     local pip=("$python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
     # torch first: asked for by another package, pip would take the newest
     "${pip[@]}" torch
-    "${pip[@]}" -e "$root[train,demo,test]"
+    "${pip[@]}" -e "$root[train,fast,remote,demo,test]"
     echo "$made_from" >"$stamp"
     exec 9>&-
 }
@@ -80,7 +80,7 @@ case $verb in
         setup
         [ $# -eq 0 ] || peers ;;
     demo | slurm | stop | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
-    pack | index | verify | stats) setup; exec "$python" -m shards "$verb" "$@" ;;
+    pack | index | verify | stats | simulate) setup; exec "$python" -m shards "$verb" "$@" ;;
     tokenizer | tokenize | pretrain)
         setup
         case " $* " in *" -h "* | *" --help "*) exec "$python" -m pipeline "$verb" --help ;; esac

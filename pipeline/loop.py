@@ -14,21 +14,12 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.engine import Engine, agree, all_values, gathered, sums
+from pipeline.feed import Batch, Feed
 from pipeline.guard import Fault, Guard
 from pipeline.metrics import Metrics, Reporter, memory_bytes, say
 from pipeline.pace import Pace, Stopwatch
 from pipeline.positions import Positions
 from pipeline.run import BadSamples
-
-
-class Batch(Protocol):
-    """What the loop needs of a batch (shards.loader.Batch)."""
-
-    @property
-    def bad(self) -> list: ...
-    @property
-    def samples(self) -> Tensor: ...
-    def to(self, device: torch.device) -> Any: ...
 
 
 class Saving(Protocol):
@@ -122,10 +113,10 @@ def train(engine: Engine, batches: Iterator[Batch], plan: Plan, parts: Parts) ->
 
     Raises ConfigError on every rank when the budget of bad samples is spent.
     """
-    meter = Meter(engine)
+    meter, feed = Meter(engine), Feed(batches, engine.world.device)
     for step in range(plan.first_step, plan.steps):
         parts.beat(f"step {step}")
-        stopping, norm, made = _step(engine, batches, step, meter, parts)
+        stopping, norm, made = _step(engine, feed, step, meter, parts)
         done = step + 1
         if not made and parts.guard.must_go_back:
             return done
@@ -149,16 +140,14 @@ def train(engine: Engine, batches: Iterator[Batch], plan: Plan, parts: Parts) ->
     return plan.steps
 
 
-def _step(
-    engine: Engine, batches: Iterator[Batch], step: int, meter: Meter, parts: Parts
-) -> tuple[bool, Tensor | float, bool]:
+def _step(engine: Engine, feed: Feed, step: int, meter: Meter, parts: Parts) -> tuple[bool, Tensor | float, bool]:
     """One optimizer step: whether to stop after it, the gradient's norm, and whether the update was made."""
     broken = torch.zeros((), device=engine.world.device)
     measured, samples = [], []
     for micro in range(engine.setup.accumulation):
         if micro:
             engine.accumulate()
-        batch, measures = _micro_step(engine, batches, parts.objective, step, meter)
+        batch, measures = _micro_step(engine, feed, parts.objective, step, meter)
         broken = torch.maximum(broken, (~torch.isfinite(measures["loss"])).float())
         measured.append(measures)
         samples += batch.samples.tolist() if parts.positions is not None else []
@@ -180,18 +169,18 @@ def _step(
 
 
 def _micro_step(
-    engine: Engine, batches: Iterator[Batch], objective: Objective, step: int, meter: Meter
+    engine: Engine, feed: Feed, objective: Objective, step: int, meter: Meter
 ) -> tuple[Batch, dict[str, Tensor]]:
     """Forward and backward of one micro batch; returns it and its loss with what else was measured."""
-    asked = time.perf_counter()
-    batch = next(batches)
-    meter.waited += time.perf_counter() - asked
+    batch, moved = feed.take()
     meter.bad += batch.bad
-    moved = batch.to(engine.world.device)
     meter.forward.start()
     loss, measures = objective(engine.model, moved, step)
     meter.forward.stop()
     engine.backward(loss)
+    feed.prepare()
+    meter.waited += feed.waited
+    feed.waited = 0.0
     return batch, {"loss": loss.detach(), **measures}
 
 

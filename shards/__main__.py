@@ -1,4 +1,4 @@
-"""`python -m shards VERB`: pack, index, verify, stats. Runs where neither torch nor deepspeed is installed."""
+"""`python -m shards VERB`: pack, index, verify, stats, simulate. Needs neither torch nor deepspeed."""
 
 import argparse
 import io
@@ -25,7 +25,32 @@ def _parser() -> argparse.ArgumentParser:
     stats = verbs.add_parser("stats", help="counts, sizes, classes, flags; of a token set, codebook use")
     stats.add_argument("shards", type=Path, metavar="SHARDS", help="folder of an image or token shard set")
     stats.add_argument("--json", action="store_true", help="print JSON")
+    _add_simulate(verbs)
     return parser
+
+
+def _add_simulate(verbs: argparse._SubParsersAction) -> None:
+    simulate = verbs.add_parser(
+        "simulate",
+        help="walk the order of a set of any size without one: mixing, bytes a node reads, cache, memory",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, default, text in (
+        ("samples", None, "pictures in the set; digits may be grouped, as 14_200_000"),
+        ("samples-per-shard", 10_000, "pictures in a tar"),
+        ("bytes-per-sample", 110_000, "mean size of a picture"),
+        ("ranks", 1, "processes that train"),
+        ("ranks-per-node", 8, "of them on one machine"),
+        ("global-batch", 2048, "train.global_batch"),
+        ("epoch", 0, "that is walked"),
+        ("seed", 0, "data.seed"),
+        ("chunk", 64, "loader.chunk"),
+        ("window", 16, "loader.window"),
+        ("lanes", 256, "loader.lanes"),
+    ):
+        simulate.add_argument(f"--{name}", type=int, default=default, required=default is None, metavar="N", help=text)
+    simulate.add_argument("--all", action="store_true", help="walk every sample, also of more than 10^8")
+    simulate.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_pack(verbs: argparse._SubParsersAction) -> None:
@@ -178,6 +203,21 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _simulate(arguments: argparse.Namespace) -> int:
+    from shards.order import OrderPolicy
+    from shards.simulate import Simulated, simulate
+    from shards.stats import table
+
+    policy = {name: getattr(arguments, name) for name in ("seed", "chunk", "window", "lanes")}
+    if min(policy["chunk"], policy["window"], policy["lanes"]) < 1:
+        raise ShardError("--chunk, --window and --lanes must be at least 1")
+    names = ("samples", "samples_per_shard", "bytes_per_sample", "ranks", "ranks_per_node", "global_batch", "epoch")
+    asked = Simulated(**{name: getattr(arguments, name) for name in names}, order=OrderPolicy(**policy))
+    found = simulate(asked, arguments.all)
+    print(json.dumps(found, indent=1) if arguments.json else table(found))
+    return 0
+
+
 def parsed(words: list[str]) -> argparse.Namespace:
     """A command line as it will be taken; a wrong one ends the process with argparse's usage and code 2."""
     return _parser().parse_args(words)
@@ -186,7 +226,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
 def main(words: list[str]) -> int:
     """Run one verb; the exit code. What a user or a disk can cause is one line on stderr and code 2."""
     arguments = parsed(words)
-    verb = {"pack": _pack, "index": _index, "verify": _verify, "stats": _stats}[arguments.verb]
+    verb = {"pack": _pack, "index": _index, "verify": _verify, "stats": _stats, "simulate": _simulate}[arguments.verb]
     try:
         return verb(arguments)
     except (ShardError, OSError) as error:

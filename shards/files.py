@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import struct
 import uuid
 from collections.abc import Iterator
@@ -51,6 +52,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def open_files(each: int) -> int:
+    """How many things of so many open files each a process may keep open, leaving half of its limit to others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(32, min(soft, 65536) // 2 // each)
 
 
 def write_text(path: Path, text: str) -> None:

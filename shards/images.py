@@ -18,7 +18,7 @@ import xxhash
 
 from shards.cache import ALWAYS, PART, Cache
 from shards.errors import ShardError
-from shards.files import file_digest
+from shards.files import file_digest, open_files
 from shards.index import FLAG_BAD, Index, index_path, open_index
 from shards.manifest import ImageManifest, read_image_manifest
 from shards.order import Chunks, Order
@@ -27,7 +27,6 @@ from shards.remote import Remote, is_url, kept_file
 Value = TypeVar("Value")
 
 _RETRY_SECONDS = (0.2, 1.0, 5.0, 20.0)
-_OPEN_SHARDS = 256
 _CURE = "restore it, or pack again; `verify` lists every difference"
 _log = logging.getLogger(__name__)
 
@@ -175,7 +174,7 @@ class ImageSet:
         if opened is None:
             opened = retried(lambda: self._open_shard(shard), f"{self.manifest.shards[shard].name} in {self.folder}")
             self._open[shard] = opened
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > open_files(each=4):  # a tar and its index, and half for tokens
                 oldest = self._open.popitem(last=False)[1]
                 if oldest.descriptor >= 0:
                     os.close(oldest.descriptor)

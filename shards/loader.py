@@ -57,6 +57,10 @@ class Batch(NamedTuple):
     draws: dict[str, torch.Tensor]
     bad: list[BadSample]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [*(value for value in self if isinstance(value, torch.Tensor)), *self.draws.values()]
+
     def to(self, device: torch.device) -> "Batch":
         """The batch with every tensor on `device`, copied asynchronously where the source is pinned."""
         tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
@@ -292,7 +296,7 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16384)), hard))
 
 
 def _as_it_is(sent: Any) -> Any:

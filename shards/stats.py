@@ -113,13 +113,13 @@ def token_stats(folder: Path) -> dict:
 
 def table(stats: dict) -> str:
     """The statistics for people, one line each."""
-    lines = []
+    lines, width = [], max(24, *(len(name) for name in stats))
     for name, value in stats.items():
         if isinstance(value, dict):
             value = _row(value, name)
         elif isinstance(value, int):
             value = f"{value:,}"
-        lines.append(f"{name:<24} {value}")
+        lines.append(f"{name:<{width}} {value}")
     return "\n".join(lines)
 
 

@@ -15,14 +15,13 @@ import xxhash
 
 from shards.cache import Cache
 from shards.errors import ShardError
-from shards.files import file_digest, open_tensors, write_tensors
+from shards.files import file_digest, open_files, open_tensors, write_tensors
 from shards.images import retried
 from shards.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
 from shards.remote import Remote, is_url, kept_file
 from shards.views import FIELDS, Views
 
 _CURE = "run `tokenize` again with this image set, or point data.tokens at the folder made from it"
-_OPEN_SHARDS = 256
 _DTYPES = {
     "tokens": np.uint16,
     "boxes": np.uint32,
@@ -159,7 +158,7 @@ class TokenSet:
         if opened is None:
             opened = retried(lambda: self._open_checked(number, image_keys), f"{self.folder}/{self._name(number)}")
             self._open[number] = opened
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > open_files(each=4):
                 del self._open[next(iter(self._open))]
         return opened
 

@@ -103,10 +103,11 @@ TABLE = (
     Row("pipeline.pace", f"{CONFIG} torch", "pipeline.model shards pipeline.stages deepspeed"),
     Row(
         "pipeline.loop",
-        f"{ENGINE} torch pipeline.guard pipeline.metrics pipeline.pace pipeline.positions pipeline.run",
+        f"{ENGINE} torch pipeline.feed pipeline.guard pipeline.metrics pipeline.pace pipeline.positions pipeline.run",
         "pipeline.model shards pipeline.stages",
     ),
     Row("pipeline.ending", f"{ENGINE} pipeline.checkpoint pipeline.signals", "pipeline.model shards pipeline.stages"),
+    Row("pipeline.feed", "torch", "pipeline.model shards pipeline.stages"),
     Row(
         "pipeline.streams",
         f"{CONFIG} pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",

@@ -195,6 +195,7 @@ def edit_manifest(folder: Path, change) -> None:
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
+    del content["digest"]  # as an earlier version wrote it; else it would vouch for the old words
     path.write_text(json.dumps(content))
 
 

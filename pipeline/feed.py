@@ -1,0 +1,60 @@
+"""Batches on their device: on a GPU each is copied there while the one before is computed with.
+
+Must not know model, shards or any stage.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Batch(Protocol):
+    """What the loop needs of a batch (shards.loader.Batch)."""
+
+    @property
+    def bad(self) -> list: ...
+    @property
+    def samples(self) -> Tensor: ...
+    def to(self, device: torch.device) -> Any: ...
+    def tensors(self) -> list[Tensor]: ...
+
+
+class Feed:
+    """Takes batches from the stream, and says how long it waited for them."""
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device):
+        self.batches, self.device = batches, device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.next: tuple[Batch, Any] | None = None
+        self.waited = 0.0  # seconds, until somebody sets it back
+
+    def take(self) -> tuple[Batch, Any]:
+        """The next batch as it came, and on the device. What is enqueued from here on may use it."""
+        if self.next is None:
+            self._fetch()
+        assert self.next is not None, "the stream has a batch for every step"
+        (batch, moved), self.next = self.next, None
+        if self.side is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.side)
+            for tensor in moved.tensors():
+                tensor.record_stream(current)
+        return batch, moved
+
+    def prepare(self) -> None:
+        """On a GPU: have the following batch, if there is one, on its way. To be called when a step's work is enqueued
+        and before anything waits for it."""
+        if self.side is not None and self.next is None:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        asked = time.perf_counter()
+        batch = next(self.batches, None)
+        self.waited += time.perf_counter() - asked
+        if batch is None:
+            return
+        with torch.cuda.stream(self.side):  # without a GPU it does nothing
+            self.next = batch, batch.to(self.device)
