@@ -225,6 +225,9 @@ def parsed(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str]) -> int:
     """Run one verb; the exit code. What a user or a disk can cause is one line on stderr and code 2."""
+    for word in (word for word in words if "://" in word):
+        print(f"error: {word} is a URL: this verb reads folders of this machine alone", file=sys.stderr)
+        return 2
     arguments = parsed(words)
     verb = {"pack": _pack, "index": _index, "verify": _verify, "stats": _stats, "simulate": _simulate}[arguments.verb]
     try:

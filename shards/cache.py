@@ -6,9 +6,11 @@ whole files (indexes, tokens), which all parts of a shard share, go after all pa
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import ShardError
-from shards.files import PARTIAL, atomic_path
+from shards.files import PARTIAL
 
 PART = ".part"  # an entry that is a part of a tar; others are whole files
 ALWAYS = float("-inf")  # in use before anything else
@@ -71,14 +73,10 @@ class Cache:
         with self._locked_entry(entry):
             if self.has(entry):
                 return True
-            if not self._reserve(entry, size, uses, before, alone=uses is None):
-                return False
-            try:
-                self._write(entry, fetch())
-            except BaseException:
-                self._count(-size)
-                raise
-        return True
+            partial = self._reserve(entry, size, uses, before, alone=uses is None)
+            if partial is not None:
+                self._fill(partial, entry, size, fetch)
+            return partial is not None
 
     def keep_whole(self, entry: str, fetch: Callable[[], bytes], uses: Uses | None = None) -> Path:
         """The path of a whole file, fetched unless it is here. Raises ShardError when it is larger than the cache."""
@@ -88,17 +86,28 @@ class Cache:
                 os.utime(path)
                 return path
             data = fetch()
-            if not self._reserve(entry, len(data), uses, ALWAYS, alone=False):
+            partial = self._reserve(entry, len(data), uses, ALWAYS, alone=False)
+            if partial is None:
                 raise ShardError(
                     f"{entry} has {len(data)} bytes, and the cache {self.folder} may take {self.limit} in all: raise "
                     f"data.cache_gb"
                 )
-            self._write(entry, data)
+            self._fill(partial, entry, len(data), lambda: data)
         return path
 
-    def _write(self, entry: str, data: bytes) -> None:
-        with atomic_path(self.path(entry)) as partial:
-            partial.write_bytes(data)
+    def _fill(self, partial: Path, entry: str, size: int, fetch: Callable[[], bytes]) -> None:
+        """Make an entry of what was reserved for it."""
+        try:
+            partial.write_bytes(fetch())
+            os.replace(partial, self.path(entry))
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            self._count(-size)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ShardError(
+                    f"no space left in the cache folder {self.folder}: lower data.cache_gb, or move data.cache"
+                ) from error
+            raise
 
     def drop(self, entry: str) -> None:
         """Remove an entry that turned out to be damaged."""
@@ -107,20 +116,27 @@ class Cache:
             self.path(entry).unlink()
             self._count(-size)
 
-    def _reserve(self, entry: str, size: int, uses: Uses | None, before: float, alone: bool) -> bool:
-        """Count `size` bytes as taken, making room for them; False when there is none."""
+    def _reserve(self, entry: str, size: int, uses: Uses | None, before: float, alone: bool) -> Path | None:
+        """A partial file of `size` bytes to be filled, which count from now on; None where no room can be made."""
         with self._locked("usage"):
             used = self._used()
             if used + size > self.limit:
                 used = self._make_room(entry.partition("/")[0], size, uses, before, alone)
             fits = used + size <= self.limit
             self._write_used(used + size if fits else used)
-            return fits
+            if not fits:
+                return None
+            partial = self.folder / f"{entry}{PARTIAL}{uuid.uuid4().hex[:8]}"
+            partial.parent.mkdir(exist_ok=True)
+            with open(partial, "wb") as file:
+                file.truncate(size)
+            return partial
 
     def _make_room(self, owner: str, size: int, uses: Uses | None, before: float, alone: bool) -> int:
         """Remove entries until `size` more fit, the last used first; the bytes that are left."""
-        entries = [(entry, info.st_size, info.st_mtime) for entry, info in self._entries()]
-        used = sum(length for _, length, _ in entries)
+        found = [(entry, info.st_size, info.st_mtime) for entry, info in self._files()]
+        used = sum(length for _, length, _ in found)  # with what is on its way
+        entries = [(entry, length, modified) for entry, length, modified in found if PARTIAL not in entry]
         next_use = np.array([_age(entry, modified, owner, alone) for entry, _, modified in entries])
         parts = [i for i, (entry, _, _) in enumerate(entries) if entry.startswith(f"{owner}/") and entry.endswith(PART)]
         if uses is not None and parts:
@@ -133,13 +149,12 @@ class Cache:
             used -= length
         return used
 
-    def _entries(self) -> Iterator[tuple[str, os.stat_result]]:
+    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         for owner in os.scandir(self.folder):
             if owner.is_dir() and owner.name != ".locks":
                 for file in os.scandir(owner.path):
                     with contextlib.suppress(FileNotFoundError):
-                        if PARTIAL not in file.name:
-                            yield f"{owner.name}/{file.name}", file.stat()
+                        yield f"{owner.name}/{file.name}", file.stat()
 
     def _sweep(self) -> None:
         """Remove what killed processes left half written."""
@@ -153,7 +168,7 @@ class Cache:
         try:
             return int((self.folder / ".locks/used").read_text())
         except (FileNotFoundError, ValueError):
-            return sum(info.st_size for _, info in self._entries())
+            return sum(info.st_size for _, info in self._files())
 
     def _write_used(self, used: int) -> None:
         (self.folder / ".locks/used").write_text(str(used))

@@ -173,9 +173,13 @@ def _plain_jpeg(flags: int) -> bool:
 
 
 def read_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, np.ndarray]:
-    """`read_header` and `decode` in one pass."""
+    """`read_header` and `decode` of a picture that comes into a set: a JPEG of which libjpeg says that it is damaged is
+    refused, too, though it decodes to something."""
     with _opened(data, max_pixels) as image:
-        return _header(image, data), _pixels(image)
+        header, pixels = _header(image, data), _pixels(image)
+        if header.format == "jpg" and (complaint := jpeg.complaint(data)):
+            raise PictureError(f"is damaged: {complaint}")
+        return header, pixels
 
 
 def mean_grey(pixels: np.ndarray) -> float:

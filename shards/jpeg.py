@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from shards.errors import ShardError
@@ -76,6 +77,17 @@ def _with_faster_whole(made: JpegDecoder) -> JpegDecoder:
     return made
 
 
+def complaint(data: bytes) -> str:
+    """What libjpeg says against a JPEG that decoders, Pillow's among them, decode to something all the same; empty
+    where it says nothing. A few thousand bytes of zeros in its middle are such damage."""
+    try:
+        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
+        simplejpeg.decode_jpeg(data, "CMYK" if colours in ("CMYK", "YCCK") else "GRAY")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _version(name: str) -> str:
     for package in _PACKAGES[name]:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -98,11 +110,9 @@ def _same_pixels(made: JpegDecoder) -> bool:
 
 
 def _simplejpeg() -> JpegDecoder:
-    library = importlib.import_module("simplejpeg")
-
     def whole(data: bytes) -> np.ndarray | None:
         try:
-            return library.decode_jpeg(data, "RGB")
+            return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:  # it refuses what libjpeg only warns of
             return None
 

@@ -170,8 +170,6 @@ def _fetched(remote: Remote) -> object:
 def kind_of(folder: Path) -> str:
     """What a folder's manifest says it holds, images or tokens. Raises ShardError when there is no manifest."""
     path = folder / NAME
-    if is_url(folder):
-        raise ShardError(f"{folder} is a URL: this verb reads folders of this machine alone")
     if folder.is_dir() and not path.exists():
         below = sorted(inner.parent.name for inner in folder.glob(f"*/{NAME}"))
         if below:

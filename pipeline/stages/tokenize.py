@@ -31,6 +31,7 @@ from shards.index import Index
 from shards.loader import Cuts, ShardCuts, load_cuts
 from shards.manifest import NAME, ImageShard, TokenManifest, write_manifest
 from shards.progress import Progress, Silent
+from shards.remote import is_url
 from shards.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
 from shards.views import FIELDS, ViewPolicy, Views, draw_views
 
@@ -66,6 +67,8 @@ def run(config: Config) -> int:
     data = config.data
     pairs = [(data.images, data.tokens), (data.heldout_images, data.heldout_tokens)]
     pairs = [(images, tokens) for images, tokens in pairs if images and tokens != ONLINE]
+    for tokens in (tokens for _, tokens in pairs if is_url(tokens)):
+        raise ConfigError(f"{tokens} is a URL: `tokenize` writes into a folder; upload that when it is whole")
     if not pairs:
         raise ConfigError(
             "data.tokens is online: `pretrain` makes the tokens itself; name a folder to make them before"

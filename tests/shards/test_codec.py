@@ -218,3 +218,20 @@ def test_encode_names_a_size_the_format_cannot_hold():
     """WebP ends at 16383 pixels a side: a reason for the list of rejects, not a crash."""
     with pytest.raises(PictureError, match="16384x1 cannot be stored as webp"):
         codec.encode(np.zeros((1, 16384, 3), np.uint8), "webp", 90)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_damaged_before_it_comes_is_refused(mode):
+    """No checksum can tell; libjpeg can, mostly, and Pillow does not ask it. What is whole passes."""
+    data = encoded(Image.fromarray(photo(256, 320)).convert(mode), "JPEG", quality=90)
+    codec.read_picture(data)
+    refused = 0
+    for start in range(len(data) // 3, len(data) - 900, len(data) // 40):
+        broken = data[:start] + bytes(800) + data[start + 800 :]
+        codec.decode(broken)  # to something
+        try:
+            codec.read_picture(broken)
+        except PictureError as error:
+            assert "is damaged: " in str(error)
+            refused += 1
+    assert refused >= 20

@@ -5,22 +5,28 @@ import dataclasses
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from fsspec.config import conf
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.stages import tokenize
 from pipeline.streams import Source, evaluation, evaluation_batches, pretraining, training_batches
 from shards import remote
 from shards.cache import Cache
 from shards.errors import ShardError
 from shards.images import DamagedSample, ImageSet, Reading
+from shards.manifest import read_token_manifest
 from shards.order import Order, OrderPolicy
 from shards.remote import Missing, Remote
+from tests.conftest import ROOT
 from tests.shards.servers import Faults, faulty, http_server, s3_server
 from tests.shards.test_stream import split
 
@@ -260,3 +266,54 @@ def test_what_is_used_last_makes_room(tiny, served, tmp_path):
     assert 3 < len(parts) < len(everything)
     all_uses = dict(zip(sorted(everything), images._uses(sorted(everything)).tolist(), strict=True))
     assert np.mean([all_uses[part] for part in parts]) < np.mean([all_uses[part] for part in everything - set(parts)])
+
+
+def test_tokens_are_made_of_remote_pictures(tiny, served, tmp_path):
+    """The same tokens, from an image set that is read once and in turn; with room for a few chunks."""
+    where = [f"data.images={served}/shards/train", f"data.tokens={tmp_path / 'tokens'}", "data.heldout_images="]
+    where += ["data.heldout_tokens=", f"data.cache={tmp_path / 'cache'}", "data.cache_gb=0.0001"]
+    assert tokenize.run(load_config(str(tiny.config), where)) == 0
+    ours, theirs = (read_token_manifest(folder) for folder in (tmp_path / "tokens", tiny.folder / "tokens" / "train"))
+    assert ours.fingerprint == theirs.fingerprint
+
+
+def test_tokens_are_written_into_a_folder(tiny, served):
+    where = [f"data.tokens={served}/tokens/new", "data.heldout_images=", "data.heldout_tokens="]
+    with pytest.raises(ConfigError, match="writes into a folder"):
+        tokenize.run(load_config(str(tiny.config), where))
+
+
+@pytest.mark.parametrize("verb", ["verify", "stats"])
+def test_verbs_for_folders_say_so(served, verb):
+    command = [sys.executable, "-m", "shards", verb, f"{served}/shards/train"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is a URL: this verb reads folders of this machine alone" in done.stderr
+
+
+def test_the_process_that_fetches_ahead_ends_with_its_own(tiny, served, tmp_path):
+    """However it ends: nothing is left to fill a disk."""
+    code = """if True:
+        import os, sys, time
+        from pipeline.config import load_config
+        from pipeline.streams import pretraining, training_batches
+        config = load_config(sys.argv[1], sys.argv[2:])
+        source = pretraining(config)
+        shape = dict(first_sample=0, global_batch=12, micro=12, rank=0, world=1, steps=10**6)
+        batches = training_batches(config, source, **shape)
+        next(batches)
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    """
+    words = [f"data.images={served}/shards/train", f"data.tokens={served}/tokens/train", "loader.workers=1"]
+    words += [f"data.cache={tmp_path / 'cache'}"]
+    command = [sys.executable, "-c", code, str(tiny.config), *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) == process.pid
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2, "a worker, and one that fetches ahead"
+        process.kill()
+        process.wait()
+        _, left = psutil.wait_procs(children, timeout=30)
+        assert not left
