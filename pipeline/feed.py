@@ -3,12 +3,13 @@
 Must not know model, shards or any stage.
 """
 
-import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from pipeline.pace import Stopwatch
 
 
 class Batch(Protocol):
@@ -23,13 +24,13 @@ class Batch(Protocol):
 
 
 class Feed:
-    """Takes batches from the stream, and says how long it waited for them."""
+    """Takes batches from the stream, and measures how long the device stood still for them."""
 
     def __init__(self, batches: Iterator[Batch], device: torch.device):
         self.batches, self.device = batches, device
+        self.waiting = Stopwatch(device)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.next: tuple[Batch, Any] | None = None
-        self.waited = 0.0  # seconds, until somebody sets it back
 
     def take(self) -> tuple[Batch, Any]:
         """The next batch as it came, and on the device. What is enqueued from here on may use it."""
@@ -51,9 +52,9 @@ class Feed:
             self._fetch()
 
     def _fetch(self) -> None:
-        asked = time.perf_counter()
+        self.waiting.start()  # on a GPU when it has done what is enqueued
         batch = next(self.batches, None)
-        self.waited += time.perf_counter() - asked
+        self.waiting.stop()
         if batch is None:
             return
         with torch.cuda.stream(self.side):  # without a GPU it does nothing

@@ -75,9 +75,9 @@ class Meter:
     """Sums since the last log line; tensors stay on the device until they are read."""
 
     engine: Engine
+    waiting: Stopwatch
     totals: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
-    waited: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     bad: list = field(default_factory=list)
     forward: Stopwatch = field(init=False)
@@ -96,14 +96,15 @@ class Meter:
         for data; starts anew."""
         names = sorted(self.totals)
         seconds = time.perf_counter() - self.started
-        local = [*(self.totals[name] for name in names), torch.tensor(self.waited / max(seconds, 1e-9))]
+        waited = self.waiting.read() / max(seconds, 1e-9)
+        local = [*(self.totals[name] for name in names), torch.tensor(waited)]
         stacked = torch.stack([value.to(self.engine.world.device, torch.float32) for value in local])
         means = (sums(stacked) / self.engine.world.size).tolist()
         result = {name: mean / self.count for name, mean in zip(names, means, strict=False)}
         result["data_wait_share"] = means[-1]
         result["seconds"] = seconds
-        ranks = all_values([self.forward.read(), self.waited / max(seconds, 1e-9)], self.engine.world)
-        self.totals, self.count, self.waited, self.started = {}, 0, 0.0, time.perf_counter()
+        ranks = all_values([self.forward.read(), waited], self.engine.world)
+        self.totals, self.count, self.started = {}, 0, time.perf_counter()
         return result, ranks
 
 
@@ -113,7 +114,8 @@ def train(engine: Engine, batches: Iterator[Batch], plan: Plan, parts: Parts) ->
 
     Raises ConfigError on every rank when the budget of bad samples is spent.
     """
-    meter, feed = Meter(engine), Feed(batches, engine.world.device)
+    feed = Feed(batches, engine.world.device)
+    meter = Meter(engine, feed.waiting)
     for step in range(plan.first_step, plan.steps):
         parts.beat(f"step {step}")
         stopping, norm, made = _step(engine, feed, step, meter, parts)
@@ -179,8 +181,6 @@ def _micro_step(
     meter.forward.stop()
     engine.backward(loss)
     feed.prepare()
-    meter.waited += feed.waited
-    feed.waited = 0.0
     return batch, {"loss": loss.detach(), **measures}
 
 

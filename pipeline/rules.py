@@ -29,7 +29,7 @@ _AT_LEAST_ONE = {
 
 def check(config: Config, where: str) -> None:
     """Raise ConfigError, with the value, the rule and the cure, for the first thing that cannot be."""
-    for rules in (_numbers, _choices, _shapes, _ranges):  # in this order: the later ones divide by what counts
+    for rules in (_numbers, _places, _choices, _shapes, _ranges):  # in this order: the later ones divide by what counts
         for line in rules(config):
             raise ConfigError(f"{where}: {line}")
 
@@ -56,6 +56,23 @@ def _numbers(config: Config) -> list[str]:
                 lines.append(f"{name} is {value}; it must be more than nothing")
             if item.name == "seed" and value >= 2**63:
                 lines.append(f"{name} is {value}; it must be less than 2^63")
+    return lines
+
+
+def _places(config: Config) -> list[str]:
+    """URLs where shard sets are read, and folders elsewhere."""
+    data, train = config.data, config.train
+    folders = {"data.cache": data.cache, "data.tokenizer": data.tokenizer, "train.run": train.run}
+    lines = [
+        f"{name} is {where}, a URL; it must be a folder of this machine"
+        for name, where in {**folders, "train.init": train.init}.items()
+        if "://" in where
+    ]
+    sets = {name: getattr(data, name) for name in ("images", "tokens", "heldout_images", "heldout_tokens")}
+    for name, where in sets.items():
+        scheme, colon, rest = where.partition(":/")
+        if colon and scheme.isalnum() and not (rest.startswith("/") and rest.strip("/")):
+            lines.append(f"data.{name} is {where}; a URL is written SCHEME://PLACE")
     return lines
 
 
@@ -124,6 +141,7 @@ def _ranges(config: Config) -> list[str]:
         (tokenizer.temperature_end > 0, "tokenizer.temperature_end must be more than 0"),
         (tokenizer.anneal_share <= 1, f"tokenizer.anneal_share is {tokenizer.anneal_share}; it lies in [0, 1]"),
         (tokenizer.vocabulary <= 65536, f"tokenizer.vocabulary {tokenizer.vocabulary} does not fit 16 bits (65536)"),
+        (config.data.cache_gb > 0, f"data.cache_gb is {config.data.cache_gb}; it must be more than 0"),
         (config.data.bad_sample_budget <= 1, "data.bad_sample_budget is a share of the set, in [0, 1]"),
     )
     return [line for holds, line in rules if not holds]

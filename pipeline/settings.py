@@ -264,6 +264,8 @@ def work_folder(verb: str, config: Config) -> Path:
         "tokenizer": f"{config.data.tokenizer}/training",
         "tokenize": config.data.tokens,
     }
+    if "://" in folders[verb]:
+        raise ConfigError(f"{folders[verb]} is a URL: `{verb}` writes into a folder; upload that when it is whole")
     return Path(folders[verb])
 
 

@@ -208,7 +208,8 @@ def evaluation(config: Config, where: str) -> Source:
     """Images in manifest order, central views of the encoder's size."""
     images, size = image_set(config, where), config.model.input_size
     places = InTurn([shard.samples for shard in images.manifest.shards])
-    stream = Stream(images=images, places=places, source=CentralViews(size.width / size.height), size=size)
+    source = CentralViews(size.width / size.height)
+    stream = Stream(images=images, places=places, source=source, size=size, decoder=config.loader.decoder)
     return Source(stream, images.manifest.fingerprint, "")
 
 

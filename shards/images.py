@@ -4,6 +4,7 @@ A set is a folder, or lies behind a URL: then what is read of it comes in chunks
 """
 
 import errno
+import functools
 import logging
 import os
 import time
@@ -18,15 +19,14 @@ import xxhash
 
 from shards.cache import ALWAYS, PART, Cache
 from shards.errors import ShardError
-from shards.files import file_digest, open_files
+from shards.files import RETRY_SECONDS, file_digest, open_files
 from shards.index import FLAG_BAD, Index, index_path, open_index
 from shards.manifest import ImageManifest, read_image_manifest
 from shards.order import Chunks, Order
-from shards.remote import Remote, is_url, kept_file
+from shards.remote import Kept, Remote, is_url
 
 Value = TypeVar("Value")
 
-_RETRY_SECONDS = (0.2, 1.0, 5.0, 20.0)
 _CURE = "restore it, or pack again; `verify` lists every difference"
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Reading:
 
 def retried(read: Callable[[], Value], what: str) -> Value:
     """Run `read`; on an I/O error try again with growing pauses, then give up: skipping would change the order."""
-    for pause in (*_RETRY_SECONDS, None):
+    for pause in (*RETRY_SECONDS, None):
         try:
             return read()
         except OSError as error:
@@ -147,7 +147,16 @@ class ImageSet:
 
     def _entry(self, shard: int, number: int) -> str:
         name = self.manifest.shards[shard].name
-        return f"{self.manifest.fingerprint[:16]}/{name}.{self.chunk}x{number:06d}{PART}"
+        return f"{self._owner}/{name}.{self.chunk}x{number:06d}{PART}"
+
+    @functools.cached_property
+    def _owner(self) -> str:
+        """The set's folder in the cache."""
+        return self.manifest.fingerprint[:16]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {shard.name: number for number, shard in enumerate(self.manifest.shards)}
 
     def _span(self, shard: int, number: int) -> tuple[int, int]:
         """The bytes of the tar from the first picture of a chunk to the end of its last."""
@@ -157,7 +166,7 @@ class ImageSet:
 
     def _uses(self, entries: list[str]) -> np.ndarray:
         """cache.Uses of this set's parts; those of another chunk size are not used."""
-        reading, numbers = self.reading, {shard.name: i for i, shard in enumerate(self.manifest.shards)}
+        reading, numbers = self.reading, self._numbers
         assert reading is not None, "asked for only while it is read in an order"
         shards, chunks = np.zeros(len(entries), np.int64), np.zeros(len(entries), np.int64)
         known = np.zeros(len(entries), bool)
@@ -184,10 +193,9 @@ class ImageSet:
     def _open_shard(self, shard: int) -> _OpenShard:
         entry = self.manifest.shards[shard]
         if isinstance(self.folder, Remote):
-            owner, name = self.manifest.fingerprint[:16], index_path(Path(), entry.name).name
-            uses = self._uses if self.reading else None
-            path = kept_file(self.folder, self._kept(), owner, name, entry.index_digest, uses)
-            index, descriptor, size = open_index(path), -1, entry.bytes
+            name, uses = index_path(Path(), entry.name).name, self._uses if self.reading else None
+            kept = Kept(self.folder, self._kept(), self._owner)
+            index, descriptor, size = kept.open(name, entry.index_digest, open_index, uses), -1, entry.bytes
         else:
             tar, path = self.folder / f"{entry.name}.tar", index_path(self.folder, entry.name)
             if file_digest(path) != entry.index_digest:

@@ -57,7 +57,7 @@ def _decoder(wanted: str, _: int) -> JpegDecoder:
         try:
             made = make()
         except (ImportError, RuntimeError, OSError) as error:
-            tried.append(f"{name} does not start ({str(error).splitlines()[0]})")
+            tried.append(f"{name} does not start ({(str(error).splitlines() or [type(error).__name__])[0]})")
             continue
         if _same_pixels(made):
             return _with_faster_whole(made) if wanted == "auto" else made

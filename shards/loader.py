@@ -61,6 +61,12 @@ class Batch(NamedTuple):
         """All of them."""
         return [*(value for value in self if isinstance(value, torch.Tensor)), *self.draws.values()]
 
+    def pinned(self) -> "Batch":
+        """The batch in pinned memory, which a GPU copies from while the processor does something else."""
+        tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        there: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return self._replace(**there, draws={name: tensor.pin_memory() for name, tensor in self.draws.items()})
+
     def to(self, device: torch.device) -> "Batch":
         """The batch with every tensor on `device`, copied asynchronously where the source is pinned."""
         tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
@@ -263,14 +269,12 @@ class _Sent:
     def received(self, ring: _Ring, pin: bool) -> Batch:
         """The batch in memory of its own, pinned where a GPU copies it from."""
 
-        def own(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory() if pin else tensor.clone()
-
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
         places = ring.places(self.number, len(self.arrays["samples"]))
-        tensors |= {"pixels": own(places[0]), "tokenizer_pixels": own(places[1])}
+        tensors |= {"pixels": places[0], "tokenizer_pixels": places[1]}
         drawn = {name: torch.from_numpy(array) for name, array in self.draws.items()}
-        return Batch(**tensors, draws=drawn, bad=self.bad)
+        batch = Batch(**tensors, draws=drawn, bad=self.bad)
+        return batch.pinned() if pin else batch._replace(pixels=places[0].clone(), tokenizer_pixels=places[1].clone())
 
 
 class _Batches(Dataset):
@@ -311,7 +315,8 @@ def load(stream: Stream, numbers: Numbers, *, workers: int, prefetch: int, pin: 
     """
     if not workers or not len(numbers):
         for i in range(len(numbers)):
-            yield stream.batch(numbers[i])
+            batch = stream.batch(numbers[i])
+            yield batch.pinned() if pin else batch
         return
     ring = _Ring(workers * prefetch + 1, len(numbers[0]), stream.shapes)
     loader: DataLoader = DataLoader(

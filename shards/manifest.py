@@ -15,11 +15,10 @@ import xxhash
 
 from shards.errors import ShardError
 from shards.files import write_text
-from shards.remote import Missing, Remote, is_url
+from shards.remote import FETCHES, Missing, Remote, is_url
 
 SCHEMA = 1
 NAME = "manifest.json"
-_FETCHES = 4
 
 _LEAST_BYTES = 512  # of a sample in a tar: the header of its picture
 
@@ -159,7 +158,7 @@ def _digest(content: dict) -> str:
 
 def _fetched(remote: Remote) -> object:
     """A remote manifest; one that comes damaged is fetched again."""
-    for _ in range(_FETCHES - 1):
+    for _ in range(FETCHES - 1):
         with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
             content = json.loads(remote.whole(NAME))
             if not isinstance(content, dict) or content.get("digest", "") in ("", _digest(content)):

@@ -108,19 +108,25 @@ class Order:
 
     def ahead(self, sample: int, rank: int, world: int) -> Iterator[tuple[int, Chunks]]:
         """What a rank reads from a sample on, window by window without end: the number of the sample at which a window
-        begins, and its chunks. A rank of a world that divides the lanes has lanes of its own; any other reads all."""
-        lanes, size = self.policy.lanes, self.policy.chunk * self.policy.window
-        mine = range(rank, lanes, world) if lanes % world == 0 else range(lanes)
+        begins, and its chunks. A rank of a world that divides the lanes has lanes of its own in every epoch; any other
+        reads all."""
+        step = self.policy.chunk * self.policy.window * self.policy.lanes
         epoch, position = divmod(sample, self.samples)
-        window = position // (size * lanes)
+        first = position // step
         while True:
-            ends = [self._window_ends(lane, window) for lane in mine]
-            spans = [(start, stop) for start, stop in ends if stop > start]
-            if spans:
-                yield epoch * self.samples + window * size * lanes, self._place(self._epoch(epoch).covering(spans))
-                window += 1
-            else:
-                epoch, window = epoch + 1, 0
+            for window in range(first, -(-self.samples // step)):
+                ends = [self._window_ends(lane, window) for lane in self._lanes_of(rank, world, epoch)]
+                spans = [(start, stop) for start, stop in ends if stop > start]
+                chunks = self._epoch(epoch).covering(spans) if spans else np.zeros(0, np.int64)
+                yield epoch * self.samples + window * step, self._place(chunks)
+            epoch, first = epoch + 1, 0
+
+    def _lanes_of(self, rank: int, world: int, epoch: int) -> range:
+        """The lanes that a rank reads in an epoch. Ranks take samples by their number in the run, lanes go by that in
+        the epoch: with every epoch a rank moves on by the epoch's length."""
+        if self.policy.lanes % world:
+            return range(self.policy.lanes)
+        return range((rank - epoch * self.samples) % world, self.policy.lanes, world)
 
     def next_use(self, chunks: Chunks, sample: int, ranks: range, world: int) -> np.ndarray:
         """The number of the next sample from `sample` on (i64 [n]) for which any of the ranks reads each of the chunks,
@@ -130,7 +136,8 @@ class Order:
         first = sample // self.samples
         for epoch in (first, first + 1):
             for start, end, lanes in self._uses(epoch, numbers):
-                mine = np.isin(lanes % world, np.arange(ranks.start, ranks.stop)) | (self.policy.lanes % world != 0)
+                readers = (lanes + epoch * self.samples) % world
+                mine = np.isin(readers, np.arange(ranks.start, ranks.stop)) | (self.policy.lanes % world != 0)
                 counts = mine & (end > sample)
                 found[counts] = np.minimum(found, np.maximum(start, sample))[counts]
         return found

@@ -4,6 +4,7 @@ Credentials, endpoints and the like are fsspec's own: its configuration files an
 library. A request that fails is made again with growing pauses and is then fatal; nothing is ever left out.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -11,6 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +20,15 @@ import xxhash
 
 from shards.cache import Cache, Uses
 from shards.errors import ShardError
-from shards.files import file_digest
+from shards.files import RETRY_SECONDS, file_digest
 
 Value = TypeVar("Value")
 
-PAUSES = (0.2, 1.0, 5.0, 20.0)  # seconds before each further try, up to half of it more by chance
+PAUSES = RETRY_SECONDS  # up to half of it more by chance
+
+FETCHES = 4  # of what comes damaged
 
 _STALLED_SECONDS = 60
-_FETCHES = 4
 _CURE = "check the address, the credentials and the store, then start again"
 _log = logging.getLogger(__name__)
 
@@ -91,26 +94,42 @@ class Remote:
         raise AssertionError("unreachable")
 
 
-def kept_file(remote: Remote, cache: Cache, owner: str, name: str, digest: str, uses: Uses | None) -> Path:
-    """A whole file of a remote set as a file of the cache, with the digest (xxh3-128) that its manifest lists.
+@dataclass(frozen=True)
+class Kept:
+    """Whole files of a remote set, kept in the cache under the name of the set."""
 
-    Raises ShardError when the store's own copy has another.
-    """
+    remote: Remote
+    cache: Cache
+    owner: str
 
-    def fetch() -> bytes:
-        for _ in range(_FETCHES):
-            data = remote.whole(name)
+    def open(self, name: str, digest: str, open_: Callable[[Path], Value], uses: Uses | None = None) -> Value:
+        """What `open_` makes of a file that has the digest (xxh3-128) its manifest lists. One that is damaged in the
+        cache is fetched again. Raises ShardError when the store's own copy has another digest."""
+        for _ in range(FETCHES):
+            path = self.cache.keep_whole(f"{self.owner}/{name}", lambda: self._fetched(name, digest), uses)
+            with contextlib.suppress(FileNotFoundError):  # another process needed its room
+                if file_digest(path) == digest:
+                    opened = open_(path)
+                    if path.exists():
+                        return opened
+                else:
+                    self.again(name)
+        raise ShardError(f"{self.cache.folder} does not keep {self.remote}/{name}: raise data.cache_gb")
+
+    def again(self, name: str) -> None:
+        """Have a file fetched anew when it is opened next."""
+        _log.warning("%s/%s is damaged in the cache; fetching it again", self.remote, name)
+        self.cache.drop(f"{self.owner}/{name}")
+
+    def _fetched(self, name: str, digest: str) -> bytes:
+        for _ in range(FETCHES):
+            data = self.remote.whole(name)
             if xxhash.xxh3_128_hexdigest(data) == digest:
                 return data
-            _log.warning("%s/%s came damaged; fetching it again", remote, name)
-        raise ShardError(f"{remote}/{name} is not the file its manifest lists (digest differs): upload the set again")
-
-    path = cache.keep_whole(f"{owner}/{name}", fetch, uses)
-    if file_digest(path) != digest:
-        _log.warning("%s/%s is damaged in the cache; fetching it again", remote, name)
-        cache.drop(f"{owner}/{name}")
-        path = cache.keep_whole(f"{owner}/{name}", fetch, uses)
-    return path
+            _log.warning("%s/%s came damaged; fetching it again", self.remote, name)
+        raise ShardError(
+            f"{self.remote}/{name} is not the file its manifest lists (digest differs): upload the set again"
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,10 +140,9 @@ def _system(url: str, _: int) -> tuple[Any, str]:
         from fsspec.config import conf
     except ImportError as error:
         raise ShardError(f"{url} is read by fsspec, which is not installed: pip install '.[remote]'") from error
-    scheme, options = url.partition("://")[0], {}
-    if scheme in ("http", "https"):
-        options = _http_options(dict(conf.get(scheme, {})))
+    scheme = url.partition("://")[0]
     try:
+        options = _http_options(dict(conf.get(scheme, {}))) if scheme in ("http", "https") else {}
         system, root = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise ShardError(f"{url} cannot be read by fsspec: {error}") from error

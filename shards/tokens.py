@@ -6,6 +6,7 @@ not be read, its rows are zeros and the stream substitutes it) · checks u64 [vi
 which sets of earlier versions lack. View-major, so that more views can follow.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from shards.errors import ShardError
 from shards.files import file_digest, open_files, open_tensors, write_tensors
 from shards.images import retried
 from shards.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
-from shards.remote import Remote, is_url, kept_file
+from shards.remote import Kept, Remote, is_url
 from shards.views import FIELDS, Views
 
 _CURE = "run `tokenize` again with this image set, or point data.tokens at the folder made from it"
@@ -156,7 +157,8 @@ class TokenSet:
         """Shard `number`, checked against the manifest and the image shard's keys (u64 [samples]) when first opened."""
         opened = self._open.get(number)
         if opened is None:
-            opened = retried(lambda: self._open_checked(number, image_keys), f"{self.folder}/{self._name(number)}")
+            name = f"{self.folder}/{self._name(number)}"
+            opened = retried(lambda: self.opened(number, lambda path: self._checked(number, path, image_keys)), name)
             self._open[number] = opened
             if len(self._open) > open_files(each=4):
                 del self._open[next(iter(self._open))]
@@ -165,17 +167,16 @@ class TokenSet:
     def _name(self, number: int) -> str:
         return token_path(Path(), self.manifest.shards[number].name).name
 
-    def path(self, number: int) -> Path:
-        """Where the file of shard `number` lies on this machine; a remote one is fetched."""
+    def opened(self, number: int, open_: Callable[[Path], OpenTokenShard]) -> OpenTokenShard:
+        """What `open_` makes of the file of shard `number`; a remote one is fetched."""
         if not isinstance(self.folder, Remote):
-            return self.folder / self._name(number)
+            return open_(self.folder / self._name(number))
         assert self._cache is not None, "a remote set has a cache"
-        owner, digest = self.manifest.fingerprint[:16], self.manifest.shards[number].digest
-        return kept_file(self.folder, self._cache, owner, self._name(number), digest, None)
+        kept = Kept(self.folder, self._cache, self.manifest.fingerprint[:16])
+        return kept.open(self._name(number), self.manifest.shards[number].digest, open_)
 
-    def _open_checked(self, number: int, image_keys: np.ndarray) -> OpenTokenShard:
-        entry, path = self.manifest.shards[number], self.path(number)
-        opened = open_token_shard(path)
+    def _checked(self, number: int, path: Path, image_keys: np.ndarray) -> OpenTokenShard:
+        entry, opened = self.manifest.shards[number], open_token_shard(path)
         rows, columns = self.manifest.tokenizer["grid"]
         shape = (self.manifest.num_views, entry.samples, rows * columns)
         if opened.tokens.shape != shape:
@@ -215,6 +216,6 @@ def token_counts(tokens: TokenSet, at_most_shards: int = 64) -> np.ndarray:
     shards = len(tokens.manifest.shards)
     counts = np.zeros(tokens.manifest.tokenizer["vocabulary"], dtype=np.int64)
     for number in range(0, shards, -(-shards // at_most_shards)):
-        found = open_token_shard(tokens.path(number)).tokens
+        found = tokens.opened(number, open_token_shard).tokens
         counts += np.bincount(found.reshape(-1), minlength=len(counts))
     return counts

@@ -107,7 +107,7 @@ TABLE = (
         "pipeline.model shards pipeline.stages",
     ),
     Row("pipeline.ending", f"{ENGINE} pipeline.checkpoint pipeline.signals", "pipeline.model shards pipeline.stages"),
-    Row("pipeline.feed", "torch", "pipeline.model shards pipeline.stages"),
+    Row("pipeline.feed", f"{CONFIG} torch pipeline.pace", "pipeline.model shards pipeline.stages"),
     Row(
         "pipeline.streams",
         f"{CONFIG} pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",

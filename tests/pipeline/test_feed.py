@@ -41,7 +41,8 @@ def test_waiting_is_counted():
 
     feed = Feed(slow(), torch.device("cpu"))
     feed.take()
-    assert feed.waited >= 0.05
+    assert feed.waiting.read() >= 0.05
+    assert feed.waiting.read() == 0
 
 
 def test_the_stream_must_have_a_batch():

@@ -203,6 +203,8 @@ def test_an_empty_set_is_refused(shard_samples):
         (SHARDS, SMALL, 1),
         (SHARDS, SMALL, 2),
         (SHARDS, SMALL, 3),
+        ([101, 3, 0, 57], SMALL, 4),
+        ([101, 3, 0, 57], SMALL, 2),
         ([7], OrderPolicy(), 4),
         ([1000, 1, 999, 64], OrderPolicy(chunk=16, window=4, lanes=8), 4),
     ],
@@ -216,9 +218,9 @@ def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world
         first = total // 3
         told = order.ahead(first, rank, world)
         begin, chunks = next(told)
-        samples = np.arange(begin, 2 * total)
-        samples = samples[samples % total % policy.lanes % world == rank] if policy.lanes % world == 0 else samples
-        while begin < 2 * total:
+        samples = np.arange(begin, 4 * total)
+        samples = samples[samples % world == rank] if policy.lanes % world == 0 else samples  # as RankBatches has it
+        while begin < 3 * total:
             then, following = next(told)
             here = samples[(samples >= begin) & (samples < then)]
             _, shards, rows = order.locate(here)
@@ -228,20 +230,22 @@ def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world
             begin, chunks = then, following
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_next_use_is_the_next_window_that_reads_a_chunk(world):
-    """Against the windows themselves, from many places of two epochs."""
-    order, total, size = Order(SHARDS, SMALL), sum(SHARDS), SMALL.chunk * SMALL.window * SMALL.lanes
-    samples = np.arange(3 * total)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("shard_samples", [SHARDS, [101, 3, 0, 57]], ids=["divides", "shifts"])
+def test_next_use_is_the_next_window_that_reads_a_chunk(shard_samples, world):
+    """Against the windows themselves, from many places of three epochs; ranks read as RankBatches has it."""
+    order, total = Order(shard_samples, SMALL), sum(shard_samples)
+    size = SMALL.chunk * SMALL.window * SMALL.lanes
+    samples = np.arange(5 * total)
     _, shards, rows = order.locate(samples)
     starts = samples // total * total + samples % total // size * size
     ends = np.minimum(starts + size, (samples // total + 1) * total)
-    every = sorted({(shard, row // SMALL.chunk) for shard, row in everything(SHARDS)})
+    every = sorted({(shard, row // SMALL.chunk) for shard, row in everything(shard_samples)})
     chunks = Chunks(*(np.array(column) for column in zip(*every, strict=True)))
-    for now in range(0, total, 7):
+    for now in range(0, 3 * total, 29):
         for rank in range(world):
             found = order.next_use(chunks, now, range(rank, rank + 1), world)
-            mine = (samples % total % SMALL.lanes % world == rank) | (SMALL.lanes % world != 0)
+            mine = (samples % world == rank) | (SMALL.lanes % world != 0)
             for (shard, number), use in zip(every, found.tolist(), strict=True):
                 reads = mine & (shards == shard) & (rows // SMALL.chunk == number) & (ends > now)
                 reads &= samples < (now // total + 2) * total
@@ -287,7 +291,7 @@ def test_ranks_and_micro_batches_make_the_same_steps(world, micro):
 
 
 def test_a_ranks_lanes_are_its_own():
-    """With lanes a multiple of the world a rank reads its own lanes only, whatever the step of the epoch."""
+    """With lanes a multiple of the world a rank reads its own lanes only, whatever the step of an epoch."""
     for rank in range(4):
         batches = RankBatches(0, 64, 8, rank, 4, 10)
         assert {int(sample) % 8 for batch in batches for sample in batch} == {rank, rank + 4}
