@@ -18,6 +18,8 @@ _CONFIG_VERBS = {
     "tokenize": "image shards + tokenizer → token shards; any number of processes, finished shards are skipped",
     "pretrain": "the training run; goes on by itself from the newest complete checkpoint of train.run",
 }
+_DOCTOR = "look at every rank and node before a training does: go, go with warnings or stop (exit codes 0, 1, 2)"
+_LAUNCHED = {**_CONFIG_VERBS, "doctor": _DOCTOR}
 _DEMO_WORDS = "your own pictures (default: sample photographs), and settings that win over configs/demo.yaml"
 
 
@@ -28,6 +30,10 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
         sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
+    doctor = verbs.add_parser("doctor", help=_DOCTOR, description=_DOCTOR)
+    doctor.add_argument("config", metavar="CONFIG", help="the training's, a YAML file of configs/")
+    doctor.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
+    _add_doctor_options(doctor)
     export = verbs.add_parser("export", help="encoder and head of a run for others; checked by loading them back")
     export.add_argument("run", metavar="RUN", type=Path, help="run folder, or an encoder that was exported or imported")
     export.add_argument("out", metavar="OUT", type=Path)
@@ -66,12 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="of doctor: every finding, for programs")
+    limit = "of doctor: what all its checks may take together (default 90)"
+    parser.add_argument("--seconds", type=float, default=90.0, metavar="N", help=limit)
+
+
 def _add_launching(verbs: argparse._SubParsersAction) -> None:
     text = "under DeepSpeed's launcher: NPROC processes here (one per GPU), or every host of HOSTFILE"
     launch = verbs.add_parser("launch", help=text, description=text)
-    launch.add_argument("what", metavar="VERB", choices=sorted(_CONFIG_VERBS), help=" · ".join(_CONFIG_VERBS))
+    launch.add_argument("what", metavar="VERB", choices=sorted(_LAUNCHED), help=" · ".join(_LAUNCHED))
     launch.add_argument("config", metavar="CONFIG")
     launch.add_argument("overrides", metavar="section.key=value", nargs="*")
+    _add_doctor_options(launch)
     stop = verbs.add_parser("stop", help="ask a run to finish its step, save and end, under whatever launcher")
     stop.add_argument("run", metavar="RUN", type=Path, help="run folder, or a tokenizer's folder")
     text = "write a batch script into the job's folder (RUN/slurm/), submit it, and say how to watch and stop it"
@@ -98,16 +111,18 @@ _SLURM_EXAMPLES = """any option of sbatch may follow a --:
 
 
 def _arguments() -> argparse.Namespace:
-    """argparse gives up on words that come after an option; `demo` and `slurm` take them anywhere."""
+    """argparse gives up on words that come after an option; `demo`, `slurm` and `doctor` take them anywhere."""
     parser = _parser()
     words = sys.argv[1:]
     cut = words.index("--") if words[:1] == ["slurm"] and "--" in words else len(words)
     arguments, rest = parser.parse_known_args(words[:cut])
     packing = arguments.verb == "slurm" and (arguments.words + rest)[:1] == ["pack"]  # whose options are its own
-    if rest and not packing and (arguments.verb not in ("demo", "slurm") or any(word.startswith("-") for word in rest)):
+    doctor = "doctor" in (arguments.verb, getattr(arguments, "what", ""))
+    anywhere = doctor or arguments.verb in ("demo", "slurm")
+    if rest and not packing and (not anywhere or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.words += rest
+        (arguments.overrides if doctor else arguments.words).extend(rest)
     arguments.more = tuple(words[cut + 1 :])
     return arguments
 
@@ -117,6 +132,8 @@ def _run(arguments: argparse.Namespace) -> int:
     verb = arguments.verb
     if verb in _CONFIG_VERBS:
         return _work(verb, load_config(arguments.config, arguments.overrides))
+    if verb == "doctor":
+        return _doctor(arguments)
     if verb in ("launch", "slurm", "stop"):
         return _start_or_stop(arguments)
     if verb in ("export", "import", "import-tokenizer"):
@@ -157,6 +174,19 @@ def _work(verb: str, config: Config) -> int:
     from pipeline.stages import tokenizer
 
     return tokenizer.run(config, stop)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """One of the processes of `doctor`; signals are taken over before torch is imported."""
+    from pipeline.checks_host import Arrivals
+
+    config, arrivals = load_config(arguments.config, arguments.overrides), Arrivals()
+    if "LOCAL_RANK" in os.environ:
+        end_with_launcher()
+    sys.excepthook = _end_with_error
+    from pipeline.stages import doctor
+
+    return doctor.run(config, arguments.seconds, arguments.json, arrivals)
 
 
 def _start_or_stop(arguments: argparse.Namespace) -> int:
@@ -260,6 +290,6 @@ def _end_with_error(kind: type[BaseException], error: BaseException, trace: Trac
 
 if __name__ == "__main__":
     code = main()
-    if sys.argv[1:2] in (["pretrain"], ["tokenizer"]):
+    if sys.argv[1:2] in (["pretrain"], ["tokenizer"], ["doctor"]):
         _end(code)
     sys.exit(code)
