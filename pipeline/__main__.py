@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -196,6 +197,8 @@ def _start_or_stop(arguments: argparse.Namespace) -> int:
 
         return stop.run(arguments.run)
     if arguments.verb == "launch":
+        if arguments.what == "doctor":
+            return _launch_doctor(arguments)
         return _launch(arguments.what, arguments.config, arguments.overrides)
     from pipeline.stages import slurm
 
@@ -212,6 +215,32 @@ def _start_or_stop(arguments: argparse.Namespace) -> int:
         more=arguments.more,
     )
     return slurm.run(arguments.words, wanted, arguments.dry_run)
+
+
+def _launch_doctor(arguments: argparse.Namespace) -> int:
+    """Every host of HOSTFILE first, over ssh; when ranks can be started at all, theirs; one report."""
+    from pipeline import checks_ssh, findings
+    from pipeline.stages import launch
+
+    started, path, seconds = time.monotonic(), arguments.config, arguments.seconds
+    config = load_config(path, arguments.overrides)
+    hosts = launch.hostfile(os.environ["HOSTFILE"]) if os.environ.get("HOSTFILE") else {}
+    refuse_world("doctor", config, sum(hosts.values()) or launch.processes_here())
+    words = [path, *arguments.overrides]
+    report = findings.Report(arguments.json)
+    if hosts:
+        port = launch.meeting_port() if "MASTER_PORT" in os.environ else 0
+        report.found += checks_ssh.examine(list(hosts), words, port, os.environ)
+        os.environ[findings.HOSTS] = ",".join(f"{host}={slots}" for host, slots in hosts.items())
+    if findings.worst(report.found) < 2:
+        os.environ[findings.LINES] = "1"
+        words += ["--seconds", str(seconds)]
+        asked = launch.listen("doctor", words, work_folder("doctor", config), hosts, report.hear, seconds + 20)
+        if asked:
+            return 128 + asked[-1]
+        report.close(next(iter(hosts), "this machine"))
+    print(report.text(time.monotonic() - started), flush=True)
+    return findings.worst(report.found)
 
 
 def _launch(verb: str, path: str, overrides: list[str]) -> int:

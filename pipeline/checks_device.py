@@ -41,6 +41,7 @@ _SLOWED = (
     (0x80, "power brake"),
 )
 _MICRO_TRIED = (2, 4)  # images of which the memory of more is computed
+_TURNS = 4  # of the dry step, the first of which is not timed
 _CLOSE = 0.92  # share of the free memory that leaves too little to chance
 
 
@@ -330,9 +331,10 @@ def dry_step(
     whole = setup_from(config, world, micro)
     setup = replace(whole, global_batch=micro * world.size, accumulation=1, compile=False)
     engine = Engine(module, parameter_groups(module, config.optimizer.weight_decay), setup, world)
-    batch, times, finite = made_up(config, micro, world.rank).to(world.device), (0.0, 0.0), True
-    for turn in range(3):
-        at(f"dry step {turn + 1} of 3")
+    batch, finite = made_up(config, micro, world.rank).to(world.device), True
+    times: list[tuple[float, float]] = []
+    for turn in range(_TURNS):
+        at(f"dry step {turn + 1} of {_TURNS}")
         started = time.perf_counter()
         loss, _ = masked_token_loss(config, engine.model, batch, engine.dtype)
         engine.backward(loss)
@@ -340,9 +342,10 @@ def dry_step(
         middle = time.perf_counter()
         engine.step(1e-6)
         _wait(world.device)
-        times = (middle - started, time.perf_counter() - middle)
-        finite = finite and math.isfinite(float(loss))
-    seconds = whole.accumulation * times[0] + times[1]
+        times.append((middle - started, time.perf_counter() - middle))
+        finite = finite and math.isfinite(float(loss.detach()))
+    forth, update = (min(part) for part in zip(*times[1:], strict=True))
+    seconds = whole.accumulation * forth + update
     peak = memory_bytes(world.device)
     images = micro * whole.accumulation
     what = f"{seconds:.3f} s for {whole.global_batch} images, {whole.accumulation} × {micro} a rank"

@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.config import Config, load_config, to_yaml
-from pipeline.findings import MARK, OK, STOP, WARNING, Finding, Local
+from pipeline.findings import HOSTS, MARK, OK, STOP, WARNING, Finding, Local
 from pipeline.rendezvous import in_step
 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "webdataset")
@@ -255,7 +255,7 @@ def _comm(pid: int) -> str:
 
 def hosts_by_rank(environment: Mapping[str, str], size: int) -> list[str]:
     """Where each rank should be, by what the launcher or SLURM says; '' where nobody does."""
-    said = environment.get("BEITFORGE_DOCTOR_HOSTS", "")
+    said = environment.get(HOSTS, "")
     if said:
         pairs = [pair.rpartition("=") for pair in said.split(",")]
         return [host for host, _, count in pairs for _ in range(int(count))]

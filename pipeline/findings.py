@@ -1,6 +1,7 @@
 """What `doctor` finds: lines with a cure, a table by node, one verdict. Must not know torch, shards or any stage."""
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
@@ -10,6 +11,8 @@ VERDICTS = ("go", "go with warnings", "stop")
 MARK = "doctor-line "  # before a finding on the way from the first rank to the launcher
 END = "end"
 LINES = "BEITFORGE_DOCTOR_LINES"  # set by the launcher: the first rank sends lines, and the launcher makes the table
+_SHOWN = 3  # measurements of a kind in the text
+HOSTS = "BEITFORGE_DOCTOR_HOSTS"  # HOST=RANKS,… in the order of ranks: who should be there
 # Columns of the table and the checks they stand for.
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("host", ("ssh", "rank", "time", "host name", "versions", "clock", "port", "signals", "limits")),
@@ -79,6 +82,36 @@ def from_line(line: str) -> Finding | str | None:
         return None
 
 
+@dataclass
+class Report:
+    """What the launcher of `doctor` knows: its own findings, then those that the first rank sends."""
+
+    json: bool
+    found: list[Finding] = field(default_factory=list)
+    ended: bool = False
+
+    def hear(self, line: str) -> bool:
+        """Take a line that some rank printed; whether it was the last."""
+        heard = from_line(line)
+        if isinstance(heard, Finding):
+            self.found.append(heard)
+        elif heard == END:
+            self.ended = True
+        else:
+            print(line, file=sys.stderr, flush=True)
+        return self.ended
+
+    def close(self, first: str) -> None:
+        """All processes are gone; `first`: the host of the first rank."""
+        if not self.ended:
+            what = "the first rank ended, or was ended after its time, without a report"
+            cure = "its output above says why; when there is none it hung: log in and see where"
+            self.found.append(Finding(level=STOP, check="rank", host=first, rank=0, what=what, cure=cure))
+
+    def text(self, seconds: float) -> str:
+        return to_json(self.found, seconds) if self.json else to_text(self.found, seconds)
+
+
 def to_json(found: list[Finding], seconds: float) -> str:
     """The whole report for programs."""
     code = worst(found)
@@ -94,10 +127,13 @@ def to_text(found: list[Finding], seconds: float) -> str:
         for finding in _merged([f for f in found if f.level == level]):
             lines += [f"{level.upper():8}{finding.check}, {finding.host}: {finding.what}"]
             lines += [f"        → {finding.cure}"] if finding.cure else []
-    measured = _merged([f for f in found if f.level == OK and f.value])
-    if measured and code:
+    if code:
         lines += [""]
-    lines += [f"ok      {finding.check}, {finding.host}: {finding.what}" for finding in measured]
+    measured = _merged([f for f in found if f.level == OK and f.value])
+    for check in dict.fromkeys(finding.check for finding in measured):
+        alike = [finding for finding in measured if finding.check == check]
+        lines += [f"ok      {check}, {finding.host}: {finding.what}" for finding in alike[:_SHOWN]]
+        lines += [f"ok      {check}: {len(alike) - _SHOWN} more (--json has them all)"] if len(alike) > _SHOWN else []
     return "\n".join([*lines, "", f"{VERDICTS[code].upper()} (looked for {seconds:.0f} s)"])
 
 
