@@ -102,6 +102,7 @@ def _add_launching(verbs: argparse._SubParsersAction) -> None:
         slurm.add_argument(f"--{option}", default="", help="as sbatch has it")
     lead = "before the time limit: save, and go on in the queue (default 120)"
     slurm.add_argument("--signal-seconds", type=int, default=120, metavar="S", help=lead)
+    slurm.add_argument("--no-doctor", action="store_true", help="a pretraining begins without a look at its nodes")
     slurm.add_argument("--dry-run", action="store_true", help="only write the script")
 
 
@@ -212,6 +213,7 @@ def _start_or_stop(arguments: argparse.Namespace) -> int:
         account=arguments.account,
         array=arguments.array,
         signal_seconds=arguments.signal_seconds,
+        doctor=not arguments.no_doctor,
         more=arguments.more,
     )
     return slurm.run(arguments.words, wanted, arguments.dry_run)
