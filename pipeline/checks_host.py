@@ -229,9 +229,14 @@ def own_signals(arrivals: Arrivals, environment: Mapping[str, str], local: Local
     if not arrivals.wait(before + 1, 2.0):
         local.add(STOP, "signals", "a SIGUSR1 to itself did not arrive", "see what changes its handlers")
     parent = _comm(os.getppid())
-    if in_step(environment) and "RANK" not in environment and not parent.startswith("slurmstepd"):
+    if started_by_srun(environment) and not parent.startswith("slurmstepd"):
         cure = "let srun start python itself (exec), as configs/slurm/training.sbatch does"
         local.add(WARNING, "signals", f"{parent} stands between srun and this rank: SLURM's signals end there", cure)
+
+
+def started_by_srun(environment: Mapping[str, str]) -> bool:
+    """And not by another launcher inside a step."""
+    return in_step(environment) and "RANK" not in environment
 
 
 def signal_step(environment: Mapping[str, str]) -> str:
@@ -259,8 +264,8 @@ def hosts_by_rank(environment: Mapping[str, str], size: int) -> list[str]:
     if said:
         pairs = [pair.rpartition("=") for pair in said.split(",")]
         return [host for host, _, count in pairs for _ in range(int(count))]
-    if not in_step(environment) or "RANK" in environment or shutil.which("scontrol") is None:
-        return [socket.gethostname() if "SLURM_STEP_ID" not in environment else ""] * size
+    if not started_by_srun(environment) or shutil.which("scontrol") is None:
+        return [socket.gethostname() if size == 1 else ""] * size
     command = ["scontrol", "show", "hostnames", environment.get("SLURM_STEP_NODELIST", "")]
     with contextlib.suppress(subprocess.TimeoutExpired):
         names = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout.split()

@@ -21,14 +21,13 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline import checks_data, checks_device, checks_host, checks_network
-from pipeline.checks_host import Arrivals
+from pipeline.checks_host import Arrivals, started_by_srun
 from pipeline.config import Config, ConfigError, micro_batch
 from pipeline.engine import own_device, start_world
 from pipeline.findings import END, LINES, MARK, OK, STOP, WARNING, Finding, Local, to_json, to_line, to_text, worst
 from pipeline.gathering import FAR, LOCAL, Listener, Post, Taken, connect_again
 from pipeline.model import Beit, num_parameters
 from pipeline.rendezvous import Place, meeting, place_of
-from pipeline.signals import in_step
 from pipeline.streams import Source
 from shards.errors import ShardError
 
@@ -60,8 +59,8 @@ def run(config: Config, seconds: float, json: bool, arrivals: Arrivals) -> int:
     """Look, and on the first rank say what was found; the exit code, 0, 1 or 2. `seconds`: for everything."""
     started = time.monotonic()
     place = place_of(os.environ)
-    os.environ.update(meeting(os.environ))
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    meet = meeting(os.environ)
+    address, port = meet["MASTER_ADDR"], int(meet["MASTER_PORT"])
     say = _Said(started, json)
     local = Local(socket.gethostname(), place.rank)
     try:
@@ -234,7 +233,7 @@ def _together(me: _Me) -> None:
         me.post.at(phase)
 
     try:
-        if in_step(os.environ) and "RANK" not in os.environ:
+        if started_by_srun(os.environ):
             at("signals through SLURM")
             _slurm_signals(me)
         at("joining the process group")
