@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -227,20 +228,21 @@ def _launch_doctor(arguments: argparse.Namespace) -> int:
     started, path, seconds = time.monotonic(), arguments.config, arguments.seconds
     config = load_config(path, arguments.overrides)
     hosts = launch.hostfile(os.environ["HOSTFILE"]) if os.environ.get("HOSTFILE") else {}
-    refuse_world("doctor", config, sum(hosts.values()) or launch.processes_here())
     words = [path, *arguments.overrides]
+    there = hosts or {socket.gethostname(): launch.processes_here()}
+    refuse_world("doctor", config, sum(there.values()))
+    os.environ[findings.HOSTS] = ",".join(f"{host}={slots}" for host, slots in there.items())
     report = findings.Report(arguments.json)
     if hosts:
         port = launch.meeting_port() if "MASTER_PORT" in os.environ else 0
         report.found += checks_ssh.examine(list(hosts), words, port, os.environ)
-        os.environ[findings.HOSTS] = ",".join(f"{host}={slots}" for host, slots in hosts.items())
     if findings.worst(report.found) < 2:
         os.environ[findings.LINES] = "1"
         words += ["--seconds", str(seconds)]
         asked = launch.listen("doctor", words, work_folder("doctor", config), hosts, report.hear, seconds + 20)
         if asked:
             return 128 + asked[-1]
-        report.close(next(iter(hosts), "this machine"))
+        report.close(next(iter(there)))
     print(report.text(time.monotonic() - started), flush=True)
     return findings.worst(report.found)
 

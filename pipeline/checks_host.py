@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pipeline.config import Config, load_config, to_yaml
 from pipeline.findings import HOSTS, MARK, OK, STOP, WARNING, Finding, Local
-from pipeline.rendezvous import in_step
+from pipeline.rendezvous import Place, in_step
 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "webdataset")
 _DIFFERENT = {"torch": STOP, "deepspeed": STOP, "triton": STOP, "code": STOP, "config": STOP}  # others: a warning
@@ -256,6 +256,12 @@ def _comm(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+def host_label(environment: Mapping[str, str], place: Place) -> str:
+    """What this host is called in the report: as in HOSTFILE, or by its own name."""
+    known = hosts_by_rank(environment, place.size) if HOSTS in environment else []
+    return known[place.rank] if place.rank < len(known) else socket.gethostname()
 
 
 def hosts_by_rank(environment: Mapping[str, str], size: int) -> list[str]:

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -48,6 +47,7 @@ class Post:
     """This rank's letters to the first. `phase`: what it does now, for when it hangs."""
 
     place: Place
+    host: str
     address: str
     port: int
     until: float
@@ -74,10 +74,10 @@ class Post:
 
     def _beat(self) -> None:
         """Signs of life; and the end of this process once the first rank has the report, wherever it is."""
-        host, number = socket.gethostname(), 0
+        number = 0
         try:
             while not self._beats.check(["over"]):
-                sign = {"host": host, "at": self.phase, "number": number, "time": time.time()}
+                sign = {"host": self.host, "at": self.phase, "number": number, "time": time.time()}
                 self._beats.set(f"beat/{self.place.rank}", json.dumps(sign))
                 number += 1
                 time.sleep(_BEAT_SECONDS)
@@ -86,7 +86,9 @@ class Post:
         except (RuntimeError, ValueError):
             code = 2
             if self.place.rank:
-                line = f"error: rank 0 at {self.address}:{self.port} does not answer rank {self.place.rank} on {host}"
+                line = (
+                    f"error: rank 0 at {self.address}:{self.port} does not answer rank {self.place.rank} on {self.host}"
+                )
                 print(line, file=sys.stderr, flush=True)
         if self.place.rank:
             os._exit(self.exit_code(code))

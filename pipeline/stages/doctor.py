@@ -6,7 +6,6 @@ names whoever does not report in time. Only when all have, they meet in a proces
 
 import datetime
 import os
-import socket
 import sys
 import threading
 import time
@@ -62,9 +61,9 @@ def run(config: Config, seconds: float, json: bool, arrivals: Arrivals) -> int:
     meet = meeting(os.environ)
     address, port = meet["MASTER_ADDR"], int(meet["MASTER_PORT"])
     say = _Said(started, json)
-    local = Local(socket.gethostname(), place.rank)
+    local = Local(checks_host.host_label(os.environ, place), place.rank)
     try:
-        post = Post(place, address, port, started + seconds, say.exit_code)
+        post = Post(place, local.host, address, port, started + seconds, say.exit_code)
     except Taken:
         checks_host.port_taken(port, checks_host.port_in_use(port), local)
         return say.report(local.found)
