@@ -164,12 +164,23 @@ def test_tokens_with_other_settings(data):
     assert "view.num_views" in found(looked_at(data, "view.num_views=4"), "tokens", STOP)
 
 
-def test_a_damaged_token_file(data):
+def test_a_token_file_cut_short(data):
     path = first_shard(data, "tokens/train", ".safetensors")
-    content = bytearray(path.read_bytes())
-    content[-200:] = bytes(200)
-    path.write_bytes(content)
+    os.truncate(path, path.stat().st_size - 8)
     assert str(path) in found(looked_at(data), "tokens", STOP)
+
+
+def test_damaged_tokens(data):
+    """One bit of every row; no tensor's shape or key shows it."""
+    for path in (data.folder / "tokens/train").glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        length = int.from_bytes(content[:8], "little")
+        entry = json.loads(content[8 : 8 + length])["tokens"]
+        views, samples, patches = entry["shape"]
+        for row in range(views * samples):
+            content[8 + length + entry["data_offsets"][0] + 2 * patches * row] ^= 1
+        path.write_bytes(content)
+    assert "its checksum differs" in found(looked_at(data), "digests", STOP)
 
 
 def test_no_set_at_all(data):
@@ -343,7 +354,7 @@ def test_findings_come_through_pdsh_as_they_were():
 
 
 def test_the_report():
-    """One row a node; the worst level is the verdict; what several hosts have in common is one line; cures beside it."""
+    """One row a node; the worst level is the verdict; what hosts have in common is one line; cures beside it."""
     slow = [Finding(level=WARNING, check="shm", host=host, what="small", cure="larger", value="1") for host in "ab"]
     well = [Finding(level=OK, check="step", host="a", rank=0, what="0.5 s for 8", value="0.50 s")]
     text = to_text([*slow, *well], 3.0)
