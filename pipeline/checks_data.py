@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError
 from pipeline.findings import OK, STOP, WARNING, Local
 from pipeline.rendezvous import Place
-from pipeline.streams import Source, heldout, pretraining, refuse_other_tokenizers, training_batches
+from pipeline.streams import Source, heldout, image_set, pretraining, refuse_other_tokenizers, training_batches
 from shards.errors import ShardError
 from shards.images import DamagedSample, ImageSet
 from shards.index import index_path
@@ -29,42 +29,47 @@ _PART = 4 << 20
 
 
 def sets(config: Config, seconds: float, local: Local) -> Source | None:
-    """Both sets of training and, where there are, of held-out pictures; the training stream when it can be read."""
-    until = time.monotonic() + seconds
-    source = _pair("images", "tokens", lambda: pretraining(config), local)
+    """Both sets of training and, where there are, of held-out pictures; the training stream when it can be read.
+
+    seconds: half for opening shards, half for reading some of their rows.
+    """
+    source = _pair(config, config.data.images, ("images", "tokens"), lambda: pretraining(config), local)
     if source is not None:
-        _whole("images", source, until, local)
-        _digests(source, until, local)
+        _whole("images", source, seconds / 3, local)
+        _digests(source, seconds / 2, local)
     try:
         refuse_other_tokenizers(config)
     except (ShardError, ConfigError) as error:
         local.add(STOP, "tokens", str(error), _RETOKENIZE, whole_host=True)
     if config.data.heldout_images:
-        apart = _pair("held-out", "held-out", lambda: heldout(config), local)
+        both = ("held-out", "held-out")
+        apart = _pair(config, config.data.heldout_images, both, lambda: heldout(config), local)
         if apart is not None:
-            _whole("held-out", apart, until, local)
+            _whole("held-out", apart, seconds / 6, local)
     return source
 
 
-def _pair(images: str, tokens: str, opened: Callable[[], Source], local: Local) -> Source | None:
-    """A set and its tokens by their manifests. An image set that is not there and a pair that does not fit differ."""
+def _pair(
+    config: Config, images: str, checks: tuple[str, str], opened: Callable[[], Source], local: Local
+) -> Source | None:
+    """A set, then the set with its tokens, by their manifests."""
+    try:
+        image_set(config, images)
+    except ShardError as error:
+        local.add(STOP, checks[0], str(error), _REPACK, whole_host=True)
+        return None
     try:
         source = opened()
-    except ConfigError as error:
-        local.add(STOP, tokens, str(error), _RETOKENIZE, whole_host=True)
+    except (ShardError, ConfigError) as error:
+        local.add(STOP, checks[1], str(error), _RETOKENIZE, whole_host=True)
         return None
-    except ShardError as error:
-        of_images = "image shard set" in str(error) or "finish it with `pack`" in str(error)
-        cure = _REPACK if of_images else _RETOKENIZE
-        local.add(STOP, images if of_images else tokens, str(error), cure, whole_host=True)
-        return None
-    local.add(OK, tokens, f"fit their pictures: {source.tokens[:32]}", whole_host=True)
+    local.add(OK, checks[1], f"fit their pictures: {source.tokens[:32]}", whole_host=True)
     return source
 
 
-def _whole(check: str, source: Source, until: float, local: Local) -> None:
+def _whole(check: str, source: Source, seconds: float, local: Local) -> None:
     """Every tar is there with its size; indexes and token rows are opened as far as time allows, in random order."""
-    images = source.stream.images
+    images, until = source.stream.images, time.monotonic() + seconds
     missing = [] if isinstance(images.folder, Remote) else _missing(images.folder, images)
     for problem in missing[:5]:
         local.add(STOP, check, problem, _REPACK, whole_host=True)
@@ -116,11 +121,12 @@ def _opens(check: str, source: Source, number: int, local: Local) -> bool:
     return True
 
 
-def _digests(source: Source, until: float, local: Local) -> None:
+def _digests(source: Source, seconds: float, local: Local) -> None:
     """Pictures and token rows at random against their checksums, for as long as there is time, 256 at most."""
     images, views = source.stream.images, source.stream.source
     draw, looked = random.Random(f"{local.host} {time.time_ns()}"), 0
     damaged: list[str] = []
+    until = time.monotonic() + seconds
     while looked < 256 and time.monotonic() < until and len(damaged) < 3:
         shard = draw.randrange(len(images.manifest.shards))
         row = draw.randrange(images.manifest.shards[shard].samples)

@@ -28,7 +28,7 @@ from pipeline.findings import HOSTS, MARK, OK, STOP, WARNING, Finding, Local
 from pipeline.rendezvous import Place, in_step
 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "webdataset")
-_DIFFERENT = {"torch": STOP, "deepspeed": STOP, "triton": STOP, "code": STOP, "config": STOP}  # others: a warning
+_STOPPING = ("torch", "deepspeed", "triton", "code", "config")  # where they differ; other differences are warnings
 _CLOCK_WARNING, _CLOCK_STOP = 2.0, 300.0  # seconds; munge and S3 refuse requests beyond about five minutes
 _SHM_RANK = 64 << 20  # bytes of /dev/shm a rank should find: NCCL keeps its channels to its neighbours there
 _FILES = 4096
@@ -85,9 +85,8 @@ def compared(by_host: Mapping[str, Mapping[str, str]]) -> list[Finding]:
         for host in (host for host in hosts if values[host] != usual):
             others = [other for other in hosts if values[other] == usual]
             what = f"{name} is {values[host]} here and {usual} on {', '.join(others[:3])}"
-            found.append(
-                Finding(level=_DIFFERENT.get(name, WARNING), check="versions", host=host, what=what, cure=_cure(name))
-            )
+            level = STOP if name in _STOPPING else WARNING
+            found.append(Finding(level=level, check="versions", host=host, what=what, cure=_cure(name)))
     return found
 
 

@@ -24,6 +24,7 @@ from pipeline.rendezvous import Place
 _BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.2
 _SILENT_SECONDS = 12.0
+_HEARD_SECONDS = 10.0
 LOCAL, FAR = "local", "far"  # the two parts of a rank's results: before it meets the others, and after
 
 
@@ -58,7 +59,8 @@ class Post:
     def __post_init__(self) -> None:
         self.store = connect(self.place, self.address, self.port, (self.until - time.monotonic()) * 0.45)
         self._beats = connect_again(self.place, self.address, self.port, self.until)
-        threading.Thread(target=self._beat, daemon=True, name="beat").start()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="beat")
+        self._thread.start()
 
     def at(self, phase: str) -> None:
         """What this rank does from here on."""
@@ -71,6 +73,10 @@ class Post:
         """What the first rank says; waits for it as long as there is time."""
         self.store.wait([key], datetime.timedelta(seconds=max(1.0, self.until + 5 - time.monotonic())))
         return self.store.get(key).decode()
+
+    def wait(self) -> None:
+        """Until the first rank has the report; then this process ends."""
+        self._thread.join()
 
     def _beat(self) -> None:
         """Signs of life; and the end of this process once the first rank has the report, wherever it is."""
@@ -173,11 +179,11 @@ class Listener:
             return None
         return Finding(level=STOP, check="rank", host=rank.host or "?", rank=number, what=what, cure=cure)
 
-    def dismiss(self, code: int, alone: bool) -> None:
-        """Tell every rank the end, and give those that answer a moment to hear it."""
+    def dismiss(self, code: int, lost: set[int]) -> None:
+        """Tell every rank the end, and give those that are not lost time to hear it: the store ends with us."""
         self.store.set("over", str(code))
-        until = time.monotonic() + (0.0 if alone else 3.0)
-        others = [f"bye/{number}" for number, rank in enumerate(self.ranks) if number and rank.number >= 0]
+        until = time.monotonic() + _HEARD_SECONDS
+        others = [f"bye/{number}" for number in range(1, len(self.ranks)) if number not in lost]
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < until and not all(self.store.check([key]) for key in others):
                 time.sleep(_LOOK_SECONDS)

@@ -4,6 +4,7 @@ Each rank's own checks need no other rank; their findings go to the first throug
 names whoever does not report in time. Only when all have, they meet in a process group for the network and a dry step.
 """
 
+import contextlib
 import datetime
 import os
 import sys
@@ -81,11 +82,15 @@ def run(config: Config, seconds: float, json: bool, arrivals: Arrivals) -> int:
             started + 0.45 * seconds,
             started + 0.7 * seconds,
         )
-        threading.Thread(target=_listen, args=(me, listener, say, token), daemon=True, name="listener").start()
+        listening = threading.Thread(target=_listen, args=(me, listener, say, token), daemon=True, name="listener")
+        listening.start()
     _alone(me)
     _together(me)
-    while True:  # the thread that listens, or the one that shows signs of life, ends this process
-        time.sleep(60)
+    # the thread that listens, or the one that shows signs of life, ends this process
+    if place.rank == 0:
+        listening.join()
+    post.wait()
+    return say.exit_code(2)
 
 
 @dataclass(frozen=True)
@@ -211,11 +216,11 @@ def _storage(me: _Me) -> None:
 
 
 def _loader(me: _Me) -> None:
-    if me.source is not None and not any(f.level == STOP and f.check in _DATA for f in me.local.found):
+    if me.source is not None and not any(f.level == STOP and f.check in _NEEDED for f in me.local.found):
         me.rates["loader"] = checks_data.loading(me.config, me.source, _micro(me), me.place, me.share(0.06))
 
 
-_DATA = ("images", "tokens", "digests", "memory", "storage")
+_NEEDED = ("images", "tokens", "digests", "memory", "storage")
 
 
 def _together(me: _Me) -> None:
@@ -304,10 +309,11 @@ def _feeding(me: _Me, eaten: float) -> None:
 def _listen(me: _Me, listener: Listener, say: _Said, token: Path) -> NoReturn:
     """On the first rank, beside its own checks: gather, judge, report, and end all processes."""
     found = _gathered(me, listener)
-    token.unlink(missing_ok=True) if token.parent.is_dir() else None
+    with contextlib.suppress(OSError):
+        token.unlink()
     code = say.report(found)
     sys.stdout.flush()
-    listener.dismiss(worst(found), me.place.size == 1)
+    listener.dismiss(worst(found), {finding.rank for finding in found if finding.check == "rank"})
     os._exit(code)
 
 
@@ -325,7 +331,7 @@ def _gathered(me: _Me, listener: Listener) -> list[Finding]:
     store.set("go", go)
     if go == NOTHING:
         return found
-    listener.until = time.monotonic() + 0.5 * me.seconds
+    listener.until = me.post.until
     found += listener.gather(FAR)
     found += _sent(listener, FAR)
     parts = [rank.parts.get(FAR, {}) for rank in listener.ranks]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -249,7 +250,8 @@ def test_a_slow_link_is_named(lab, tiny, planted, tmp_path):
     said = found.at("node2", "network", "warning")
     assert "slowest pair between hosts" in said
     assert "on node2" in said
-    assert " with 0." in said, "MB/s, of a link of 4 Mbit/s"
+    slowest = re.search(r" with ([\d.]+) MB/s; median", said)
+    assert slowest and float(slowest[1]) < 2, "there and back; 4 Mbit/s are half a megabyte, on one of the ways"
     assert "travel" in found.at("node1", "network", "warning")
     assert {f["check"] for f in found.found if f["level"] == "stop"} == set()
 
@@ -262,7 +264,7 @@ def test_a_dead_rank_is_named_and_not_waited_for(lab, tiny, tmp_path):
     until(lambda: any(p.rank == 2 for p in lab.processes()), 40)
     (victim,) = [p for p in lab.processes() if p.rank == 2]
     assert lab.host_of(victim) == "node3"
-    time.sleep(8)
+    time.sleep(6)
     os.kill(victim.pid, signal.SIGSTOP)
     try:
         found = report(process, began)
@@ -283,7 +285,7 @@ def large_pictures(tmp_path_factory) -> TinySet:
     from pipeline.tokenizer import save_dvae
 
     made = tmp_path_factory.mktemp("large")
-    write_pictures(made / "pictures", 8, 2, size=(1800, 2400))
+    write_pictures(made / "pictures", 4, 2, size=(1800, 2400))
     command = [sys.executable, "-m", "shards", "pack", str(made / "pictures"), str(made / "shards"), "--workers", "1"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     data = {"images": str(made / "shards"), "tokens": str(made / "tokens"), "tokenizer": str(made / "tokenizer")}
