@@ -33,6 +33,7 @@ from shards.errors import ShardError
 
 _FAULTS = (ConfigError, ShardError, OSError, RuntimeError, ValueError)  # whatever a check meets is a finding
 _CLOCK_UNSURE = 0.7
+_LEFT_SECONDS = 600.0
 NOTHING, NETWORK, ALL = "nothing", "network", "all"  # what is done together
 
 
@@ -114,11 +115,12 @@ class _Said:
 
 def _leave(token: Path) -> None:
     """A file that every host must see in the run folder. What hinders it, the check of the disk says."""
-    try:
+    with contextlib.suppress(OSError):
         token.parent.mkdir(parents=True, exist_ok=True)
+        for left in token.parent.glob(".doctor-*"):  # by one that was killed
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                left.unlink()
         token.touch()
-    except OSError:
-        return
 
 
 def _alone(me: _Me) -> None:
@@ -210,17 +212,18 @@ def _memory(me: _Me, device: torch.device, first: bool) -> None:
     me.module = beit
 
 
+def _well(me: _Me, *checks: str) -> bool:
+    return not any(finding.level == STOP and finding.check in checks for finding in me.local.found)
+
+
 def _storage(me: _Me) -> None:
-    if me.source is not None:
+    if me.source is not None and _well(me, "images"):
         me.rates["storage"] = checks_data.reading(me.config, me.source, me.share(0.04), me.local)
 
 
 def _loader(me: _Me) -> None:
-    if me.source is not None and not any(f.level == STOP and f.check in _NEEDED for f in me.local.found):
+    if me.source is not None and _well(me, "images", "tokens", "digests", "memory", "storage"):
         me.rates["loader"] = checks_data.loading(me.config, me.source, _micro(me), me.place, me.share(0.06))
-
-
-_NEEDED = ("images", "tokens", "digests", "memory", "storage")
 
 
 def _together(me: _Me) -> None:
