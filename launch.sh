@@ -4,7 +4,10 @@
 #   demo [DIR]                 the whole job on this machine, on sample photographs or your own folder
 #   pack · index · verify · stats · simulate    pictures and shards (python -m shards VERB --help)
 #   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher, here or on HOSTFILE's hosts
-#   slurm [pretrain|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--dry-run] [-- sbatch options]
+#   doctor CONFIG [--json] [--seconds N]     the same processes look at hosts, data, devices and network, and end: go (0),
+#                              go with warnings (1) or stop (2), with a cure for everything found
+#   slurm [pretrain|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--no-doctor]
+#                              [--dry-run] [-- sbatch options]
 #   slurm pack IMAGES SHARDS … [--cpus-per-task C]    writes a batch script into the run folder and submits it
 #   stop RUN                   a run finishes its step, saves and ends, under whatever launcher
 #   export · probe · report    a finished run (python -m pipeline VERB --help)
@@ -26,7 +29,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-usage() { sed -n '2,23s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,26s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -81,7 +84,7 @@ case $verb in
         [ $# -eq 0 ] || peers ;;
     demo | slurm | stop | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
     pack | index | verify | stats | simulate) setup; exec "$python" -m shards "$verb" "$@" ;;
-    tokenizer | tokenize | pretrain)
+    tokenizer | tokenize | pretrain | doctor)
         setup
         case " $* " in *" -h "* | *" --help "*) exec "$python" -m pipeline "$verb" --help ;; esac
         exec "$python" -m pipeline launch "$verb" "$@" ;;

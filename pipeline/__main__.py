@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import errno
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -18,6 +20,8 @@ _CONFIG_VERBS = {
     "tokenize": "image shards + tokenizer → token shards; any number of processes, finished shards are skipped",
     "pretrain": "the training run; goes on by itself from the newest complete checkpoint of train.run",
 }
+_DOCTOR = "look at every rank and node before a training does: go, go with warnings or stop (exit codes 0, 1, 2)"
+_LAUNCHED = {**_CONFIG_VERBS, "doctor": _DOCTOR}
 _DEMO_WORDS = "your own pictures (default: sample photographs), and settings that win over configs/demo.yaml"
 
 
@@ -28,6 +32,10 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
         sub.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
+    doctor = verbs.add_parser("doctor", help=_DOCTOR, description=_DOCTOR)
+    doctor.add_argument("config", metavar="CONFIG", help="the training's, a YAML file of configs/")
+    doctor.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
+    _add_doctor_options(doctor)
     export = verbs.add_parser("export", help="encoder and head of a run for others; checked by loading them back")
     export.add_argument("run", metavar="RUN", type=Path, help="run folder, or an encoder that was exported or imported")
     export.add_argument("out", metavar="OUT", type=Path)
@@ -66,12 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="of doctor: every finding, for programs")
+    limit = "of doctor: what all its checks may take together (default 90)"
+    parser.add_argument("--seconds", type=float, default=90.0, metavar="N", help=limit)
+
+
 def _add_launching(verbs: argparse._SubParsersAction) -> None:
     text = "under DeepSpeed's launcher: NPROC processes here (one per GPU), or every host of HOSTFILE"
     launch = verbs.add_parser("launch", help=text, description=text)
-    launch.add_argument("what", metavar="VERB", choices=sorted(_CONFIG_VERBS), help=" · ".join(_CONFIG_VERBS))
+    launch.add_argument("what", metavar="VERB", choices=sorted(_LAUNCHED), help=" · ".join(_LAUNCHED))
     launch.add_argument("config", metavar="CONFIG")
     launch.add_argument("overrides", metavar="section.key=value", nargs="*")
+    _add_doctor_options(launch)
     stop = verbs.add_parser("stop", help="ask a run to finish its step, save and end, under whatever launcher")
     stop.add_argument("run", metavar="RUN", type=Path, help="run folder, or a tokenizer's folder")
     text = "write a batch script into the job's folder (RUN/slurm/), submit it, and say how to watch and stop it"
@@ -88,6 +103,7 @@ def _add_launching(verbs: argparse._SubParsersAction) -> None:
         slurm.add_argument(f"--{option}", default="", help="as sbatch has it")
     lead = "before the time limit: save, and go on in the queue (default 120)"
     slurm.add_argument("--signal-seconds", type=int, default=120, metavar="S", help=lead)
+    slurm.add_argument("--no-doctor", action="store_true", help="a pretraining begins without a look at its nodes")
     slurm.add_argument("--dry-run", action="store_true", help="only write the script")
 
 
@@ -98,16 +114,18 @@ _SLURM_EXAMPLES = """any option of sbatch may follow a --:
 
 
 def _arguments() -> argparse.Namespace:
-    """argparse gives up on words that come after an option; `demo` and `slurm` take them anywhere."""
+    """argparse gives up on words that come after an option; `demo`, `slurm` and `doctor` take them anywhere."""
     parser = _parser()
     words = sys.argv[1:]
     cut = words.index("--") if words[:1] == ["slurm"] and "--" in words else len(words)
     arguments, rest = parser.parse_known_args(words[:cut])
     packing = arguments.verb == "slurm" and (arguments.words + rest)[:1] == ["pack"]  # whose options are its own
-    if rest and not packing and (arguments.verb not in ("demo", "slurm") or any(word.startswith("-") for word in rest)):
+    doctor = "doctor" in (arguments.verb, getattr(arguments, "what", ""))
+    anywhere = doctor or arguments.verb in ("demo", "slurm")
+    if rest and not packing and (not anywhere or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.words += rest
+        (arguments.overrides if doctor else arguments.words).extend(rest)
     arguments.more = tuple(words[cut + 1 :])
     return arguments
 
@@ -117,6 +135,8 @@ def _run(arguments: argparse.Namespace) -> int:
     verb = arguments.verb
     if verb in _CONFIG_VERBS:
         return _work(verb, load_config(arguments.config, arguments.overrides))
+    if verb == "doctor":
+        return _doctor(arguments)
     if verb in ("launch", "slurm", "stop"):
         return _start_or_stop(arguments)
     if verb in ("export", "import", "import-tokenizer"):
@@ -159,6 +179,19 @@ def _work(verb: str, config: Config) -> int:
     return tokenizer.run(config, stop)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    """One of the processes of `doctor`; signals are taken over before torch is imported."""
+    from pipeline.checks_host import Arrivals
+
+    config, arrivals = load_config(arguments.config, arguments.overrides), Arrivals()
+    if "LOCAL_RANK" in os.environ:
+        end_with_launcher()
+    sys.excepthook = _end_with_error
+    from pipeline.stages import doctor
+
+    return doctor.run(config, arguments.seconds, arguments.json, arrivals)
+
+
 def _start_or_stop(arguments: argparse.Namespace) -> int:
     """The verbs that start the processes of a run elsewhere, or end them."""
     if arguments.verb == "stop":
@@ -166,6 +199,8 @@ def _start_or_stop(arguments: argparse.Namespace) -> int:
 
         return stop.run(arguments.run)
     if arguments.verb == "launch":
+        if arguments.what == "doctor":
+            return _launch_doctor(arguments)
         return _launch(arguments.what, arguments.config, arguments.overrides)
     from pipeline.stages import slurm
 
@@ -179,9 +214,37 @@ def _start_or_stop(arguments: argparse.Namespace) -> int:
         account=arguments.account,
         array=arguments.array,
         signal_seconds=arguments.signal_seconds,
+        doctor=not arguments.no_doctor,
         more=arguments.more,
     )
     return slurm.run(arguments.words, wanted, arguments.dry_run)
+
+
+def _launch_doctor(arguments: argparse.Namespace) -> int:
+    """Every host of HOSTFILE first, over ssh; when ranks can be started at all, theirs; one report."""
+    from pipeline import checks_ssh, findings
+    from pipeline.stages import launch
+
+    started, path, seconds = time.monotonic(), arguments.config, arguments.seconds
+    config = load_config(path, arguments.overrides)
+    hosts = launch.hostfile(os.environ["HOSTFILE"]) if os.environ.get("HOSTFILE") else {}
+    words = [path, *arguments.overrides]
+    there = hosts or {socket.gethostname(): launch.processes_here()}
+    refuse_world("doctor", config, sum(there.values()))
+    os.environ[findings.HOSTS] = ",".join(f"{host}={slots}" for host, slots in there.items())
+    report = findings.Report(arguments.json)
+    if hosts:
+        port = launch.meeting_port() if "MASTER_PORT" in os.environ else 0
+        report.found += checks_ssh.examine(list(hosts), words, port, os.environ)
+    if findings.worst(report.found) < 2:
+        os.environ[findings.LINES] = "1"
+        words += ["--seconds", str(seconds)]
+        asked = launch.listen("doctor", words, work_folder("doctor", config), hosts, report.hear, seconds + 20)
+        if asked:
+            return 128 + asked[-1]
+        report.close(next(iter(there)))
+    print(report.text(time.monotonic() - started), flush=True)
+    return findings.worst(report.found)
 
 
 def _launch(verb: str, path: str, overrides: list[str]) -> int:
@@ -260,6 +323,6 @@ def _end_with_error(kind: type[BaseException], error: BaseException, trace: Trac
 
 if __name__ == "__main__":
     code = main()
-    if sys.argv[1:2] in (["pretrain"], ["tokenizer"]):
+    if sys.argv[1:2] in (["pretrain"], ["tokenizer"], ["doctor"]):
         _end(code)
     sys.exit(code)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
-from pipeline.rendezvous import meeting, place_of, refuse_loopback_name
+from pipeline.rendezvous import Place, meeting, place_of, refuse_loopback_name
 from pipeline.watchdog import longest
 
 _NO_LIMIT = datetime.timedelta(days=365)
@@ -49,14 +49,18 @@ def start_world(hang_seconds: float = 600.0) -> World:
     deepspeed = quiet_deepspeed()
     _limit_collectives(limit)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=limit)
-    if cuda:
+    device = own_device(place)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def own_device(place: Place) -> torch.device:
+    """This process's GPU, made the current one, or the CPU with this process's share of its cores."""
+    if torch.cuda.is_available():
         # SLURM may show each task its own GPU only, as number 0
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
-        device = torch.device("cuda", torch.cuda.current_device())
-    else:
-        torch.set_num_threads(place.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
-        device = torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.set_num_threads(place.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
+    return torch.device("cpu")
 
 
 def quiet_deepspeed() -> Any:

@@ -258,9 +258,10 @@ def micro_batch(global_batch: int, at_most: int, world: int, where: str) -> int:
 
 
 def work_folder(verb: str, config: Config) -> Path:
-    """Where the work of a verb stands: the run folder of pretrain and tokenizer, the token shards of tokenize."""
+    """Where the work of a verb stands: a run folder, or the token shards of tokenize."""
     folders = {
         "pretrain": config.train.run,
+        "doctor": config.train.run,
         "tokenizer": f"{config.data.tokenizer}/training",
         "tokenize": config.data.tokens,
     }
@@ -271,7 +272,7 @@ def work_folder(verb: str, config: Config) -> Path:
 
 def refuse_world(verb: str, config: Config, world: int) -> None:
     """Raise ConfigError when so many processes cannot build the verb's global batch."""
-    if verb == "pretrain":
+    if verb in ("pretrain", "doctor"):
         micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
     if verb == "tokenizer":
         micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")

@@ -23,13 +23,13 @@ TINY = {
 }
 
 
-def write_pictures(folder: Path, count: int, classes: int, seed: int = 0) -> None:
-    """`count` JPEGs of coloured gradients, varied in size, one folder per class."""
+def write_pictures(folder: Path, count: int, classes: int, seed: int = 0, size: tuple[int, int] | None = None) -> None:
+    """`count` JPEGs of coloured gradients, varied in size unless one is given, one folder per class."""
     from shards.codec import encode
 
     generator = np.random.default_rng(seed)
     for number in range(count):
-        height, width = generator.integers(40, 72, size=2)
+        height, width = size or generator.integers(40, 72, size=2)
         ramp = np.linspace(0, 1, width)[None, :, None] * generator.uniform(0, 255, 3)
         noise = generator.uniform(-30, 30, (height, width, 3))
         pixels = np.clip(ramp + noise + generator.uniform(0, 80), 0, 255).astype(np.uint8)

@@ -49,13 +49,37 @@ TABLE = (
     Row("shards.loader", "shards numpy torch", "kernels pipeline deepspeed"),
     Row("shards*", "shards numpy webdataset yaml safetensors xxhash tqdm", "kernels pipeline deepspeed torch"),
     Row("pipeline", ""),
-    Row("pipeline.__main__", f"{CONFIG} pipeline.rendezvous pipeline.signals pipeline.stages shards.errors"),
+    Row(
+        "pipeline.__main__",
+        f"{CONFIG} pipeline.rendezvous pipeline.signals pipeline.stages shards.errors "
+        "pipeline.findings pipeline.checks_host pipeline.checks_ssh",
+    ),
     Row("pipeline.settings", "", "torch numpy shards kernels"),
     Row("pipeline.rules", "pipeline.settings", "torch numpy shards kernels"),
     Row("pipeline.config", "yaml pipeline.settings pipeline.rules", "torch numpy shards kernels"),
     Row("pipeline.rendezvous", CONFIG, "torch numpy shards"),
     Row("pipeline.signals", "pipeline.rendezvous", "torch numpy shards"),
     Row("pipeline.carried", f"{CONFIG} pipeline.signals", "torch numpy shards"),
+    Row("pipeline.findings", "", "torch numpy shards pipeline.config"),
+    Row("pipeline.checks_host", f"{CONFIG} pipeline.findings pipeline.rendezvous", "torch numpy shards"),
+    Row("pipeline.checks_ssh", "pipeline.findings pipeline.checks_host", "torch numpy shards"),
+    Row(
+        "pipeline.checks_data",
+        f"{CONFIG} pipeline.findings pipeline.rendezvous pipeline.streams shards",
+        "pipeline.model pipeline.stages deepspeed",
+    ),
+    Row(
+        "pipeline.checks_device",
+        f"{ENGINE} pipeline.findings pipeline.checks_host pipeline.metrics pipeline.model pipeline.objective "
+        "pipeline.optim pipeline.rendezvous pipeline.streams kernels shards.loader torch numpy",
+        "pipeline.stages",
+    ),
+    Row("pipeline.checks_network", f"{ENGINE} pipeline.findings torch", "pipeline.model shards pipeline.stages"),
+    Row(
+        "pipeline.gathering",
+        "pipeline.findings pipeline.rendezvous torch",
+        "pipeline.model shards pipeline.stages deepspeed",
+    ),
     Row("pipeline.blocks", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.model", f"{LEARN} pipeline.blocks", "shards deepspeed pipeline.stages"),
     Row("pipeline.masking", LEARN, "shards deepspeed pipeline.stages torch"),
@@ -140,6 +164,11 @@ TABLE = (
     Row("pipeline.stages.launch", f"{CONFIG} pipeline.carried pipeline.signals", "torch numpy shards"),
     Row("pipeline.stages.slurm", f"{CONFIG} pipeline.signals shards.__main__ shards.files"),
     Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),
+    Row(
+        "pipeline.stages.doctor",
+        f"{ENGINE} {BELOW} pipeline.findings pipeline.gathering pipeline.checks_data pipeline.checks_device "
+        "pipeline.checks_host pipeline.checks_network",
+    ),
     Row("pipeline.stages.*", f"{ENGINE} {BELOW}"),
 )
 

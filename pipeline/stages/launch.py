@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,7 @@ _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
 _SLOT = re.compile(r"(\S+)\s+slots=(\d+)(?:\s.*)?")  # as DeepSpeed reads it
 _TOGETHER_SECONDS = 20.0  # all hosts of a training end within; where one ended alone the others wait for it in vain
 _ENDING_SECONDS = ORPHAN_SECONDS + 10  # for processes whose launcher was killed
+_LAST_WORD_SECONDS = 5.0  # from a process's last word to its end
 _SAME_REQUEST_SECONDS = 0.5
 _POLL_SECONDS = 0.2
 # A host that vanishes sends nothing: its ssh must notice, in half a minute, or the launcher waits for it for hours.
@@ -76,9 +78,41 @@ def run(verb: str, words: list[str], folder: Path, finished: Callable[[], bool] 
     `folder`: of the run, which says how it ended; where `finished` is given, that says whether the work is done, and
     nothing needs to be saved when it is stopped. Raises ConfigError for hosts that cannot be used.
     """
+    environment, kept, options = _surroundings(hosts)
+    if finished is None:
+        begin(folder)
+    watch = _Watch(folder, len(hosts), saves=finished is None)
+    code = _watched(watch, [verb, *words], environment, kept, options)
+    return _exit_code(code, watch, folder, finished)
+
+
+def listen(
+    verb: str, words: list[str], folder: Path, hosts: dict[str, int], said: Callable[[str], bool], seconds: float
+) -> list[int]:
+    """Start the processes of a verb that saves nothing, give `said` every line they print, and end them all when it
+    answers that this was the last, or after `seconds`. Returns the signals that this process got meanwhile. Raises
+    ConfigError for hosts that cannot be used."""
+    watch = _Watch(folder, len(hosts), saves=False, said=said, until=time.monotonic() + seconds)
+    environment, kept, options = _surroundings(hosts)
+    _watched(watch, [verb, *words], environment, kept, options)
+    if watch.reader is not None:
+        watch.reader.join(_LAST_WORD_SECONDS)
+    return watch.asked
+
+
+def meeting_port() -> int:
+    """MASTER_PORT, or one that two runs on one machine do not have in common."""
+    text = os.environ.get("MASTER_PORT", "")
+    if text and not text.isdecimal():
+        raise ConfigError(f"MASTER_PORT is {text!r} in the environment; it must be a whole number, or unset")
+    return int(text) if text else 20000 + os.getpid() % 10000
+
+
+def _surroundings(hosts: dict[str, int]) -> tuple[dict[str, str], tuple[int, ...], list[str]]:
+    """Environment, open files and options of DeepSpeed's launcher."""
     environment = {**os.environ, "DS_SKIP_CUDA_CHECK": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    port = environment.get("MASTER_PORT") or str(20000 + os.getpid() % 10000)  # two runs on one machine do not meet
+    port = str(meeting_port())
     # operators that a `deepspeed:` section may ask for are compiled on first use; a kill meanwhile leaves a lock there
     extensions = Path(tempfile.gettempdir()) / f"torch_extensions-{os.getpid()}-{port}"
     environment.setdefault("TORCH_EXTENSIONS_DIR", str(extensions))
@@ -94,25 +128,18 @@ def run(verb: str, words: list[str], folder: Path, finished: Callable[[], bool] 
         options += ["--num_gpus", str(processes_here())]
         if not gpus() and not Path("/dev/kfd").exists():  # AMD's
             environment.setdefault("DS_ACCELERATOR", "cpu")
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "deepspeed.launcher.runner",
-        *options,
-        "--module",
-        "pipeline",
-        verb,
-    ]
-    if finished is None:
-        begin(folder)
+    return environment, kept, options
+
+
+def _watched(
+    watch: "_Watch", words: list[str], environment: dict[str, str], kept: tuple[int, ...], options: list[str]
+) -> int:
+    """Start the launcher and see it to its end; its exit code."""
+    command = [sys.executable, "-W", "ignore", "-m", "deepspeed.launcher.runner", *options, "--module", "pipeline"]
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # processes that lose their launcher become ours, to wait for
-    watch = _Watch(folder, len(hosts), saves=finished is None)
     watch.install()
     watch.start([*command, *words], environment, kept)
-    code = watch.wait()
-    return _exit_code(code, watch, folder, finished)
+    return watch.wait()
 
 
 def _exit_code(code: int, watch: "_Watch", folder: Path, finished: Callable[[], bool] | None) -> int:
@@ -150,11 +177,17 @@ def _carried(environment: dict[str, str]) -> int:
 
 @dataclass
 class _Watch:
-    """The launcher's process, and what has been asked of it. `hosts`: how many it reaches over ssh; 0: it is here."""
+    """The launcher's process, and what has been asked of it. `hosts`: how many it reaches over ssh; 0: it is here.
+
+    said: given each line of its output; its answer True, or time.monotonic() beyond `until`, ends everything.
+    """
 
     folder: Path
     hosts: int
     saves: bool
+    said: Callable[[str], bool] | None = None
+    until: float = float("inf")
+    reader: threading.Thread | None = None
     asked: list[int] = field(default_factory=list)
     launcher: int = 0
     _asked_at: float = 0.0
@@ -181,8 +214,26 @@ class _Watch:
             if os.getppid() != us:
                 os._exit(1)
 
-        process = subprocess.Popen(command, env=environment, pass_fds=kept, start_new_session=True, preexec_fn=before)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            pass_fds=kept,
+            start_new_session=True,
+            preexec_fn=before,
+            stdout=None if self.said is None else subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
         self.launcher = process.pid
+        if process.stdout is not None:
+            self.reader = threading.Thread(target=self._listen, args=(process.stdout,), daemon=True)
+            self.reader.start()
+
+    def _listen(self, lines: Iterable[str]) -> None:
+        assert self.said is not None, "read only where somebody listens"
+        for line in lines:
+            if self.said(line.rstrip("\n")):
+                self.until = min(self.until, time.monotonic() + _LAST_WORD_SECONDS)
 
     def wait(self) -> int:
         """The launcher's exit code, negative for a signal, once everything it started here is gone."""
@@ -194,6 +245,9 @@ class _Watch:
             if code is not None and over == float("inf"):
                 # what is left of a launcher over ssh are connections; here, ranks that have noticed and save
                 over = time.monotonic() + (0.0 if self.hosts or not self.saves else _ENDING_SECONDS)
+            if time.monotonic() > self.until:
+                self.until, over = float("inf"), time.monotonic() + _LAST_WORD_SECONDS
+                self._end()
             if time.monotonic() > over or len(self.asked) > 2:
                 _signal(_descendants(), signal.SIGKILL)
             asked = len(self.asked)  # what is asked from here on is for the next turn

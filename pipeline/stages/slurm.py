@@ -36,6 +36,7 @@ class Wanted:
     account: str
     array: str
     signal_seconds: int
+    doctor: bool  # before a pretraining
     more: tuple[str, ...]  # sbatch options as they are
 
     @property
@@ -159,6 +160,7 @@ def _write(work: Work, wanted: Wanted) -> Path:
         "made_by": f"Written by:  ./launch.sh {' '.join(shlex.join(sys.argv[1:]).split())}",
         "script": shlex.quote(str(script)),
         "signal_seconds": str(wanted.signal_seconds),
+        "doctor": "yes" if wanted.doctor and work.verb == "pretrain" else "no",
         "name": shlex.quote(work.name),
         "nodes": str(wanted.nodes),
         "tasks_per_node": str(wanted.tasks),

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What the cluster tests need beside Python: a real SLURM, sshd and pdsh. Debian or Ubuntu, as root.
+# What the cluster tests need beside Python: a real SLURM, sshd, pdsh, and a clock that can be wrong. Debian or Ubuntu, as
+# root.
 #
 # Nothing is started: policy-rc.d forbids it while the packages are unpacked. The lab (lab.sh) starts its own daemons, in
 # namespaces of its own, with keys and settings that die with it.
 set -euo pipefail
-packages=(slurm-wlm slurm-wlm-basic-plugins munge pdsh openssh-server openssh-client iproute2 procps util-linux)
+packages=(slurm-wlm slurm-wlm-basic-plugins munge pdsh openssh-server openssh-client iproute2 procps util-linux libfaketime)
 
 missing=()
 for package in "${packages[@]}"; do

@@ -39,8 +39,9 @@ def said(result: subprocess.CompletedProcess) -> list[str]:
 
 
 HELP = [
-    (("pipeline", "--help"), ["tokenizer", "tokenize", "pretrain", "export", "probe", "report", "demo"]),
+    (("pipeline", "--help"), ["tokenizer", "tokenize", "pretrain", "doctor", "export", "probe", "report", "demo"]),
     (("pipeline", "pretrain", "--help"), ["CONFIG", "section.key=value"]),
+    (("pipeline", "doctor", "--help"), ["CONFIG", "section.key=value", "--json", "--seconds"]),
     (("pipeline", "tokenize", "--help"), ["CONFIG", "section.key=value"]),
     (("pipeline", "export", "--help"), ["RUN", "OUT"]),
     (("pipeline", "probe", "--help"), ["RUN", "SHARDS", "--samples"]),

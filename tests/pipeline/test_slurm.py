@@ -128,8 +128,11 @@ def test_the_script_of_pack(tmp_path):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-def batch(tmp_path: Path, config: Path, ended: str, code: int = 0, seconds: float = 60) -> tuple[int, str]:
-    """Exit code and output of the script of a training whose ranks end with `code` and the word `ended`.
+def batch(
+    tmp_path: Path, config: Path, ended: str, code: int = 0, seconds: float = 60, doctor: int | None = None
+) -> tuple[int, str]:
+    """Exit code and output of the script of a training whose ranks end with `code` and the word `ended`, after a
+    doctor that ends with its code, if there is one.
 
     srun and scontrol are stand-ins: a requeue kills the script, as SLURM would.
     """
@@ -137,6 +140,7 @@ def batch(tmp_path: Path, config: Path, ended: str, code: int = 0, seconds: floa
     if not script.exists():
         slurm(config, "--gpus-per-node", 1, "--dry-run", folder=tmp_path)
     word = f"echo '{ended}' >'runs/some run/ended'; " if ended else ""
+    word = f'echo "srun $*"; case "$*" in *" doctor "*) exit {doctor} ;; esac; {word}'
     for name, does in (("srun", f"{word}exit {code}"), ("scontrol", 'echo "scontrol $*"; kill -KILL $PPID')):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -144,6 +148,7 @@ def batch(tmp_path: Path, config: Path, ended: str, code: int = 0, seconds: floa
         path.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     environment["SLURM_JOB_NODELIST"] = "n1"
+    environment |= {"DOCTOR": "no"} if doctor is None else {}
     done = subprocess.run(
         ["bash", str(script)],
         cwd=tmp_path,
@@ -180,6 +185,27 @@ def test_a_job_is_judged_by_the_word_of_its_run(tmp_path, config, ended, code, e
     found, output = batch(tmp_path, config, ended, code)
     assert found == expected, output
     assert "scontrol" not in output
+
+
+@pytest.mark.parametrize(("doctor", "expected"), [(0, 0), (1, 0), (2, 2), (137, 137)])
+def test_the_doctor_comes_first(tmp_path, config, doctor, expected):
+    """What must stop the job stops it before a rank of the training is started; warnings do not."""
+    code, output = batch(tmp_path, config, "24 finished", doctor=doctor)
+    started = [line for line in output.splitlines() if line.startswith("srun ")]
+    assert code == expected, output
+    assert "-m pipeline doctor" in started[0]
+    assert ("-m pipeline pretrain" in started[-1]) == (doctor < 2)
+    assert ("doctor ended with" in output) == (doctor > 1)
+
+
+def test_no_doctor(tmp_path, config):
+    """By the option, and for verbs it does not know."""
+    for words in ((config, "--no-doctor"), ("tokenizer", config)):
+        done = slurm(*words, "--tasks-per-node", 2, "--dry-run", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for script in (tmp_path / "runs/some run/slurm/pretrain.sbatch", tmp_path.glob("data/**/tokenizer.sbatch")):
+        (path,) = [script] if isinstance(script, Path) else script
+        assert 'if [ "${DOCTOR:-no}" = yes ]' in path.read_text()
 
 
 def test_after_sigterm_the_script_waits_for_slurm(tmp_path, config):
