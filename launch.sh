@@ -4,6 +4,7 @@
 #   demo [DIR]                 the whole job on this machine, on sample photographs or your own folder
 #   pack · index · verify · stats · simulate    pictures and shards (python -m shards VERB --help)
 #   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher, here or on HOSTFILE's hosts
+#   plan CONFIG --gpus 8,64,512 [--gpu h200] [--days 3] …   memory, time and cost of a training, without a GPU
 #   slurm [pretrain|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--dry-run] [-- sbatch options]
 #   slurm pack IMAGES SHARDS … [--cpus-per-task C]    writes a batch script into the run folder and submits it
 #   stop RUN                   a run finishes its step, saves and ends, under whatever launcher
@@ -26,7 +27,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-usage() { sed -n '2,23s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,24s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -79,7 +80,7 @@ case $verb in
         [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
         setup
         [ $# -eq 0 ] || peers ;;
-    demo | slurm | stop | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
+    demo | plan | slurm | stop | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
     pack | index | verify | stats | simulate) setup; exec "$python" -m shards "$verb" "$@" ;;
     tokenizer | tokenize | pretrain)
         setup

@@ -11,7 +11,8 @@ from pipeline.settings import Model, Tokenizer
 _STATISTICS = 8  # mean and 1/deviation of a LayerNorm's row, float32
 _DALLE_MACS = 26.06e9  # of the DALL-E encoder at 112 px (RECIPE, "Cost")
 _LOGITS_AT_A_TIME = 1 << 25  # kernels.cross_entropy.operator
-_CHAIN_EAGER, _CHAIN_COMPILED = 26.0, 12.0
+_CHAIN_EAGER, _CHAIN_COMPILED = 18.0, 4.0  # passes of a block beside GELU's, forward
+_LAUNCHED_EAGER, _LAUNCHED_COMPILED = 90, 40  # kernels of a block, forward and backward, counted in pipeline.blocks
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def num_parameters(model: Model, vocabulary: int) -> int:
 
 
 def _block_macs(model: Model, positions: int, picked: int) -> float:
-    """Multiply-adds of a block whose output is wanted at `picked` of its positions: q, k, v and the attention for all."""
+    """Multiply-adds of a block whose output is wanted at `picked` of its positions; attention is for all of them."""
     d, h = model.width, int(model.width * model.mlp_ratio)
     return positions * 3 * d * d + 2 * positions * positions * d + picked * (d * d + 2 * d * h)
 
@@ -79,9 +80,8 @@ def training_flops(model: Model, vocabulary: int, masked: int) -> float:
 
 
 def computed_flops(model: Model, vocabulary: int, masked: int, checkpointing: bool) -> float:
-    """What a step really computes per image: the last block at masked patches alone behind its attention, the fused
-    attention's two products more (seven backward, not five: kernels.attention), and with checkpointing each block twice.
-    """
+    """What a step really computes per image: the last block at masked patches alone behind its attention, fused
+    attention's two products more (seven backward, not five: kernels.attention), with checkpointing each block twice."""
     s, d = model.num_patches + 1, model.width
     blocks = (model.layers - 1) * _block_macs(model, s, s) + _block_macs(model, s, masked)
     outside = model.num_patches * 3 * model.patch_size**2 * d + masked * d * vocabulary
@@ -100,19 +100,22 @@ class Activations:
 
 
 def activations(
-    model: Model, vocabulary: int, masked: int, number: int, checkpointing: bool, fused: bool = True
+    model: Model, vocabulary: int, masked: int, number: int, checkpointing: bool, kernels: str
 ) -> Activations:
-    """Tensors that autograd keeps for backward, counted in pipeline.blocks. `number`: bytes of one number.
+    """Tensors that autograd keeps for backward, counted in pipeline.blocks. `number`: bytes of one number. kernels:
 
-    fused: attention keeps qkv, its output and a number a row (kernels.attention), and the head its gradient alone.
-    Checkpointing (arXiv 1604.06174, a segment a block) keeps each block's input, and one block whole while it is computed
-    again.
+    fused: attention keeps qkv, its output and a number a row (kernels.attention), the head its gradient alone. sdpa:
+    the gradient of the bias is made for each image, and logits are kept. reference: the S × S softmax is kept, too.
+    Checkpointing (arXiv 1604.06174, a segment a block) keeps each block's input, and one block whole while it is
+    computed again.
     """
     s, m, d, h = model.num_patches + 1, masked, model.width, int(model.width * model.mlp_ratio)
-    last = _block_bytes(model, s, m, number, fused)
-    full = _block_bytes(model, s, s, number, fused)
+    matrices = model.heads * s * s * number
+    kept = matrices if kernels == "reference" else 0.0
+    last = _block_bytes(model, s, m, number) + kept
+    full = _block_bytes(model, s, s, number) + kept
     head = m * (2 * d * number + _STATISTICS)
-    if fused:
+    if kernels == "fused":
         head += m * (d * number + 12)  # the gradient of the head's input is made with the loss
         fixed = 4.0 * vocabulary * (d + 1) + _LOGITS_AT_A_TIME * number
     else:
@@ -121,37 +124,43 @@ def activations(
     bias = 4.0 * model.heads * s * s * (model.layers if model.positions == "relative" else 1)
     fixed += 0.0 if model.positions == "absolute" else 2 * bias
     embed = model.num_patches * (3 * model.patch_size**2 * number + 1) + 8 * m
-    gradients = number * s * (2 * h + 3 * d)
+    gradients = number * s * (2 * h + 3 * d) + (0 if kernels == "fused" else matrices)
     if checkpointing:
         return Activations(model.layers * s * d * number + embed + head, max(full, last) + gradients, fixed)
     return Activations((model.layers - 1) * full + last + embed + head, gradients, fixed)
 
 
-def _block_bytes(model: Model, s: int, m: int, number: int, fused: bool) -> float:
+def _block_bytes(model: Model, s: int, m: int, number: int) -> float:
     """Kept by a block on s positions whose output is wanted at m of them."""
     d, h = model.width, int(model.width * model.mlp_ratio)
-    wide = s * (d * (1 + 1 + 3 + 1) * number + _STATISTICS + 4 * model.heads)  # norm1's input and output, qkv, attention
-    if not fused:
-        wide += 0
+    wide = s * (
+        d * (1 + 1 + 3 + 1) * number + _STATISTICS + 4 * model.heads
+    )  # norm1's input and output, qkv, attention
     picked = 0 if m == s else d * number  # the rows gathered for the output matrix
     scaled = 2 * d if model.layer_scale else 0
     narrow = m * ((2 * d + 2 * h + scaled) * number + picked + _STATISTICS)  # norm2's input and output, GELU's, γ's
     return wide + narrow
 
 
-def moved_bytes(model: Model, number: int, compiled: bool, fused: bool) -> float:
+def moved_bytes(model: Model, number: int, compiled: bool, kernels: str) -> float:
     """Bytes per image through the chip's memory beside the matrix products, forward and backward.
 
-    In passes over [S, D] (of which the MLP's hidden layer has mlp_ratio): forward and eager two norms 4, two residuals 6,
-    layer scale and drop path 8, GELU 2 × mlp_ratio; compiled 4 + 8 of it are left (BENCHMARKS, fusions counts them).
-    Backward moves twice as much. Attention: qkv in and out once forward, four times backward; where it is not fused, its
-    S × S matrix goes through memory: product, bias, softmax and cast, 24 bytes forward and 48 backward a number.
+    In passes over [S, D] (the MLP's hidden layer is mlp_ratio of them): forward and eager two norms 4, two residuals 6,
+    layer scale and drop path 8, GELU 2 × mlp_ratio; compiled 4 of the first three are left. Backward moves twice as
+    much. Attention: qkv in and out once forward, four times backward; sdpa writes and reads the gradient of the bias
+    for each image; reference moves S × S matrices: product, bias, softmax and cast, 24 bytes forward and 48 backward a
+    number.
     """
     s, d = model.num_patches + 1, model.width
-    passes = (_CHAIN_COMPILED if compiled else _CHAIN_EAGER - 8) + 2 * model.mlp_ratio
+    passes = (_CHAIN_COMPILED if compiled else _CHAIN_EAGER) + 2 * model.mlp_ratio
     rows = 3 * passes * s * d * number
-    matrix = 20.0 * s * d * number if fused else 72.0 * model.heads * s * s
-    return model.layers * (rows + matrix)
+    matrix = {"fused": 0.0, "sdpa": 2.0 * number, "reference": 72.0}[kernels] * model.heads * s * s
+    return model.layers * (rows + matrix + (0.0 if kernels == "reference" else 20.0 * s * d * number))
+
+
+def launches(model: Model, compiled: bool) -> int:
+    """Kernels that a micro batch starts, forward and backward."""
+    return model.layers * (_LAUNCHED_COMPILED if compiled else _LAUNCHED_EAGER)
 
 
 def update_bytes(numbers: float) -> float:

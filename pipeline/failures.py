@@ -27,7 +27,7 @@ def daly(cost: float, mtbf: float) -> float:
 
 
 def goodput(interval: float, cost: float, restart: float, mtbf: float) -> float:
-    """Share of the time that becomes training, from Daly 2006, equation 20: τ of work take M e^{R/M} (e^{(τ+δ)/M} - 1)."""
+    """Share of the time that becomes training: τ of work take M e^{R/M} (e^{(τ+δ)/M} - 1) (Daly 2006, equation 20)."""
     if math.isinf(mtbf):
         return interval / (interval + cost)
     if (interval + cost + restart) / mtbf > 500:

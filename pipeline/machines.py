@@ -1,7 +1,7 @@
 """Chips, networks and storages that `plan` knows, each with where its numbers come from. Knows nothing else.
 
-Rates are of one direction and in bytes or operations a second; sizes in bytes. What a chip or a link reaches in practice
-is no property of it: that is pipeline.assumptions.
+Rates are of one direction and in bytes or operations a second; sizes in bytes. What a chip or a link reaches in
+practice is no property of it: that is pipeline.assumptions.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """What each ZeRO stage of this engine keeps on a GPU and sends, part by part.
 
-The partitions are those of arXiv 1910.02054 (ZeRO, section 5 memory, section 7 communication), with what DeepSpeed 0.19 really does under
-pipeline.engine's configuration where it differs: read in deepspeed/runtime/zero and held by tests/pipeline/test_plan_ranks.py,
-which counts tensors and collectives of real runs. Must not know torch.
+The partitions are those of arXiv 1910.02054 (ZeRO: section 5 memory, section 7 communication), with what DeepSpeed 0.19
+really does under pipeline.engine's configuration where it differs: read in deepspeed/runtime/zero, and held by
+tests/pipeline/test_plan_ranks.py, which counts tensors and collectives of real runs. Must not know torch.
 """
 
 from dataclasses import dataclass
@@ -136,8 +136,8 @@ def _partitioned_states(sharding: Sharding) -> States:
 def _gathered(sharding: Sharding) -> list[tuple[int, bool]]:
     """Of each parameter that is not kept whole: its numbers, padded, and whether it is gathered again for backward.
 
-    DeepSpeed lets go of it after forward unless it comes back within `reuse` numbers of other parameters (all that follow
-    come twice in between), or its prefetcher has met its next use, which runs ahead as far as `live` reaches.
+    DeepSpeed lets go of it after forward unless it comes back within `reuse` numbers of other parameters (all that
+    follow come twice in between), or its prefetcher has met its next use: it runs ahead as far as `live` reaches.
     """
     settings, found, behind = sharding.settings, [], 0
     all_live = settings.prefetch > 0 and sharding.total <= settings.live

@@ -15,9 +15,8 @@ from shards.draws import TIMELINE, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One process's step. forward, backward: of a micro batch. gather, regather: all the weights it fetches for either.
-    reduce: of all gradients, in `buckets` pieces; every_turn: with each micro batch. end: what waits for the last of them.
-    """
+    """One process's step. forward, backward: of a micro batch. gather, regather: all the weights fetched for either.
+    reduce: of all gradients, in `buckets` pieces; every_turn: with each micro batch. end: what waits for the last."""
 
     blocks: int
     turns: int
@@ -143,15 +142,15 @@ def live(one: Step, cluster: Cluster, *, steps: int = 200, seed: int = 0) -> Lif
     consumed = [np.zeros(cluster.ranks) for _ in range(max(1, cluster.ready))]
     ready = np.zeros(cluster.ranks)
     warm, counted_from = min(steps // 4, 2 * cluster.ready + 10), 0.0
-    for number in range(steps + warm):
+    loads = cluster.load * varied(cluster.loader_cv, steps + warm, cluster.ranks, seed, 2)
+    computes = one.compute * varied(cluster.straggler_cv, steps + warm, cluster.ranks, seed, 3)
+    for number, (loading, computing) in enumerate(zip(loads, computes, strict=True)):
         if number == warm:
             counted_from, late, starved = ends, 0.0, 0.0
         slot = number % len(consumed)
-        loading = cluster.load * varied(cluster.loader_cv, cluster.ranks, seed, 2, number)
         ready = np.maximum(ready, consumed[slot]) + loading
         begun = np.maximum(ends, ready)
         consumed[slot] = begun
-        computing = one.compute * varied(cluster.straggler_cv, cluster.ranks, seed, 3, number)
         through = begun + computing + one.exposed
         last = float(through.max())
         without_wait = ends + float(computing.max()) + one.exposed
@@ -176,21 +175,21 @@ def live(one: Step, cluster: Cluster, *, steps: int = 200, seed: int = 0) -> Lif
     )
 
 
-def varied(cv: float, ranks: int, seed: int, what: int, number: int) -> np.ndarray:
-    """Log-normal factors with mean 1 and this coefficient of variation, one a rank (Box and Muller 1958)."""
+def varied(cv: float, steps: int, ranks: int, seed: int, what: int) -> np.ndarray:
+    """Log-normal factors [steps, ranks] with mean 1 and this coefficient of variation (Box and Muller 1958)."""
     if cv == 0:
-        return np.ones(ranks)
-    names = np.arange(ranks, dtype=np.uint64)
-    first, second = (uniform(TIMELINE, seed, what, number, half, names) for half in range(2))
+        return np.ones((steps, ranks))
+    names = (np.arange(steps, dtype=np.uint64)[:, None], np.arange(ranks, dtype=np.uint64))
+    first, second = (uniform(TIMELINE, seed, what, half, *names) for half in range(2))
     normal = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)
     sigma = math.sqrt(math.log1p(cv * cv))
     return np.exp(sigma * normal - sigma * sigma / 2)
 
 
 def all_reduce_seconds(message: float, world: int, per_node: int, intra: float, inter: float, latency: float) -> float:
-    """Bandwidth and latency of a ring over a two-level network (α-β model; Thakur, Rabenseifner and Gropp, Int. J. High
-    Perform. Comput. Appl. 19, 2005): each process sends 2 (n - 1) / n of the message as fast as its node lets all its
-    rings out (`inter`, bytes/s of a node), or its neighbours in (`intra`, of a GPU). Latency as of a tree over nodes."""
+    """Bandwidth and latency of a ring over a two-level network (α-β model; Thakur, Rabenseifner and Gropp,
+    IJHPCA 19, 2005): each process sends 2 (n - 1) / n of the message as fast as its node lets all its rings out
+    (`inter`, bytes/s of a node), or its neighbours in (`intra`, of a GPU). Latency as of a tree over nodes."""
     return 2 * half_seconds(message, world, per_node, intra, inter, latency)
 
 
