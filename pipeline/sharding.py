@@ -92,13 +92,12 @@ def states(sharding: Sharding) -> States:
 
 def _flat_states(sharding: Sharding) -> States:
     """ZeRO-1 and 2: each group lies end to end, padded to even shares; a gradient is kept whole by every process that
-    owns a part of it. The bucket exists during backward, the float32 gradients of the share during the update."""
+    owns a part of it. The bucket, in which others wait, exists during backward, the share's float32 gradients during
+    the update."""
     number, world = sharding.number, sharding.world
     lengths = [padded(sum(each.numbers for each in group), 2 * world) for group in sharding.groups]
     share = sum(lengths) // world
     gradients = float(number * max(_owned(sharding.groups, lengths, world)))
-    if sharding.stage == 1 and sharding.accumulation > 1:
-        gradients += number * sharding.total  # of the micro batches that are not the last
     bucket = number * sharding.settings.bucket * (2 if sharding.settings.overlap else 1)
     optimizer = 12.0 * share
     buffers = max(bucket, 4.0 * share if number == 2 else 0.0)

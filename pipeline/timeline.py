@@ -166,7 +166,7 @@ def live(one: Step, cluster: Cluster, *, steps: int = 200, seed: int = 0) -> Lif
         exposed=one.exposed,
         late=late / steps,
         starved=starved / steps,
-        running=one.compute / mean,
+        running=min(1.0, one.compute / mean),  # the mean of few draws may lie below one
         survived=goodput(cluster.save_every, *lived),
         best_every=best,
         best_survived=goodput(best, *lived) if math.isfinite(best) else 1.0,

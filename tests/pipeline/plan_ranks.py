@@ -1,11 +1,13 @@
-"""A process of tests/pipeline/test_plan_ranks.py and benchmarks/plan_measured.py: what one rank really holds and sends.
+"""A process of test_plan_ranks.py and benchmarks/plan_measured.py: what one rank really holds and sends.
 
-`python -m tests.pipeline.plan_ranks SHAPE PRECISION ACCUMULATION [SECONDS]`, alone or under torchrun. Trains a few steps
-under every ZeRO stage with every collective of torch.distributed counted, and rank 0 prints a JSON list of findings.
+`python -m tests.pipeline.plan_ranks SHAPE STEPS CASES`, alone or under torchrun. CASES: a JSON list of [precision,
+accumulation, settings of DeepSpeed's zero_optimization]. Trains a few steps of each under every ZeRO stage with every
+collective of torch.distributed counted; rank 0 prints a JSON list of findings for each case.
 """
 
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,8 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.config import Model, Size
+from pipeline.engine import Engine, Setup, World, start_world
+from pipeline.model import Beit
+from pipeline.optim import parameter_groups
+
 SENT: list[tuple[str, int]] = []  # operation, and bytes of its whole message, of this rank's calls
-_RECORDED = (
+MESSAGES: tuple[tuple[str, Callable], ...] = (
     ("all_reduce", lambda tensor, *_: tensor),
     ("reduce", lambda tensor, *_: tensor),
     ("broadcast", lambda tensor, *_: tensor),
@@ -27,52 +34,37 @@ _RECORDED = (
 )
 
 
-def size(tensors: Any) -> int:
-    """Bytes of a tensor or of a list of them."""
-    return sum(t.numel() * t.element_size() for t in (tensors if isinstance(tensors, list | tuple) else [tensors]))
-
-
-def record(name: str, message: Callable) -> None:
-    """Count every call of torch.distributed's function of this name."""
+def count(name: str, message: Callable) -> None:
+    """Note every call of torch.distributed's function of this name."""
     made = getattr(dist, name)
 
     def counted(*arguments: Any, **named: Any) -> Any:
-        values = [*arguments, *(value for value in named.values() if isinstance(value, torch.Tensor | list))]
-        SENT.append((name, size(message(*values))))
+        given = message(*arguments, *(value for value in named.values() if isinstance(value, torch.Tensor | list)))
+        tensors = given if isinstance(given, list | tuple) else [given]
+        SENT.append((name, sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
         return made(*arguments, **named)
 
     setattr(dist, name, counted)
 
 
-for _name, _message in _RECORDED:  # before deepspeed keeps them
-    record(_name, _message)
-
-from pipeline.config import Model, Size  # noqa: E402
-from pipeline.engine import Engine, Setup, leave, start_world  # noqa: E402
-from pipeline.model import Beit  # noqa: E402
-from pipeline.optim import parameter_groups  # noqa: E402
-
-# tiny: sizes that divide by neither 2 nor 4, so that shares are padded; small: one whose products take the time
+# Model, vocabulary, masked patches, images of a micro batch. tiny: sizes that divide by neither 2 nor 4, so that shares
+# are padded; small: one whose products take the time.
 SHAPES = {
     "tiny": (Model(input_size=Size(48, 48), patch_size=8, layers=3, width=66, heads=3), 211, 12, 2),
-    "small": (Model(input_size=Size(112, 112), patch_size=16, layers=6, width=384, heads=6), 1024, 19, 4),
+    "small": (Model(input_size=Size(112, 112), patch_size=16, layers=6, width=384, heads=6), 1024, 19, 8),
 }
-WORLD = start_world()
 
 
 def ring_bytes(calls: Iterable[tuple[str, int]], world: int) -> float:
-    """Bytes a rank sends: of an all-reduce 2 (n - 1) / n of the message, of its halves (n - 1) / n, on a ring
-    (Patarasuk and Yuan 2009); of a broadcast or reduce the message once."""
-    part = (world - 1) / world
-    factors = {"all_reduce": 2 * part, "broadcast": part, "reduce": part}
-    return sum(factors.get(name, part) * bytes_ for name, bytes_ in calls)
+    """What a rank sends on a ring: (n - 1) / n of each message, of an all-reduce's twice that."""
+    return sum((2 if name == "all_reduce" else 1) * size * (world - 1) / world for name, size in calls)
 
 
-def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+def storages(tensors: Iterable[Any]) -> dict[int, int]:
     """Memory by address, each once however many tensors look at it."""
     found = {}
     for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.layout == torch.strided:
+        if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu":
             storage = tensor.untyped_storage()
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes()
@@ -81,16 +73,31 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 def alive() -> dict[int, int]:
     gc.collect()
-    return storages(item for item in gc.get_objects() if isinstance(item, torch.Tensor))
+    return storages(gc.get_objects())
 
 
-def measured(stage: int, shape: str, precision: str, accumulation: int, steps: int) -> dict:
-    """Bytes of this rank's tensors by part, its calls in the last step, and the median seconds of a step."""
+def held(engine: Engine, before: dict[int, int]) -> dict[str, int]:
+    """Bytes at rest by part. before: what was there without the engine."""
+    whole = [parameter.data for parameter in engine.module.parameters()]
+    whole += [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
+    weights = storages(whole)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    known = list(inner.state) + [value for state in inner.state.values() for value in state.values()]
+    optimizer = {at: size for at, size in storages(known).items() if at not in weights and size > 4}
+    gradients = storages([getattr(engine.optimizer, "grad_partitions_flat_buffer", None)])
+    rest = {at: size for at, size in alive().items() if at not in before}
+    others = sum(size for at, size in rest.items() if at not in {**weights, **optimizer, **gradients})
+    parts = {"parameters": weights, "optimizer": optimizer, "gradients": gradients}
+    return {**{name: sum(part.values()) for name, part in parts.items()}, "others": others}
+
+
+def measured(world: World, stage: int, shape: str, steps: int, precision: str, accumulation: int, zero: dict) -> dict:
+    """Bytes of this rank's tensors by part, what it sends in a step, and the seconds of each step."""
     model, vocabulary, masked, micro = SHAPES[shape]
     before = alive()
     beit = Beit(model, vocabulary, seed=0)
     setup = Setup(
-        global_batch=micro * accumulation * WORLD.size,
+        global_batch=micro * accumulation * world.size,
         micro_batch=micro,
         accumulation=accumulation,
         precision=precision,
@@ -101,57 +108,60 @@ def measured(stage: int, shape: str, precision: str, accumulation: int, steps: i
         beta1=0.9,
         beta2=0.98,
         epsilon=1e-8,
-        overrides=json.loads(sys.argv[4]) if stage else {},
+        overrides={"zero_optimization": zero} if stage else {},
     )
-    engine = Engine(beit, parameter_groups(beit, 0.05), setup, WORLD)
-    generator = torch.Generator().manual_seed(WORLD.rank)
+    engine = Engine(beit, parameter_groups(beit, 0.05), setup, world)
+    generator = torch.Generator().manual_seed(world.rank)
     pixels = torch.randn(micro, 3, *model.input_size, generator=generator).to(engine.dtype)
     tokens = torch.randint(vocabulary, (micro, model.num_patches), generator=generator)
     mask = torch.zeros(micro, model.num_patches, dtype=torch.bool)
     mask[:, :masked] = True
+    before |= storages([pixels, tokens, mask])
 
-    def backward() -> None:
+    def backward(look: Callable[[], None]) -> None:
         for turn in range(accumulation):
             if turn:
                 engine.accumulate()
-            loss, _, count = engine.model(pixels, mask, masked, None, tokens)
-            engine.backward(loss / count)
-            del loss, count
+            loss, _, right = engine.model(pixels, mask, masked, None, tokens)
+            engine.backward(loss / right)
+            del loss, right
+            look()
 
     seconds = []
     for _ in range(steps):
         dist.barrier()
         started = time.perf_counter()
-        backward()
+        backward(lambda: None)
         engine.step(1e-3)
+        dist.barrier()
         seconds.append(time.perf_counter() - started)
-    resting = {address: size_ for address, size_ in alive().items() if address not in before}
+    parts, resting, grown = held(engine, before), alive(), [0]
+    bucket = engine.deepspeed.zero_reduce_bucket_size() * engine.dtype.itemsize if stage else 0
+
+    def look() -> None:
+        new = [size for at, size in alive().items() if at not in resting and size != bucket]
+        grown.append(sum(new))
+
     SENT.clear()
-    backward()
-    loaded = {address: size_ for address, size_ in alive().items() if address not in before}
-    in_backward = list(SENT)
+    backward(look)
     engine.step(1e-3)
-    return {
-        "stage": stage,
-        "resting": sorted(resting.values(), reverse=True)[:60],
-        "grown": sorted((s for a, s in loaded.items() if a not in resting), reverse=True)[:60],
-        "backward_calls": [(n, b) for n, b in in_backward][:80],
-        "calls": SENT[len(in_backward) :][:80],
-        "total_resting": sum(resting.values()),
-        "total_grown": sum(s for a, s in loaded.items() if a not in resting),
-        "sent": ring_bytes(SENT, WORLD.size),
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in beit.parameters()),
-        "seconds": sorted(seconds)[len(seconds) // 2],
-        "opt": type(engine.optimizer).__name__,
-    }
+    calls, biggest = list(SENT), torch.tensor([*parts.values(), max(grown)])
+    dist.all_reduce(biggest, op=dist.ReduceOp.MAX)
+    parts = dict(zip(parts, biggest.tolist(), strict=False))
+    parts["gradients"] += int(biggest[-1])
+    return {"world": world.size, "stage": stage, **parts, "sent": ring_bytes(calls, world.size), "seconds": seconds}
 
 
 def main() -> None:
-    shape, precision, accumulation = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    findings = [measured(stage, shape, precision, accumulation, 3) for stage in range(4)]
-    if WORLD.first:
-        print(json.dumps(findings))
-    leave()
+    shape, steps, cases = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    for name, message in MESSAGES:  # before deepspeed takes hold of them
+        count(name, message)
+    world = start_world()
+    findings = [[measured(world, stage, shape, steps, *case) for stage in range(4)] for case in cases]
+    if world.first:
+        print(json.dumps(findings), flush=True)
+    dist.barrier()
+    os._exit(0)  # now and then gloo aborts when it is taken apart
 
 
 if __name__ == "__main__":
