@@ -30,6 +30,7 @@ class Assumptions:
     )
     memory_bandwidth: float = _assumed(0.0, "bytes/s", "of one GPU in a copy; 0: peak × memory_share")
     memory_share: float = _assumed(0.90, "", "of the memory's peak in a copy: 4.3 of 4.8 TB/s measured on an H200")
+    update_bandwidth: float = _assumed(0.0, "bytes/s", "of AdamW; 0: as memory_bandwidth")
     launch_seconds: float = _assumed(5e-6, "s", "from one kernel to the next where kernels are short; assumed")
     link_share: float = _assumed(0.80, "", "of a link that a collective reaches: assumed; nccl-tests shows 0.7-0.9")
     intra_bandwidth: float = _assumed(0.0, "bytes/s", "of one GPU to its node's others; 0: link × link_share")

@@ -210,7 +210,7 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
         )
         seconds[each.when] += once
     share = sharding.total / (world if sharding.stage else 1)
-    update = update_bytes(share) / machine.memory_bandwidth
+    update = update_bytes(share) / (machine.assumed.update_bandwidth or machine.memory_bandwidth)
     if sharding.offload:
         update = 2 * sharding.number * share / machine.assumed.host_copy
     per_block = sharding.total / config.model.layers

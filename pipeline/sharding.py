@@ -124,6 +124,8 @@ def _partitioned_states(sharding: Sharding) -> States:
     share = sum(-(-each.numbers // world) for each in sharding.parameters)
     whole = sum(padded(each.numbers, world) for each in sharding.parameters if each.numbers <= settings.persistent)
     at_once = _gathered(sharding)
+    if world == 1:  # the share is the whole, and nothing is gathered
+        whole, at_once = 0, []
     live = sum(numbers for numbers, again in at_once if not again)
     live += min(settings.prefetch, sum(numbers for numbers, again in at_once if again))
     optimizer = 12.0 * share

@@ -91,7 +91,20 @@ def held(engine: Engine, before: dict[int, int]) -> dict[str, int]:
     return {**{name: sum(part.values()) for name, part in parts.items()}, "others": others}
 
 
-def measured(world: World, stage: int, shape: str, steps: int, precision: str, accumulation: int, zero: dict) -> dict:
+def nothing() -> None:
+    """What is done between steps unless a benchmark has something to measure there."""
+
+
+def measured(
+    world: World,
+    stage: int,
+    shape: str,
+    steps: int,
+    precision: str,
+    accumulation: int,
+    zero: dict,
+    between: Callable[[], None] = nothing,
+) -> dict:
     """Bytes of this rank's tensors by part, what it sends in a step, and the seconds of each step."""
     model, vocabulary, masked, micro = SHAPES[shape]
     before = alive()
@@ -129,6 +142,7 @@ def measured(world: World, stage: int, shape: str, steps: int, precision: str, a
 
     seconds = []
     for _ in range(steps):
+        between()
         dist.barrier()
         started = time.perf_counter()
         backward(lambda: None)
@@ -152,11 +166,16 @@ def measured(world: World, stage: int, shape: str, steps: int, precision: str, a
     return {"world": world.size, "stage": stage, **parts, "sent": ring_bytes(calls, world.size), "seconds": seconds}
 
 
+def counting_world() -> World:
+    """Join the others, every collective counted from now on: before deepspeed takes hold of torch's functions."""
+    for name, message in MESSAGES:
+        count(name, message)
+    return start_world()
+
+
 def main() -> None:
     shape, steps, cases = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-    for name, message in MESSAGES:  # before deepspeed takes hold of them
-        count(name, message)
-    world = start_world()
+    world = counting_world()
     findings = [[measured(world, stage, shape, steps, *case) for stage in range(4)] for case in cases]
     if world.first:
         print(json.dumps(findings), flush=True)
