@@ -30,7 +30,7 @@ from tests.pipeline.plan_ranks import SHAPES, counting_world, measured
 
 WORLDS = (1, 2, 4)
 SHAPE, PRECISION = "small", "fp32"
-STEPS, WARM = 12, 2
+STEPS, WARM = 18, 2
 PARTS = ("parameters", "gradients", "optimizer")
 _SECONDS = 0.08  # of one probe between two steps
 
@@ -95,7 +95,8 @@ class Probing:
         computing = seconds[:, :2].sum(dim=1)
         cv = float(computing.std() / computing.mean())
         self.seconds = {name: [] for name in names}
-        return Probe(*(self.calls[name][0] / mean for name, mean in zip(names, means, strict=True)), cv)
+        rates = {name: self.calls[name][0] / mean for name, mean in zip(names, means, strict=True)}
+        return Probe(**rates, cv=cv)
 
 
 def others(model: Model, rows: int, micro: int) -> tuple[Callable[[], None], float]:

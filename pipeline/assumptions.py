@@ -26,7 +26,9 @@ class Assumptions:
     )
     matrix_flops: float = _assumed(0.0, "FLOP/s", "of one GPU in a large 16-bit product; 0: peak × matrix_share")
     matrix_share: float = _assumed(
-        0.66, "", "of peak in a vision transformer's products; assumed. A product of 8192³ reaches 0.80 on an H200"
+        0.60,
+        "",
+        "of peak in a ViT's products: fits published runs on A100, H100, RTX 3090 (benchmarks, plan_published)",
     )
     memory_bandwidth: float = _assumed(0.0, "bytes/s", "of one GPU in a copy; 0: peak × memory_share")
     memory_share: float = _assumed(0.90, "", "of the memory's peak in a copy: 4.3 of 4.8 TB/s measured on an H200")

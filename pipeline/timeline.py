@@ -143,7 +143,8 @@ def live(one: Step, cluster: Cluster, *, steps: int = 200, seed: int = 0) -> Lif
     ready = np.zeros(cluster.ranks)
     warm, counted_from = min(steps // 4, 2 * cluster.ready + 10), 0.0
     loads = cluster.load * varied(cluster.loader_cv, steps + warm, cluster.ranks, seed, 2)
-    computes = one.compute * varied(cluster.straggler_cv, steps + warm, cluster.ranks, seed, 3)
+    cv = cluster.straggler_cv if cluster.ranks > 1 else 0.0  # alone, it waits for nobody
+    computes = one.compute * varied(cv, steps + warm, cluster.ranks, seed, 3)
     for number, (loading, computing) in enumerate(zip(loads, computes, strict=True)):
         if number == warm:
             counted_from, late, starved = ends, 0.0, 0.0
@@ -166,7 +167,7 @@ def live(one: Step, cluster: Cluster, *, steps: int = 200, seed: int = 0) -> Lif
         exposed=one.exposed,
         late=late / steps,
         starved=starved / steps,
-        running=min(1.0, one.compute / mean),  # the mean of few draws may lie below one
+        running=min(1.0, one.compute / mean),
         survived=goodput(cluster.save_every, *lived),
         best_every=best,
         best_survived=goodput(best, *lived) if math.isfinite(best) else 1.0,
