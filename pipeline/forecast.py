@@ -188,7 +188,8 @@ def seconds_per_image(config: Config, machine: Machine, checkpointing: bool) -> 
     forward = seconds * (0.25 if checkpointing else 1 / 3)
     tokens = 0.0
     if config.data.tokens == ONLINE:
-        tokens = 2 * tokenizer_macs(config.tokenizer, False) / machine.product_flops(config.tokenizer.precision)
+        macs = machine.assumed.tokenizer_macs or tokenizer_macs(config.tokenizer, False)
+        tokens = 2 * macs / machine.product_flops(config.tokenizer.precision)
     return forward + tokens, seconds - forward
 
 
@@ -239,7 +240,7 @@ def checkpoint_of(config: Config, machine: Machine, sharding: Sharding) -> tuple
     nodes = machine.nodes(sharding.world) if sharding.stage else 1
     if config.checkpoint.asynchronous:
         return size, size / (sharding.world if sharding.stage else 1) / machine.assumed.host_copy
-    return size, size / nodes / machine.write(sharding.world)
+    return size, machine.assumed.save_seconds + size / nodes / machine.write(sharding.world)
 
 
 def loading_of(config: Config, machine: Machine, gpus: int, images_per_second: float) -> Loading:

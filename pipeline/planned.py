@@ -36,7 +36,7 @@ def report(
     parts.append(_tokens(config, machine, images))
     if best is not None:
         parts.append(_deadline(best, days))
-    parts += [_advice(config, rows), _SOURCES, _assumptions(machine)]
+    parts += [_advice(config, machine, rows), _SOURCES, _assumptions(machine)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -80,7 +80,9 @@ def _memory(rows: list[Forecast], machine: Machine) -> str:
         fits = "fits" if memory.fits(row.checkpointing) else "TOO MUCH"
         largest = [str(memory.largest_plain), str(memory.largest_checkpointed)]
         lines.append([str(row.gpus), str(row.stage), *numbers, f"{total / 1e9:.2f}", fits, *largest])
-    return _table(f"Memory of the fullest GPU, GB of {machine.usable / 1e9:.1f} usable", columns, lines)
+    run = machine.assumed.memory_bytes
+    title = f"Memory of the fullest GPU, GB of {machine.usable / 1e9:.1f} usable"
+    return _table(title + (f"; a run took {run / 1e9:.2f}" if run else ""), columns, lines)
 
 
 def _time(rows: list[Forecast]) -> str:
@@ -97,7 +99,7 @@ def _time(rows: list[Forecast]) -> str:
                 f"{row.micro}×{row.accumulation}",
                 f"{row.sent / 1e9:.3f}",
                 f"{row.step.hidden:.0%}" if row.step.busy else "-",
-                *(f"{1e3 * seconds:.1f}" for seconds in times),
+                *(f"{1e3 * max(0.0, seconds):.1f}" for seconds in times),
                 f"{row.images_per_second:,.0f}",
                 f"{row.mfu:.1%}",
                 f"{life.goodput:.1%}",
@@ -209,9 +211,11 @@ def _setting(row: Forecast) -> str:
     return f"{row.gpus} GPUs, {row.days:.2f} days, {row.gpu_hours:,.0f} GPU-hours, {row.kwh:,.0f} kWh\n  {words}"
 
 
-def _advice(config: Config, rows: list[Forecast]) -> str:
+def _advice(config: Config, machine: Machine, rows: list[Forecast]) -> str:
     """What of the config costs more than it must."""
     lines = []
+    if machine.chip.name == "v100" and config.train.precision == "bf16":
+        lines.append("a V100 multiplies no bfloat16: train.precision=fp16")
     for stage in sorted({row.stage for row in rows if row.stage in (1, 2)}):
         settings = zero_settings(config, stage)
         waits = any(row.step.exposed > 0.1 * row.step.seconds for row in rows if row.stage == stage)

@@ -8,7 +8,9 @@ tests/pipeline/test_plan_ranks.py, which counts tensors and collectives of real 
 from dataclasses import dataclass
 
 from pipeline.costs import Parameter
-from pipeline.settings import Config
+from pipeline.settings import Config, ConfigError
+
+_BUCKET_WITHOUT = 500_000_000  # of gradients without ZeRO (deepspeed/runtime/engine.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +27,30 @@ class ZeroSettings:
 
 
 def zero_settings(config: Config, stage: int) -> ZeroSettings:
-    """Defaults of deepspeed/runtime/zero/config.py under `deepspeed.zero_optimization`."""
+    """Defaults of deepspeed/runtime/zero/config.py under `deepspeed.zero_optimization`. Raises ConfigError."""
     given = config.deepspeed.get("zero_optimization") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"deepspeed.zero_optimization is {given!r}; it must be a section")
     overlap = given.get("overlap_comm")
     return ZeroSettings(
-        bucket=int(float(given.get("reduce_bucket_size", 5e8))) if stage else 500_000_000,
+        bucket=_count(given, "reduce_bucket_size", 5e8) if stage else _BUCKET_WITHOUT,
         overlap=bool(stage == 3 if overlap is None else overlap and stage > 0),
         all_reduce=bool(given.get("use_multi_rank_bucket_allreduce", True)),
-        persistent=int(float(given.get("stage3_param_persistence_threshold", 1e5))),
-        reuse=int(float(given.get("stage3_max_reuse_distance", 1e9))),
-        prefetch=int(float(given.get("stage3_prefetch_bucket_size", 5e7))),
-        live=int(float(given.get("stage3_max_live_parameters", 1e9))),
+        persistent=_count(given, "stage3_param_persistence_threshold", 1e5),
+        reuse=_count(given, "stage3_max_reuse_distance", 1e9),
+        prefetch=_count(given, "stage3_prefetch_bucket_size", 5e7),
+        live=_count(given, "stage3_max_live_parameters", 1e9),
     )
+
+
+def _count(given: dict, name: str, default: float) -> int:
+    try:
+        number = int(float(given.get(name, default)))  # PyYAML reads 5e8 as a text
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if number < (1 if name == "reduce_bucket_size" else 0):
+        raise ConfigError(f"deepspeed.zero_optimization.{name} is {given[name]!r}; it must be a number of parameters")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ def run(words: list[str], asked: Asked) -> int:
     if not words:
         raise ConfigError("plan needs a CONFIG, a YAML file such as configs/beit_base.yaml")
     config = load_config(words[0], words[1:])
-    counts = _counts(asked.gpus, "--gpus", 1, 1_000_000)
+    counts = _counts(asked.gpus, "--gpus", 1, 65_536)
     stages = _counts(asked.stages, "--stages", 0, 3)
     if asked.days < 0 or not math.isfinite(asked.days):
         raise ConfigError(f"--days is {asked.days:g}; it must be more than 0")

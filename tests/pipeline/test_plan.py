@@ -134,6 +134,24 @@ def test_a_measured_rate_is_what_comes_out():
     assert row["mfu"] == pytest.approx(300 / 989, rel=0.02)
 
 
+def test_online_tokens_cost_their_operations():
+    """DALL-E's encoder adds 48 % to base (RECIPE, "Cost") at the same rate."""
+    words = [BASE, "--gpus", "1", "--stages", "0", "train.global_batch=256", "train.compile=false"]
+    machine = [
+        "--assume",
+        "memory_bandwidth=1e18",
+        "--assume",
+        "launch_seconds=0",
+        "--assume",
+        "tokenizer_macs=26.06e9",
+    ]
+    plain, online = (
+        planned(*words, *machine, "data.tokens=" + tokens, "tokenizer.precision=bf16")["rows"][0]["step"]["compute"]
+        for tokens in ("data/tokens", "online")
+    )
+    assert online / plain == pytest.approx(1.48, abs=0.02)
+
+
 REFUSALS = [
     (["nowhere.yaml"], "nowhere.yaml does not exist"),
     ([], "needs a CONFIG"),
@@ -141,7 +159,11 @@ REFUSALS = [
     ([BASE, "--gpus", "8,many"], "'many' is no number"),
     ([BASE, "--gpus", "0"], "'0' is no number from 1"),
     ([BASE, "--gpus", "3"], "does not divide over 3"),
+    ([BASE, "--gpus", "65537"], "'65537' is no number from 1 to 65536"),
     ([BASE, "--stages", "4"], "--stages '4'"),
+    ([BASE, "deepspeed.zero_optimization.reduce_bucket_size=big"], "reduce_bucket_size is 'big'; it must be a number"),
+    ([BASE, "deepspeed.zero_optimization.reduce_bucket_size=0"], "reduce_bucket_size is 0"),
+    ([BASE, "deepspeed.zero_optimization=3"], "deepspeed.zero_optimization is 3; it must be a section"),
     ([BASE, "--gpu", "h300"], "--gpu 'h300' is not known; it takes v100,"),
     ([BASE, "--network", "string"], "--network 'string' is not known"),
     ([BASE, "--storage", "tape"], "--storage 'tape' is not known"),
