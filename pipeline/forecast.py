@@ -24,7 +24,7 @@ from pipeline.sharding import Sharding, States, exchanges, states, zero_settings
 from pipeline.timeline import Cluster, Life, Step, Work, all_reduce_seconds, half_seconds, live, step
 
 _TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
-_LARGEST_MICRO = 4096
+LARGEST_MICRO = 4096
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def memory_of(config: Config, sharding: Sharding, micro: int, usable: float) -> 
         )
         per_image = each.per_image + each.working
         used.append(each.fixed + micro * per_image)
-        largest.append(min(_LARGEST_MICRO, max(0, int((usable - kept.device - each.fixed) // per_image))))
+        largest.append(min(LARGEST_MICRO, max(0, int((usable - kept.device - each.fixed) // per_image))))
     return Memory(kept, micro, used[0], used[1], largest[0], largest[1], usable)
 
 
@@ -269,6 +269,24 @@ def loader_seconds(config: Config, machine: Machine, gpus: int) -> float:
     return max(decoding, machine.assumed.image_bytes * here / machine.read(gpus))
 
 
+def cluster_of(config: Config, machine: Machine, sharding: Sharding, one: Step, images: int) -> Cluster:
+    """All processes, and what befalls them."""
+    assumed, gpus = machine.assumed, sharding.world
+    every = max(1, config.checkpoint.every.steps(images, config.train.global_batch))
+    rate = assumed.failures_per_gpu_day * gpus
+    return Cluster(
+        ranks=gpus,
+        load=config.train.global_batch // gpus * loader_seconds(config, machine, gpus),
+        ready=max(1, config.loader.workers * config.loader.prefetch // sharding.accumulation),
+        straggler_cv=assumed.straggler_cv,
+        loader_cv=assumed.loader_cv,
+        save=checkpoint_of(config, machine, sharding)[1],
+        save_every=every * one.seconds,
+        restart=assumed.restart_seconds,
+        mtbf=86400 / rate if rate else math.inf,
+    )
+
+
 def forecast(
     config: Config,
     machine: Machine,
@@ -296,26 +314,8 @@ def forecast(
         sharding = sharding_of(config, gpus, stage, train.global_batch // (micro * gpus))
         memory = memory_of(config, sharding, micro, machine.usable)
     one = step(work_of(config, machine, sharding, micro, checkpointing))
-    size, save = checkpoint_of(config, machine, sharding)
-    assumed = machine.assumed
-    every = max(1, config.checkpoint.every.steps(images, train.global_batch))
-    mtbf = 86400 / (assumed.failures_per_gpu_day * gpus) if assumed.failures_per_gpu_day else math.inf
-    life = live(
-        one,
-        Cluster(
-            ranks=gpus,
-            load=train.global_batch // gpus * loader_seconds(config, machine, gpus),
-            ready=max(1, config.loader.workers * config.loader.prefetch // sharding.accumulation),
-            straggler_cv=assumed.straggler_cv,
-            loader_cv=assumed.loader_cv,
-            save=save,
-            save_every=every * one.seconds,
-            restart=assumed.restart_seconds,
-            mtbf=mtbf,
-        ),
-        steps=steps,
-        seed=config.data.seed,
-    )
+    cluster = cluster_of(config, machine, sharding, one, images)
+    life = live(one, cluster, steps=steps, seed=config.data.seed)
     seconds = train.duration.steps(images, train.global_batch) * life.step / max(life.survived, 1e-9)
     speed = train.global_batch / life.step
     flops = training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches)
@@ -336,10 +336,10 @@ def forecast(
         loading=loading_of(config, machine, gpus, speed),
         days=seconds / 86400,
         gpu_hours=hours,
-        kwh=hours * machine.chip.watts * assumed.node_power / 1000,
-        checkpoint_bytes=size,
-        stall=save,
-        mtbf=mtbf,
+        kwh=hours * machine.chip.watts * machine.assumed.node_power / 1000,
+        checkpoint_bytes=checkpoint_of(config, machine, sharding)[0],
+        stall=cluster.save,
+        mtbf=cluster.mtbf,
     )
 
 
@@ -362,33 +362,6 @@ def tokenizations(config: Config, machine: Machine, images: int) -> list[Tokeniz
         seconds = images * views * 2 * tokenizer_macs(config.tokenizer, dalle) / rate
         found.append(Tokenization(name, seconds / 3600, disk))
     return found
-
-
-def cheapest(
-    config: Config, machine: Machine, counts: list[int], *, images: int, days: float
-) -> tuple[Forecast | None, Forecast | None]:
-    """Of all stages, with and without checkpointing, at the largest micro batch: the fewest GPU-hours that meet the
-    deadline (or None), and the fastest (or None where nothing fits)."""
-    fitting = []
-    for gpus in counts:
-        if config.train.global_batch % gpus:
-            continue
-        for stage in (0, 1, 2, 3):
-            for checkpointing in (False, True):
-                row = forecast(
-                    config,
-                    machine,
-                    gpus,
-                    stage,
-                    images=images,
-                    checkpointing=checkpointing,
-                    at_most=_LARGEST_MICRO,
-                    steps=20,
-                )
-                fitting += [row] if row.memory.fits(checkpointing) else []
-    meeting = [row for row in fitting if row.days <= days]
-    best = min(meeting, key=lambda row: row.gpu_hours, default=None)
-    return best, min(fitting, key=lambda row: row.days, default=None)
 
 
 def size_of(config: Config) -> int:

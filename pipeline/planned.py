@@ -224,6 +224,12 @@ def _advice(config: Config, machine: Machine, rows: list[Forecast]) -> str:
                 f"ZeRO-{stage} waits for its gradients: deepspeed.zero_optimization.overlap_comm=true with "
                 "deepspeed.zero_optimization.reduce_bucket_size=25000000 sends them beside backward"
             )
+    lines += [
+        f"on {row.gpus} GPUs checkpoints cost {1 - row.life.survived:.1%} of the time: save every "
+        f"{row.life.best_every / row.step.seconds:,.0f} steps (checkpoint.every) for {1 - row.life.best_survived:.2%}"
+        for row in _one_each(rows)
+        if row.life.survived < row.life.best_survived - 0.01 and math.isfinite(row.life.best_every)
+    ]
     starved = [row for row in rows if row.life.starved > 0.05 * row.life.step]
     if starved:
         lines.append(

@@ -10,7 +10,7 @@ from typing import TypeVar
 from pipeline.assumptions import load_assumptions
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.costs import training_flops
-from pipeline.forecast import Forecast, Machine, cheapest, forecast, size_of, tokenizations
+from pipeline.forecast import LARGEST_MICRO, Forecast, Machine, forecast, size_of, tokenizations
 from pipeline.machines import CHIPS, NETWORKS, STORAGES, Chip, Network, Storage
 from pipeline.planned import report
 from shards.errors import ShardError
@@ -108,6 +108,33 @@ def _rows(
     if not rows:
         raise ConfigError(refused[0])
     return rows, refused
+
+
+def cheapest(
+    config: Config, machine: Machine, counts: list[int], *, images: int, days: float
+) -> tuple[Forecast | None, Forecast | None]:
+    """Of all stages, with and without checkpointing, at the largest micro batch: the fewest GPU-hours that meet the
+    deadline (or None), and the fastest (or None where nothing fits)."""
+    fitting = []
+    for gpus in counts:
+        if config.train.global_batch % gpus:
+            continue
+        for stage in (0, 1, 2, 3):
+            for checkpointing in (False, True):
+                row = forecast(
+                    config,
+                    machine,
+                    gpus,
+                    stage,
+                    images=images,
+                    checkpointing=checkpointing,
+                    at_most=LARGEST_MICRO,
+                    steps=20,
+                )
+                fitting += [row] if row.memory.fits(checkpointing) else []
+    meeting = [row for row in fitting if row.days <= days]
+    best = min(meeting, key=lambda row: row.gpu_hours, default=None)
+    return best, min(fitting, key=lambda row: row.days, default=None)
 
 
 def _tree(

@@ -91,6 +91,27 @@ def held(engine: Engine, before: dict[int, int]) -> dict[str, int]:
     return {**{name: sum(part.values()) for name, part in parts.items()}, "others": others}
 
 
+def engine_of(world: World, stage: int, shape: str, precision: str, accumulation: int, zero: dict) -> Engine:
+    """The real engine around the real model with its parameter groups."""
+    model, vocabulary, _, micro = SHAPES[shape]
+    beit = Beit(model, vocabulary, seed=0)
+    setup = Setup(
+        global_batch=micro * accumulation * world.size,
+        micro_batch=micro,
+        accumulation=accumulation,
+        precision=precision,
+        zero_stage=stage,
+        offload_optimizer=False,
+        compile=False,
+        clip_norm=3.0,
+        beta1=0.9,
+        beta2=0.98,
+        epsilon=1e-8,
+        overrides={"zero_optimization": zero} if stage else {},
+    )
+    return Engine(beit, parameter_groups(beit, 0.05), setup, world)
+
+
 def nothing() -> None:
     """What is done between steps unless a benchmark has something to measure there."""
 
@@ -108,22 +129,7 @@ def measured(
     """Bytes of this rank's tensors by part, what it sends in a step, and the seconds of each step."""
     model, vocabulary, masked, micro = SHAPES[shape]
     before = alive()
-    beit = Beit(model, vocabulary, seed=0)
-    setup = Setup(
-        global_batch=micro * accumulation * world.size,
-        micro_batch=micro,
-        accumulation=accumulation,
-        precision=precision,
-        zero_stage=stage,
-        offload_optimizer=False,
-        compile=False,
-        clip_norm=3.0,
-        beta1=0.9,
-        beta2=0.98,
-        epsilon=1e-8,
-        overrides={"zero_optimization": zero} if stage else {},
-    )
-    engine = Engine(beit, parameter_groups(beit, 0.05), setup, world)
+    engine = engine_of(world, stage, shape, precision, accumulation, zero)
     generator = torch.Generator().manual_seed(world.rank)
     pixels = torch.randn(micro, 3, *model.input_size, generator=generator).to(engine.dtype)
     tokens = torch.randint(vocabulary, (micro, model.num_patches), generator=generator)

@@ -8,8 +8,9 @@ import pytest
 from benchmarks import plan_published
 from pipeline.assumptions import NAMES, load_assumptions
 from pipeline.config import load_config
-from pipeline.forecast import Machine, cheapest, forecast
+from pipeline.forecast import Machine, forecast
 from pipeline.machines import CHIPS, NETWORKS, STORAGES
+from pipeline.stages.plan import cheapest
 from tests.conftest import ROOT
 from tests.pipeline.test_help import HEAVY, command, imported, said
 
