@@ -15,12 +15,14 @@ from tests.pipeline.plan_ranks import SHAPES
 
 TINY, VOCABULARY = SHAPES["tiny"][:2]
 # Precision, accumulation and settings of DeepSpeed, by processes: its own (which keep every parameter of so small a
-# model whole), parameters that are cut and gathered once, gathered twice, and gradients reduced to their owners.
+# model whole), parameters that are cut and gathered once, gathered twice, gradients that go beside backward in small
+# buckets, and gradients reduced to their owners.
 CUT = {"stage3_param_persistence_threshold": 5000}
+BESIDE = {"overlap_comm": True, "reduce_bucket_size": 60_000}
 TWICE = {**CUT, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 CASES = {
     1: [("bf16", 2, CUT), ("fp32", 1, {})],
-    2: [("bf16", 2, CUT), ("fp32", 1, {}), ("bf16", 2, TWICE)],
+    2: [("bf16", 2, CUT), ("fp32", 1, BESIDE), ("bf16", 2, TWICE)],
     4: [("bf16", 1, {}), ("fp32", 2, {**CUT, "use_multi_rank_bucket_allreduce": False})],
 }
 
@@ -61,4 +63,4 @@ def test_memory_and_bytes_of_every_stage(world):
             assert sent == pytest.approx(found["sent"], rel=0.001, abs=1), (case, found)
             if found["stage"] == 3:  # the bucket that it never gives back
                 bucket = sharding.number * sharding.settings.bucket
-                assert found["others"] == pytest.approx(bucket, rel=0.01), (case, found)
+                assert found["others"] == pytest.approx(bucket, rel=0.01, abs=20_000), (case, found)
