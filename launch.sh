@@ -6,6 +6,7 @@
 #   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher, here or on HOSTFILE's hosts
 #   doctor CONFIG [--json] [--seconds N]     the same processes look at hosts, data, devices and network, and end: go (0),
 #                              go with warnings (1) or stop (2), with a cure for everything found
+#   plan CONFIG --gpus 8,64,512 [--gpu h200] [--days 3] …   memory, time and cost of a training, without a GPU
 #   slurm [pretrain|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--no-doctor]
 #                              [--dry-run] [-- sbatch options]
 #   slurm pack IMAGES SHARDS … [--cpus-per-task C]    writes a batch script into the run folder and submits it
@@ -29,7 +30,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-usage() { sed -n '2,26s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,27s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -82,7 +83,7 @@ case $verb in
         [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
         setup
         [ $# -eq 0 ] || peers ;;
-    demo | slurm | stop | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
+    demo | plan | slurm | stop | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
     pack | index | verify | stats | simulate) setup; exec "$python" -m shards "$verb" "$@" ;;
     tokenizer | tokenize | pretrain | doctor)
         setup

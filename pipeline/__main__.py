@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--samples", type=int, default=20_000, help="at most so many of each set (default 20000)")
     report = verbs.add_parser("report", help="RUN/report.html: curves, throughput, reconstructions, one file")
     report.add_argument("run", metavar="RUN", type=Path)
+    _add_plan(verbs)
     _add_launching(verbs)
     demo = verbs.add_parser("demo", help="the whole job on this machine: pictures → … → report")
     demo.add_argument("words", metavar="DIR section.key=value", nargs="*", help=_DEMO_WORDS)
@@ -78,6 +79,23 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="of doctor: every finding, for programs")
     limit = "of doctor: what all its checks may take together (default 90)"
     parser.add_argument("--seconds", type=float, default=90.0, metavar="N", help=limit)
+
+
+def _add_plan(verbs: argparse._SubParsersAction) -> None:
+    text = "memory, bytes, time, loader, days, cost of a training, by number of GPUs and ZeRO stage; without a GPU"
+    plan = verbs.add_parser("plan", help=text, description=text, allow_abbrev=False)
+    plan.add_argument("words", metavar="CONFIG section.key=value", nargs="*", help="a YAML file of configs/")
+    plan.add_argument("--gpus", default="1,8,64,512", metavar="N,…", help="default 1,8,64,512")
+    plan.add_argument("--stages", default="0,1,2,3", metavar="Z,…", help="of ZeRO; default 0,1,2,3")
+    plan.add_argument("--gpu", default="h100", metavar="NAME", help="a chip of pipeline/machines.py (default h100)")
+    plan.add_argument("--network", default="ndr-8", metavar="NAME", help="between nodes (default ndr-8)")
+    plan.add_argument("--storage", default="nvme", metavar="NAME", help="default nvme")
+    plan.add_argument("--days", type=float, default=0.0, metavar="D", help="find the cheapest that ends within so many")
+    plan.add_argument("--images", type=int, default=0, metavar="N", help="of an epoch (default: the manifest's)")
+    measured = "numbers measured on your machines: a run folder, doctor --json, benchmarks' kernels, train or loader"
+    plan.add_argument("--from", dest="measured", action="append", default=[], metavar="FILE|RUN", help=measured)
+    plan.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help="replaces what is assumed")
+    plan.add_argument("--json", action="store_true", help="for programs")
 
 
 def _add_launching(verbs: argparse._SubParsersAction) -> None:
@@ -114,14 +132,14 @@ _SLURM_EXAMPLES = """any option of sbatch may follow a --:
 
 
 def _arguments() -> argparse.Namespace:
-    """argparse gives up on words that come after an option; `demo`, `slurm` and `doctor` take them anywhere."""
+    """argparse gives up on words that come after an option; `demo`, `plan`, `slurm` and `doctor` take them anywhere."""
     parser = _parser()
     words = sys.argv[1:]
     cut = words.index("--") if words[:1] == ["slurm"] and "--" in words else len(words)
     arguments, rest = parser.parse_known_args(words[:cut])
     packing = arguments.verb == "slurm" and (arguments.words + rest)[:1] == ["pack"]  # whose options are its own
     doctor = "doctor" in (arguments.verb, getattr(arguments, "what", ""))
-    anywhere = doctor or arguments.verb in ("demo", "slurm")
+    anywhere = doctor or arguments.verb in ("demo", "plan", "slurm")
     if rest and not packing and (not anywhere or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -141,6 +159,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return _start_or_stop(arguments)
     if verb in ("export", "import", "import-tokenizer"):
         return _exchange(arguments)
+    if verb == "plan":
+        return _plan(arguments)
     if verb == "probe":
         from pipeline.stages import probe
 
@@ -258,6 +278,25 @@ def _launch(verb: str, path: str, overrides: list[str]) -> int:
     folder = work_folder(verb, config)
     tokenized = (lambda: (folder / "manifest.json").exists()) if verb == "tokenize" else None
     return launch.run(verb, [path, *overrides], folder, tokenized, hosts)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """What a training will take."""
+    from pipeline.stages import plan
+
+    asked = plan.Asked(
+        gpus=arguments.gpus,
+        stages=arguments.stages,
+        gpu=arguments.gpu,
+        network=arguments.network,
+        storage=arguments.storage,
+        days=arguments.days,
+        images=arguments.images,
+        measured=arguments.measured,
+        assume=arguments.assume,
+        json=arguments.json,
+    )
+    return plan.run(arguments.words, asked)
 
 
 def _exchange(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ Words = int | np.ndarray
 # What a draw is for. Two purposes never share a stream, whatever their other words are. Never renumber: the order of
 # every run ever made depends on these.
 CHUNK_ORDER, WINDOW_ORDER, VIEW, MASK, DROP_PATH, SUBSTITUTE, PACK_ORDER, SPLIT, INIT, GUMBEL = range(1, 11)
+TIMELINE = 11  # of `plan`
 
 _INCREMENT = 0x9E3779B97F4A7C15
 _WORD = 0xFFFFFFFFFFFFFFFF

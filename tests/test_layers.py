@@ -29,6 +29,9 @@ BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model 
 BELOW += " pipeline.page pipeline.photos pipeline.pictures pipeline.pixels pipeline.probe pipeline.provenance"
 BELOW += " pipeline.record pipeline.sections pipeline.signals pipeline.streams pipeline.tokenizer pipeline.training"
 BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipeline.peers pipeline.resize"
+PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
+PLAN += " pipeline.sharding pipeline.timeline"
+UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
 BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
 
 
@@ -160,9 +163,22 @@ TABLE = (
         f"{LEARN} pipeline.model pipeline.objective pipeline.streams pipeline.tokenizer shards",
         "deepspeed pipeline.stages",
     ),
+    Row("pipeline.machines", "", UNPLANNED),
+    Row("pipeline.costs", CONFIG, UNPLANNED),
+    Row("pipeline.assumptions", CONFIG, UNPLANNED),
+    Row("pipeline.sharding", PLAN, UNPLANNED),
+    Row("pipeline.failures", "numpy shards.draws", UNPLANNED),
+    Row("pipeline.timeline", "numpy pipeline.failures shards.draws", UNPLANNED),
+    Row("pipeline.forecast", PLAN, UNPLANNED),
+    Row("pipeline.planned", PLAN, UNPLANNED),
     Row("pipeline.stages", ""),
     Row("pipeline.stages.launch", f"{CONFIG} pipeline.carried pipeline.signals", "torch numpy shards"),
     Row("pipeline.stages.slurm", f"{CONFIG} pipeline.signals shards.__main__ shards.files"),
+    Row(
+        "pipeline.stages.plan",
+        f"{PLAN} pipeline.planned shards.errors shards.manifest",
+        "torch deepspeed shards.loader",
+    ),
     Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),
     Row(
         "pipeline.stages.doctor",
@@ -292,6 +308,8 @@ PLANTED = [
     ("pipeline/stages/demo.py", "import pipeline.stages.export", "imports pipeline.stages.export"),
     ("pipeline/stages/pretrain.py", "import deepspeed", "imports deepspeed"),
     ("pipeline/stages/pretrain.py", "import transformers", "imports transformers"),
+    ("pipeline/forecast.py", "from pipeline.model import training_flops", "must never know torch"),
+    ("pipeline/stages/plan.py", "from shards import loader", "must never know torch"),
     ("pipeline/helpers.py", "import os", "has no row in the table"),
 ]
 

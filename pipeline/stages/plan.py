@@ -1,0 +1,174 @@
+"""`plan CONFIG --gpus …`: what a training will take, before a GPU is asked for. Arithmetic; must not need torch."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.assumptions import load_assumptions
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.costs import training_flops
+from pipeline.forecast import LARGEST_MICRO, Forecast, Machine, forecast, size_of, tokenizations
+from pipeline.machines import CHIPS, NETWORKS, STORAGES, Chip, Network, Storage
+from pipeline.planned import report
+from shards.errors import ShardError
+from shards.manifest import read_image_manifest
+
+_IMAGENET = 1_281_167
+Known = TypeVar("Known", Chip, Network, Storage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The command line."""
+
+    gpus: str
+    stages: str
+    gpu: str
+    network: str
+    storage: str
+    days: float
+    images: int
+    measured: list[str]
+    assume: list[str]
+    json: bool
+
+
+def run(words: list[str], asked: Asked) -> int:
+    """Print the plan; returns the exit code. Raises ConfigError with one line."""
+    if not words:
+        raise ConfigError("plan needs a CONFIG, a YAML file such as configs/beit_base.yaml")
+    config = load_config(words[0], words[1:])
+    counts = _counts(asked.gpus, "--gpus", 1, 65_536)
+    stages = _counts(asked.stages, "--stages", 0, 3)
+    if asked.days < 0 or not math.isfinite(asked.days):
+        raise ConfigError(f"--days is {asked.days:g}; it must be more than 0")
+    if asked.images < 0:
+        raise ConfigError(f"--images is {asked.images}; it must be at least 1")
+    flops = training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches)
+    machine = Machine(
+        _known(asked.gpu, CHIPS, "--gpu"),
+        _known(asked.network, NETWORKS, "--network"),
+        _known(asked.storage, STORAGES, "--storage"),
+        load_assumptions(asked.measured, asked.assume, flops),
+    )
+    images, origin = _images(config, asked.images)
+    rows, refused = _rows(config, machine, counts, stages, images)
+    best = cheapest(config, machine, counts, images=images, days=asked.days) if asked.days else None
+    if asked.json:
+        print(json.dumps(_tree(config, machine, images, rows, refused, best), indent=1))
+    else:
+        print(report(config, machine, images, origin, rows, refused, best, asked.days))
+    return 0
+
+
+def _counts(text: str, option: str, least: int, most: int) -> list[int]:
+    """`8,64,512` as numbers, each once."""
+    counts = []
+    for word in text.split(","):
+        if not word.strip().isdecimal() or not least <= int(word) <= most:
+            raise ConfigError(f"{option} {text!r}: {word.strip()!r} is no number from {least} to {most}; write 8,64")
+        counts.append(int(word))
+    return list(dict.fromkeys(counts))
+
+
+def _known(name: str, known: tuple[Known, ...], option: str) -> Known:
+    for each in known:
+        if each.name == name:
+            return each
+    raise ConfigError(f"{option} {name!r} is not known; it takes {', '.join(each.name for each in known)}")
+
+
+def _images(config: Config, given: int) -> tuple[int, str]:
+    """Pictures of an epoch, and where that comes from."""
+    if given:
+        return given, "given"
+    folder = Path(config.data.images)
+    if (folder / "manifest.json").exists():
+        try:
+            return read_image_manifest(folder).samples, f"{folder}/manifest.json"
+        except ShardError as error:
+            raise ConfigError(f"{error}; or give --images") from error
+    return _IMAGENET, f"ImageNet-1k's, since {folder} holds no manifest; give --images"
+
+
+def _rows(
+    config: Config, machine: Machine, counts: list[int], stages: list[int], images: int
+) -> tuple[list[Forecast], list[str]]:
+    """A forecast for each count and stage, and a line for each count that cannot be."""
+    rows: list[Forecast] = []
+    refused = []
+    for gpus in counts:
+        try:
+            rows += [forecast(config, machine, gpus, stage, images=images) for stage in stages]
+        except ConfigError as error:
+            refused.append(str(error))
+    if not rows:
+        raise ConfigError(refused[0])
+    return rows, refused
+
+
+def cheapest(
+    config: Config, machine: Machine, counts: list[int], *, images: int, days: float
+) -> tuple[Forecast | None, Forecast | None]:
+    """Of all stages, with and without checkpointing, at the largest micro batch: the fewest GPU-hours that meet the
+    deadline (or None), and the fastest (or None where nothing fits)."""
+    fitting = []
+    for gpus in counts:
+        if config.train.global_batch % gpus:
+            continue
+        for stage in (0, 1, 2, 3):
+            for checkpointing in (False, True):
+                row = forecast(
+                    config,
+                    machine,
+                    gpus,
+                    stage,
+                    images=images,
+                    checkpointing=checkpointing,
+                    at_most=LARGEST_MICRO,
+                    steps=20,
+                )
+                fitting += [row] if row.memory.fits(checkpointing) else []
+    meeting = [row for row in fitting if row.days <= days]
+    best = min(meeting, key=lambda row: row.gpu_hours, default=None)
+    return best, min(fitting, key=lambda row: row.days, default=None)
+
+
+def _tree(
+    config: Config,
+    machine: Machine,
+    images: int,
+    rows: list[Forecast],
+    refused: list[str],
+    best: tuple[Forecast | None, Forecast | None] | None,
+) -> dict:
+    """Everything for programs."""
+    parts = [dataclasses.asdict(machine.chip), dataclasses.asdict(machine.network), dataclasses.asdict(machine.storage)]
+    found: dict = {
+        "parameters": size_of(config),
+        "images": images,
+        "machine": dict(zip(("chip", "network", "storage"), parts, strict=True)),
+        "assumptions": [
+            dict(zip(("name", "value", "unit", "origin"), line, strict=True)) for line in machine.assumed.lines()
+        ],
+        "rows": [_row(row) for row in rows],
+        "refused": refused,
+        "tokenization": [dataclasses.asdict(each) for each in tokenizations(config, machine, images)],
+    }
+    if best is not None:
+        found["cheapest"], found["fastest"] = (None if row is None else _row(row) for row in best)
+    return found
+
+
+def _row(row: Forecast) -> dict:
+    """A forecast with what follows from it; JSON knows no infinity."""
+    tree = dataclasses.asdict(row)
+    tree["memory"] |= {"total": row.memory.total(row.checkpointing), "fits": row.memory.fits(row.checkpointing)}
+    tree["step"] |= {"exposed": row.step.exposed, "hidden": row.step.hidden}
+    tree["life"] |= {"goodput": row.life.goodput}
+    tree["mtbf"] = row.mtbf if math.isfinite(row.mtbf) else None
+    tree["life"] = {name: value if math.isfinite(value) else None for name, value in tree["life"].items()}
+    return tree
