@@ -39,7 +39,7 @@ class Assumptions:
     inter_bandwidth: float = _assumed(0.0, "bytes/s", "of one node to others; 0: network × link_share")
     memory_usable: float = _assumed(0.92, "", "of the GPU's memory: context, libraries, fragmentation; assumed")
     loader_images_per_second_per_core: float = _assumed(
-        734.0, "images/s", "benchmarks, loader: ours, one core, JPEGs of 94 kB"
+        707.0, "images/s", "benchmarks, loader: ours, one core, JPEGs of 94 kB"
     )
     image_bytes: float = _assumed(110e3, "bytes", "an ImageNet-1k JPEG in the mean (benchmarks, loader)")
     loader_cv: float = _assumed(0.10, "", "deviation of a batch's loading time over its mean; assumed")
