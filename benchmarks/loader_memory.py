@@ -89,8 +89,8 @@ def main(dry: bool) -> None:
         f"{WORKERS} workers, batches of {BATCH} tiny pictures cut to 224. USS: pages that no other process maps. Means "
     )
     note += f"of {READINGS} readings over the last fifth before each row; a batch on its way is 2.3 MiB, and some come "
-    note += "and go. A ratio is that of the worker that grew most. The large set's indexes stay mapped, up to half "
-    note += "of what a worker may have open, and their pages count as RSS; its views are drawn, without tokens or masks."
+    note += "and go. A ratio is that of the worker that grew most. The large set's indexes stay mapped, up to half of "
+    note += "what a worker may have open, and their pages count as RSS; its views are drawn, without tokens or masks."
     write("loader_memory", "does a worker's memory stay flat?", rows, ratios, [note])
 
 
