@@ -20,7 +20,7 @@ from shards.errors import ShardError
 from shards.images import DamagedSample, ImageSet
 from shards.index import index_path
 from shards.pairs import RecordedViews
-from shards.remote import Remote, is_url
+from shards.remote import Remote, cache_for, is_url
 
 _REPACK = "restore it from where the set was copied from, or pack again; `verify` lists every difference"
 _RETOKENIZE = "run `tokenize` with this config and image set, or point data.tokens at the folder made from it"
@@ -168,23 +168,24 @@ def room(config: Config, checkpoint_bytes: int, local: Local) -> None:
     cure = "make room, keep fewer (checkpoint.keep), or choose another train.run"
     level = STOP if free + kept < 2 * one else WARNING if free + kept < all_of_them else OK
     local.add(level, "disk", what, cure if level != OK else "", value=_size(free), whole_host=True)
-    if any(map(is_url, (config.data.images, config.data.tokens, config.data.heldout_images))):
-        _cache_room(config, local)
-
-
-def _cache_room(config: Config, local: Local) -> None:
-    folder = Path(config.data.cache or tempfile.gettempdir())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = sum(path.stat().st_size for path in folder.glob("*/*") if path.is_file()) if config.data.cache else 0
-        free = shutil.disk_usage(folder).free + kept
-    except OSError as error:
-        local.add(STOP, "cache", f"{folder} cannot be written: {error.strerror}", "set data.cache to another")
+    data = config.data
+    for where in filter(is_url, (data.images, data.tokens, data.heldout_images, data.heldout_tokens)):
+        _cache_room(config, where, local)
         return
-    wanted = config.data.cache_gb * 1e9
-    cure = "give it another disk (data.cache), or less (data.cache_gb)"
-    what = f"{_size(free)} for the cache in {folder}, of data.cache_gb {config.data.cache_gb:g}"
-    local.add(OK if free >= wanted else WARNING, "cache", what, "" if free >= wanted else cure, whole_host=True)
+
+
+def _cache_room(config: Config, where: str, local: Local) -> None:
+    """What the cache takes: less than data.cache_gb where its disk has no more."""
+    try:
+        cache = cache_for(where, config.data.cache, config.data.cache_gb)
+    except ShardError as error:
+        local.add(STOP, "cache", str(error), "", whole_host=True)
+        return
+    assert cache is not None, "a URL is read through a cache"
+    enough = cache.limit >= int(config.data.cache_gb * 1e9)
+    cure = "" if enough else "give it another disk (data.cache), or less (data.cache_gb)"
+    what = f"{_size(cache.limit)} for the cache in {cache.folder}, of data.cache_gb {config.data.cache_gb:g}"
+    local.add(OK if enough else WARNING, "cache", what, cure, whole_host=True)
 
 
 def reading(config: Config, source: Source, seconds: float, local: Local) -> float:

@@ -25,11 +25,12 @@ from pipeline.checks_host import nvidia_smi
 from pipeline.config import Config
 from pipeline.engine import Engine, World, setup_from
 from pipeline.findings import OK, STOP, WARNING, Local
+from pipeline.forecast import sharding_of
 from pipeline.metrics import memory_bytes
-from pipeline.model import num_parameters
 from pipeline.objective import masked_token_loss
 from pipeline.optim import parameter_groups
 from pipeline.rendezvous import Place
+from pipeline.sharding import states
 from pipeline.streams import sample_draws
 from shards.loader import Batch
 
@@ -219,17 +220,17 @@ def cost(config: Config, module: nn.Module, device: torch.device, world: int) ->
     few, more = ((images, *_tried(config, module, device, images)) for images in _MICRO_TRIED)
     module.zero_grad(set_to_none=True)
     image = max(1.0, (more[1] - few[1]) / (more[0] - few[0]))
-    return Cost(_states(config, num_parameters(module), world), image, more[2] / more[0])
+    return Cost(_states(config, device, world), image, more[2] / more[0])
 
 
-def _states(config: Config, numbers: int, world: int) -> float:
-    """Bytes of weights, gradients, float32 masters and moments by ZeRO's stage, and a bucket of gradients."""
-    stage, item = config.train.zero_stage, _dtype(config).itemsize
-    weights = item / world if stage == 3 else item
-    gradients = item / world if stage >= 2 else item
-    masters = 0 if stage == 0 and item == 4 else 4
-    optimizer = 0 if config.train.offload_optimizer else (masters + 8) / (world if stage else 1)
-    return numbers * (weights + gradients + optimizer) + item * min(numbers, 5 * 10**8)
+def _states(config: Config, device: torch.device, world: int) -> float:
+    """Bytes of weights, gradients, optimizer and buffers by ZeRO's stage. Of a bucket in a CPU's memory only what is
+    written counts, and that is the gradients."""
+    sharding = sharding_of(config, world, config.train.zero_stage, 1)
+    found = states(sharding)
+    if device.type == "cuda":
+        return found.device
+    return found.device - found.buffers + min(found.buffers, sharding.number * sharding.total)
 
 
 def _tried(config: Config, module: nn.Module, device: torch.device, images: int) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
 from pipeline.rendezvous import Place, meeting, place_of, refuse_loopback_name
+from pipeline.sharding import checkpoint_bytes
 from pipeline.watchdog import longest
 
 _NO_LIMIT = datetime.timedelta(days=365)
@@ -224,10 +225,9 @@ class Engine:
         return self.deepspeed.module
 
     def checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes on disk: float32 masters, two moments, and the weights beside them."""
+        """About what a checkpoint takes on disk."""
         numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
-        apart = self.setup.zero_stage in (1, 2) or (self.setup.zero_stage == 0 and self.dtype != torch.float32)
-        return numbers * (12 + (self.dtype.itemsize if apart else 0))
+        return checkpoint_bytes(numbers, self.setup.zero_stage, self.dtype.itemsize)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the number of accumulation steps.

@@ -20,7 +20,7 @@ from pipeline.costs import (
 )
 from pipeline.machines import Chip, Network, Storage
 from pipeline.settings import ONLINE, Config, micro_batch
-from pipeline.sharding import Sharding, States, exchanges, states, zero_settings
+from pipeline.sharding import Sharding, States, checkpoint_bytes, exchanges, states, zero_settings
 from pipeline.timeline import Cluster, Life, Step, Work, all_reduce_seconds, half_seconds, live, step
 
 _TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
@@ -233,10 +233,8 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
 
 
 def checkpoint_of(config: Config, machine: Machine, sharding: Sharding) -> tuple[float, float]:
-    """Bytes of a checkpoint (pipeline.engine.Engine.checkpoint_bytes), and how long the training stands still."""
-    fp32 = sharding.number == 4
-    apart = sharding.stage in (1, 2) or (sharding.stage == 0 and not fp32)
-    size = float(sharding.total * (12 + (sharding.number if apart else 0)))
+    """Bytes of a checkpoint, and how long the training stands still."""
+    size = float(checkpoint_bytes(sharding.total, sharding.stage, sharding.number))
     nodes = machine.nodes(sharding.world) if sharding.stage else 1
     if config.checkpoint.asynchronous:
         return size, size / (sharding.world if sharding.stage else 1) / machine.assumed.host_copy

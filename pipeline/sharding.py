@@ -90,6 +90,13 @@ class States:
         return self.parameters + self.gradients + self.optimizer + self.buffers
 
 
+def checkpoint_bytes(numbers: int, stage: int, number: int) -> int:
+    """About what a checkpoint takes on disk: float32 masters, two moments, and the weights where they lie beside them.
+    number: bytes of a weight."""
+    apart = stage in (1, 2) or (stage == 0 and number != 4)
+    return numbers * (12 + (number if apart else 0))
+
+
 def padded(numbers: int, multiple: int) -> int:
     return -(-numbers // multiple) * multiple
 

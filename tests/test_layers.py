@@ -73,7 +73,8 @@ TABLE = (
     ),
     Row(
         "pipeline.checks_device",
-        f"{ENGINE} pipeline.findings pipeline.checks_host pipeline.metrics pipeline.model pipeline.objective "
+        f"{ENGINE} pipeline.findings pipeline.forecast pipeline.sharding pipeline.checks_host pipeline.metrics "
+        "pipeline.model pipeline.objective "
         "pipeline.optim pipeline.rendezvous pipeline.streams kernels shards.loader torch numpy",
         "pipeline.stages",
     ),
@@ -114,7 +115,7 @@ TABLE = (
     Row("pipeline.probe", "torch", "shards deepspeed pipeline"),
     Row(
         "pipeline.engine",
-        f"{CONFIG} torch deepspeed pipeline.rendezvous pipeline.watchdog pipeline.writer",
+        f"{CONFIG} torch deepspeed pipeline.rendezvous pipeline.sharding pipeline.watchdog pipeline.writer",
         "pipeline.model shards pipeline.stages",
     ),
     Row("pipeline.metrics", f"{CONFIG} torch pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
@@ -182,8 +183,8 @@ TABLE = (
     Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),
     Row(
         "pipeline.stages.doctor",
-        f"{ENGINE} {BELOW} pipeline.findings pipeline.gathering pipeline.checks_data pipeline.checks_device "
-        "pipeline.checks_host pipeline.checks_network",
+        f"{ENGINE} {BELOW} pipeline.findings pipeline.gathering pipeline.forecast pipeline.sharding "
+        "pipeline.checks_data pipeline.checks_device pipeline.checks_host pipeline.checks_network",
     ),
     Row("pipeline.stages.*", f"{ENGINE} {BELOW}"),
 )

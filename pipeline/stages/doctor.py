@@ -25,9 +25,11 @@ from pipeline.checks_host import Arrivals, started_by_srun
 from pipeline.config import Config, ConfigError, micro_batch
 from pipeline.engine import own_device, start_world
 from pipeline.findings import END, LINES, MARK, OK, STOP, WARNING, Finding, Local, to_json, to_line, to_text, worst
+from pipeline.forecast import sharding_of
 from pipeline.gathering import FAR, LOCAL, Listener, Post, Taken, connect_again
 from pipeline.model import Beit, num_parameters
 from pipeline.rendezvous import Place, meeting, place_of
+from pipeline.sharding import checkpoint_bytes
 from pipeline.streams import Source
 from shards.errors import ShardError
 
@@ -196,10 +198,10 @@ def _memory(me: _Me, device: torch.device, first: bool) -> None:
     """Build the model; whether a micro batch will fit, and how much a checkpoint takes."""
     beit = Beit(me.config.model, me.config.tokenizer.vocabulary, me.config.data.seed)
     beit.checkpointing = me.config.train.activation_checkpointing
-    numbers = num_parameters(beit)
     if first:
-        item = 4 if me.config.train.precision == "fp32" else 2
-        checks_data.room(me.config, numbers * (12 + item), me.local)
+        sharding = sharding_of(me.config, me.place.size, me.config.train.zero_stage, 1)
+        size = checkpoint_bytes(sharding.total, sharding.stage, sharding.number)
+        checks_data.room(me.config, size, me.local)
     micro, cost = _micro(me), checks_device.cost(me.config, beit, device, me.place.size)
     free = checks_device.free_memory(me.place, device)
     per_process = me.config.train.global_batch // me.place.size

@@ -5,6 +5,7 @@ BEITFORGE_NIGHTLY=1 adds what takes minutes. PROCTRACK=linuxproc or cgroup choos
 it is cgroup where this machine allows that, as on real clusters.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -29,13 +30,20 @@ nightly = pytest.mark.skipif(os.environ.get("BEITFORGE_NIGHTLY") != "1", reason=
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two hosts."""
+    with hosts(2) as lab:
+        yield lab
+
+
+@contextlib.contextmanager
+def hosts(count: int) -> Iterator[Cluster]:
+    """A cluster of so many; a skip, or where BEITFORGE_CLUSTER asks for it a failure, where there can be none."""
     lacking = missing()
     if lacking and os.environ.get("BEITFORGE_CLUSTER") == "1":
         pytest.fail(f"BEITFORGE_CLUSTER=1, but {lacking}")
     reason = lacking or forbidden()
     if reason:
         pytest.skip(reason)
-    lab = Cluster(proctrack=os.environ.get("PROCTRACK", ""))
+    lab = Cluster(hosts=count, proctrack=os.environ.get("PROCTRACK", ""))
     try:
         yield lab
     finally:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.cluster import Cluster, forbidden, missing, until
+from tests.cluster.cluster import Cluster, until
+from tests.cluster.conftest import hosts
 from tests.conftest import ROOT, TINY, TinySet, write_pictures
 
 THREE = ("train.global_batch=12", "data.heldout_images=", "data.heldout_tokens=")
@@ -41,17 +42,8 @@ sys.meta_path.insert(0, Planted())
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Cluster]:
     """Three hosts of these tests' own: what is planted in them is nobody else's."""
-    lacking = missing()
-    if lacking and os.environ.get("BEITFORGE_CLUSTER") == "1":
-        pytest.fail(f"BEITFORGE_CLUSTER=1, but {lacking}")
-    reason = lacking or forbidden()
-    if reason:
-        pytest.skip(reason)
-    cluster = Cluster(hosts=3, proctrack=os.environ.get("PROCTRACK", ""))
-    try:
+    with hosts(3) as cluster:
         yield cluster
-    finally:
-        cluster.down()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -114,7 +115,9 @@ def test_measured_numbers_replace_assumed_ones(tmp_path):
 
     loader = str(ROOT / "benchmarks" / "results" / "loader.json")
     found = load_assumptions([loader], ["straggler_cv=0.5"], 1.0)
-    assert found.loader_images_per_second_per_core == pytest.approx(707, abs=1)
+    rows = json.loads(Path(loader).read_text())["rows"]
+    measured = next(row["images/s"] for row in rows if row["path"] == "ours")
+    assert found.loader_images_per_second_per_core == measured > 0
     assert found.origins == {"loader_images_per_second_per_core": f"measured: {loader}", "straggler_cv": "given"}
     train = {"name": "train", "rows": [{"model": "base", "step": "ours, compiled", "images/s": "4000"}]}
     assert load_assumptions([file(train)], [], 1.0).achieved_flops == pytest.approx(4000 * 108.2e9)
