@@ -20,7 +20,7 @@ from shards.order import Order, OrderPolicy, RankBatches
 from shards.pairs import DrawnViews
 from shards.views import ViewPolicy
 
-SHARDS, PER_SHARD, BATCH, ROUNDS = 1420, 10_000, 64, 9
+SHARDS, PER_SHARD, BATCH, ROUNDS = 1420, 10_000, 64, 25
 PLACES = {"0": 0, "5·10⁹": 5_000_000_000}
 WORKERS = (0, 1)
 

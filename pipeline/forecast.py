@@ -20,7 +20,7 @@ from pipeline.costs import (
 )
 from pipeline.machines import Chip, Network, Storage
 from pipeline.settings import ONLINE, Config, micro_batch
-from pipeline.sharding import Sharding, States, checkpoint_bytes, exchanges, states, zero_settings
+from pipeline.sharding import Sharding, States, checkpoint_bytes, copied_bytes, exchanges, states, zero_settings
 from pipeline.timeline import Cluster, Life, Step, Work, all_reduce_seconds, half_seconds, live, step
 
 _TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
@@ -214,6 +214,7 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
     update = update_bytes(share) / (machine.assumed.update_bandwidth or machine.memory_bandwidth)
     if sharding.offload:
         update = 2 * sharding.number * share / machine.assumed.host_copy
+    update += copied_bytes(sharding) / machine.memory_bandwidth
     per_block = sharding.total / config.model.layers
     return Work(
         blocks=config.model.layers,

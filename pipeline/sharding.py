@@ -97,6 +97,17 @@ def checkpoint_bytes(numbers: int, stage: int, number: int) -> int:
     return numbers * (12 + (number if apart else 0))
 
 
+def copied_bytes(sharding: Sharding) -> float:
+    """Bytes that a step moves within a GPU's memory beside the model and AdamW: gradients are copied into buckets,
+    scaled, copied to their owner, which makes float32 of them, and new weights are copied back.
+    tests/pipeline/test_plan_ranks.py counts them."""
+    if sharding.stage == 0:
+        return 0.0
+    turns = sharding.accumulation if sharding.stage > 1 else 1
+    whole, share = 3 * 2.0 * sharding.number * turns, 2 * (sharding.number + 4.0) / sharding.world
+    return sharding.total * (whole + share)
+
+
 def padded(numbers: int, multiple: int) -> int:
     return -(-numbers // multiple) * multiple
 

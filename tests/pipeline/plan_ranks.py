@@ -7,6 +7,7 @@ collective of torch.distributed counted; rank 0 prints a JSON list of findings f
 
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -46,6 +47,8 @@ def count(name: str, message: Callable) -> None:
 
     setattr(dist, name, counted)
 
+
+MOVES = ("aten::copy_", "aten::div_")
 
 # Model, vocabulary, masked patches, images of a micro batch. tiny: sizes that divide by neither 2 nor 4, so that shares
 # are padded; small: one whose products take the time.
@@ -112,6 +115,12 @@ def engine_of(world: World, stage: int, shape: str, precision: str, accumulation
     return Engine(beit, parameter_groups(beit, 0.05), setup, world)
 
 
+def copied(profiler: torch.profiler.profile) -> int:
+    """Elements that were copied or scaled in place."""
+    moved = [event for event in profiler.key_averages(group_by_input_shape=True) if event.key in MOVES]
+    return sum(event.count * math.prod(event.input_shapes[0]) for event in moved)
+
+
 def nothing() -> None:
     """What is done between steps unless a benchmark has something to measure there."""
 
@@ -166,10 +175,20 @@ def measured(
     backward(look)
     engine.step(1e-3)
     calls, biggest = list(SENT), torch.tensor([*parts.values(), max(grown)])
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        backward(lambda: None)
+        engine.step(1e-3)
     dist.all_reduce(biggest, op=dist.ReduceOp.MAX)
     parts = dict(zip(parts, biggest.tolist(), strict=False))
     parts["gradients"] += int(biggest[-1])
-    return {"world": world.size, "stage": stage, **parts, "sent": ring_bytes(calls, world.size), "seconds": seconds}
+    return {
+        "world": world.size,
+        "stage": stage,
+        **parts,
+        "copied": copied(profiler),
+        "sent": ring_bytes(calls, world.size),
+        "seconds": seconds,
+    }
 
 
 def counting_world() -> World:
