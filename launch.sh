@@ -3,7 +3,7 @@
 #
 #   demo [DIR]                 the whole job on this machine, on sample photographs or your own folder
 #   pack · index · verify · stats · simulate    pictures and shards (python -m shards VERB --help)
-#   tokenizer · tokenize · pretrain CONFIG   under the deepspeed launcher, here or on HOSTFILE's hosts
+#   tokenizer · tokenize · pretrain · finetune CONFIG   under the deepspeed launcher, here or on HOSTFILE's hosts
 #   doctor CONFIG [--json] [--seconds N]     the same processes look at hosts, data, devices and network, and end: go (0),
 #                              go with warnings (1) or stop (2), with a cure for everything found
 #   plan CONFIG --gpus 8,64,512 [--gpu h200] [--days 3] …   memory, time and cost of a training, without a GPU
@@ -11,7 +11,7 @@
 #                              [--dry-run] [-- sbatch options]
 #   slurm pack IMAGES SHARDS … [--cpus-per-task C]    writes a batch script into the run folder and submits it
 #   stop RUN                   a run finishes its step, saves and ends, under whatever launcher
-#   export · probe · report    a finished run (python -m pipeline VERB --help)
+#   export · probe · report · watch   a run, finished or going (python -m pipeline VERB --help)
 #   import · import-tokenizer  published weights come in (python -m pipeline VERB --help)
 #   test [pytest options] · check · bench    the project's own checks and benchmarks
 #   setup [peers]              only make the environment; with transformers, timm and DALL-E for `export --to` and parity
@@ -83,9 +83,9 @@ case $verb in
         [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
         setup
         [ $# -eq 0 ] || peers ;;
-    demo | plan | slurm | stop | export | probe | report | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
+    demo | plan | slurm | stop | export | probe | report | watch | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
     pack | index | verify | stats | simulate) setup; exec "$python" -m shards "$verb" "$@" ;;
-    tokenizer | tokenize | pretrain | doctor)
+    tokenizer | tokenize | pretrain | finetune | doctor)
         setup
         case " $* " in *" -h "* | *" --help "*) exec "$python" -m pipeline "$verb" --help ;; esac
         exec "$python" -m pipeline launch "$verb" "$@" ;;

@@ -18,6 +18,7 @@ _AT_LEAST_ONE = {
     "model": ("input_size", "patch_size", "layers", "width", "heads"),
     "tokenizer": ("input_size", "stride", "vocabulary", "width", "embedding", "global_batch", "micro_batch"),
     "train": ("global_batch", "micro_batch"),
+    "finetune": ("input_size", "global_batch", "micro_batch"),
     "view": ("num_views",),
     "mask": ("num_patches", "min_block"),
     "loader": ("prefetch", "chunk", "window", "lanes"),
@@ -25,6 +26,8 @@ _AT_LEAST_ONE = {
     "faults": ("max_skipped",),
     "log": ("every_steps", "heldout_samples"),
 }
+
+_MAY_BE_NOTHING = ("optimizer.warmup", "tokenizer.warmup", "finetune.warmup", "checkpoint.keep_every")
 
 
 def check(config: Config, where: str) -> None:
@@ -48,11 +51,7 @@ def _numbers(config: Config) -> list[str]:
             smallest = min(value) if isinstance(value, Size) else value
             if isinstance(smallest, int | float) and smallest < least:
                 lines.append(f"{name} is {value}; it must be at least {least}")
-            if (
-                isinstance(value, Duration)
-                and name not in ("optimizer.warmup", "tokenizer.warmup", "checkpoint.keep_every")
-                and value.count <= 0
-            ):
+            if isinstance(value, Duration) and name not in _MAY_BE_NOTHING and value.count <= 0:
                 lines.append(f"{name} is {value}; it must be more than nothing")
             if item.name == "seed" and value >= 2**63:
                 lines.append(f"{name} is {value}; it must be less than 2^63")
@@ -61,14 +60,16 @@ def _numbers(config: Config) -> list[str]:
 
 def _places(config: Config) -> list[str]:
     """URLs where shard sets are read, and folders elsewhere."""
-    data, train = config.data, config.train
+    data, train, finetune = config.data, config.train, config.finetune
     folders = {"data.cache": data.cache, "data.tokenizer": data.tokenizer, "train.run": train.run}
+    folders |= {"finetune.run": finetune.run, "finetune.init": finetune.init}
     lines = [
         f"{name} is {where}, a URL; it must be a folder of this machine"
         for name, where in {**folders, "train.init": train.init}.items()
         if "://" in where
     ]
-    sets = {name: getattr(data, name) for name in ("images", "tokens", "heldout_images", "heldout_tokens")}
+    names = ("images", "tokens", "heldout_images", "heldout_tokens", "labelled_images", "labelled_test")
+    sets = {name: getattr(data, name) for name in names}
     for name, where in sets.items():
         scheme, colon, rest = where.partition(":/")
         if colon and scheme.isalnum() and not (rest.startswith("/") and rest.strip("/")):
@@ -91,6 +92,8 @@ def _choices(config: Config) -> list[str]:
         lines.append("train.offload_optimizer needs train.zero_stage 1, 2 or 3")
     if bool(config.data.heldout_images) != bool(config.data.heldout_tokens):
         lines.append("data.heldout_images and data.heldout_tokens go together; give both or neither")
+    if config.data.labelled_test and not config.data.labelled_images:
+        lines.append("data.labelled_test goes with data.labelled_images; give both or neither")
     return lines
 
 
@@ -127,6 +130,7 @@ def _shapes(config: Config) -> list[str]:
 def _ranges(config: Config) -> list[str]:
     """Shares, probabilities and other numbers with two ends."""
     model, view, optimizer, tokenizer = config.model, config.view, config.optimizer, config.tokenizer
+    tune = config.finetune
     rules = (
         (0 < config.mask.aspect_min <= 1, f"mask.aspect_min is {config.mask.aspect_min}; it lies in (0, 1]"),
         (model.drop_path < 1, f"model.drop_path is {model.drop_path}; it lies in [0, 1)"),
@@ -141,6 +145,15 @@ def _ranges(config: Config) -> list[str]:
         (tokenizer.temperature_end > 0, "tokenizer.temperature_end must be more than 0"),
         (tokenizer.anneal_share <= 1, f"tokenizer.anneal_share is {tokenizer.anneal_share}; it lies in [0, 1]"),
         (tokenizer.vocabulary <= 65536, f"tokenizer.vocabulary {tokenizer.vocabulary} does not fit 16 bits (65536)"),
+        (0 < tune.label_share <= 1, f"finetune.label_share is {tune.label_share}; it lies in (0, 1]"),
+        (0 < tune.layer_decay <= 1, f"finetune.layer_decay is {tune.layer_decay}; it lies in (0, 1]"),
+        (tune.drop_path < 1, f"finetune.drop_path is {tune.drop_path}; it lies in [0, 1)"),
+        (0 < tune.area_min <= tune.area_max <= 1, "finetune.area_min and area_max must satisfy 0 < min ≤ max ≤ 1"),
+        (tune.flip <= 1, f"finetune.flip is {tune.flip}; a probability lies in [0, 1]"),
+        (tune.erase <= 1, f"finetune.erase is {tune.erase}; a probability lies in [0, 1]"),
+        (tune.smoothing < 1, f"finetune.smoothing is {tune.smoothing}; it lies in [0, 1)"),
+        (0 < tune.test_crop <= 1, f"finetune.test_crop is {tune.test_crop}; it lies in (0, 1]"),
+        (config.log.evaluation_share <= 1, f"log.evaluation_share is {config.log.evaluation_share}; it lies in [0, 1]"),
         (config.data.cache_gb > 0, f"data.cache_gb is {config.data.cache_gb}; it must be more than 0"),
         (config.data.bad_sample_budget <= 1, "data.bad_sample_budget is a share of the set, in [0, 1]"),
     )

@@ -31,6 +31,8 @@ _FREE = {
         "tokens",
         "heldout_images",
         "heldout_tokens",
+        "labelled_images",
+        "labelled_test",
         "tokenizer",
         "bad_sample_budget",
         "cache",
@@ -39,6 +41,7 @@ _FREE = {
 }
 _FREE |= {"loader": {"workers", "prefetch", "decoder"}, "model": {"kernels"}, "deepspeed": set()}
 _FREE |= {"train": {"run", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "compile"}}
+_FREE |= {"finetune": {"run", "init", "micro_batch", "test_every"}}
 _FREE |= {"tokenizer": {"micro_batch", "precision"}}
 
 

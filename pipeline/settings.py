@@ -54,6 +54,8 @@ class Data:
     heldout_images: str = ""
     heldout_tokens: str = ""
     tokenizer: str = "data/tokenizer"  # tokenizer folder, made by `tokenizer`
+    labelled_images: str = ""  # labelled image shard sets: k-NN inside the run, fine-tuning; empty: no k-NN
+    labelled_test: str = ""
     cache: str = ""  # of a node, for sets behind URLs: what was fetched; empty: a folder in $TMPDIR
     cache_gb: float = 100.0  # at most
     seed: int = 0  # order, masks, drop path, initial weights
@@ -175,6 +177,38 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Supervised training on data.labelled_images (RECIPE, "Fine-tuning"); what is not here is as in `train`,
+    `optimizer` and `loader`."""
+
+    run: str = "runs/finetune"  # run folder
+    init: str = ""  # run folder, exported or imported encoder; empty: the model section, drawn from data.seed
+    input_size: Size = Size(224, 224)
+    label_share: float = 1.0  # of each class's pictures, at least one
+    duration: Duration = Duration(100, "epochs")
+    global_batch: int = 1024
+    micro_batch: int = 64  # at most, per process
+    lr: float = 4e-3
+    lr_end: float = 1e-6
+    warmup: Duration = Duration(20, "epochs")
+    weight_decay: float = 0.05
+    layer_decay: float = 0.65  # a layer learns at so many times the rate of the one above it
+    clip_norm: float = 0.0  # 0: no clipping
+    drop_path: float = 0.1
+    head_scale: float = 1e-3  # of the new head's initial weights
+    area_min: float = 0.08  # of the random crop, as in `view`
+    area_max: float = 1.0
+    flip: float = 0.5
+    randaugment: str = "rand-m9-mstd0.5-inc1"  # timm's words; empty: none
+    erase: float = 0.25  # probability that a rectangle becomes noise
+    mixup: float = 0.8  # alpha; 0: none
+    cutmix: float = 1.0  # alpha; 0: none
+    smoothing: float = 0.1  # of labels
+    test_crop: float = 0.875  # side of the central view, as a share of the shorter side
+    test_every: Duration = Duration(1, "epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loader:
     """The stream. seed, chunk, window and lanes fix the order; workers, prefetch and decoder never change it."""
 
@@ -214,8 +248,10 @@ class Log:
 
     every_steps: int = 20
     heldout_every: Duration = Duration(1000, "steps")
-    heldout_samples: int = 4096
+    heldout_samples: int = 4096  # also of the views never trained on; k-NN takes ten times as many to choose from
+    evaluation_share: float = 0.05  # of the run's time that evaluations may take; those due beyond it are left out
     tensorboard: bool = True
+    wandb: str = ""  # project at Weights & Biases; empty: none
     positions: bool = False  # also every sample that every rank takes, in positions/
     peak_tflops: float = 0.0  # of one device at the precision used; 0: the built-in table, no MFU where it has none
 
@@ -231,6 +267,7 @@ class Config:
     mask: Mask = field(default_factory=Mask)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
+    finetune: Finetune = field(default_factory=Finetune)
     loader: Loader = field(default_factory=Loader)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     faults: Faults = field(default_factory=Faults)
@@ -261,6 +298,7 @@ def work_folder(verb: str, config: Config) -> Path:
     """Where the work of a verb stands: a run folder, or the token shards of tokenize."""
     folders = {
         "pretrain": config.train.run,
+        "finetune": config.finetune.run,
         "doctor": config.train.run,
         "tokenizer": f"{config.data.tokenizer}/training",
         "tokenize": config.data.tokens,
@@ -274,5 +312,7 @@ def refuse_world(verb: str, config: Config, world: int) -> None:
     """Raise ConfigError when so many processes cannot build the verb's global batch."""
     if verb in ("pretrain", "doctor"):
         micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
+    if verb == "finetune":
+        micro_batch(config.finetune.global_batch, config.finetune.micro_batch, world, "finetune.global_batch")
     if verb == "tokenizer":
         micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")

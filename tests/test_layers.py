@@ -54,10 +54,11 @@ TABLE = (
     Row("pipeline", ""),
     Row(
         "pipeline.__main__",
-        f"{CONFIG} pipeline.rendezvous pipeline.signals pipeline.stages shards.errors "
+        f"pipeline.commandline {CONFIG} pipeline.rendezvous pipeline.signals pipeline.stages shards.errors "
         "pipeline.findings pipeline.checks_host pipeline.checks_ssh",
     ),
     Row("pipeline.settings", "", "torch numpy shards kernels"),
+    Row("pipeline.commandline", "", "torch numpy shards kernels"),
     Row("pipeline.rules", "pipeline.settings", "torch numpy shards kernels"),
     Row("pipeline.config", "yaml pipeline.settings pipeline.rules", "torch numpy shards kernels"),
     Row("pipeline.rendezvous", CONFIG, "torch numpy shards"),

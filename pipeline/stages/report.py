@@ -31,8 +31,9 @@ _LARGEST = 256  # pixels a side of an embedded picture
 _SMALL = 96  # a picture of at most so many pixels a side is enlarged pixel by pixel
 
 
-def run(run_folder: Path) -> int:
+def run(run_folders: list[Path], out: Path | None = None) -> int:
     """Write the page by rename; returns the exit code. Raises ConfigError when it is not a run folder."""
+    run_folder = run_folders[0]
     config = run_config(run_folder)
     record = read_record(run_folder, config)
     passed_over: list[str] = []

@@ -183,7 +183,7 @@ def test_an_imported_encoder_is_pretrained_further_probed_and_reported(tiny, tmp
     settings += ["view.num_views=3", "mask.num_patches=6", "mask.min_block=2", "loader.workers=0"]
     assert import_encoder.run(tmp_path / "hf", tmp_path / "encoder2", settings) == 0
     assert probe.run(tmp_path / "encoder2", str(tiny.folder / "shards" / "train"), None, 50) == 0
-    assert report.run(tmp_path / "encoder2") == 0
+    assert report.run([tmp_path / "encoder2"]) == 0
     page = (tmp_path / "encoder2" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 8 * 4
     run = tmp_path / "run"

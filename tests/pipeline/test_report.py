@@ -116,7 +116,7 @@ def words(html: str) -> str:
 
 
 def test_a_finished_run_with_everything(run, capsys):
-    assert report.run(run) == 0
+    assert report.run([run]) == 0
     html = (run / "report.html").read_text()
     said = words(html)
     for expected in ("finished", "20", "6.667 epochs of 12", "2.500", "from 3.400 at step 2", "3 min 20 s"):
@@ -129,7 +129,7 @@ def test_a_finished_run_with_everything(run, capsys):
 
 def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path):
     with pytest.raises(ConfigError, match="is neither a run folder"):
-        report.run(tmp_path)
+        report.run([tmp_path])
     command = [sys.executable, "-W", "ignore", "-m", "pipeline", "report", str(tmp_path / "nowhere")]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(report.__file__).parents[2], check=False)
     assert found.returncode == 2
@@ -144,7 +144,7 @@ def test_a_run_of_which_nothing_else_is_there(tmp_path):
     write_run(folder, config_of(tmp_path / "gone"), [])
     (folder / "metrics.jsonl").unlink()
     (folder / "environment.json").unlink()
-    assert report.run(folder) == 0
+    assert report.run([folder]) == 0
     said = words((folder / "report.html").read_text())
     for expected in ("unfinished: not started", "No step has been logged yet", "Held-out pictures are missing: "):
         assert expected in said, expected
@@ -165,7 +165,7 @@ def test_a_run_of_which_nothing_else_is_there(tmp_path):
 def test_what_is_gone_is_named_and_the_rest_is_shown(run, lost, pictures, line):
     for name in lost:
         shutil.rmtree(run.parent / name)
-    assert report.run(run) == 0
+    assert report.run([run]) == 0
     html = (run / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 8 * pictures
     assert line in words(html)
@@ -180,7 +180,7 @@ def test_another_tokenizer_or_encoder_is_not_shown_as_this_one(run):
     torch.save({"module": {"decoder.weight": torch.zeros(3)}}, weights)
     state = json.loads((weights.parent / "state.json").read_text())
     (weights.parent / "state.json").write_text(json.dumps({**state, "files": {}}))
-    assert report.run(run) == 0
+    assert report.run([run]) == 0
     said = words((run / "report.html").read_text())
     assert "is not the tokenizer that" in said and "are no encoder's" in said
 
@@ -189,7 +189,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_shown(run):
     write_checkpoint(run, config_of(run.parent), 30)
     next((run / "checkpoints" / "step-30").glob("*.pt")).write_bytes(b"")
     (run / "checkpoints" / "step-40").mkdir()
-    assert report.run(run) == 0
+    assert report.run([run]) == 0
     said = words((run / "report.html").read_text())
     assert "checkpoint step-30 is not used" in said and "held-out set, at step 20" in said
     assert "unfinished: no state.json" in said
@@ -204,7 +204,7 @@ def test_text_from_files_is_escaped(run):
     (run / "probe.json").write_text(json.dumps({"step": 20, "results": {hostile: result}}))
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(f"# {hostile}\n{text}")
-    assert report.run(run) == 0
+    assert report.run([run]) == 0
     html = (run / "report.html").read_text()
     assert hostile not in html and html.count("&lt;img src=x") >= 45
     assert "30 replaced" in html and "and 10 more" in html and "75.0%" in html
@@ -215,7 +215,7 @@ def test_damaged_files_are_noted(run):
     (run.parent / "tokenizer" / "measured.json").write_bytes(b"\xff\xfe")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 21, "kind": "tr')
-    assert report.run(run) == 0
+    assert report.run([run]) == 0
     said = words((run / "report.html").read_text())
     assert "probe.json is damaged" in said and "measured.json is damaged" in said and "finished" in said
 
@@ -227,7 +227,7 @@ def test_ten_thousand_lines_stay_small(tmp_path):
         if line["kind"] == "train":
             line |= {"loss": line["loss"] + draw.random(), "gradient_norm": draw.choice([1.0, 2.0, 1e4, float("inf")])}
     write_run(folder, config_of(tmp_path), lines)
-    assert report.run(folder) == 0
+    assert report.run([folder]) == 0
     html = (folder / "report.html").read_text()
     assert len(html) < 500_000 and " not finite</b>" in html
 

@@ -1,0 +1,1 @@
+"""`finetune CONFIG`: supervised training of a pretrained encoder on labelled shards."""

@@ -1,0 +1,1 @@
+"""`watch RUN`: a run while it goes."""
