@@ -32,18 +32,24 @@ WORLDS = (1, 2, 4)
 SHAPE, PRECISION = "small", "fp32"
 STEPS, WARM = 18, 2
 PARTS = ("parameters", "gradients", "optimizer")
+_CALLS = 100
 _SECONDS = 0.08  # of one probe between two steps
+
+
+# glibc gives pieces of more than 32 MB back and asks for new pages at every use; a GPU's allocator keeps what it has
+_KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """Of one rank in the mean: FLOP/s of products, bytes/s of a block's other operations and of AdamW, bytes/s that it
-    sends in an all-reduce; and the deviation of ranks' and rounds' times over their mean."""
+    sends in an all-reduce, collectives/s of a few bytes; and the deviation of ranks' and rounds' times."""
 
     products: float
     chain: float
     update: float
     ring: float
+    calls: float
     cv: float
 
 
@@ -58,11 +64,16 @@ class Probing:
         master, gradients = torch.randn(numbers, requires_grad=True), torch.randn(numbers)
         master.grad = torch.randn(numbers)
         adamw = torch.optim.AdamW([master])
+        few, all_few = torch.randn(d), torch.randn(world * d)
 
         def products() -> None:  # a linear layer's three
             F.linear(x, weight)
             back @ weight
             back.t() @ x
+
+        def calls() -> None:  # as many on every rank
+            for _ in range(_CALLS):
+                dist.all_gather_into_tensor(all_few, few)
 
         chain, moved = others(model, rows, micro)
         sent = 2 * (world - 1) / world * 4 * numbers
@@ -71,6 +82,7 @@ class Probing:
             "chain": (moved, chain),
             "update": (30.0 * numbers, adamw.step),
             "ring": (sent, lambda: dist.all_reduce(gradients)),
+            "calls": (_CALLS, calls),
         }
         self.seconds: dict[str, list[float]] = {name: [] for name in self.calls}
 
@@ -134,7 +146,7 @@ def launched(world: int) -> list[dict]:
     """What rank 0 of so many processes prints, each with one thread."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     command += ["-m", "benchmarks.plan_measured", "--rank"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **_KEEPS_MEMORY}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -162,7 +174,7 @@ def machine_of(measured: Probe) -> Machine:
         update_bandwidth=measured.update,
         intra_bandwidth=measured.ring,
     )
-    network = Network(name="none", node_bandwidth=measured.ring, latency=0.0, source="measured")
+    network = Network(name="none", node_bandwidth=measured.ring, latency=1 / measured.calls, source="measured")
     storage = Storage(name="none", node_read=1e12, node_write=1e12, total=0.0, source="none")
     return Machine(chip, network, storage, assumed)
 
@@ -244,12 +256,13 @@ def notes(probes: dict[int, list[Probe]]) -> list[str]:
         "that torch.distributed is asked for. Rates were measured between the steps, by all ranks at once:"
     ]
     for world, each in probes.items():
-        products, chain, update, ring, cv = (
+        products, chain, update, ring, calls, cv = (
             statistics.mean(getattr(probe, item.name) for probe in each) for item in dataclasses.fields(Probe)
         )
         lines.append(
             f"{world} at once, products {products / 1e9:.1f} GFLOP/s, a block's other operations {chain / 1e9:.2f} "
-            f"GB/s, AdamW {update / 1e9:.2f} GB/s, all-reduce {ring / 1e9:.2f} GB/s sent by each, deviation {cv:.0%};"
+            f"GB/s, AdamW {update / 1e9:.2f} GB/s, all-reduce {ring / 1e9:.2f} GB/s sent by each, "
+            f"{1e6 / calls:.0f} µs a collective of a few bytes, deviation {cv:.0%};"
         )
     return lines
 

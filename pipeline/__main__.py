@@ -33,7 +33,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if verb == "probe":
         from pipeline.stages import probe
 
-        return probe.run(arguments.run, arguments.shards, arguments.test, arguments.samples)
+        return probe.run(arguments.run, arguments.shards, arguments.test, arguments.samples, arguments.epochs)
     if verb == "report":
         from pipeline.stages import report
 

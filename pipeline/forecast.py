@@ -20,7 +20,16 @@ from pipeline.costs import (
 )
 from pipeline.machines import Chip, Network, Storage
 from pipeline.settings import ONLINE, Config, micro_batch
-from pipeline.sharding import Sharding, States, checkpoint_bytes, copied_bytes, exchanges, states, zero_settings
+from pipeline.sharding import (
+    Sharding,
+    States,
+    checkpoint_bytes,
+    copied_bytes,
+    exchanges,
+    kept_whole,
+    states,
+    zero_settings,
+)
 from pipeline.timeline import Cluster, Life, Step, Work, all_reduce_seconds, half_seconds, live, step
 
 _TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
@@ -201,7 +210,9 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
     forward, backward = (part * max(1.0, least) for part in (forward, backward))  # the launching is the slower side
     world, settings = sharding.world, sharding.settings
     seconds = {"gather": 0.0, "regather": 0.0, "backward": 0.0, "end": 0.0}
-    calls = {"gather": config.model.layers, "regather": config.model.layers, "end": 2}
+    ahead = max(1, min(config.model.layers, int(settings.prefetch / (sharding.total / config.model.layers))))
+    calls = dict.fromkeys(("gather", "regather"), math.ceil(config.model.layers / ahead))
+    calls["end"] = 2 if sharding.stage < 3 else kept_whole(sharding)
     calls["backward"] = buckets = max(1, math.ceil(sharding.total / settings.bucket))
     for each in exchanges(sharding):
         timed = all_reduce_seconds if each.kind == "all_reduce" else half_seconds
@@ -215,7 +226,6 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
     if sharding.offload:
         update = 2 * sharding.number * share / machine.assumed.host_copy
     update += copied_bytes(sharding) / machine.memory_bandwidth
-    per_block = sharding.total / config.model.layers
     return Work(
         blocks=config.model.layers,
         turns=sharding.accumulation,
@@ -229,7 +239,7 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
         every_turn=sharding.stage > 1,
         end=seconds["end"],
         overlap=settings.overlap,
-        ahead=max(1, min(config.model.layers, int(settings.prefetch / per_block))),
+        ahead=ahead,
     )
 
 

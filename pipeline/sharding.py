@@ -181,6 +181,11 @@ def _gathered(sharding: Sharding) -> list[tuple[int, bool]]:
     return found[::-1]
 
 
+def kept_whole(sharding: Sharding) -> int:
+    """Parameters that ZeRO-3 keeps on every process. After the update each is gathered by a call of its own."""
+    return sum(each.numbers <= sharding.settings.persistent for each in sharding.parameters)
+
+
 @dataclass(frozen=True)
 class Exchange:
     """A collective: all_reduce, reduce_scatter, all_gather or reduce; bytes of its whole message; how often a step; and

@@ -82,15 +82,15 @@ def step(work: Work) -> Step:
 
 
 def _pass(work: Work, streams: _Streams, seconds: float, gather: float, reduce: float = 0.0) -> None:
-    """Forward or backward through all blocks. Gradients are full after an even share of the blocks each."""
-    begun = [streams.chip] * (work.ahead + 1)
+    """Forward or backward through all blocks. What `ahead` blocks need is gathered at once, while those before are
+    computed. Gradients are full after an even share of the blocks each."""
+    begun = streams.chip
     sent = 0
     for block in range(work.blocks):
-        if gather:
-            earliest = begun[-work.ahead - 1] if work.overlap else streams.chip
-            ready = streams.send(gather / work.blocks, earliest)
-            streams.chip = max(streams.chip, ready)
-        begun.append(streams.chip)
+        if gather and block % work.ahead == 0:
+            share = min(work.ahead, work.blocks - block) / work.blocks
+            ready = streams.send(gather * share, begun if work.overlap else streams.chip)
+            streams.chip = begun = max(streams.chip, ready)
         streams.chip += seconds / work.blocks
         full = (block + 1) * work.buckets // work.blocks
         if reduce and full > sent:

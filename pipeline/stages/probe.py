@@ -21,7 +21,7 @@ from shards.progress import Progress
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
 
 
-def run(run_folder: Path, shards: str, test: str | None, samples: int) -> int:
+def run(run_folder: Path, shards: str, test: str | None, samples: int, epochs: int) -> int:
     """Print the table and write RUN/probe.json; returns the exit code."""
     config = run_config(run_folder)
     source = trained_weights(run_folder)
@@ -44,7 +44,8 @@ def run(run_folder: Path, shards: str, test: str | None, samples: int) -> int:
         )
     verdicts = {}
     for who in train_features:
-        verdicts[who] = judge(train_features[who], train_labels, test_features[who], test_labels)
+        fitted, tested, default = train_features[who], test_features[who], _default(who, config)
+        verdicts[who] = judge(fitted, train_labels, tested, test_labels, default=default, epochs=epochs)
     share = float(test_labels.bincount().max()) / len(test_labels)
     content: dict[str, object] = {"step": state.step, "majority_class": share}
     content |= {"train_samples": len(train_labels), "test_samples": len(test_labels)}
@@ -52,10 +53,18 @@ def run(run_folder: Path, shards: str, test: str | None, samples: int) -> int:
     content |= {"results": {who: dataclasses.asdict(verdict) for who, verdict in verdicts.items()}}
     (run_folder / "probe.json").write_text(json.dumps(content, indent=1) + "\n")
     say(f"probe at step {state.step}: {len(train_labels)} pictures to fit, {len(test_labels)} to test")
-    say(f"{'':12}{'k-NN':>8}{'linear':>8}   features chosen on a part of the fitting set")
+    say(f"{'':12}{'k-NN':>8}{'linear':>8}   features and learning rate chosen on folds of the fitting set")
     for who, verdict in verdicts.items():
-        say(f"{who:12}{verdict.knn:8.1%}{verdict.linear:8.1%}   {verdict.features}")
+        say(f"{who:12}{verdict.knn:8.1%}{verdict.linear:8.1%}   {verdict.features}, {verdict.rate:g}")
+    say("linear probe of the trained encoder by layer:")
+    say(" ".join(f"{accuracy:.1%}" for accuracy in verdicts["trained"].layers.values()))
     return 0
+
+
+def _default(who: str, config: Config) -> str:
+    """The features of too few pictures to choose by: after two thirds of the blocks, where a BEiT's are best."""
+    sides = [side for side in _RAW_SIDES if side <= min(config.model.input_size)]
+    return f"{sides[-1]}×{sides[-1]}" if who == "raw pixels" else f"layer {round(config.model.layers * 2 / 3)}"
 
 
 @torch.no_grad()

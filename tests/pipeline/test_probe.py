@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.probe import accuracy, fit_linear, judge, knn_accuracy, standardised
+from pipeline.probe import RATES, Verdict, judge, knn_accuracy, scores, standardised, sweep
 
 CLASSES, D = 4, 12
 
@@ -21,6 +21,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def judged(train: dict[str, Tensor], train_labels: Tensor, test: dict[str, Tensor], test_labels: Tensor) -> Verdict:
+    """With twenty epochs, which is enough for a few hundred pictures."""
+    return judge(train, train_labels, test, test_labels, default=next(iter(train)), epochs=20)
+
+
 def blobs(count: int, apart: float, seed: int) -> tuple[Tensor, Tensor]:
     """Features [n, D] of gaussian classes whose centres are `apart` standard deviations from the origin, and labels."""
     centres = F.normalize(torch.randn(CLASSES, D, generator=torch.Generator().manual_seed(0)), dim=1) * apart
@@ -31,7 +36,7 @@ def blobs(count: int, apart: float, seed: int) -> tuple[Tensor, Tensor]:
 
 def test_separable_classes_are_told_apart():
     (train, train_labels), (test, test_labels) = blobs(300, 12.0, 1), blobs(200, 12.0, 2)
-    verdict = judge({"only": train}, train_labels, {"only": test}, test_labels)
+    verdict = judged({"only": train}, train_labels, {"only": test}, test_labels)
     assert verdict.linear > 0.99
     assert verdict.knn > 0.99
     assert verdict.features == "only"
@@ -40,7 +45,7 @@ def test_separable_classes_are_told_apart():
 def test_noise_is_chance():
     """500 test pictures of 4 classes: 25 % give or take 3 standard deviations of 1.9 %."""
     (train, train_labels), (test, test_labels) = blobs(400, 0.0, 1), blobs(500, 0.0, 2)
-    verdict = judge({"only": train}, train_labels, {"only": test}, test_labels)
+    verdict = judged({"only": train}, train_labels, {"only": test}, test_labels)
     assert verdict.linear == pytest.approx(0.25, abs=0.06)
     assert verdict.knn == pytest.approx(0.25, abs=0.06)
 
@@ -55,7 +60,7 @@ def sets(count: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
 
 def test_the_better_features_are_chosen():
     (train, train_labels), (test, test_labels) = sets(300, 1), sets(200, 2)
-    verdict = judge(train, train_labels, test, test_labels)
+    verdict = judged(train, train_labels, test, test_labels)
     assert verdict.features == "good"
     assert verdict.linear > 0.95
 
@@ -63,21 +68,21 @@ def test_the_better_features_are_chosen():
 def test_the_test_set_takes_no_part_in_the_choice():
     """Permuting the test labels, or putting other pictures there, changes accuracies and never what was chosen."""
     (train, train_labels), (test, test_labels) = sets(300, 1), sets(200, 2)
-    verdict = judge(train, train_labels, test, test_labels)
+    verdict = judged(train, train_labels, test, test_labels)
     shuffled = test_labels[torch.randperm(200, generator=torch.Generator().manual_seed(3))]
-    other = judge(train, train_labels, test, shuffled)
+    other = judged(train, train_labels, test, shuffled)
     reversed_features = {name: -features for name, features in test.items()}
-    third = judge(train, train_labels, reversed_features, test_labels)
-    assert {(v.features, v.weight_decay) for v in (verdict, other, third)} == {(verdict.features, verdict.weight_decay)}
+    third = judged(train, train_labels, reversed_features, test_labels)
+    assert {(v.features, v.rate) for v in (verdict, other, third)} == {(verdict.features, verdict.rate)}
     assert other.linear < 0.5 < verdict.linear
 
 
 def test_the_test_set_takes_no_part_in_the_scaling():
     """One test picture alone is judged as it is among others."""
     (train, train_labels), (test, test_labels) = sets(300, 1), sets(200, 2)
-    together = judge(train, train_labels, test, test_labels)
+    together = judged(train, train_labels, test, test_labels)
     parts = [
-        judge(train, train_labels, {name: f[i : i + 50] for name, f in test.items()}, test_labels[i : i + 50])
+        judged(train, train_labels, {name: f[i : i + 50] for name, f in test.items()}, test_labels[i : i + 50])
         for i in range(0, 200, 50)
     ]
     assert together.linear == pytest.approx(sum(part.linear for part in parts) / 4)
@@ -86,28 +91,50 @@ def test_the_test_set_takes_no_part_in_the_scaling():
 
 def test_judging_twice_gives_the_same():
     (train, train_labels), (test, test_labels) = sets(200, 1), sets(100, 2)
-    assert judge(train, train_labels, test, test_labels) == judge(train, train_labels, test, test_labels)
+    assert judged(train, train_labels, test, test_labels) == judged(train, train_labels, test, test_labels)
 
 
 def test_a_class_seen_in_the_test_set_only():
     """Counts as wrong, and breaks nothing."""
     (train, train_labels), (test, test_labels) = blobs(300, 12.0, 1), blobs(200, 12.0, 2)
     few = train_labels != 3
-    verdict = judge({"only": train[few]}, train_labels[few], {"only": test}, test_labels)
+    verdict = judged({"only": train[few]}, train_labels[few], {"only": test}, test_labels)
     expected = float((test_labels != 3).float().mean())
     assert verdict.linear == pytest.approx(expected, abs=0.02)
     assert verdict.knn == pytest.approx(expected, abs=0.02)
 
 
-def test_linear_probe_is_at_the_optimum():
-    """Regularised logistic regression is convex: at its optimum the gradient vanishes."""
-    features, labels = blobs(200, 2.0, 1)
-    weights = fit_linear(features, labels, CLASSES, 1e-2).requires_grad_()
-    loss = F.cross_entropy(features @ weights[:-1] + weights[-1], labels) + 0.005 * weights[:-1].square().sum()
-    (gradient,) = torch.autograd.grad(loss, weights)
-    assert gradient.abs().max() < 1e-3
-    heavier = fit_linear(features, labels, CLASSES, 10.0)
-    assert heavier[:-1].norm() < 0.1 * weights[:-1].norm()
+def test_few_pictures_are_no_ground_for_a_choice():
+    """Below five of a class the default features are reported, whatever folds of one or two pictures would say."""
+    (train, train_labels), (test, test_labels) = sets(300, 1), sets(200, 2)
+    few = torch.cat([(train_labels == c).nonzero()[:2, 0] for c in range(CLASSES)])
+    part = {name: features[few] for name, features in train.items()}
+    verdict = judge(part, train_labels[few], test, test_labels, default="poor", epochs=20)
+    assert verdict.features == "poor" and verdict.linear == verdict.layers["poor"]
+    assert verdict.layers["good"] > verdict.layers["noise"]
+
+
+def test_every_probe_of_a_sweep_is_the_one_fitted_alone():
+    """By torch's own modules and optimizer, one feature set and one rate at a time, on the same batches."""
+    epochs, batch = 3, 256
+    features, labels = blobs(600, 2.0, 1)
+    swept = sweep({"other": features * 0.5 + 1, "this": features}, labels, CLASSES, epochs=epochs, seed=7)["this"]
+    for turn, rate in enumerate(RATES):
+        linear = torch.nn.Linear(D, CLASSES)
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+        groups = [{"params": [linear.weight]}, {"params": [linear.bias], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * 3)
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(epochs):
+            for rows in torch.randperm(600, generator=generator).split(batch):
+                optimizer.zero_grad()
+                F.cross_entropy(linear(features[rows]), labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+        torch.testing.assert_close(swept[turn, :-1], linear.weight.T, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(swept[turn, -1], linear.bias, atol=1e-4, rtol=1e-3)
 
 
 def test_knn_by_hand():
@@ -136,6 +163,9 @@ def test_standardised_is_measured_on_the_reference():
     assert torch.isfinite(standardised(reference, reference)).all()
 
 
-def test_accuracy():
-    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
-    assert accuracy(logits, torch.tensor([1, 0, 0])) == pytest.approx(2 / 3)
+def test_scores():
+    fit = torch.zeros(2, 3, 2)  # two rates, two dimensions and a bias, two classes
+    fit[0, 0, 1] = 1.0
+    fit[1, 2, 0] = 1.0
+    features, labels = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [2.0, 5.0]]), torch.tensor([1, 0, 0])
+    assert scores(fit, features, labels).tolist() == pytest.approx([2 / 3, 2 / 3])
