@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # peak learning rates that are tried
 EPOCHS, BATCH, DECAY = 100, 256, 1e-4
-_FOLDS = 5
+_FOLDS, _SMALL = 5, 1000  # pictures of a set that is judged on every fold
 _LEAST = 5  # pictures of a class, in the mean; with fewer nothing is chosen
 _DEFAULT_RATE = 3e-3
 
@@ -64,7 +64,7 @@ def _on_folds(train: dict[str, Tensor], labels: Tensor, classes: int, epochs: in
     the mean over folds of a small set, one fold of a large one."""
     fold = torch.arange(len(labels)) % _FOLDS
     found = {name: torch.zeros(len(RATES), dtype=torch.float64) for name in train}
-    for held in range(_FOLDS if len(labels) <= _FOLDS * 1000 else 1):
+    for held in range(_FOLDS if len(labels) <= _SMALL else 1):
         kept, apart = fold != held, fold == held
         part = {name: features[kept] for name, features in train.items()}
         for name, fit in sweep(part, labels[kept], classes, epochs=epochs, seed=seed).items():
@@ -101,13 +101,12 @@ def _fit(x_FND: Tensor, labels_N: Tensor, classes: int, epochs: int, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for rows in torch.randperm(n, generator=generator).split(BATCH):
-            x_FBD, wanted_FB = x_FND[:, rows], labels_N[rows].expand(sets, -1)
-            losses = [
-                F.cross_entropy(torch.baddbmm(b, x_FBD, w).flatten(0, 1), wanted_FB.flatten())
-                for w, b in zip(weights, biases, strict=True)
-            ]
+            logits = torch.baddbmm(torch.cat(biases, dim=2), x_FND[:, rows], torch.cat(weights, dim=2))  # one product
+            logits_FBRV = logits.unflatten(2, (len(RATES), classes))
+            wanted_FBR = labels_N[rows][:, None].expand(sets, -1, len(RATES))
+            losses = F.cross_entropy(logits_FBRV.flatten(0, 2), wanted_FBR.flatten(), reduction="sum")
             optimizer.zero_grad()
-            (sets * torch.stack(losses).sum()).backward()  # each set's own mean
+            (losses / len(rows)).backward()  # of each classifier its own mean
             optimizer.step()
             schedule.step()
     return torch.stack([torch.cat([w, b], dim=1) for w, b in zip(weights, biases, strict=True)]).detach()
