@@ -34,7 +34,7 @@ def settings(seed: int) -> list[str]:
 
 def pretrained(seed: int) -> Path:
     """The run folder of a pretraining from this seed."""
-    run = OUT / f"pretrain-{seed}"
+    run = OUT / f"pretrain-{seed}" if seed else DEMO / "pretrain"  # whose seed is 0
     if not (run / "ended").exists():
         launch("pretrain", [*settings(seed), f"train.run={run}", "log.evaluation_share=0"])
     return run
