@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # peak learning rates that are tried
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # peak learning rates that are tried
 EPOCHS, BATCH, DECAY = 100, 256, 1e-4
 _FOLDS, _SMALL = 5, 1000  # pictures of a set that is judged on every fold
 _LEAST = 5  # pictures of a class, in the mean; with fewer nothing is chosen
