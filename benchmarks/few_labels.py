@@ -17,7 +17,7 @@ from pipeline.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 DEMO, OUT = ROOT / "runs" / "demo", ROOT / "runs" / "few_labels"
 SEEDS, SHARES = (0, 1, 2), (0.01, 0.1, 1.0)
-STEPS = 300  # of fine-tuning
+STEPS = 150  # of fine-tuning
 PROBED = ("trained", "untrained", "raw pixels")
 
 
@@ -56,9 +56,25 @@ def tuned(name: str, init: str, seed: int, share: float, steps: int) -> float:
     if not (run / "ended").exists():
         words = [f"finetune.run={run}", f"finetune.init={init}", f"finetune.label_share={share}"]
         words += [f"finetune.duration={steps} steps", f"finetune.warmup={steps // 10} steps"]
+        words += [] if init else ["finetune.layer_decay=1"]  # for layers that have learned something
         launch("finetune", [*settings(seed), *words, f"finetune.test_every={steps} steps"])
     (last,) = [line for line in read_metrics(run, "test") if line["step"] == steps]
     return last["accuracy"]
+
+
+def trained_and_tested(seed: int, length: int, found: dict[str, dict[float, list[float]]]) -> dict[float, int]:
+    """All of one seed, added to `found`: accuracies by method and share. Returns how many pictures each share has."""
+    run, pictures = pretrained(seed), {}
+    for share in SHARES:
+        probe = probed(run, seed, share)
+        pictures[share] = probe["train_samples"]
+        each = {f"{kind}, {who}": probe["results"][who][key] for kind, key in KINDS for who in PROBED}
+        each["fine-tuned, trained"] = tuned("tuned", str(run), seed, share, STEPS)
+        each["fine-tuned, untrained"] = tuned("untrained", "", seed, share, STEPS)
+        each[f"supervised, {length} steps"] = tuned("supervised", "", seed, share, length)
+        for name, accuracy in each.items():
+            found.setdefault(name, {}).setdefault(share, []).append(accuracy)
+    return pictures
 
 
 def main() -> None:
@@ -66,20 +82,14 @@ def main() -> None:
     config = load_config(settings(0)[0], settings(0)[1:])
     if not (DEMO / "tokens" / "train" / "manifest.json").exists():
         sys.exit("error: run ./launch.sh demo first; this uses its shards, tokens and tokenizer")
+    if sys.argv[1:2] == ["--seed"]:  # only its runs, for those who have a machine for each
+        trained_and_tested(int(sys.argv[2]), int(config.train.duration.count), {})
+        return
     length = int(config.train.duration.count)
     found: dict[str, dict[float, list[float]]] = {}
-    pictures = {}
+    pictures: dict[float, int] = {}
     for seed in SEEDS:
-        run = pretrained(seed)
-        for share in SHARES:
-            probe = probed(run, seed, share)
-            pictures[share] = probe["train_samples"]
-            each = {f"{kind}, {who}": probe["results"][who][key] for kind, key in KINDS for who in PROBED}
-            each["fine-tuned, trained"] = tuned("tuned", str(run), seed, share, STEPS)
-            each["fine-tuned, untrained"] = tuned("untrained", "", seed, share, STEPS)
-            each[f"supervised, {length} steps"] = tuned("supervised", "", seed, share, length)
-            for name, accuracy in each.items():
-                found.setdefault(name, {}).setdefault(share, []).append(accuracy)
+        pictures |= trained_and_tested(seed, length, found)
     rows = [{"": name} | {f"{s:.0%} ({pictures[s]})": cell(v) for s, v in by.items()} for name, by in found.items()]
     ratios = {f"{kind} − best without pretraining, {s:.0%}": gain(found, kind, s) for kind in GAINS for s in SHARES}
     write(

@@ -42,8 +42,8 @@ def write(name: str, question: str, rows: list[dict], ratios: dict[str, float], 
 
 
 def launch(verb: str, words: list[str]) -> None:
-    """`./launch.sh VERB …` with two processes; its complaint ends the benchmark."""
-    environment = {**os.environ, "BEITFORGE_PYTHON": sys.executable, "NPROC": "2"}
+    """`./launch.sh VERB …` with NPROC (two) processes; its complaint ends the benchmark."""
+    environment = {"NPROC": "2", **os.environ, "BEITFORGE_PYTHON": sys.executable}
     command = [str(_PAGE.with_name("launch.sh")), verb, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

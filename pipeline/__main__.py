@@ -33,7 +33,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if verb == "probe":
         from pipeline.stages import probe
 
-        return probe.run(arguments.run, arguments.shards, arguments.test, arguments.samples, arguments.epochs)
+        words = {name: getattr(arguments, name) for name in ("samples", "label_share", "seed", "epochs")}
+        return probe.run(arguments.run, arguments.shards, arguments.test, probe.Asked(**words))
     if verb == "report":
         from pipeline.stages import report
 

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("test", metavar="TEST", nargs="?", help="shards to test on (default: a fifth of SHARDS)")
     probe.add_argument("--samples", type=int, default=20_000, help="at most so many of each set (default 20000)")
     probe.add_argument("--label-share", type=float, default=1.0, help="fit on so much of each class (default 1)")
+    probe.add_argument("--seed", type=int, default=0, help="that chooses them (default 0)")
     probe.add_argument("--epochs", type=int, default=100, help="of the linear probes (default 100)")
     _add_seeing(verbs)
     _add_plan(verbs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,17 +13,33 @@ from pipeline.config import Config, ConfigError
 from pipeline.metrics import say
 from pipeline.model import Beit
 from pipeline.pixels import normalise
-from pipeline.probe import judge
+from pipeline.probe import EPOCHS, judge
 from pipeline.streams import Source, evaluation, evaluation_batches
 from pipeline.weights import run_config, trained_weights, with_weights
-from shards.index import FLAG_LABELLED
+from shards.labelled import Chosen, chosen_rows
 from shards.progress import Progress
 
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
 
 
-def run(run_folder: Path, shards: str, test: str | None, samples: int, epochs: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """samples: at most so many of each set. label_share: of each class's pictures, chosen by `seed`. epochs: of the
+    linear probes."""
+
+    samples: int = 20_000
+    label_share: float = 1.0
+    seed: int = 0
+    epochs: int = EPOCHS
+
+
+def run(run_folder: Path, shards: str, test: str | None, asked: Asked) -> int:
     """Print the table and write RUN/probe.json; returns the exit code."""
+    if not 0 < asked.label_share <= 1 or asked.samples < 2 or asked.epochs < 1:
+        raise ConfigError(
+            f"--label-share {asked.label_share} lies in (0, 1], --samples {asked.samples} is at least 2, --epochs "
+            f"{asked.epochs} at least 1; choose others"
+        )
     config = run_config(run_folder)
     source = trained_weights(run_folder)
     weights, state = source.all(), source.state
@@ -30,14 +47,15 @@ def run(run_folder: Path, shards: str, test: str | None, samples: int, epochs: i
     trained = with_weights(config, weights, run_folder)
     untrained = Beit(trained.model, config.tokenizer.vocabulary, config.data.seed)
     models = {"trained": trained.to(device), "untrained": untrained.to(device).eval()}
-    train_features, train_labels = _features(config, models, shards, samples, device)
-    if test is None:
+    fitting, testing = _labelled(config, shards, asked), _labelled(config, test, Asked()) if test else None
+    train_features, train_labels = _features(config, models, fitting, asked.samples, device)
+    if testing is None:
         part = torch.arange(len(train_labels)) % 5 == 4
         test_labels, train_labels = train_labels[part], train_labels[~part]
         test_features = {who: {n: f[part] for n, f in sets.items()} for who, sets in train_features.items()}
         train_features = {who: {n: f[~part] for n, f in sets.items()} for who, sets in train_features.items()}
     else:
-        test_features, test_labels = _features(config, models, test, samples, device)
+        test_features, test_labels = _features(config, models, testing, asked.samples, device)
     if len(train_labels.unique()) < 2 or not len(test_labels):
         raise ConfigError(
             f"{shards} has fewer than two classes, or too few pictures; a probe needs labels to tell apart"
@@ -45,10 +63,10 @@ def run(run_folder: Path, shards: str, test: str | None, samples: int, epochs: i
     verdicts = {}
     for who in train_features:
         fitted, tested, default = train_features[who], test_features[who], _default(who, config)
-        verdicts[who] = judge(fitted, train_labels, tested, test_labels, default=default, epochs=epochs)
+        verdicts[who] = judge(fitted, train_labels, tested, test_labels, default=default, epochs=asked.epochs)
     share = float(test_labels.bincount().max()) / len(test_labels)
     content: dict[str, object] = {"step": state.step, "majority_class": share}
-    content |= {"train_samples": len(train_labels), "test_samples": len(test_labels)}
+    content |= {"label_share": asked.label_share, "train_samples": len(train_labels), "test_samples": len(test_labels)}
     content |= {"classes": int(train_labels.max()) + 1}
     content |= {"results": {who: dataclasses.asdict(verdict) for who, verdict in verdicts.items()}}
     (run_folder / "probe.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -69,15 +87,13 @@ def _default(who: str, config: Config) -> str:
 
 @torch.no_grad()
 def _features(
-    config: Config, models: dict[str, Beit], folder: str, samples: int, device: torch.device
+    config: Config, models: dict[str, Beit], source: Source, samples: int, device: torch.device
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
     """Features by model and layer, f32 [n, D]: the mean over patches after each block; and labels i64 [n]."""
-    source = evaluation(config, folder)
-    _require_labels(source, folder)
     count = min(samples, source.samples)
     gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}
     labels = []
-    with Progress(f"features {Path(folder).name}", count, "image") as progress:
+    with Progress(f"features {Path(str(source.stream.images.folder)).name}", count, "image") as progress:
         for batch in evaluation_batches(config, source, samples=count, micro=128, rank=0, world=1):
             labels.append(batch.labels)
             pixels = batch.pixels.to(device).float() / 255
@@ -94,10 +110,8 @@ def _features(
     )
 
 
-def _require_labels(source: Source, folder: str) -> None:
-    images = source.stream.images
-    for shard, entry in enumerate(images.manifest.shards):
-        if not (images.index(shard).flags & FLAG_LABELLED).all():
-            raise ConfigError(
-                f"{folder}: {entry.name} has pictures without a label (.cls); a probe needs labelled shards"
-            )
+def _labelled(config: Config, where: str, asked: Asked) -> Source:
+    """Central views of the pictures that have labels to be used."""
+    source = evaluation(config, where)
+    rows = chosen_rows(source.stream.images, asked.label_share, asked.seed)
+    return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=Chosen(rows, None)))

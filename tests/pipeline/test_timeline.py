@@ -36,8 +36,8 @@ def test_buckets_hide_behind_backward():
 
 
 def test_weights_are_fetched_ahead():
-    """What the first `ahead` blocks need comes at once, and they wait for it; the rest arrives while others are computed,
-    unless the network is slower."""
+    """What the first `ahead` blocks need comes at once, and they wait for it; the rest arrives while others are
+    computed, unless the network is slower."""
     fast = step(Work(**{**LONE, "turns": 1}, gather=0.6, overlap=True, ahead=2))
     assert fast.exposed == pytest.approx(0.1)
     assert step(Work(**{**LONE, "turns": 1}, gather=0.6)).exposed == pytest.approx(0.6)
