@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
 
 class Places(Protocol):
-    """Where a sample lies: shards.order.Order, or InTurn."""
+    """Where a sample lies: shards.order.Order, shards.subset.Subset, or InTurn."""
 
     samples: int
 
@@ -100,7 +100,8 @@ class InTurn:
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """What turns sample numbers into batches. `size` is (H, W), `resample` a filter of `cut_into`; `tokenizer_size` and
-    its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of shards.jpeg.DECODERS."""
+    its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of shards.jpeg.DECODERS.
+    `augment` changes the pixels u8 [3, H, W] of a sample in place."""
 
     images: ImageSet
     places: Places
@@ -112,6 +113,7 @@ class Stream:
     decoder: str = "auto"
     seed: int = 0
     draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+    augment: Callable[[int, torch.Tensor], None] | None = None
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -163,6 +165,8 @@ class Stream:
                 name = self.images.manifest.shards[int(shards[i])].name
                 raise ShardError(f"{name} {indexes[i].key(int(rows[i]))}: {error}") from error
             cut_into(pixels[i], crop, bool(flip), limit, self.resample)
+            if self.augment is not None:
+                self.augment(int(samples[i]), pixels[i])
             if second.numel():
                 cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
         drawn = self.draw(samples) if self.draw else {}

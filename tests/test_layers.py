@@ -88,6 +88,11 @@ TABLE = (
     ),
     Row("pipeline.blocks", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.model", f"{LEARN} pipeline.blocks", "shards deepspeed pipeline.stages"),
+    Row(
+        "pipeline.augment",
+        f"{CONFIG} numpy scipy torch PIL timm shards.draws pipeline.stand_in",
+        "shards.loader deepspeed pipeline.stages pipeline.model",
+    ),
     Row("pipeline.masking", LEARN, "shards deepspeed pipeline.stages torch"),
     Row("pipeline.objective", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.optim", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
@@ -140,7 +145,7 @@ TABLE = (
     Row("pipeline.feed", f"{CONFIG} torch pipeline.pace", "pipeline.model shards pipeline.stages"),
     Row(
         "pipeline.streams",
-        f"{CONFIG} pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",
+        f"{CONFIG} pipeline.augment pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",
         "pipeline.model deepspeed pipeline.stages",
     ),
     Row(

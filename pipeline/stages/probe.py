@@ -13,9 +13,8 @@ from pipeline.metrics import say
 from pipeline.model import Beit
 from pipeline.pixels import normalise
 from pipeline.probe import judge
-from pipeline.streams import Source, evaluation, evaluation_batches
+from pipeline.streams import evaluation, evaluation_batches, require_labels
 from pipeline.weights import run_config, trained_weights, with_weights
-from shards.index import FLAG_LABELLED
 from shards.progress import Progress
 
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
@@ -64,7 +63,7 @@ def _features(
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
     """Features by model and layer, f32 [n, D]: the mean over patches after each block; and labels i64 [n]."""
     source = evaluation(config, folder)
-    _require_labels(source, folder)
+    require_labels(source.stream.images, "the set", "a probe")
     count = min(samples, source.samples)
     gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}
     labels = []
@@ -83,12 +82,3 @@ def _features(
     return {who: {n: torch.cat(parts) for n, parts in sets.items()} for who, sets in gathered.items()}, torch.cat(
         labels
     )
-
-
-def _require_labels(source: Source, folder: str) -> None:
-    images = source.stream.images
-    for shard, entry in enumerate(images.manifest.shards):
-        if not (images.index(shard).flags & FLAG_LABELLED).all():
-            raise ConfigError(
-                f"{folder}: {entry.name} has pictures without a label (.cls); a probe needs labelled shards"
-            )
