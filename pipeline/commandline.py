@@ -116,7 +116,7 @@ def _add_launching(verbs: argparse._SubParsersAction) -> None:
     slurm = verbs.add_parser("slurm", help=text, description=text, epilog=_SLURM_EXAMPLES, allow_abbrev=False)
     slurm.formatter_class = argparse.RawDescriptionHelpFormatter
     slurm.add_argument(
-        "words", metavar="[VERB] CONFIG|ARGS", nargs="*", help="pretrain (default), tokenizer, tokenize, pack"
+        "words", metavar="[VERB] CONFIG|ARGS", nargs="*", help="pretrain (default), finetune, tokenizer, tokenize, pack"
     )
     slurm.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
     slurm.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="one task, one process for each")

@@ -238,10 +238,11 @@ class Engine:
         self.deepspeed.backward(loss * torch.where(finite, 1.0, math.nan))
 
     def step(self, learning_rate: float) -> tuple[Tensor | float, bool]:
-        """After the last micro batch: clip, update, clear. Returns the gradient norm before clipping, and whether the
-        update was made: not where the norm, which is over all ranks, is not finite. Then nothing has changed."""
+        """After the last micro batch: clip, update, clear; a group's rate is learning_rate times its `lr_scale`, if it
+        has one. Returns the gradient norm before clipping, and whether the update was made: not where the norm, which
+        is over all ranks, is not finite. Then nothing has changed."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         norm = self._plain_norm()
         if norm is None:
             self.deepspeed.step()

@@ -137,7 +137,7 @@ class Classifier(Encoder):
     """BEiT for fine-tuning (the released code's): mean over patches, LayerNorm, Linear; no mask embedding."""
 
     def __init__(self, model: Model, classes: int):
-        """classes: 0 leaves the head out, and `forward` gives the features [B, D]."""
+        """NaN until initialised or loaded. classes: 0 leaves the head out, and `forward` gives the features [B, D]."""
         super().__init__(model, masks=False)
         self.norm = LayerNorm(model.width)
         self.head = Linear(model.width, classes) if classes else nn.Identity()
@@ -149,19 +149,19 @@ class Classifier(Encoder):
 
 
 @torch.no_grad()
-def initialise(beit: Beit, seed: int) -> None:
+def initialise(encoder: Encoder, seed: int) -> None:
     """Every parameter, in the order of named_parameters (RECIPE, "Init").
 
     Weights and embeddings: normal 0.02 truncated at ±0.02. Biases and bias tables 0, norms 1, layer scale its constant.
     The matrices that end a residual branch are divided by √(2 · layer number from 1).
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in beit.named_parameters():
+    for name, parameter in encoder.named_parameters():
         last = name.rsplit(".", 1)[-1]
         if last in ("bias", "q_bias", "v_bias", "table"):
             parameter.zero_()
         elif last in ("gamma1", "gamma2"):
-            parameter.fill_(beit.model.layer_scale_init)
+            parameter.fill_(encoder.model.layer_scale_init)
         elif ".norm" in f".{name}":
             parameter.fill_(1.0)
         else:

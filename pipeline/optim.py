@@ -23,6 +23,25 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def layer_groups(module: nn.Module, layers: int, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Groups for AdamW in which a layer learns at `layer_decay` times the rate of the one above it (`lr_scale`), with
+    and without weight decay; as the released code (unilm, beit/optim_factory.py, LayerDecayValueAssigner)."""
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in module.named_parameters():
+        place = _layer(name, layers), not decays(name, parameter)
+        scale = layer_decay ** (layers + 1 - place[0])
+        group = {"params": [], "weight_decay": 0.0 if place[1] else weight_decay, "lr_scale": scale}
+        groups.setdefault(place, group)["params"].append(parameter)
+    return [groups[place] for place in sorted(groups)]
+
+
+def _layer(name: str, layers: int) -> int:
+    """0 for the embeddings, l for block l from 1, layers + 1 for the norm behind the pooling and the head."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return layers + 1 if name.startswith(("norm.", "head.")) else 0
+
+
 def learning_rate(step: int, *, peak: float, end: float, warmup: int, steps: int) -> float:
     """Rate of step 0 … steps - 1: linear from 0 over `warmup` steps, then a cosine from `peak` to `end`."""
     if step < warmup:

@@ -24,16 +24,21 @@ def for_finetuning(weights: Weights, model: Model, size: Size) -> tuple[Weights,
     A shared table becomes every layer's own. The pretraining head, its norm and the mask embedding are left out; the
     norm behind the pooling starts anew.
     """
-    target = dataclasses.replace(model, input_size=size)
+    target = finetuned_model(model, size)
     resized = fit_grid(weights, model, target)
     shared = resized.pop("shared_bias.table", None)
     left_out = ("head.", "norm.", "mask_embedding")
     kept = {name: tensor for name, tensor in resized.items() if not name.startswith(left_out)}
     if shared is not None:
-        target = dataclasses.replace(target, positions="relative")
         kept |= {f"blocks.{layer}.attention.own_bias.table": shared.clone() for layer in range(model.layers)}
     kept |= {"norm.weight": torch.ones(model.width), "norm.bias": torch.zeros(model.width)}
     return kept, target
+
+
+def finetuned_model(model: Model, size: Size) -> Model:
+    """The shape of the classifier that fine-tuning makes of an encoder: a bias table per layer, pictures of `size`."""
+    positions = "relative" if model.positions == "relative_shared" else model.positions
+    return dataclasses.replace(model, input_size=size, positions=positions)
 
 
 def fit_grid(weights: Weights, model: Model, target: Model) -> Weights:

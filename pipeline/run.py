@@ -46,12 +46,15 @@ _FREE |= {"tokenizer": {"micro_batch", "precision"}}
 
 
 def identity(config: Config, sections: tuple[str, ...]) -> dict[str, dict]:
-    """The settings of `sections` that a run cannot change and still be the same run."""
+    """The settings that a run cannot change and still be the same run: of each of `sections` all that count, or of
+    `section.key` that one."""
     tree = to_tree(config)
-    return {
-        section: {name: value for name, value in tree[section].items() if name not in _FREE.get(section, set())}
-        for section in sections
-    }
+    found: dict[str, dict] = {}
+    for entry in sections:
+        section, _, only = entry.partition(".")
+        names = {only} if only else tree[section].keys() - _FREE.get(section, set())
+        found[section] = found.get(section, {}) | {n: value for n, value in tree[section].items() if n in names}
+    return found
 
 
 def identity_digest(config: Config, sections: tuple[str, ...]) -> str:
@@ -59,8 +62,8 @@ def identity_digest(config: Config, sections: tuple[str, ...]) -> str:
     return hashlib.sha256(json.dumps(identity(config, sections), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int) -> None:
-    """Write config.yaml and environment.json; refuse a folder that holds a run of another identity."""
+def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int, job: str) -> None:
+    """Write config.yaml and environment.json; refuse a folder that holds a run of another identity. job: what runs."""
     path = run / "config.yaml"
     if path.exists():
         # read as a config, so that a setting that came later has its default
@@ -75,7 +78,7 @@ def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int
                     )
     run.mkdir(parents=True, exist_ok=True)
     _write(path, to_yaml(config))
-    _write(run / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+    _write(run / "environment.json", json.dumps({"job": job, **environment(world)}, indent=1) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

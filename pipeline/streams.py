@@ -10,22 +10,29 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.config import ONLINE, Config, ConfigError, Mask, Model, View
+from pipeline.augment import RandAugment, supervised_draws
+from pipeline.config import ONLINE, Config, ConfigError, Mask, Model, Size, View
 from pipeline.masking import draw_masks
 from pipeline.rendezvous import place_of
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer, stated_fingerprint
 from shards import draws
 from shards.ahead import fetched_ahead
 from shards.images import ImageSet, Reading
+from shards.index import FLAG_LABELLED
 from shards.loader import Batch, InTurn, Numbers, Places, Stream, load
 from shards.manifest import read_token_manifest
 from shards.order import Order, OrderPolicy, RankBatches, rank_batches
 from shards.pairs import CentralViews, DrawnViews, RecordedViews, ViewSource
 from shards.remote import Remote, cache_for
+from shards.subset import Subset, chosen_rows
 from shards.views import ARITHMETIC, ViewPolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Draw = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -204,13 +211,94 @@ def tokenizer_training(config: Config) -> Source:
     return Source(stream, images.manifest.fingerprint, "")
 
 
-def evaluation(config: Config, where: str) -> Source:
-    """Images in manifest order, central views of the encoder's size."""
-    images, size = image_set(config, where), config.model.input_size
+def evaluation(config: Config, where: str, size: Size | None = None, share: float = 0.875) -> Source:
+    """Images in manifest order, central views of the encoder's size, or of `size`; share: of the largest's sides."""
+    images, size = image_set(config, where), size or config.model.input_size
     places = InTurn([shard.samples for shard in images.manifest.shards])
-    source = CentralViews(size.width / size.height)
+    source = CentralViews(size.width / size.height, share)
     stream = Stream(images=images, places=places, source=source, size=size, decoder=config.loader.decoder)
     return Source(stream, images.manifest.fingerprint, "")
+
+
+def supervised(config: Config) -> Source:
+    """data.labelled_images, or the chosen share of each class, under fresh views every epoch, augmented.
+
+    Raises ConfigError for pictures without labels, and for what timm does not do."""
+    tune, seed = config.finetune, config.data.seed
+    images = image_set(config, config.data.labelled_images)
+    require_labels(images, "data.labelled_images", "fine-tuning")
+    policy = ViewPolicy(
+        seed=seed,
+        area_min=tune.area_min,
+        area_max=tune.area_max,
+        flip=tune.flip,
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+    )
+    augment = None
+    if tune.randaugment:
+        augment = RandAugment(tune.randaugment, tune.input_size, config.model.mean, seed)
+    stream = Stream(
+        images=images,
+        places=_labelled_order(config, images),
+        source=DrawnViews(policy),
+        size=tune.input_size,
+        decoder=config.loader.decoder,
+        seed=seed,
+        draw=functools.partial(supervised_draws, tune, config.model.layers, seed),
+        augment=augment,
+    )
+    return Source(stream, images.manifest.fingerprint, "")
+
+
+def _labelled_order(config: Config, images: ImageSet) -> Places:
+    share, whole = config.finetune.label_share, _order(config, images)
+    if share == 1.0:
+        return whole
+    return Subset(chosen_rows(images, share, config.data.seed), whole.policy)
+
+
+def share_of(config: Config, source: Source, share: float, seed: int) -> Source:
+    """A share of the labelled pictures of a source, as label_share has it, each once an epoch."""
+    images = source.stream.images
+    places = Subset(chosen_rows(images, share, seed), _order(config, images).policy)
+    return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=places))
+
+
+def supervised_test(config: Config) -> Source | None:
+    """data.labelled_test for fine-tuning, or None. Raises ConfigError when its labels are not those trained on."""
+    if not config.data.labelled_test:
+        return None
+    tune = config.finetune
+    source = evaluation(config, config.data.labelled_test, tune.input_size, tune.test_crop)
+    require_labels(source.stream.images, "data.labelled_test", "fine-tuning")
+    names, trained = (
+        images.manifest.classes for images in (source.stream.images, image_set(config, config.data.labelled_images))
+    )
+    for label, (theirs, ours) in enumerate(zip(names, trained, strict=False)):
+        if theirs != ours:
+            raise ConfigError(
+                f"data.labelled_test has class {theirs!r} as label {label}, data.labelled_images {ours!r}: pack both "
+                f"from folders of the same classes, or as one with --split"
+            )
+    return source
+
+
+def require_labels(images: ImageSet, what: str, who: str) -> None:
+    """Raise ConfigError unless every picture has a label from 0 on; `what` names the set, `who` needs them."""
+    for shard, entry in enumerate(images.manifest.shards):
+        columns = images.index(shard).columns
+        if not (columns["flags"] & FLAG_LABELLED).all() or columns["label"].min(initial=0) < 0:
+            raise ConfigError(
+                f"{what} ({images.folder}): {entry.name} has pictures without a label (.cls from 0 on); {who} needs "
+                f"labelled shards: pack a folder per class"
+            )
+
+
+def num_classes(images: ImageSet) -> int:
+    """The largest label, and one more for 0."""
+    return max(int(images.index(n).columns["label"].max(initial=0)) for n in range(len(images.manifest.shards))) + 1
 
 
 def training_batches(
@@ -228,7 +316,7 @@ def training_batches(
     numbers = rank_batches(
         first_sample=first_sample, global_batch=global_batch, micro_batch=micro, rank=rank, world=world, steps=steps
     )
-    if not isinstance(source.stream.images.folder, Remote):
+    if not isinstance(source.stream.images.folder, Remote) or not isinstance(source.stream.places, Order):
         return _load(config, source.stream, numbers)
     return _load_ahead(config, source.stream, numbers)
 
@@ -252,6 +340,22 @@ def evaluation_batches(
     """A rank's share of samples 0 … samples - 1, each once over all ranks; the last batch may be short."""
     mine = np.arange(rank, samples, world, dtype=np.int64)
     return _load(config, source.stream, [mine[i : i + micro] for i in range(0, len(mine), micro)])
+
+
+def even_batches(
+    config: Config, source: Source, *, samples: int, micro: int, rank: int, world: int
+) -> Iterator[tuple[Batch, "Tensor"]]:
+    """A rank's share of samples 0 … samples - 1 in as many batches of the same sizes as every other rank's, which
+    ZeRO-3 needs: each forward gathers weights from all. With each comes weight f32 [B]: 1 for a sample of this rank,
+    each once over all ranks, 0 for one that fills up."""
+    import torch
+
+    places = np.arange(rank, -(-samples // world) * world, world, dtype=np.int64)
+    mine = np.minimum(places, samples - 1)
+    batches = _load(config, source.stream, [mine[i : i + micro] for i in range(0, len(mine), micro)])
+    for number, batch in enumerate(batches):
+        counts = places[number * micro : (number + 1) * micro] < samples
+        yield batch, torch.from_numpy(counts).to(batch.samples.device, torch.float32)
 
 
 def _load(config: Config, stream: Stream, numbers: Numbers) -> Iterator[Batch]:

@@ -31,7 +31,7 @@ from shards.progress import Progress, Silent
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training. `sections`: the config sections of its identity. `evaluate(engine)`: held-out values, or {}."""
+    """One training. `sections`: the config sections of its identity. `evaluate(engine, done)`: values by their kind."""
 
     label: str
     run: Path
@@ -46,7 +46,7 @@ class Job:
     end_lr: float
     save_every: Duration
     objective: Callable[[Engine, int], Objective]
-    evaluate: Callable[[Engine], dict[str, float]] | None = None
+    evaluate: Callable[[Engine, int], dict[str, dict[str, float]]] | None = None
     heldout_every: Duration | None = None
     flops: float = 0.0
 
@@ -61,7 +61,7 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, world.rank))
         if world.first:
             stack.enter_context(locked(job.run, say))
-            open_folder(job.run, config, job.sections, world.size)
+            open_folder(job.run, config, job.sections, world.size, job.label)
         barrier()
         engine = Engine(job.module, job.groups, job.setup, world)
         steps = job.duration.steps(job.source.samples, job.setup.global_batch)
@@ -114,7 +114,8 @@ def _parts(
 
     def evaluate(done: int) -> None:
         if job.evaluate is not None:
-            metrics.write(done, "heldout", job.evaluate(engine))
+            for kind, values in job.evaluate(engine, done).items():
+                metrics.write(done, kind, values)
 
     session = from_first(time.time_ns(), world)
     hosts = gathered(socket.gethostname(), world)

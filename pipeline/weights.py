@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pipeline import zero
 from pipeline.checkpoint import State, newest
-from pipeline.config import Config, ConfigError, from_tree, load_config, to_tree
+from pipeline.config import Config, ConfigError, Model, from_tree, load_config, to_tree
 from pipeline.metrics import say
-from pipeline.model import Beit
-from pipeline.resize import fit_grid
+from pipeline.model import Beit, Classifier
+from pipeline.resize import fit_grid, for_finetuning
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
@@ -121,7 +121,10 @@ def refuse_others(config: Config, shapes: dict[str, tuple[int, ...]], source: Pa
     with torch.device("meta"):
         beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     if {name: tuple(tensor.shape) for name, tensor in beit.state_dict().items()} != shapes:
-        raise ConfigError(f"the weights in {source} are no encoder's of its config; is it the training of a tokenizer?")
+        raise ConfigError(
+            f"the weights in {source} are no encoder's of its config; is it the training of a tokenizer, or a "
+            f"fine-tuning?"
+        )
 
 
 def load_encoder(folder: Path) -> tuple[Beit, Config]:
@@ -161,15 +164,36 @@ def start_from(folder: Path, beit: Beit, vocabulary: int) -> str:
     A head over another vocabulary stays as it was drawn. Raises ConfigError when the two are of different shape.
     """
     _, config, weights = _read_encoder(folder)
-    for name in ("layers", "width", "heads", "patch_size", "mlp_ratio", "positions", "layer_scale", "mean", "std"):
-        theirs, ours = getattr(config.model, name), getattr(beit.model, name)
-        if theirs != ours:
-            raise ConfigError(
-                f"train.init {folder} has model.{name} {theirs}, this config says {ours}; make them equal"
-            )
+    _refuse_other_shapes(f"train.init {folder}", config.model, beit.model)
     fitted = fit_grid(weights, config.model, beit.model)
     same_head = config.tokenizer.vocabulary == vocabulary
     if not same_head:
         fitted |= {name: tensor for name, tensor in beit.state_dict().items() if name.startswith("head.")}
     beit.load_state_dict(fitted)
     return f"starting from {folder}" + ("" if same_head else f", with a new head over {vocabulary} tokens")
+
+
+def _refuse_other_shapes(what: str, theirs: Model, ours: Model) -> None:
+    for name in ("layers", "width", "heads", "patch_size", "mlp_ratio", "positions", "layer_scale", "mean", "std"):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise ConfigError(
+                f"{what} has model.{name} {getattr(theirs, name)}, this config says {getattr(ours, name)}; make them "
+                f"equal"
+            )
+
+
+def tune_from(folder: Path, classifier: Classifier, model: Model) -> str:
+    """Load an encoder, of a run folder, exported or imported, into a classifier for pictures of its own size; returns
+    a line that says what was taken. The head stays as it was drawn.
+
+    model: the config's. Raises ConfigError when the two are of different shape, or there are no weights.
+    """
+    config, found = run_config(folder), trained_weights(folder)
+    _refuse_other_shapes(f"finetune.init {folder}", config.model, model)
+    refuse_others(config, found.shapes, folder)
+    size = classifier.model.input_size
+    weights, _ = for_finetuning(found.all(), config.model, size)
+    head = {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith("head.")}
+    classifier.load_state_dict(weights | head)
+    resized = f", its {config.model.input_size} px windows laid on {size}" if size != config.model.input_size else ""
+    return f"starting from step {found.state.step} of {folder}{resized}"

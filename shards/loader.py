@@ -1,4 +1,4 @@
-"""Whole batches, built in the worker: decode, cut by the record, resize to uint8. The one module here that uses torch.
+"""Whole batches, built in the worker: decode, cut by the record, resize to uint8. With shards.cuts what uses torch.
 
 A batch is a pure function of the sample numbers asked for. Workers, ranks and restarts therefore never change it.
 """
@@ -20,7 +20,7 @@ from shards import codec, draws
 from shards.errors import ShardError
 from shards.images import DamagedSample, ImageSet
 from shards.pairs import Picked, ViewSource
-from shards.views import Views, unclipped_limits
+from shards.views import unclipped_limits
 
 _SUBSTITUTES = 32
 TORCH = "torch bicubic"
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
 
 class Places(Protocol):
-    """Where a sample lies: shards.order.Order, or InTurn."""
+    """Where a sample lies: shards.order.Order, shards.subset.Subset, or InTurn."""
 
     samples: int
 
@@ -100,7 +100,8 @@ class InTurn:
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """What turns sample numbers into batches. `size` is (H, W), `resample` a filter of `cut_into`; `tokenizer_size` and
-    its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of shards.jpeg.DECODERS."""
+    its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of shards.jpeg.DECODERS.
+    `augment` changes the pixels u8 [3, H, W] of a sample in place."""
 
     images: ImageSet
     places: Places
@@ -112,6 +113,7 @@ class Stream:
     decoder: str = "auto"
     seed: int = 0
     draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+    augment: Callable[[int, torch.Tensor], None] | None = None
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -163,6 +165,8 @@ class Stream:
                 name = self.images.manifest.shards[int(shards[i])].name
                 raise ShardError(f"{name} {indexes[i].key(int(rows[i]))}: {error}") from error
             cut_into(pixels[i], crop, bool(flip), limit, self.resample)
+            if self.augment is not None:
+                self.augment(int(samples[i]), pixels[i])
             if second.numel():
                 cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
         drawn = self.draw(samples) if self.draw else {}
@@ -295,8 +299,9 @@ class _Batches(Dataset):
             return str(error)
 
 
-def _start_worker(_: int) -> None:
-    """More open files; and signals are the training process's business: it still needs batches to finish its step."""
+def start_worker(_: int) -> None:
+    """In a worker process: more open files; and signals are the training process's business, which still needs batches
+    to finish its step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -327,73 +332,9 @@ def load(stream: Stream, numbers: Numbers, *, workers: int, prefetch: int, pin: 
         prefetch_factor=prefetch,
         collate_fn=_as_it_is,
         multiprocessing_context="fork",  # the ring is inherited
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
     for sent in loader:
         if isinstance(sent, str):
             raise ShardError(sent)
         yield sent.received(ring, pin)
-
-
-class Cuts(NamedTuple):
-    """K views of n pictures of one shard: rows i64 [n] · pixels u8 [n, K, 3, H, W] · bad u8 [n] (1: unreadable)."""
-
-    rows: torch.Tensor
-    pixels: torch.Tensor
-    bad: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardCuts(Dataset):
-    """Item i is `per_item` pictures of a shard from row i · per_item on, each decoded once and cut by K records.
-
-    `views` are those of the whole shard, with leading [K, samples]; `resample` is the tokenizer's filter.
-    """
-
-    images: ImageSet
-    shard: int
-    views: Views
-    size: tuple[int, int]
-    resample: str
-    per_item: int
-    decoder: str = "auto"
-
-    def __len__(self) -> int:
-        return -(-self.views.flips.shape[1] // self.per_item)
-
-    def __getitem__(self, i: int) -> Cuts:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        views = self.views
-        rows = np.arange(i * self.per_item, min((i + 1) * self.per_item, views.flips.shape[1]), dtype=np.int64)
-        limits = unclipped_limits(
-            Views(views.boxes[:, rows], views.flips[:, rows], views.jitters[:, rows], views.orders[:, rows]),
-            self.images.index(self.shard).mean_grey[rows],
-        )
-        pixels = torch.zeros((len(rows), len(views.flips), 3, *self.size), dtype=torch.uint8)
-        bad = np.zeros(len(rows), dtype=np.uint8)
-        for n, row in enumerate(rows.tolist()):
-            picture = self._picture(row)
-            if picture is None:
-                bad[n] = 1
-                continue
-            for k, box in enumerate(views.boxes[:, row].tolist()):
-                how = bool(views.flips[k, row]), limits[k, n].tolist()
-                cut_into(pixels[n, k], codec.crop(picture, box), *how, self.resample)
-        return Cuts(torch.from_numpy(rows), pixels, torch.from_numpy(bad))
-
-    def _picture(self, row: int) -> np.ndarray | None:
-        try:
-            flags = int(self.images.index(self.shard).flags[row])
-            return codec.decode_whole(self.images.read(self.shard, row), flags, self.decoder)
-        except (DamagedSample, codec.PictureError):
-            return None
-
-
-def load_cuts(cuts: ShardCuts, *, workers: int, prefetch: int) -> Iterator[Cuts]:
-    """Iterate over the items in row order, decoded by `workers` processes (0: here)."""
-    prefetched = prefetch if workers else None
-    loader = DataLoader(
-        cuts, batch_size=None, num_workers=workers, prefetch_factor=prefetched, worker_init_fn=_start_worker
-    )
-    return iter(loader)

@@ -37,7 +37,7 @@ class ViewSource(Protocol):
 
 @dataclass(frozen=True)
 class DrawnViews:
-    """A fresh view every epoch, for training a tokenizer."""
+    """A fresh view every epoch: tokenizer training, online tokens, fine-tuning."""
 
     policy: ViewPolicy
 
@@ -52,12 +52,15 @@ class DrawnViews:
 
 @dataclass(frozen=True)
 class CentralViews:
-    """The same central part every time, of `aspect` = width / height; for probes."""
+    """The same central part every time, of `aspect` = width / height and with `share` of the largest one's sides; for
+    probes and tests."""
 
     aspect: float = 1.0
+    share: float = 0.875
 
     def views(self, picked: Picked) -> tuple[Views, np.ndarray]:
-        return central_views(picked.widths, picked.heights, self.aspect), np.zeros((len(picked.rows), 0), np.uint16)
+        views = central_views(picked.widths, picked.heights, self.aspect, self.share)
+        return views, np.zeros((len(picked.rows), 0), np.uint16)
 
     def usable(self, shard: int, row: int) -> bool:
         return True

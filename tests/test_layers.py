@@ -22,7 +22,7 @@ CONFIG = "pipeline.config pipeline.settings pipeline.rules"
 ENGINE = f"{CONFIG} pipeline.engine"
 LEARN = f"{CONFIG} kernels torch numpy pipeline.pixels"
 REPORT = f"{CONFIG} pipeline.chart pipeline.checkpoint pipeline.look pipeline.metrics pipeline.page pipeline.record"
-# shards without its one module that uses torch, and what a stage may use
+# shards without its two modules that use torch, and what a stage may use
 TORCHLESS = "shards.cache shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress"
 TORCHLESS += " shards.remote shards.tokens"
 BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model pipeline.objective pipeline.optim"
@@ -50,6 +50,7 @@ TABLE = (
     Row("shards.jpeg", "shards.errors numpy PIL nvidia simplejpeg", "kernels pipeline deepspeed torch"),
     Row("shards.remote", "shards xxhash fsspec aiohttp", "kernels pipeline deepspeed torch"),
     Row("shards.loader", "shards numpy torch", "kernels pipeline deepspeed"),
+    Row("shards.cuts", "shards numpy torch", "kernels pipeline deepspeed"),
     Row("shards*", "shards numpy webdataset yaml safetensors xxhash tqdm", "kernels pipeline deepspeed torch"),
     Row("pipeline", ""),
     Row(
@@ -87,6 +88,11 @@ TABLE = (
     ),
     Row("pipeline.blocks", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.model", f"{LEARN} pipeline.blocks", "shards deepspeed pipeline.stages"),
+    Row(
+        "pipeline.augment",
+        f"{CONFIG} numpy scipy torch PIL timm shards.draws pipeline.stand_in",
+        "shards.loader deepspeed pipeline.stages pipeline.model",
+    ),
     Row("pipeline.masking", LEARN, "shards deepspeed pipeline.stages torch"),
     Row("pipeline.objective", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
     Row("pipeline.optim", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
@@ -139,7 +145,7 @@ TABLE = (
     Row("pipeline.feed", f"{CONFIG} torch pipeline.pace", "pipeline.model shards pipeline.stages"),
     Row(
         "pipeline.streams",
-        f"{CONFIG} pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",
+        f"{CONFIG} pipeline.augment pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",
         "pipeline.model deepspeed pipeline.stages",
     ),
     Row(

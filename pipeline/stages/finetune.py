@@ -1,1 +1,150 @@
-"""`finetune CONFIG`: supervised training of a pretrained encoder on labelled shards."""
+"""`finetune CONFIG`: supervised training of a pretrained encoder. Goes on by itself from its newest checkpoint."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import newest
+from pipeline.config import Config, ConfigError, micro_batch
+from pipeline.ending import end
+from pipeline.engine import Engine, Setup, World, from_first, setup_from, start_world, sums
+from pipeline.metrics import say
+from pipeline.model import Classifier, initialise, training_flops
+from pipeline.objective import classification_loss, classified, encoder_input
+from pipeline.optim import layer_groups
+from pipeline.resize import finetuned_model
+from pipeline.streams import Source, even_batches, num_classes, supervised, supervised_test
+from pipeline.training import Job, run_training
+from pipeline.weights import tune_from
+from shards.loader import Batch
+
+# of `optimizer` and `train` only what fine-tuning takes from them
+_OTHERS = ("train.precision", "optimizer.beta1", "optimizer.beta2", "optimizer.epsilon")
+IDENTITY = ("data", "model", "finetune", "loader", *_OTHERS)
+
+
+def run(config: Config, stop: Callable[[], str]) -> int:
+    """Fine-tune; returns the exit code. `stop` says why to stop, or ''."""
+    tune = config.finetune
+    _refuse(config)
+    source, test = supervised(config), supervised_test(config)
+    classes = _classes(config, source, test)
+    world = start_world(config.faults.hang_seconds)
+    run_folder = Path(tune.run)
+    classifier = new_classifier(config, classes)
+    line = _start(config, classifier, run_folder, world)
+    for said in (line, "" if test else "data.labelled_test is empty: nothing is measured but the training itself"):
+        if world.first and said:
+            say(said)
+
+    def evaluate(engine: Engine, _: int) -> dict[str, dict[str, float]]:
+        return {"test": tested(config, engine, test)} if test is not None else {}
+
+    def step(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return classification_loss(config, engine.model, batch, engine.dtype)
+
+    job = Job(
+        label="finetune",
+        run=run_folder,
+        sections=IDENTITY,
+        source=source,
+        module=classifier,
+        groups=layer_groups(classifier, config.model.layers, tune.weight_decay, tune.layer_decay),
+        setup=tuning_setup(config, world),
+        duration=tune.duration,
+        warmup=tune.warmup,
+        peak_lr=tune.lr,
+        end_lr=tune.lr_end,
+        save_every=config.checkpoint.every,
+        objective=lambda engine, _: lambda _, batch, __: step(engine, batch),
+        evaluate=evaluate if test is not None else None,
+        heldout_every=tune.test_every if test is not None else None,
+        flops=training_flops(classifier.model, classes, masked=1),
+    )
+    _, finished = run_training(config, job, world, stop)
+    return end(run_folder, finished, stop, world)
+
+
+def _refuse(config: Config) -> None:
+    """Raise ConfigError for what shows without reading any shard."""
+    tune = config.finetune
+    if not config.data.labelled_images:
+        raise ConfigError("data.labelled_images is empty; `finetune` needs a labelled image shard set to train on")
+    if any(side % config.model.patch_size for side in tune.input_size):
+        raise ConfigError(
+            f"finetune.input_size {tune.input_size} is not a multiple of model.patch_size {config.model.patch_size}"
+        )
+    if tune.init and Path(tune.init).resolve() == Path(tune.run).resolve():
+        raise ConfigError(f"finetune.init and finetune.run are both {tune.run}: give the run a folder of its own")
+
+
+def _classes(config: Config, source: Source, test: Source | None) -> int:
+    """How many there are to learn. Raises ConfigError for fewer than two, and for a test with others."""
+    classes = num_classes(source.stream.images)
+    if classes < 2:
+        raise ConfigError(
+            f"data.labelled_images ({config.data.labelled_images}) has one class; there is nothing to learn"
+        )
+    others = num_classes(test.stream.images) if test is not None else 0
+    if others > classes:
+        raise ConfigError(
+            f"data.labelled_test has labels up to {others - 1}, data.labelled_images up to {classes - 1}: pack both "
+            f"from folders of the same classes"
+        )
+    return classes
+
+
+def new_classifier(config: Config, classes: int) -> Classifier:
+    """The config's encoder for fine-tuning, drawn from data.seed; its head scaled down by finetune.head_scale."""
+    tune = config.finetune
+    model = dataclasses.replace(finetuned_model(config.model, tune.input_size), drop_path=tune.drop_path)
+    classifier = Classifier(model, classes)
+    initialise(classifier, config.data.seed)
+    with torch.no_grad():
+        classifier.get_parameter("head.weight").mul_(tune.head_scale)
+    classifier.checkpointing = config.train.activation_checkpointing
+    return classifier
+
+
+def _start(config: Config, classifier: Classifier, run_folder: Path, world: World) -> str:
+    """Load finetune.init unless there is a checkpoint to go on from; returns the line that says so, or ''."""
+    if from_first(newest(run_folder, lambda _: None) is not None, world):
+        return ""
+    if not config.finetune.init:
+        return "finetune.init is empty: the encoder starts as drawn from data.seed"
+    return tune_from(Path(config.finetune.init), classifier, config.model)
+
+
+def tuning_setup(config: Config, world: World) -> Setup:
+    """DeepSpeed's, of a fine-tuning. Raises ConfigError when pictures have no others to be mixed with."""
+    tune = config.finetune
+    micro = micro_batch(tune.global_batch, tune.micro_batch, world.size, "finetune.global_batch")
+    if micro == 1 and (tune.mixup or tune.cutmix):
+        raise ConfigError(
+            f"micro batches of finetune.global_batch {tune.global_batch} on {world.size} processes hold one picture, "
+            f"and mixup and cutmix mix those of a micro batch: raise global_batch or micro_batch, or set both to 0"
+        )
+    return dataclasses.replace(
+        setup_from(config, world, micro),
+        global_batch=tune.global_batch,
+        accumulation=tune.global_batch // (micro * world.size),
+        clip_norm=tune.clip_norm,
+    )
+
+
+@torch.no_grad()
+def tested(config: Config, engine: Engine, test: Source) -> dict[str, float]:
+    """Loss, top-1 and top-5 accuracy on the test set, each of its samples counted once over all ranks."""
+    world, totals = engine.world, torch.zeros(4, dtype=torch.float64, device=engine.world.device)
+    micro = engine.setup.micro_batch
+    for batch, weights in even_batches(
+        config, test, samples=test.samples, micro=micro, rank=world.rank, world=world.size
+    ):
+        moved = batch.to(world.device)
+        logits = engine.model(encoder_input(config, moved, engine.dtype), None)
+        totals += classified(logits, moved.labels, weights.to(world.device))
+    loss, first, five, count = sums(totals).tolist()
+    return {"loss": loss / count, "accuracy": first / count, "top5": five / count, "samples": count}

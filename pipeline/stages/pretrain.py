@@ -59,8 +59,8 @@ def run(config: Config, stop: Callable[[], str]) -> int:
                 batch = batch._replace(tokens=online_tokens(tokenizer.tokenize, batch))
         return masked_token_loss(config, engine.model, batch, engine.dtype)
 
-    def evaluate(engine: Engine) -> dict[str, float]:
-        return heldout_loss(config, engine, apart, loss) if apart is not None else {}
+    def evaluate(engine: Engine, _: int) -> dict[str, dict[str, float]]:
+        return {"heldout": heldout_loss(config, engine, apart, loss)} if apart is not None else {}
 
     job = Job(
         label="pretrain",

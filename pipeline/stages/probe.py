@@ -14,9 +14,8 @@ from pipeline.metrics import say
 from pipeline.model import Beit
 from pipeline.pixels import normalise
 from pipeline.probe import EPOCHS, judge
-from pipeline.streams import Source, evaluation, evaluation_batches
+from pipeline.streams import Source, evaluation, evaluation_batches, require_labels, share_of
 from pipeline.weights import run_config, trained_weights, with_weights
-from shards.labelled import Chosen, chosen_rows
 from shards.progress import Progress
 
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
@@ -113,5 +112,5 @@ def _features(
 def _labelled(config: Config, where: str, asked: Asked) -> Source:
     """Central views of the pictures that have labels to be used."""
     source = evaluation(config, where)
-    rows = chosen_rows(source.stream.images, asked.label_share, asked.seed)
-    return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=Chosen(rows, None)))
+    require_labels(source.stream.images, "the set", "a probe")
+    return source if asked.label_share == 1 else share_of(config, source, asked.label_share, asked.seed)

@@ -16,7 +16,7 @@ from pipeline.config import ONLINE, Config, ConfigError, load_config, refuse_wor
 from pipeline.signals import begin
 from shards.files import write_text
 
-VERBS = ("pretrain", "tokenizer", "tokenize", "pack")
+VERBS = ("pretrain", "finetune", "tokenizer", "tokenize", "pack")
 _ROOT = Path(__file__).resolve().parents[2]
 _TEMPLATES = _ROOT / "configs" / "slurm"
 _BLANK = re.compile(r"\{\{(\w+)\}\}")
@@ -90,7 +90,7 @@ def _check(verb: str, wanted: Wanted) -> None:
             raise ConfigError(f"{option} is {count}; it must be at least 1")
     if verb == "pack" and (wanted.nodes > 1 or wanted.tasks > 1 or wanted.array):
         raise ConfigError("pack runs as one task on one node; give it CPUs with --cpus-per-task")
-    if verb in ("pretrain", "tokenizer") and not (wanted.gpus_per_node or wanted.tasks_per_node):
+    if verb in ("pretrain", "finetune", "tokenizer") and not (wanted.gpus_per_node or wanted.tasks_per_node):
         raise ConfigError("say --gpus-per-node, for one process per GPU; or, without GPUs, --tasks-per-node")
     if wanted.gpus_per_node and wanted.tasks_per_node not in (0, wanted.gpus_per_node) and verb != "tokenize":
         raise ConfigError(
@@ -133,7 +133,7 @@ def _configured(verb: str, words: list[str], wanted: Wanted) -> Work:
         program = [sys.executable, "-u", "-m", "pipeline", "tokenize", str(home / "slurm" / "tokenize.yaml")]
         blanks = {"command": shlex.join(program), "made": shlex.join(map(str, made))}
         return Work(verb, f"tokenize-{home.parent.name}", home, None, blanks, config)
-    name = home.name if verb == "pretrain" else f"tokenizer-{home.parent.name}"
+    name = home.name if verb in ("pretrain", "finetune") else f"tokenizer-{home.parent.name}"
     return Work(verb, name, home, home, {"run": shlex.quote(str(home))}, config)
 
 

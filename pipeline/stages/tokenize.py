@@ -25,10 +25,10 @@ from pipeline.rendezvous import place_of, rank_of
 from pipeline.streams import fitting_tokenizer, image_set, policy_record, view_policy
 from pipeline.tokenizer import VisualTokenizer
 from shards import jpeg
+from shards.cuts import Cuts, ShardCuts, load_cuts
 from shards.files import PARTIAL
 from shards.images import ImageSet
 from shards.index import Index
-from shards.loader import Cuts, ShardCuts, load_cuts
 from shards.manifest import NAME, ImageShard, TokenManifest, write_manifest
 from shards.progress import Progress, Silent
 from shards.remote import is_url
