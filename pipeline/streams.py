@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from shards.order import Order, OrderPolicy, RankBatches, rank_batches
 from shards.pairs import CentralViews, DrawnViews, RecordedViews, ViewSource
 from shards.remote import Remote, cache_for
 from shards.views import ARITHMETIC, ViewPolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Draw = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -252,6 +256,22 @@ def evaluation_batches(
     """A rank's share of samples 0 … samples - 1, each once over all ranks; the last batch may be short."""
     mine = np.arange(rank, samples, world, dtype=np.int64)
     return _load(config, source.stream, [mine[i : i + micro] for i in range(0, len(mine), micro)])
+
+
+def even_batches(
+    config: Config, source: Source, *, samples: int, micro: int, rank: int, world: int
+) -> Iterator[tuple[Batch, "Tensor"]]:
+    """A rank's share of samples 0 … samples - 1 in as many batches of the same sizes as every other rank's, which
+    ZeRO-3 needs: each forward gathers weights from all. With each comes weight f32 [B]: 1 for a sample of this rank,
+    each once over all ranks, 0 for one that fills up."""
+    import torch
+
+    places = np.arange(rank, -(-samples // world) * world, world, dtype=np.int64)
+    mine = np.minimum(places, samples - 1)
+    batches = _load(config, source.stream, [mine[i : i + micro] for i in range(0, len(mine), micro)])
+    for number, batch in enumerate(batches):
+        counts = places[number * micro : (number + 1) * micro] < samples
+        yield batch, torch.from_numpy(counts).to(batch.samples.device, torch.float32)
 
 
 def _load(config: Config, stream: Stream, numbers: Numbers) -> Iterator[Batch]:
