@@ -100,7 +100,7 @@ case $verb in
         setup
         [ -n "${BEITFORGE_PYTHON:-}" ] || peers
         cd "$root"
-        for name in ${*:-order loader loader_resume loader_memory faults demo zero_parity elastic masks views view_tokens tokenizer_precision online_tokens view_ablation}; do
+        for name in ${*:-order loader loader_resume loader_memory faults demo zero_parity elastic masks views view_tokens tokenizer_precision online_tokens view_ablation evaluations}; do
             [ -f "benchmarks/$name.py" ] || fail "there is no benchmarks/$name.py"
             echo "== $name" >&2
             "$python" -m "benchmarks.$name"

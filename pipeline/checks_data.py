@@ -15,7 +15,15 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError
 from pipeline.findings import OK, STOP, WARNING, Local
 from pipeline.rendezvous import Place
-from pipeline.streams import Source, heldout, image_set, pretraining, refuse_other_tokenizers, training_batches
+from pipeline.streams import (
+    Source,
+    heldout,
+    image_set,
+    labelled,
+    pretraining,
+    refuse_other_tokenizers,
+    training_batches,
+)
 from shards.errors import ShardError
 from shards.images import DamagedSample, ImageSet
 from shards.index import index_path
@@ -29,7 +37,8 @@ _PART = 4 << 20
 
 
 def sets(config: Config, seconds: float, local: Local) -> Source | None:
-    """Both sets of training and, where there are, of held-out pictures; the training stream when it can be read.
+    """Both sets of training and, where there are, of held-out pictures, and the labelled ones; the training stream when
+    it can be read.
 
     seconds: half for opening shards, half for reading some of their rows.
     """
@@ -45,8 +54,20 @@ def sets(config: Config, seconds: float, local: Local) -> Source | None:
         both = ("held-out", "held-out")
         apart = _pair(config, config.data.heldout_images, both, lambda: heldout(config), local)
         if apart is not None:
-            _whole("held-out", apart, seconds / 6, local)
+            _whole("held-out", apart, seconds / 12, local)
+    _labelled(config, seconds / 12, local)
     return source
+
+
+def _labelled(config: Config, seconds: float, local: Local) -> None:
+    """The sets that k-NN inside the run reads: there, labelled, whole."""
+    for where in filter(None, (config.data.labelled_images, config.data.labelled_test)):
+        try:
+            source = labelled(config, where, 1)
+        except (ShardError, ConfigError) as error:
+            local.add(STOP, "labelled", str(error), _REPACK, whole_host=True)
+            continue
+        _whole("labelled", source, seconds / 2, local)
 
 
 def _pair(
@@ -169,7 +190,8 @@ def room(config: Config, checkpoint_bytes: int, local: Local) -> None:
     level = STOP if free + kept < 2 * one else WARNING if free + kept < all_of_them else OK
     local.add(level, "disk", what, cure if level != OK else "", value=_size(free), whole_host=True)
     data = config.data
-    for where in filter(is_url, (data.images, data.tokens, data.heldout_images, data.heldout_tokens)):
+    judged = (data.heldout_images, data.heldout_tokens, data.labelled_images, data.labelled_test)
+    for where in filter(is_url, (data.images, data.tokens, *judged)):
         _cache_room(config, where, local)
         return
 

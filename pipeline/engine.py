@@ -112,6 +112,16 @@ def all_values(values: list[float], world: World) -> list[list[float]]:
     return [theirs.tolist() for theirs in everyone]
 
 
+def all_rows(rows: Tensor, world: World) -> Tensor:
+    """The rows [n, …] of every rank, of as many each as it has, end to end in rank order."""
+    counts = [int(count) for (count,) in all_values([float(len(rows))], world)]
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(everyone, padded)
+    return torch.cat([theirs[:count] for theirs, count in zip(everyone, counts, strict=True)])
+
+
 def gathered(item: object, world: World) -> list:
     """Every rank's small picklable object, in rank order; only between processes of one run."""
     items: list = [None] * world.size

@@ -50,7 +50,8 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a training is made of. pace, bad_samples: of rank 0 alone; positions: where they are logged.
+    """What a training is made of. hosts: of every rank. pace, bad_samples: of rank 0 alone; positions: where they are
+    logged.
 
     save: False when the weights are not finite, and nothing was saved. beat: told what comes next, at every step.
     """
@@ -59,6 +60,7 @@ class Parts:
     rate: Callable[[int], float]
     metrics: Metrics
     progress: Reporter
+    hosts: list[str]
     guard: Guard
     pace: Pace | None
     bad_samples: BadSamples | None
@@ -92,8 +94,8 @@ class Meter:
         self.count += 1
 
     def read(self) -> tuple[dict[str, float], list[list[float]]]:
-        """Means over ranks and micro batches, and of every rank the seconds forward and the share of time it waited
-        for data; starts anew."""
+        """Means over ranks and micro batches, and of every rank the seconds forward, the share of time it waited for
+        data, and its memory in bytes; starts anew."""
         names = sorted(self.totals)
         seconds = time.perf_counter() - self.started
         waited = self.waiting.read() / max(seconds, 1e-9)
@@ -103,7 +105,8 @@ class Meter:
         result = {name: mean / self.count for name, mean in zip(names, means, strict=False)}
         result["data_wait_share"] = means[-1]
         result["seconds"] = seconds
-        ranks = all_values([self.forward.read(), waited], self.engine.world)
+        memory = float(memory_bytes(self.engine.world.device))
+        ranks = all_values([self.forward.read(), waited, memory], self.engine.world)
         self.totals, self.count, self.started = {}, 0, time.perf_counter()
         return result, ranks
 
@@ -199,13 +202,14 @@ def _log(engine: Engine, plan: Plan, done: int, norm: Tensor | float, meter: Met
     values, ranks = meter.read()
     speed = samples / values.pop("seconds")
     values |= {"lr": parts.rate(done - 1), "gradient_norm": float(norm), "images_per_second": speed}
-    values["memory_bytes"] = memory_bytes(engine.world.device)
+    values["memory_bytes"] = int(ranks[engine.world.rank][2])
     if plan.flops and plan.peak:
         values["mfu"] = speed * plan.flops / (plan.peak * engine.world.size)
     if parts.pace is not None:
         forward, waits = ([rank[i] for rank in ranks] for i in range(2))
         values |= parts.pace.look(done, values["loss"], forward, waits)
     parts.metrics.write(done, "train", values)
+    parts.metrics.write_ranks(done, parts.hosts, ranks)
     note = f"loss {values['loss']:.4f}, {speed:.0f} images/s, data wait {values['data_wait_share']:.0%}"
     parts.progress.advance(0, note)
 

@@ -58,6 +58,8 @@ def _head(config: Config, machine: Machine, images: int, origin: str) -> str:
             f"{model.layers} layers × {model.width}, {size_of(config):,} parameters, {flops / 1e9:.1f} GFLOP an image, "
             f"{train.precision}{', compiled' if train.compile else ''}, attention {kernels_of(config)}",
             f"{train.duration}: {steps:,} steps of {train.global_batch} of {images:,} pictures ({origin})",
+            f"not in the times below: evaluations, at most {config.log.evaluation_share:.0%} of the run's "
+            "(log.evaluation_share)",
             f"{chip.name}: {chip.flops16 / 1e12:.0f} TFLOP/s, {chip.memory / 1e9:.0f} GB at "
             f"{chip.memory_bandwidth / 1e12:.2f} TB/s, {chip.per_node} a node ({chip.source})",
             f"{network.name}: {network.node_bandwidth / 1e9:.1f} GB/s a node ({network.source}); "

@@ -62,8 +62,11 @@ def identity_digest(config: Config, sections: tuple[str, ...]) -> str:
     return hashlib.sha256(json.dumps(identity(config, sections), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int, job: str) -> None:
-    """Write config.yaml and environment.json; refuse a folder that holds a run of another identity. job: what runs."""
+def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int, job: str, device: str) -> None:
+    """Write config.yaml and environment.json; refuse a folder that holds a run of another identity.
+
+    job: what runs; device: what on, by name.
+    """
     path = run / "config.yaml"
     if path.exists():
         # read as a config, so that a setting that came later has its default
@@ -77,18 +80,19 @@ def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int
                         f"choose another run folder, or set it back"
                     )
     run.mkdir(parents=True, exist_ok=True)
-    _write(path, to_yaml(config))
-    _write(run / "environment.json", json.dumps({"job": job, **environment(world)}, indent=1) + "\n")
+    write_whole(path, to_yaml(config))
+    write_whole(run / "environment.json", json.dumps({"job": job, **environment(world, device)}, indent=1) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by rename: whoever reads it finds the old one or the new one."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
-def environment(world: int) -> dict:
-    """Versions, host and command: what someone needs to see the same numbers again."""
+def environment(world: int, device: str) -> dict:
+    """Versions, host, device and command: what someone needs to see the same numbers again."""
     versions = {}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -99,6 +103,7 @@ def environment(world: int) -> dict:
     return {
         "command": sys.argv,
         "world": world,
+        "device": device,
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),

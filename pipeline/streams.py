@@ -103,8 +103,26 @@ def heldout(config: Config) -> Source:
     images = image_set(config, config.data.heldout_images)
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
     places = InTurn([shard.samples for shard in images.manifest.shards])
-    policy = dataclasses.replace(view_policy(config.view), seed=~config.view.seed)
-    return _pairs(config, images, config.data.heldout_tokens, places, draw, policy)
+    return _pairs(config, images, config.data.heldout_tokens, places, draw, _untrained_views(config))
+
+
+def seen_views(config: Config) -> Source:
+    """The pairs of training in its order, under held-out masks and without drop path: of the first epoch's samples the
+    views that the first epoch trains on."""
+    images = image_set(config, config.data.images)  # of its own: training's keeps note of where training reads
+    draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
+    return _pairs(config, images, config.data.tokens, _order(config, images), draw, view_policy(config.view))
+
+
+def new_views(config: Config) -> Source:
+    """The pictures of seen_views under the same masks, each in a view that no training draws, tokens online."""
+    images = image_set(config, config.data.images)
+    draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
+    return _pairs(config, images, ONLINE, _order(config, images), draw, _untrained_views(config))
+
+
+def _untrained_views(config: Config) -> ViewPolicy:
+    return dataclasses.replace(view_policy(config.view), seed=~config.view.seed)
 
 
 def _pairs(config: Config, images: ImageSet, tokens: str, places: Places, draw: Draw, online: ViewPolicy) -> Source:
@@ -299,6 +317,34 @@ def require_labels(images: ImageSet, what: str, who: str) -> None:
 def num_classes(images: ImageSet) -> int:
     """The largest label, and one more for 0."""
     return max(int(images.index(n).columns["label"].max(initial=0)) for n in range(len(images.manifest.shards))) + 1
+
+
+@dataclass
+class _Spread:
+    """`samples` of the pictures of a set, evenly spaced: a set may be sorted by class."""
+
+    places: InTurn
+    samples: int
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.places.locate(samples * self.places.samples // self.samples)
+
+
+def labelled(config: Config, where: str, at_most: int) -> Source:
+    """`at_most` pictures of a labelled set, from all over it, in manifest order; central views of the encoder's size.
+
+    Raises ConfigError when the set has no labels, or all the same.
+    """
+    source = evaluation(config, where)
+    if len(source.stream.images.manifest.classes) < 2:
+        raise ConfigError(
+            f"{where} has fewer than two classes; pack a folder with one folder a class, or leave data.labelled_images "
+            f"and data.labelled_test empty"
+        )
+    places = source.stream.places
+    assert isinstance(places, InTurn), "evaluation reads in manifest order"
+    spread = _Spread(places, min(at_most, places.samples))
+    return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=spread))
 
 
 def training_batches(

@@ -109,6 +109,13 @@ def load_tokenizer(folder: Path) -> tuple[VisualTokenizer, dict]:
     return module.eval(), identity  # type: ignore[return-value]  # a module of these kinds is a VisualTokenizer
 
 
+def codebook_use(counts: Tensor) -> dict[str, float]:
+    """From token counts [V]: how many codes occur, and the perplexity of their distribution (V at best)."""
+    share = counts.double() / counts.sum()
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    return {"used": int((counts > 0).sum()), "vocabulary": len(counts), "perplexity": float(entropy.exp())}
+
+
 def build(kind: str, shape: dict) -> tuple[nn.Module, int]:
     """The module of a kind, its weights still to be loaded, and the pixels on a side that a token stands for."""
     if kind == "dvae":

@@ -17,7 +17,7 @@ from pipeline.config import Config, ConfigError, Duration
 from pipeline.engine import Engine, Setup, World, barrier, from_first, gathered
 from pipeline.guard import Guard, goes_on, usable
 from pipeline.loop import Objective, Parts, Plan, train
-from pipeline.metrics import Metrics, Reporter, peak_flops, say
+from pipeline.metrics import Metrics, Reporter, device_name, peak_flops, say
 from pipeline.optim import learning_rate
 from pipeline.pace import Pace
 from pipeline.positions import Positions
@@ -31,7 +31,8 @@ from shards.progress import Progress, Silent
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training. `sections`: the config sections of its identity. `evaluate(engine, done)`: values by their kind."""
+    """One training. `sections`: the config sections of its identity. `evaluate(engine, done)`: values by kind of line
+    after step `done`, or {}."""
 
     label: str
     run: Path
@@ -61,7 +62,7 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, world.rank))
         if world.first:
             stack.enter_context(locked(job.run, say))
-            open_folder(job.run, config, job.sections, world.size, job.label)
+            open_folder(job.run, config, job.sections, world.size, job.label, device_name(world.device))
         barrier()
         engine = Engine(job.module, job.groups, job.setup, world)
         steps = job.duration.steps(job.source.samples, job.setup.global_batch)
@@ -72,7 +73,7 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         expected = _state(config, job, engine, 0)
         state = checkpoint.resume(engine, job.run, expected, tell, lambda step: usable(guard.returns, step))
         first = goes_on(guard.returns, state.step) if state else 0
-        metrics = stack.enter_context(contextlib.closing(Metrics(job.run, world.first, config.log.tensorboard)))
+        metrics = stack.enter_context(contextlib.closing(Metrics(job.run, world.first, config)))
         metrics.write(first, "start", {"world": world.size, "steps": steps, "epoch_samples": job.source.samples})
         if first >= steps:
             return engine, True
@@ -129,6 +130,7 @@ def _parts(
         rate=rate,
         metrics=metrics,
         progress=progress,
+        hosts=hosts,
         guard=guard,
         pace=Pace(config.faults, hosts, say) if first else None,
         bad_samples=BadSamples(job.run, job.source.samples, config.data.bad_sample_budget) if first else None,

@@ -32,7 +32,9 @@ BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipel
 PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
 PLAN += " pipeline.sharding pipeline.timeline"
 UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
-BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
+BELOW += (
+    " pipeline.evaluation pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ TABLE = (
         f"{CONFIG} torch deepspeed pipeline.rendezvous pipeline.sharding pipeline.watchdog pipeline.writer",
         "pipeline.model shards pipeline.stages",
     ),
-    Row("pipeline.metrics", f"{CONFIG} torch pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
+    Row("pipeline.metrics", f"{CONFIG} torch wandb pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
     Row("pipeline.run", f"{CONFIG} yaml", "pipeline.model shards pipeline.stages torch deepspeed"),
     Row("pipeline.writer", "torch deepspeed", "pipeline shards"),
     Row("pipeline.zero", f"{ENGINE} torch deepspeed", "pipeline.model shards pipeline.stages"),
@@ -158,6 +160,18 @@ TABLE = (
         "pipeline.weights",
         f"{ENGINE} pipeline.checkpoint pipeline.metrics pipeline.model pipeline.resize pipeline.zero torch safetensors",
         "shards pipeline.stages",
+    ),
+    Row(
+        "pipeline.survey",
+        f"{ENGINE} torch pipeline.blocks pipeline.model pipeline.objective pipeline.probe pipeline.streams "
+        "pipeline.tokenizer shards.loader",
+        "pipeline.stages",
+    ),
+    Row(
+        "pipeline.evaluation",
+        f"{ENGINE} torch pipeline.objective pipeline.precision pipeline.streams pipeline.survey pipeline.tokenizer "
+        "shards",
+        "pipeline.stages",
     ),
     Row("pipeline.photos", f"{CONFIG} numpy {TORCHLESS}", "torch deepspeed pipeline.stages"),
     Row("pipeline.chart", REPORT, "torch deepspeed shards pipeline.stages"),

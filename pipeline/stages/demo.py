@@ -99,11 +99,18 @@ def _tested(out: Path) -> bool:
     return (shards / MANIFEST).exists() and read_image_manifest(shards).samples >= 2
 
 
+def _probed(out: Path) -> bool:
+    """Whether encoders can be judged by labels: held-out pictures in at least two classes."""
+    return _tested(out) and len(read_image_manifest(out / "shards" / "train").classes) > 1
+
+
 def _settings(out: Path, overrides: list[str]) -> list[str]:
     """Where everything lies, as settings over configs/demo.yaml."""
     paths = {"images": "shards/train", "tokens": "tokens/train", "tokenizer": "tokenizer"}
     if _tested(out):
         paths |= {"heldout_images": "shards/test", "heldout_tokens": "tokens/test"}
+    if _probed(out):
+        paths |= {"labelled_images": "shards/train", "labelled_test": "shards/test"}
     return [*(f"data.{name}={out / path}" for name, path in paths.items()), f"train.run={out / 'pretrain'}", *overrides]
 
 
@@ -122,7 +129,7 @@ def _learn_steps(out: Path, overrides: list[str]) -> list[Step]:
             ["export", str(run_folder), str(out / "encoder")],
         ),
     ]
-    if tested and len(read_image_manifest(shards / "train").classes) > 1:
+    if _probed(out):
         probe = ["probe", str(run_folder), str(shards / "train"), str(shards / "test")]
         steps.append(Step("probe", lambda: (run_folder / "probe.json").exists(), probe))
     steps.append(Step("report", lambda: (run_folder / "report.html").exists(), ["report", str(run_folder)]))
@@ -171,6 +178,11 @@ def _summary(config: Config, out: Path, seconds: float) -> None:
         rows.append(("held-out loss", f"{apart[0]['loss']:.3f} → {apart[-1]['loss']:.3f}"))
     accuracy = (apart or losses)[-1]["masked_accuracy"]
     rows.append(("masked accuracy", f"{accuracy:.1%}, against {token_use(config).majority:.1%} for the majority token"))
+    seen, new, survey = (read_metrics(run_folder, kind)[-1] for kind in ("seen_view", "new_view", "survey"))
+    rows.append(
+        ("of seen pictures", f"loss {seen['loss']:.3f} on trained views, {new['loss']:.3f} on never-trained ones")
+    )
+    rows.append(("evaluations", f"{survey['share']:.1%} of the pretraining's time"))
     if (run_folder / "probe.json").exists():
         probe = json.loads((run_folder / "probe.json").read_text())
         for name in ("linear", "knn"):

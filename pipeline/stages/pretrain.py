@@ -3,32 +3,22 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from kernels.attention import chosen
 from pipeline.checkpoint import newest
-from pipeline.config import ONLINE, Config, ConfigError, micro_batch
+from pipeline.config import Config, ConfigError, micro_batch
 from pipeline.ending import end
-from pipeline.engine import Engine, World, from_first, setup_from, start_world, sums
+from pipeline.engine import Engine, World, from_first, setup_from, start_world
+from pipeline.evaluation import Evaluations, judged, with_tokens
 from pipeline.metrics import say
 from pipeline.model import Beit, training_flops
-from pipeline.objective import masked_token_loss, online_tokens
+from pipeline.objective import masked_token_loss
 from pipeline.optim import parameter_groups
-from pipeline.precision import computing
-from pipeline.streams import (
-    Source,
-    evaluation_batches,
-    fitting_tokenizer,
-    heldout,
-    pretraining,
-    refuse_other_tokenizers,
-)
+from pipeline.streams import pretraining, refuse_other_tokenizers
 from pipeline.training import Job, run_training
 from pipeline.weights import start_from
 from shards.loader import Batch
-
-Loss = Callable[[Engine, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
 
@@ -36,10 +26,8 @@ IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Pretrain; returns the exit code. `stop` says why to stop, or ''."""
     source = pretraining(config)
-    apart = heldout(config) if config.data.heldout_images else None
     refuse_other_tokenizers(config)
-    online = ONLINE in (config.data.tokens, config.data.heldout_tokens)
-    tokenizer = fitting_tokenizer(config)[0] if online else None
+    sets = judged(config)
     world = start_world(config.faults.hang_seconds)
     micro = micro_batch(config.train.global_batch, config.train.micro_batch, world.size, "train.global_batch")
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
@@ -50,17 +38,10 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         lines.append(start_from(Path(config.train.init), beit, config.tokenizer.vocabulary))
     for line in lines if world.first else ():
         say(line)
-    if tokenizer is not None:
-        tokenizer.to(world.device)
+    steps = config.train.duration.steps(source.samples, config.train.global_batch)
 
     def loss(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if tokenizer is not None and batch.tokenizer_pixels.numel():
-            with computing(config.tokenizer.precision, world.device):
-                batch = batch._replace(tokens=online_tokens(tokenizer.tokenize, batch))
-        return masked_token_loss(config, engine.model, batch, engine.dtype)
-
-    def evaluate(engine: Engine, _: int) -> dict[str, dict[str, float]]:
-        return {"heldout": heldout_loss(config, engine, apart, loss)} if apart is not None else {}
+        return masked_token_loss(config, engine.model, with_tokens(config, sets.tokenizer, batch), engine.dtype)
 
     job = Job(
         label="pretrain",
@@ -76,8 +57,8 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         end_lr=config.optimizer.lr_end,
         save_every=config.checkpoint.every,
         objective=lambda engine, _: lambda _, batch, __: loss(engine, batch),
-        evaluate=evaluate if apart is not None else None,
-        heldout_every=config.log.heldout_every if apart is not None else None,
+        evaluate=Evaluations(config, sets, world, steps, say),
+        heldout_every=config.log.heldout_every,
         flops=training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches),
     )
     _, finished = run_training(config, job, world, stop)
@@ -90,17 +71,3 @@ def _kernels(config: Config, world: World) -> str:
         return chosen(config.model.kernels, world.device, config.model.width // config.model.heads)
     except ValueError as error:
         raise ConfigError(f"model.kernels: {error}") from error
-
-
-@torch.no_grad()
-def heldout_loss(config: Config, engine: Engine, apart: Source, loss_of: Loss) -> dict[str, float]:
-    """Loss and masked accuracy on the held-out pairs, without drop path; every rank takes an equal share."""
-    world = engine.world
-    samples = min(config.log.heldout_samples, apart.samples) // world.size * world.size
-    totals = torch.zeros(3, device=world.device)
-    micro = engine.setup.micro_batch
-    for batch in evaluation_batches(config, apart, samples=samples, micro=micro, rank=world.rank, world=world.size):
-        loss, measures = loss_of(engine, batch.to(world.device))
-        totals += torch.stack([loss, measures["masked_accuracy"], torch.ones_like(loss)]) * len(batch.samples)
-    loss, accuracy, count = sums(totals).tolist()
-    return {"loss": loss / count, "masked_accuracy": accuracy / count, "samples": count} if count else {}

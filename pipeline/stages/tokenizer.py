@@ -17,7 +17,7 @@ from pipeline.metrics import say
 from pipeline.objective import dvae_loss
 from pipeline.pixels import jitter
 from pipeline.streams import Source, evaluation_batches, tokenizer_training
-from pipeline.tokenizer import save_dvae
+from pipeline.tokenizer import codebook_use, save_dvae
 from pipeline.training import Job, run_training
 from shards import codec, draws
 from shards.loader import Batch
@@ -125,10 +125,3 @@ def _finish(config: Config, engine: Engine, source: Source, folder: Path) -> Non
         f"tokenizer: {use['used']} of {len(counts)} codes used, perplexity {use['perplexity']:.0f}, reconstruction "
         f"{measured['psnr_db']:.1f} dB; fingerprint {fingerprint[:16]}; written to {folder}"
     )
-
-
-def codebook_use(counts: Tensor) -> dict[str, float]:
-    """From token counts [V]: how many codes occur, and the perplexity of their distribution (V at best)."""
-    share = counts.double() / counts.sum()
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
-    return {"used": int((counts > 0).sum()), "vocabulary": len(counts), "perplexity": float(entropy.exp())}

@@ -183,6 +183,15 @@ def test_damaged_tokens(data):
     assert "its checksum differs" in found(looked_at(data), "digests", STOP)
 
 
+def test_labelled_sets_are_looked_at_too(data):
+    """There, and whole."""
+    where = [f"data.labelled_images={data.folder}/shards/train", f"data.labelled_test={data.folder}/shards/test"]
+    assert found(looked_at(data, *where), "labelled", OK).count("opened") == 2
+    first_shard(data, "shards/test").unlink()
+    assert "is missing" in found(looked_at(data, *where), "labelled", STOP)
+    assert "none" in found(looked_at(data, f"data.labelled_images={data.folder}/none"), "labelled", STOP)
+
+
 def test_no_set_at_all(data):
     assert "nowhere does not exist" in found(looked_at(data, "data.images=nowhere"), "images", STOP)
 

@@ -202,13 +202,16 @@ def test_every_way_to_train_runs_and_learns(tiny, tmp_path, settings):
 
 
 def test_compiled_training_gives_the_same_losses(tiny, whole, tmp_path):
-    """torch.compile changes speed, not losses."""
+    """torch.compile changes speed, not losses; evaluations between steps see through it."""
     if shutil.which("g++") is None and not torch.cuda.is_available():
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     run = tmp_path / "run"
-    result = alone(tiny, run, "train.compile=true", "train.duration=6 steps", "log.every_steps=1")
+    often = ["log.heldout_every=2 steps", "log.evaluation_share=1", f"data.labelled_images={tiny.folder}/shards/train"]
+    result = alone(tiny, run, "train.compile=true", "train.duration=6 steps", "log.every_steps=1", *often)
     assert result.returncode == 0, result.stderr
     assert len(read_metrics(run, "train")) == 6
+    surveys = read_metrics(run, "survey")
+    assert [line["step"] for line in surveys if line["attention_distance_2"] > 0 and "knn" in line] == [2, 4, 6]
     # another length has another learning rate after the warm-up of 4 steps
     compiled, eager = ([line["loss"] for line in read_metrics(where, "train")][:5] for where in (run, whole))
     assert compiled == pytest.approx(eager, rel=2e-6)
