@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.results import launch, write
+from pipeline.checkpoint import newest
 from pipeline.config import load_config
 from pipeline.metrics import read_metrics
 
@@ -32,10 +33,16 @@ def settings(seed: int) -> list[str]:
     ]
 
 
-def pretrained(seed: int) -> Path:
+def done(run: Path, steps: int) -> bool:
+    """Whether a run has saved its last step."""
+    found = newest(run, lambda _: None)
+    return found is not None and found[1].step == steps
+
+
+def pretrained(seed: int, length: int) -> Path:
     """The run folder of a pretraining from this seed."""
     run = OUT / f"pretrain-{seed}" if seed else DEMO / "pretrain"  # whose seed is 0
-    if not (run / "ended").exists():
+    if not done(run, length):
         launch("pretrain", [*settings(seed), f"train.run={run}", "log.evaluation_share=0"])
     return run
 
@@ -53,7 +60,7 @@ def probed(run: Path, seed: int, share: float) -> dict:
 def tuned(name: str, init: str, seed: int, share: float, steps: int) -> float:
     """Accuracy on the test set after supervised training of so many steps."""
     run = OUT / f"{name}-{seed}-{share}"
-    if not (run / "ended").exists():
+    if not done(run, steps):
         words = [f"finetune.run={run}", f"finetune.init={init}", f"finetune.label_share={share}"]
         words += [f"finetune.duration={steps} steps", f"finetune.warmup={steps // 10} steps"]
         words += [] if init else ["finetune.layer_decay=1"]  # for layers that have learned something
@@ -64,7 +71,7 @@ def tuned(name: str, init: str, seed: int, share: float, steps: int) -> float:
 
 def trained_and_tested(seed: int, length: int, found: dict[str, dict[float, list[float]]]) -> dict[float, int]:
     """All of one seed, added to `found`: accuracies by method and share. Returns how many pictures each share has."""
-    run, pictures = pretrained(seed), {}
+    run, pictures = pretrained(seed, length), {}
     for share in SHARES:
         probe = probed(run, seed, share)
         pictures[share] = probe["train_samples"]
