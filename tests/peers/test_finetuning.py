@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from pipeline.checkpoint import State
-from pipeline.config import load_config
+from pipeline.config import ConfigError, load_config
 from pipeline.formats import from_hf
 from pipeline.metrics import read_metrics
 from pipeline.model import Beit
@@ -59,6 +59,15 @@ def encoder(tiny, tmp_path_factory) -> Path:
     state = State(step=0, samples_seen=0, world=1, zero_stage=0, precision="fp32", images="", tokens="", config="")
     save_encoder(folder, beit.state_dict(), config, state)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, encoder, tmp_path_factory) -> Path:
+    """A fine-tuning run of two steps."""
+    run, images = tmp_path_factory.mktemp("tuned") / "run", load_config(str(tiny.config), []).data.images
+    settings = [*SETTINGS, f"data.labelled_images={images}", f"finetune.init={encoder}", "finetune.duration=2 steps"]
+    finished(launch(tiny, run, *settings, processes=1, verb="finetune"))
+    return run
 
 
 def published_groups(peer: torch.nn.Module, layers: int) -> list[dict]:
@@ -121,3 +130,17 @@ def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("to", ["hf", "timm"])
+def test_a_finetuned_classifier_is_exported_with_its_head(tuned, tmp_path, to):
+    """Checked by the command itself: the library's logits are ours."""
+    assert export.run(tuned, tmp_path / "out", to) == 0
+    head = load_file(tmp_path / "out" / "model.safetensors")["classifier.weight" if to == "hf" else "head.weight"]
+    assert torch.equal(head, weights(tuned)["head.weight"])
+
+
+def test_other_exports_of_a_classifier_are_refused(tuned, tmp_path):
+    for to, finetune in (("safetensors", False), ("unilm", False), ("hf", True)):
+        with pytest.raises(ConfigError, match="is a fine-tuning: its classifier, head and all, goes --to hf or timm"):
+            export.run(tuned, tmp_path / "out", to, finetune=finetune)
