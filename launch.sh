@@ -7,7 +7,7 @@
 #   doctor CONFIG [--json] [--seconds N]     the same processes look at hosts, data, devices and network, and end: go (0),
 #                              go with warnings (1) or stop (2), with a cure for everything found
 #   plan CONFIG --gpus 8,64,512 [--gpu h200] [--days 3] …   memory, time and cost of a training, without a GPU
-#   slurm [pretrain|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--no-doctor]
+#   slurm [pretrain|finetune|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--no-doctor]
 #                              [--dry-run] [-- sbatch options]
 #   slurm pack IMAGES SHARDS … [--cpus-per-task C]    writes a batch script into the run folder and submits it
 #   stop RUN                   a run finishes its step, saves and ends, under whatever launcher
@@ -75,6 +75,15 @@ peers() {
     echo "$made_from" >"$stamp"
 }
 
+# RandAugment of `finetune`, likewise without torchvision. With BEITFORGE_PYTHON, `finetune` itself says what is missing.
+augment() {
+    [ -z "${BEITFORGE_PYTHON:-}" ] || return 0
+    ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("timm") is None)' || return 0
+    local pip=("$python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
+    "${pip[@]}" huggingface_hub
+    "${pip[@]}" --no-deps timm
+}
+
 verb=${1:-}
 [ $# -eq 0 ] || shift
 case $verb in
@@ -83,11 +92,13 @@ case $verb in
         [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
         setup
         [ $# -eq 0 ] || peers ;;
-    demo | plan | slurm | stop | export | probe | report | watch | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
+    slurm) setup; [ "${1:-}" != finetune ] || augment; exec "$python" -m pipeline "$verb" "$@" ;;
+    demo | plan | stop | export | probe | report | watch | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
     pack | index | verify | stats | simulate) setup; exec "$python" -m shards "$verb" "$@" ;;
     tokenizer | tokenize | pretrain | finetune | doctor)
         setup
         case " $* " in *" -h "* | *" --help "*) exec "$python" -m pipeline "$verb" --help ;; esac
+        [ "$verb" != finetune ] || augment
         exec "$python" -m pipeline launch "$verb" "$@" ;;
     test) setup; cd "$root"; exec "$python" -m pytest "$@" ;;
     check)

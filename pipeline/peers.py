@@ -24,8 +24,9 @@ Weights = dict[str, Tensor]
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int) -> None:
-    """A folder for from_pretrained: BeitForMaskedImageModeling, or with vocabulary 0 BeitForImageClassification.
+def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int, classes: int = 0) -> None:
+    """A folder for from_pretrained: BeitForMaskedImageModeling, or with vocabulary 0 BeitForImageClassification, its
+    head over `classes` or without one.
 
     Every field whose default differs from BEiT's own is written. Raises ConfigError for what the peer cannot do.
     """
@@ -55,14 +56,16 @@ def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int) -> N
         "layer_scale_init_value": model.layer_scale_init if model.layer_scale else 0.0,
         "drop_path_rate": model.drop_path,
         "use_mean_pooling": True,  # false would put a second LayerNorm under the pretraining head
-        "num_labels": 0,
+        "num_labels": classes,
     }
     if vocabulary:
         del config["num_labels"]
     renamed = to_hf(weights, model)
     if not vocabulary:
         renamed = {
-            name.replace("layernorm.", "beit.pooler.layernorm.", 1) if name.startswith("layernorm.") else name: w
+            name.replace("layernorm.", "beit.pooler.layernorm.", 1)
+            if name.startswith("layernorm.")
+            else name.replace("lm_head.", "classifier."): w
             for name, w in renamed.items()
         }
     preprocessor = {
@@ -82,7 +85,8 @@ def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int) -> N
 
 
 def hf_forward(folder: Path) -> Forward:
-    """What transformers computes from a folder of write_hf: logits of every patch, or features [B, D]."""
+    """What transformers computes from a folder of write_hf: logits of every patch, or a classifier's logits
+    [B, classes], without a head its features [B, D]."""
     transformers = _peer("transformers", "hf")
     pretraining = "MaskedImageModeling" in json.loads((folder / _CONFIG).read_text())["architectures"][0]
     kind = transformers.BeitForMaskedImageModeling if pretraining else transformers.BeitForImageClassification
@@ -96,13 +100,15 @@ def hf_forward(folder: Path) -> Forward:
     return forward
 
 
-def write_timm(folder: Path, weights: Weights, model: Model, vocabulary: int) -> None:
+def write_timm(folder: Path, weights: Weights, model: Model, vocabulary: int, classes: int = 0) -> None:
     """A folder for timm.create_model("local-dir:FOLDER", pretrained=True): logits of every position over the
-    vocabulary, or with vocabulary 0 the pooled features of a classifier without its head. timm has no mask embedding.
+    vocabulary, or with vocabulary 0 a classifier's over `classes`, without a head its pooled features. timm has no mask
+    embedding.
     """
-    arguments = {**_timm_arguments(model), "num_classes": vocabulary, "global_pool": "" if vocabulary else "avg"}
+    outputs = vocabulary or classes
+    arguments = {**_timm_arguments(model), "num_classes": outputs, "global_pool": "" if vocabulary else "avg"}
     described = {
-        "num_classes": vocabulary,
+        "num_classes": outputs,
         "input_size": [3, *model.input_size],
         "fixed_input_size": True,
         "interpolation": "bicubic",
@@ -111,7 +117,7 @@ def write_timm(folder: Path, weights: Weights, model: Model, vocabulary: int) ->
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    config = {"architecture": "beit_base_patch16_224", "num_classes": vocabulary, "num_features": model.width}
+    config = {"architecture": "beit_base_patch16_224", "num_classes": outputs, "num_features": model.width}
     _write(
         folder,
         timm_weights(weights, model, vocabulary),

@@ -40,6 +40,12 @@ def run_config(run: Path) -> Config:
     )
 
 
+def fine_tuned(run: Path) -> bool:
+    """Whether a run folder is a fine-tuning's: its weights are a classifier's (pipeline.model.Classifier)."""
+    path = run / "environment.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("job") == "finetune"
+
+
 @dataclass(frozen=True)
 class Trained:
     """float32 weights that are read one after the other. `each` may be called again."""

@@ -17,9 +17,10 @@ from pipeline import peers
 from pipeline.config import Config, ConfigError, Model, Size
 from pipeline.metrics import say
 from pipeline.model import Classifier
-from pipeline.resize import for_finetuning
+from pipeline.resize import finetuned_model, for_finetuning
 from pipeline.weights import (
     Trained,
+    fine_tuned,
     refuse_others,
     run_config,
     stream_encoder,
@@ -36,6 +37,10 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
     """Write OUT; returns the exit code. `finetune`: a classifier without its head, for pictures of `size`."""
     config = run_config(run_folder)
     weights = trained_weights(run_folder)
+    if fine_tuned(run_folder) and (finetune or to not in ("hf", "timm")):
+        raise ConfigError(
+            f"{run_folder} is a fine-tuning: its classifier, head and all, goes --to hf or timm, without --finetune"
+        )
     if size is not None and not finetune:
         raise ConfigError("--input-size goes with --finetune: a pretraining export keeps the size it was trained at")
     if finetune and to not in ("hf", "timm"):
@@ -47,6 +52,8 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
     try:
         if to == "safetensors":
             checked = _stream(partial, weights, config, run_folder)
+        elif fine_tuned(run_folder):
+            checked = _agreed(to, _write_tuned(partial, to, weights, config))
         elif finetune:
             checked = _agreed(
                 to, _write_classifier(partial, to, weights, config.model, size or config.model.input_size)
@@ -114,20 +121,32 @@ def _write_encoder(folder: Path, to: str, found: Trained, config: Config, source
     return _difference(ours.all_logits(pixels, None), theirs(pixels, None))
 
 
-@torch.no_grad()
 def _write_classifier(folder: Path, to: str, weights: Trained, model: Model, size: Size) -> float:
     """Write the fine-tuning form; returns the largest difference of its features, a share of the largest."""
     if any(side % model.patch_size for side in size):
         raise ConfigError(f"--input-size {size} is not a multiple of the patch size {model.patch_size}")
-    ready, target = for_finetuning(weights.all(), dataclasses.replace(model, kernels="auto"), size)
-    ours = Classifier(target, classes=0)
-    ours.load_state_dict(ready)
-    pixels, _ = _example(target)
+    ready, target = for_finetuning(weights.all(), model, size)
+    return _write_peer(folder, to, ready, target, 0)
+
+
+def _write_tuned(folder: Path, to: str, weights: Trained, config: Config) -> float:
+    """Write a fine-tuned classifier with its head; returns the largest difference of its logits, likewise."""
+    model = dataclasses.replace(
+        finetuned_model(config.model, config.finetune.input_size), drop_path=config.finetune.drop_path
+    )
+    return _write_peer(folder, to, weights.all(), model, weights.shapes["head.weight"][0])
+
+
+@torch.no_grad()
+def _write_peer(folder: Path, to: str, weights: dict[str, Tensor], model: Model, classes: int) -> float:
+    ours = Classifier(dataclasses.replace(model, kernels="auto"), classes)
+    ours.load_state_dict(weights)
+    pixels, _ = _example(model)
     if to == "hf":
-        peers.write_hf(folder, ready, target, 0)
+        peers.write_hf(folder, weights, model, 0, classes)
         theirs = peers.hf_forward(folder)
     else:
-        peers.write_timm(folder, ready, target, 0)
+        peers.write_timm(folder, weights, model, 0, classes)
         theirs = peers.timm_forward(folder)
     return _difference(ours.eval()(pixels), theirs(pixels, None))
 

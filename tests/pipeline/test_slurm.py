@@ -116,6 +116,18 @@ def test_the_script_of_tokenize(tmp_path, config):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+def test_the_script_of_finetune(tmp_path, config):
+    """A training like pretrain's, in its own run folder, without the doctor, which looks at a pretraining."""
+    done = slurm("finetune", config, "finetune.run=runs/tuned", "--gpus-per-node", 8, "--dry-run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    script = tmp_path / "runs" / "tuned" / "slurm" / "finetune.sbatch"
+    assert {"--job-name=tuned", "--ntasks-per-node=8"} <= set(options(script))
+    assert f"{sys.executable} -u -m pipeline finetune runs/tuned/slurm/finetune.yaml" in script.read_text()
+    refused = slurm("finetune", config, "finetune.global_batch=12", "--gpus-per-node", 8, "--dry-run", folder=tmp_path)
+    assert refused.returncode == 2 and "finetune.global_batch 12 does not divide over 8" in refused.stderr
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
 def test_the_script_of_pack(tmp_path):
     """Its own options go through, wherever they stand, and --workers follows the CPUs."""
     words = ["pack", "my pictures", "shards", "--split", "heldout=0.1", "--cpus-per-task", 16, "--short-side", 320]

@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 
 
-def launch(tiny, run: Path, *overrides: str, processes: int = 2) -> subprocess.Popen:
-    """`./launch.sh pretrain` on the tiny set, in a session of its own so that it can be killed whole."""
-    command = [str(ROOT / "launch.sh"), "pretrain", str(tiny.config), f"train.run={run}", *overrides]
+def launch(tiny, run: Path, *overrides: str, processes: int = 2, verb: str = "pretrain") -> subprocess.Popen:
+    """`./launch.sh pretrain` (or finetune) on the tiny set, in a session of its own so that it can be killed whole."""
+    section = "finetune" if verb == "finetune" else "train"
+    command = [str(ROOT / "launch.sh"), verb, str(tiny.config), f"{section}.run={run}", *overrides]
     environment = {**os.environ, "BEITFORGE_PYTHON": sys.executable, "NPROC": str(processes)}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -1,0 +1,146 @@
+"""Ten steps of our fine-tuning against ten of a plain loop around transformers' classifier, from one export: layer-wise
+rates as published, no code of ours but the batches and the exported weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from pipeline.checkpoint import State
+from pipeline.config import ConfigError, load_config
+from pipeline.formats import from_hf
+from pipeline.metrics import read_metrics
+from pipeline.model import Beit
+from pipeline.objective import encoder_input
+from pipeline.stages import export
+from pipeline.stages.finetune import new_classifier
+from pipeline.streams import num_classes, supervised, training_batches
+from pipeline.weights import save_encoder
+from tests.peers.test_training import published_schedule
+from tests.pipeline.test_training import finished, launch, weights
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+STEPS, DECAY = 10, 0.65
+SETTINGS = [
+    "finetune.input_size=48",  # another window: tables are laid on it
+    "finetune.duration=10 steps",
+    "finetune.global_batch=8",
+    "finetune.micro_batch=4",
+    "finetune.lr=2e-3",
+    "finetune.lr_end=1e-5",
+    "finetune.warmup=4 steps",
+    f"finetune.layer_decay={DECAY}",
+    "finetune.drop_path=0",
+    "finetune.head_scale=1",
+    "finetune.randaugment=",
+    "finetune.erase=0",
+    "finetune.mixup=0",
+    "finetune.cutmix=0",
+    "log.every_steps=1",
+    "log.tensorboard=false",
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny, tmp_path_factory) -> Path:
+    """An encoder whose bias tables, zero when drawn, are not."""
+    config = load_config(str(tiny.config), [])
+    beit = Beit(config.model, config.tokenizer.vocabulary, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, parameter in beit.named_parameters():
+            if name.endswith(("table", "bias")):
+                parameter.normal_(0, 0.1, generator=generator)
+    folder = tmp_path_factory.mktemp("encoder") / "encoder"
+    state = State(step=0, samples_seen=0, world=1, zero_stage=0, precision="fp32", images="", tokens="", config="")
+    save_encoder(folder, beit.state_dict(), config, state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, encoder, tmp_path_factory) -> Path:
+    """A fine-tuning run of two steps."""
+    run, images = tmp_path_factory.mktemp("tuned") / "run", load_config(str(tiny.config), []).data.images
+    settings = [*SETTINGS, f"data.labelled_images={images}", f"finetune.init={encoder}", "finetune.duration=2 steps"]
+    finished(launch(tiny, run, *settings, processes=1, verb="finetune"))
+    return run
+
+
+def published_groups(peer: torch.nn.Module, layers: int) -> list[dict]:
+    """unilm, beit/optim_factory.py: get_num_layer_for_vit, LayerDecayValueAssigner and get_parameter_groups."""
+    groups = []
+    for name, parameter in peer.named_parameters():
+        number = layers + 1
+        if ".layer." in name or ".layers." in name:
+            number = int(name.replace(".layers.", ".layer.").split(".layer.")[1].split(".")[0]) + 1
+        elif "embeddings" in name:
+            number = 0
+        free = parameter.dim() == 1 or name.endswith((".bias", "position_embeddings", "cls_token"))
+        scale = DECAY ** (layers + 1 - number)
+        groups.append({"params": [parameter], "weight_decay": 0.0 if free else 0.05, "scale": scale})
+    return groups
+
+
+def peer_training(config, encoder: Path, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of ten steps, and the weights then, under our names."""
+    assert export.run(encoder, folder, "hf", finetune=True, size=config.finetune.input_size) == 0
+    source = supervised(config)
+    classes, smoothing = num_classes(source.stream.images), config.finetune.smoothing
+    peer = transformers.BeitForImageClassification.from_pretrained(
+        folder, num_labels=classes, attn_implementation="eager", drop_path_rate=0.0
+    ).train()
+    head = new_classifier(config, classes).head
+    peer.classifier.load_state_dict(head.state_dict())
+    adamw = torch.optim.AdamW(published_groups(peer, config.model.layers), lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    batches = training_batches(config, source, first_sample=0, global_batch=8, micro=8, rank=0, world=1, steps=STEPS)
+    losses, before = [], [parameter.detach().clone() for parameter in peer.parameters()]
+    for batch, rate in zip(batches, published_schedule(), strict=True):
+        out = peer(encoder_input(config, batch), labels=batch.labels)
+        loss = F.cross_entropy(out.logits, batch.labels, label_smoothing=smoothing) if smoothing else out.loss
+        loss.backward()
+        for group in adamw.param_groups:
+            group["lr"] = rate * group["scale"]
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(loss.item())
+    moved = [float((after.detach() - old).abs().max()) for after, old in zip(peer.parameters(), before, strict=True)]
+    assert min(moved) > 1e-3, "a weight that does not move compares nothing"
+    peer.save_pretrained(folder / "after")
+    renamed = from_hf(load_file(folder / "after" / "model.safetensors"))
+    swapped = (("beit.pooler.layernorm.", "norm."), ("classifier.", "head."))
+    for theirs, ours in swapped:
+        renamed = {name.replace(theirs, ours): tensor for name, tensor in renamed.items()}
+    return losses, renamed
+
+
+@pytest.mark.parametrize(("stage", "smoothing"), [(0, 0.0), (1, 0.1), (2, 0.1), (3, 0.1)])
+def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing):
+    run = tmp_path / "run"
+    images = load_config(str(tiny.config), []).data.images
+    settings = [*SETTINGS, f"data.labelled_images={images}", f"finetune.smoothing={smoothing}"]
+    process = launch(tiny, run, *settings, f"finetune.init={encoder}", f"train.zero_stage={stage}", verb="finetune")
+    losses, theirs = peer_training(load_config(str(tiny.config), settings), encoder, tmp_path / "peer")
+    finished(process)
+    assert [line["loss"] for line in read_metrics(run, "train")] == pytest.approx(losses, rel=1e-5)
+    ours = weights(run)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("to", ["hf", "timm"])
+def test_a_finetuned_classifier_is_exported_with_its_head(tuned, tmp_path, to):
+    """Checked by the command itself: the library's logits are ours."""
+    assert export.run(tuned, tmp_path / "out", to) == 0
+    head = load_file(tmp_path / "out" / "model.safetensors")["classifier.weight" if to == "hf" else "head.weight"]
+    assert torch.equal(head, weights(tuned)["head.weight"])
+
+
+def test_other_exports_of_a_classifier_are_refused(tuned, tmp_path):
+    for to, finetune in (("safetensors", False), ("unilm", False), ("hf", True)):
+        with pytest.raises(ConfigError, match="is a fine-tuning: its classifier, head and all, goes --to hf or timm"):
+            export.run(tuned, tmp_path / "out", to, finetune=finetune)
