@@ -8,31 +8,31 @@ from benchmarks.results import launch, write
 from pipeline.config import load_config
 from pipeline.metrics import read_metrics
 
-DEMO = Path(__file__).resolve().parents[1] / "runs" / "demo" / "pretrain" / "config.yaml"
+DEMO = Path(__file__).resolve().parents[1] / "runs" / "demo" / "pretrain"
 
 
 def main() -> None:
-    """The demo's pretraining twice: evaluated as often as it is, and only at the end. Refuses unequal losses."""
-    if not DEMO.exists():
-        sys.exit("error: run ./launch.sh demo first; this trains on its shards")
-    config = load_config(str(DEMO), [])
+    """The demo's pretraining, and the same evaluated at its end alone. Refuses unequal losses."""
+    if not (DEMO / "config.yaml").exists():
+        sys.exit("error: run ./launch.sh demo first; this reads what it left in runs/demo, and trains on its shards")
+    config = load_config(str(DEMO / "config.yaml"), [])
     steps = config.train.duration.steps(0, config.train.global_batch)
     with tempfile.TemporaryDirectory() as folder:
-        runs = {"as configured": Path(folder) / "often", "at the end": Path(folder) / "once"}
-        for run, settings in zip(runs.values(), ([], [f"log.heldout_every={steps} steps"]), strict=True):
-            launch("pretrain", [str(DEMO), f"train.run={run}", "log.every_steps=1", "log.tensorboard=false", *settings])
-        often, once = ([line["loss"] for line in read_metrics(run, "train")] for run in runs.values())
-        rows = evaluated(runs["as configured"])
-    assert len(often) == steps, f"the run logged {len(often)} of {steps} steps"
-    assert often == once, "training noticed the evaluations"
-    labelled, most = int(rows[-1].pop("_pictures")), config.log.heldout_samples
+        run = Path(folder) / "run"
+        once = [f"train.run={run}", f"log.heldout_every={steps} steps", "log.tensorboard=false"]
+        launch("pretrain", [str(DEMO / "config.yaml"), *once])
+        logged = [{line["step"]: line["loss"] for line in read_metrics(each, "train")} for each in (DEMO, run)]
+    assert len(read_metrics(DEMO, "start")) == 1, "the demo was interrupted: shares are of one start, run it anew"
+    assert logged[0] == logged[1] and steps in logged[0], "training noticed the evaluations"
+    rows = evaluated(DEMO)
+    labelled, most = int(rows[-1]["_pictures"]), config.log.heldout_samples
     due = steps // config.log.heldout_every.steps(0, config.train.global_batch)
     note = (
-        f"2 processes, {steps} steps; evaluations were due every {config.log.heldout_every}, {len(rows)} of {due} were "
-        f"made within log.evaluation_share {config.log.evaluation_share:g}. Each judges {most} held-out pictures, as "
-        f"many seen ones in a trained and a new view (whose tokens it makes), and k-NN on {labelled} of the test "
-        f"pictures among up to {10 * most} of the training set. The {steps} losses are those of a run that is only "
-        f"evaluated at its end, bit for bit."
+        f"The demo's run of {steps} steps; evaluations were due every {config.log.heldout_every}, {len(rows)} of {due} "
+        f"were made within log.evaluation_share {config.log.evaluation_share:g}. Each judges {most} held-out pictures, "
+        f"as many seen ones in a trained and a new view (whose tokens it makes), and k-NN on {labelled} of the test "
+        f"pictures among up to {10 * most} of the training set. Its {len(logged[0])} logged losses are, bit for bit, "
+        f"those of a run that was only evaluated at its end."
     )
     ratios = {"share of the run's time": rows[-1]["share so far"]}
     write("evaluations", "what do the evaluations inside a run cost?", rows, ratios, [note])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.stages import demo as stage
 from tests.conftest import ROOT, write_pictures
 
 SMALL = [
@@ -81,6 +82,22 @@ def test_demo_of_a_folder_killed_and_continued(tmp_path):
     output, _ = (third := demo(tmp_path / "pictures", out)).communicate(timeout=120)
     assert third.returncode == 0, output
     assert "./launch.sh pretrain" not in output
+
+
+@pytest.mark.parametrize("labels", ["auto", "none"])
+def test_labelled_sets_are_given_where_pictures_have_classes(tmp_path, labels):
+    write_pictures(tmp_path / "pictures", 20, 2)
+    where = [str(tmp_path / "pictures"), str(tmp_path / "shards"), "--split", "test=0.3", "--labels", labels]
+    command = [sys.executable, "-m", "shards", "pack", *where, "--workers", "1"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    settings = stage._settings(tmp_path, [])
+    labelled = [
+        f"data.labelled_{name}={tmp_path}/shards/{part}" for name, part in (("images", "train"), ("test", "test"))
+    ]
+    assert [setting for setting in settings if setting.startswith("data.labelled")] == (
+        labelled if labels == "auto" else []
+    )
+    assert f"data.heldout_images={tmp_path}/shards/test" in settings
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "other"])
