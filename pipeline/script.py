@@ -262,7 +262,8 @@ function bound(figure) {
     box.style.left = Math.max(left, Math.min(0, room)) + "px";
   }
 
-  const chart = { area, moving, zooms, high: data.high, unit: data.x === "step" ? "Steps" : "Samples", draw, show, range: () => x,
+  const unit = data.x === "step" ? "Steps" : "Samples";
+  const chart = { area, moving, zooms, unit, high: data.high, draw, show, range: () => x,
     hide: () => { cursor.hidden = box.hidden = true; } };
   pointers(chart);
   keys(chart);
