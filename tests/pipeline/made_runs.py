@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config import Config, from_tree, to_yaml
 from pipeline.dvae import Dvae
-from pipeline.model import Beit
+from pipeline.model import Beit, Classifier
 from pipeline.stages import tokenize
 from pipeline.tokenizer import save_dvae
 from shards import codec
@@ -26,11 +26,13 @@ SHAPE = {
     "mask": {"num_patches": 6, "min_block": 2, "exact": False},
     "train": {"global_batch": 4, "micro_batch": 4, "precision": "fp32"},
     "loader": {"workers": 2},
+    "finetune": {"input_size": 64, "global_batch": 4, "micro_batch": 4},
 }
 
 
 def config_of(folder: Path) -> Config:
     data = {name: str(folder / name) for name in ("images", "tokens", "heldout_images", "heldout_tokens", "tokenizer")}
+    data |= {"labelled_images": data["images"], "labelled_test": data["heldout_images"]}
     return from_tree({**SHAPE, "data": data, "train": {**SHAPE["train"], "run": str(folder / "run")}}, "test")
 
 
@@ -62,14 +64,18 @@ def write_run(folder: Path, config: Config, lines: list[dict]) -> None:
 def write_checkpoint(folder: Path, config: Config, step: int) -> Beit:
     """A checkpoint as ZeRO stage 0 writes it."""
     beit = Beit(config.model, config.tokenizer.vocabulary, seed=1)
+    _write_weights(folder, beit, step)
+    return beit
+
+
+def _write_weights(folder: Path, module: torch.nn.Module, step: int) -> None:
     there = folder / "checkpoints" / f"step-{step}"
     there.mkdir(parents=True)
-    torch.save({"module": beit.state_dict()}, there / "mp_rank_00_model_states.pt")
+    torch.save({"module": module.state_dict()}, there / "mp_rank_00_model_states.pt")
     files = {path.name: path.stat().st_size for path in there.iterdir()}
     state = {"step": step, "samples_seen": 4 * step, "world": 1, "zero_stage": 0, "precision": "fp32"}
     state |= {"images": "other", "tokens": "other", "config": "", "files": files}
     (there / "state.json").write_text(json.dumps(state))
-    return beit
 
 
 def start(step: int, steps: int, time: float) -> dict:
@@ -135,3 +141,15 @@ def pictures_of(html: str, section: str) -> int:
     """How many pictures a section of the page shows."""
     found = re.search(rf'(?s)<section id="{section}">.*?</section>', html)
     return found.group().count("<img") if found else 0
+
+
+def write_classifier(folder: Path, config: Config, step: int) -> Classifier:
+    """As write_checkpoint, of a fine-tuning over two classes, a bias table in every layer."""
+    model = dataclasses.replace(config.model, positions="relative", input_size=config.finetune.input_size)
+    classifier = Classifier(model, classes=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    _write_weights(folder, classifier, step)
+    return classifier
