@@ -22,6 +22,7 @@ CONFIG = "pipeline.config pipeline.settings pipeline.rules"
 ENGINE = f"{CONFIG} pipeline.engine"
 LEARN = f"{CONFIG} kernels torch numpy pipeline.pixels"
 REPORT = f"{CONFIG} pipeline.chart pipeline.checkpoint pipeline.look pipeline.metrics pipeline.page pipeline.record"
+REPORT += " pipeline.words"
 # shards without its two modules that use torch, and what a stage may use
 TORCHLESS = "shards.cache shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress"
 TORCHLESS += " shards.remote shards.tokens"
@@ -32,9 +33,8 @@ BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipel
 PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
 PLAN += " pipeline.sharding pipeline.timeline"
 UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
-BELOW += (
-    " pipeline.evaluation pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
-)
+BELOW += " pipeline.comparison pipeline.document pipeline.encoders pipeline.gallery pipeline.words pipeline.evaluation"
+BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
 
 
 @dataclass(frozen=True)
@@ -174,16 +174,38 @@ TABLE = (
         "pipeline.stages",
     ),
     Row("pipeline.photos", f"{CONFIG} numpy {TORCHLESS}", "torch deepspeed pipeline.stages"),
-    Row("pipeline.chart", REPORT, "torch deepspeed shards pipeline.stages"),
-    Row("pipeline.look", REPORT, "torch deepspeed shards pipeline.stages"),
-    Row("pipeline.page", REPORT, "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.words", "", "torch numpy shards pipeline.stages"),
+    Row("pipeline.chart", "pipeline.words numpy", "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.look", "", "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.script", "", "torch numpy shards pipeline.stages"),
+    Row("pipeline.page", f"{REPORT} pipeline.script", "torch deepspeed shards pipeline.stages"),
     Row("pipeline.record", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages deepspeed"),
     Row("pipeline.sections", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages deepspeed"),
-    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS} pipeline.sections", "pipeline.model pipeline.stages"),
+    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages"),
     Row(
         "pipeline.pictures",
         f"{LEARN} pipeline.model pipeline.objective pipeline.streams pipeline.tokenizer shards",
         "deepspeed pipeline.stages",
+    ),
+    Row("pipeline.curves", REPORT, "pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.comparison", f"{REPORT} pipeline.sections", "pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.document", f"{REPORT} pipeline.curves pipeline.sections", "pipeline.model pipeline.stages"),
+    Row(
+        "pipeline.attention_maps",
+        f"{LEARN} pipeline.blocks pipeline.model pipeline.pictures",
+        "deepspeed pipeline.stages",
+    ),
+    Row(
+        "pipeline.neighbours",
+        f"{LEARN} pipeline.attention_maps pipeline.model pipeline.pictures pipeline.probe shards.loader",
+        "deepspeed pipeline.stages",
+    ),
+    Row("pipeline.encoders", f"{CONFIG} torch pipeline.model pipeline.weights", "shards pipeline.stages"),
+    Row(
+        "pipeline.gallery",
+        f"{REPORT} numpy torch pipeline.attention_maps pipeline.encoders pipeline.model pipeline.neighbours "
+        "pipeline.objective pipeline.pictures pipeline.precision pipeline.streams pipeline.tokenizer shards",
+        "pipeline.stages",
     ),
     Row("pipeline.machines", "", UNPLANNED),
     Row("pipeline.costs", CONFIG, UNPLANNED),
