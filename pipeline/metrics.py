@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pipeline.lines import read_metrics as read_metrics
 from pipeline.run import end_cut_line
 
 # Dense 16-bit peak in TFLOP/s by a word of the device's name (NVIDIA and AMD data sheets, without sparsity).
@@ -85,22 +86,6 @@ class Metrics:
             self.file.close()
             if self.writer is not None:
                 self.writer.close()
-
-
-def read_metrics(run: Path, kind: str) -> list[dict]:
-    """The lines of one kind in step order. Of a step logged again after a restart, the last counts."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    by_step: dict[int, dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line a kill cut short; its step was logged again
-        if values.get("kind") == kind:
-            by_step[values["step"]] = values
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def timed(batches: Iterator[Any], waits: list[float]) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.config import ONLINE, Config, ConfigError
-from pipeline.metrics import read_metrics
+from pipeline.lines import read_metrics
 from shards.errors import ShardError
 from shards.remote import cache_for, is_url
 from shards.tokens import TokenSet, token_counts

@@ -21,7 +21,7 @@ PACKAGES = ("kernels", "shards", "pipeline")
 CONFIG = "pipeline.config pipeline.settings pipeline.rules"
 ENGINE = f"{CONFIG} pipeline.engine"
 LEARN = f"{CONFIG} kernels torch numpy pipeline.pixels"
-REPORT = f"{CONFIG} pipeline.chart pipeline.checkpoint pipeline.look pipeline.metrics pipeline.page pipeline.record"
+REPORT = f"{CONFIG} pipeline.chart pipeline.lines pipeline.look pipeline.page pipeline.record pipeline.saved"
 # shards without its one module that uses torch, and what a stage may use
 TORCHLESS = "shards.cache shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress"
 TORCHLESS += " shards.remote shards.tokens"
@@ -119,12 +119,20 @@ TABLE = (
         f"{CONFIG} torch deepspeed pipeline.rendezvous pipeline.sharding pipeline.watchdog pipeline.writer",
         "pipeline.model shards pipeline.stages",
     ),
-    Row("pipeline.metrics", f"{CONFIG} torch pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
+    Row("pipeline.lines", "", "torch numpy shards"),
+    Row("pipeline.saved", "", "torch numpy shards"),
+    Row(
+        "pipeline.metrics",
+        f"{CONFIG} torch pipeline.lines pipeline.run",
+        "pipeline.model shards pipeline.stages deepspeed",
+    ),
     Row("pipeline.run", f"{CONFIG} yaml", "pipeline.model shards pipeline.stages torch deepspeed"),
     Row("pipeline.writer", "torch deepspeed", "pipeline shards"),
     Row("pipeline.zero", f"{ENGINE} torch deepspeed", "pipeline.model shards pipeline.stages"),
     Row(
-        "pipeline.checkpoint", f"{ENGINE} torch pipeline.metrics pipeline.zero", "pipeline.model shards pipeline.stages"
+        "pipeline.checkpoint",
+        f"{ENGINE} torch pipeline.metrics pipeline.saved pipeline.zero",
+        "pipeline.model shards pipeline.stages",
     ),
     Row("pipeline.guard", f"{CONFIG} pipeline.run", "torch pipeline.model shards pipeline.stages"),
     Row("pipeline.watchdog", "", "torch pipeline.model shards pipeline.stages"),
@@ -157,9 +165,9 @@ TABLE = (
     Row("pipeline.chart", REPORT, "torch deepspeed shards pipeline.stages"),
     Row("pipeline.look", REPORT, "torch deepspeed shards pipeline.stages"),
     Row("pipeline.page", REPORT, "torch deepspeed shards pipeline.stages"),
-    Row("pipeline.record", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages deepspeed"),
-    Row("pipeline.sections", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages deepspeed"),
-    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS} pipeline.sections", "pipeline.model pipeline.stages"),
+    Row("pipeline.record", f"{REPORT} numpy {TORCHLESS}", "torch pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.sections", f"{REPORT} numpy {TORCHLESS}", "torch pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS} pipeline.sections", "torch pipeline.model pipeline.stages"),
     Row(
         "pipeline.pictures",
         f"{LEARN} pipeline.model pipeline.objective pipeline.streams pipeline.tokenizer shards",
