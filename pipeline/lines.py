@@ -40,6 +40,7 @@ class GrowingLines:
     def __init__(self, path: Path):
         self.path = path
         self.lines: list[dict] = []
+        self.changed_at = 0  # of the file, in nanoseconds; 0 when there is none
         self._inode, self._reached, self._tail = 0, 0, b""
 
     def read(self) -> bool:
@@ -47,6 +48,7 @@ class GrowingLines:
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
+                self.changed_at = status.st_mtime_ns
                 anew = not self._goes_on(file.fileno(), status)
                 if anew:
                     self._begin(status.st_ino)
@@ -56,7 +58,7 @@ class GrowingLines:
                 added = self._take(file.read(status.st_size - self._reached))
                 return added or anew
         except (FileNotFoundError, NotADirectoryError):
-            gone = self._reached > 0
+            gone, self.changed_at = self._reached > 0, 0
             self._begin(0)
             return gone
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.config import ONLINE, Config, ConfigError
-from pipeline.lines import read_metrics
+from pipeline.lines import latest
 from shards.errors import ShardError
 from shards.remote import cache_for, is_url
 from shards.tokens import TokenSet, token_counts
@@ -85,15 +85,25 @@ class Record:
 def read_record(run: Path, config: Config) -> Record:
     """Everything but the config, which the caller has read and checked."""
     notes: list[str] = []
-    lines = json_lines(run / "metrics.jsonl")
+    tokens = attempt("Token statistics", notes, lambda: token_use(config))
+    lines, bad_samples = json_lines(run / "metrics.jsonl"), json_lines(run / "bad_samples.jsonl")
+    return record_of(run, config, lines, bad_samples, tokens, notes)
+
+
+def record_of(
+    run: Path, config: Config, lines: list[dict], bad_samples: list[dict], tokens: TokenUse | None, notes: list[str]
+) -> Record:
+    """A record of what was read already, and of the small files: cheap. lines: of metrics.jsonl, in file order."""
+    notes = list(notes)
     starts = [line for line in lines if line.get("kind") == "start"]
+    train = latest(lines, "train")
     steps = [line["step"] for line in lines if line.get("kind") == "train"]
     last_start = starts[-1] if starts else {}
     return Record(
         run=run,
         config=config,
-        train=read_metrics(run, "train"),
-        heldout=[line for line in read_metrics(run, "heldout") if "loss" in line],
+        train=train,
+        heldout=[line for line in latest(lines, "heldout") if "loss" in line],
         sessions=sessions(lines),
         step=steps[-1] if steps else 0,
         planned_steps=int(last_start.get("steps", 0)),
@@ -101,8 +111,8 @@ def read_record(run: Path, config: Config) -> Record:
         environment=json_object(run / "environment.json", notes),
         probe=json_object(run / "probe.json", notes),
         codebook=json_object(Path(config.data.tokenizer) / "measured.json", notes),
-        tokens=attempt("Token statistics", notes, lambda: token_use(config)),
-        bad_samples=json_lines(run / "bad_samples.jsonl"),
+        tokens=tokens,
+        bad_samples=bad_samples,
         notes=notes,
     )
 
