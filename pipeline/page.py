@@ -33,14 +33,20 @@ class Picture:
     small: bool
 
 
-def page(title: str, body_html: str) -> str:
-    """A whole HTML document. Bytes of file names that are no text (surrogates) come out as their escapes."""
+def page(title: str, body_html: str, *, connect: str = "", script: str = "") -> str:
+    """A whole HTML document. Bytes of file names that are no text (surrogates) come out as their escapes.
+
+    For a page that is served: connect, where its scripts may connect to ("'self'"), and a script beside the page's own,
+    which calls `start()` whenever it has replaced what is in <main>.
+    """
+    policy = f"{_POLICY}; connect-src {connect}" if connect else _POLICY
+    more = f"<script>{script}</script>" if script else ""
     html = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="referrer" content="no-referrer">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="referrer" content="no-referrer">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>\n'
-        f"<body><main>\n{body_html}\n</main><script>{SCRIPT}</script></body></html>\n"
+        f"<body><main>\n{body_html}\n</main><script>{SCRIPT}</script>{more}</body></html>\n"
     )
     return html.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -49,16 +55,17 @@ def header(eyebrow: str, title: str, status: str, good: bool, *leads: str) -> st
     """The page's head: where it comes from, its name, how the run stands, and sentences; the first is the largest."""
     lines = "".join(f'<p class="lead{"" if i else " big"}">{escape(lead)}</p>' for i, lead in enumerate(leads) if lead)
     return (
-        f'<header><p class="eyebrow">{escape(eyebrow)}</p><div class="head"><h1>{escape(title)}</h1>'
+        f'<header id="head"><p class="eyebrow">{escape(eyebrow)}</p><div class="head"><h1>{escape(title)}</h1>'
         f'<span class="status {"good" if good else "wait"}">{escape(status)}</span></div>{lines}</header>'
     )
 
 
-def section(title: str, about: str, *parts_html: str) -> str:
-    """A heading, a sentence about what follows, and the parts; nothing when there are no parts."""
+def section(name: str, title: str, about: str, *parts_html: str) -> str:
+    """A heading, a sentence about what follows, and the parts; nothing when there are no parts. name: its id."""
     body = "\n".join(part for part in parts_html if part)
     lead = f'<p class="section">{escape(about)}</p>' if about else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>" if body else ""
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f'<section id="{escape(name)}">{heading}{lead}{body}</section>' if body else ""
 
 
 def notes(lines: Sequence[str]) -> str:
@@ -70,7 +77,7 @@ def notes(lines: Sequence[str]) -> str:
 def cards(items: Sequence[Card]) -> str:
     """The numbers that matter, side by side."""
     return (
-        '<dl class="cards">'
+        '<dl class="cards" id="numbers">'
         + "".join(
             f'<div class="card"><dt>{escape(card.label)}</dt><dd class="value">{escape(card.value)}</dd>'
             f'<dd class="detail">{escape(card.detail)}</dd></div>'

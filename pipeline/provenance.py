@@ -32,7 +32,7 @@ def what_ran(record: Record, state: State | None, passed_over: list[str]) -> str
         ("Bad samples", f"{len(bad):,} replaced" if bad else "none", _bad_samples(bad) if bad else ""),
     ]
     shown = [part for part in parts if part[2]]
-    return page.section("What ran", "", page.folds(shown))
+    return page.section("what-ran", "What ran", "", page.folds(shown))
 
 
 def _data_about(record: Record) -> str:

@@ -143,14 +143,14 @@ def probe(record: Record) -> str:
         f"of step {number(value(said, 'step'))}. The probe is fitted on {fitted} pictures, and chose its features by a "
         f"part of them: {chosen}."
     )
-    return page.section("What the features are good for", about, page.bars(["", "Linear probe", "k-NN"], rows))
+    return page.section("probe", "What the features are good for", about, page.bars(["", "Linear probe", "k-NN"], rows))
 
 
 def curves(record: Record) -> str:
     """What is logged, against the step, restarts marked; and the time line of a run started more than once."""
     train = record.train
     if not train:
-        return page.section("Curves", "", page.notes(["No step has been logged yet."]))
+        return page.section("curves", "Curves", "", page.notes(["No step has been logged yet."]))
     marks = [float(session.first_step) for session in record.sessions[1:]]
 
     def single(title: str, name: str, unit: str = "", percent: bool = False) -> str:
@@ -168,7 +168,7 @@ def curves(record: Record) -> str:
     about = f"Training values are means over {record.config.log.every_steps} steps"
     if record.config.model.drop_path > 0 and record.heldout:
         about += ", with drop path; held-out values are without"
-    return page.section("Curves", f"{about}.", time_line(record), page.charts(drawn))
+    return page.section("curves", "Curves", f"{about}.", time_line(record), page.charts(drawn))
 
 
 def _loss_chart(record: Record, marks: list[float]) -> str:

@@ -32,6 +32,7 @@ BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipel
 PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
 PLAN += " pipeline.sharding pipeline.timeline"
 UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
+BELOW += " pipeline.document pipeline.gallery"
 BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
 
 
@@ -172,6 +173,13 @@ TABLE = (
         "pipeline.pictures",
         f"{LEARN} pipeline.model pipeline.objective pipeline.streams pipeline.tokenizer shards",
         "deepspeed pipeline.stages",
+    ),
+    Row("pipeline.document", f"{REPORT} pipeline.sections", "pipeline.model pipeline.stages"),
+    Row(
+        "pipeline.gallery",
+        f"{REPORT} torch pipeline.model pipeline.objective pipeline.pictures pipeline.precision pipeline.streams "
+        "pipeline.tokenizer pipeline.weights shards",
+        "pipeline.stages",
     ),
     Row("pipeline.machines", "", UNPLANNED),
     Row("pipeline.costs", CONFIG, UNPLANNED),

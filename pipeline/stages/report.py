@@ -1,142 +1,26 @@
 """`report RUN`: RUN/report.html, one self-contained page: what was learned, how fast, what it looks like, what ran."""
 
-import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from pipeline import page, sections
-from pipeline.checkpoint import State, newest
-from pipeline.config import ONLINE, Config, ConfigError
+from pipeline import gallery, page
+from pipeline.checkpoint import newest
+from pipeline.document import body
 from pipeline.metrics import say
-from pipeline.model import Beit
-from pipeline.objective import online_tokens
-from pipeline.page import Picture
-from pipeline.pictures import Reconstruction, reconstructions, sample_names
-from pipeline.precision import computing
 from pipeline.provenance import what_ran
-from pipeline.record import Record, attempt, read_record
-from pipeline.streams import Source, evaluation_batches, fitting_tokenizer, heldout, pretraining
-from pipeline.tokenizer import VisualTokenizer, load_tokenizer
-from pipeline.weights import run_config, trained_weights, with_weights
-from shards import codec
+from pipeline.record import read_record
+from pipeline.weights import run_config
 from shards.files import write_text
-from shards.loader import Batch
-from shards.manifest import read_token_manifest
-
-_TITLE = "What it sees and what it fills in"
-_SHOWN = 8  # pictures of the grid
-_LARGEST = 256  # pixels a side of an embedded picture
-_SMALL = 96  # a picture of at most so many pixels a side is enlarged pixel by pixel
 
 
 def run(run_folders: list[Path], out: Path | None = None) -> int:
     """Write the page by rename; returns the exit code. Raises ConfigError when it is not a run folder."""
     run_folder = run_folders[0]
-    config = run_config(run_folder)
-    record = read_record(run_folder, config)
+    record = read_record(run_folder, run_config(run_folder))
     passed_over: list[str] = []
     found = newest(run_folder, passed_over.append)
     state = found[1] if found else None
-    parts = [
-        sections.header(record),
-        sections.cards(record),
-        page.notes(record.notes),
-        sections.probe(record),
-        sections.curves(record),
-        _pictures(record, state),
-        what_ran(record, state, passed_over),
-        page.footer(f"Written {sections.clock(time.time())} by beitforge, from {run_folder}."),
-    ]
-    path = run_folder / "report.html"
-    write_text(path, page.page(f"{run_folder.resolve().name} · beitforge", "\n".join(parts)))
+    html = body(record, gallery.pictures(record, state), what_ran(record, state, passed_over))
+    path = out or run_folder / "report.html"
+    write_text(path, page.page(f"{run_folder.resolve().name} · beitforge", html))
     say(f"report of step {record.step}: {path}")
     return 0
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The samples of the picture grid, and where they and their tokens come from."""
-
-    source: Source
-    batch: Batch
-    name: str
-    tokens: str
-
-
-def _pictures(record: Record, state: State | None) -> str:
-    """The grid, as much of it as the folders still allow, and a line for whatever is missing."""
-    config = replace(record.config, loader=replace(record.config.loader, workers=0))
-    missing: list[str] = []
-    shown = _samples(config, missing)
-    if shown is None:
-        return page.section(_TITLE, "", page.notes(missing))
-    decoder = attempt("Decoded tokens are missing", missing, lambda: _decoder(config, shown.tokens))
-    beit = attempt("Predictions are missing", missing, lambda: _encoder(config, record.run))
-    rebuilt = reconstructions(config, shown.batch, decoder, beit)
-    names = sample_names(shown.source, shown.batch)
-    step = f", at step {state.step:,}" if beit is not None and state is not None else ""
-    about = (
-        f"The first {len(names)} pictures of the {shown.name}{step}: the view, what the encoder sees of it, and "
-        "what the tokenizer decodes from the true tokens and from the predicted ones (true where patches are visible)."
-    )
-    rows = [_picture_row(name, sample) for name, sample in zip(names, rebuilt, strict=True)]
-    return page.section(_TITLE, about, page.notes(missing), page.picture_grid(rows))
-
-
-def _samples(config: Config, missing: list[str]) -> Shown | None:
-    """The first pictures of the held-out set, else of the training set; None when neither is there."""
-
-    def first(source: Source, name: str, tokens: str) -> Shown:
-        count = min(_SHOWN, source.samples)
-        batch = next(evaluation_batches(config, source, samples=count, micro=count, rank=0, world=1))
-        if tokens == ONLINE:
-            with computing(config.tokenizer.precision, torch.device("cpu")):
-                batch = batch._replace(tokens=online_tokens(fitting_tokenizer(config)[0].tokenize, batch))
-        return Shown(source, batch, name, tokens)
-
-    data, shown = config.data, None
-    if data.heldout_images:
-        shown = attempt(
-            "Held-out pictures are missing",
-            missing,
-            lambda: first(heldout(config), "held-out set", data.heldout_tokens),
-        )
-    return shown or attempt(
-        "Pictures are missing", missing, lambda: first(pretraining(config), "training set", data.tokens)
-    )
-
-
-def _decoder(config: Config, tokens: str) -> VisualTokenizer:
-    """The tokenizer, if it is the one the tokens were made with and can decode them."""
-    folder = Path(config.data.tokenizer)
-    tokenizer, identity = load_tokenizer(folder)
-    if tokens != ONLINE and identity["fingerprint"] != read_token_manifest(tokens).tokenizer.get("fingerprint"):
-        raise ConfigError(f"{folder} is not the tokenizer that {tokens} was made with")
-    if not tokenizer.decodes:
-        raise ConfigError(f"the tokenizer in {folder} has no decoder to pixels")
-    return tokenizer
-
-
-def _encoder(config: Config, run_folder: Path) -> Beit:
-    return with_weights(config, trained_weights(run_folder).all(), run_folder)
-
-
-def _picture_row(name: str, rebuilt: Reconstruction) -> str:
-    shown = [(rebuilt.image, "view"), (rebuilt.masked, "masked")]
-    if rebuilt.decoded is not None:
-        shown.append((rebuilt.decoded, "true tokens"))
-    if rebuilt.predicted is not None:
-        shown.append((rebuilt.predicted, "predicted"))
-    pictures = []
-    for pixels, caption in shown:
-        if len(pixels) > _LARGEST:
-            pixels = codec.resize(pixels, (_LARGEST, _LARGEST), "lanczos")
-        small = len(pixels) <= _SMALL
-        form = "png" if small else "jpg"
-        pictures.append(Picture(codec.encode(pixels, form, 88), form, caption, small))
-    about = f"{rebuilt.num_masked} patches masked"
-    if rebuilt.right is not None:
-        about = f"{rebuilt.right} of {rebuilt.num_masked} tokens right"
-    return page.picture_row(name, about, pictures)

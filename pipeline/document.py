@@ -1,0 +1,26 @@
+"""What a report says, put together: the whole content of <main>, from a run's record and the parts that cost more.
+
+A pure function, so that a page of a running run can make the cheap parts again at every log line and the pictures once
+a checkpoint. Must not know torch or any stage.
+"""
+
+import time
+
+from pipeline import page, sections
+from pipeline.record import Record
+
+
+def body(record: Record, pictures_html: str, what_ran_html: str) -> str:
+    """The sections in their order, each with an id of its own that stays: head, numbers, notes, probe, curves, those of
+    the pictures (pipeline.gallery) and what-ran (pipeline.provenance)."""
+    parts = [
+        sections.header(record),
+        sections.cards(record),
+        page.section("notes", "", "", page.notes(record.notes)),
+        sections.probe(record),
+        sections.curves(record),
+        pictures_html,
+        what_ran_html,
+        page.footer(f"Written {sections.clock(time.time())} by beitforge, from {record.run}."),
+    ]
+    return "\n".join(part for part in parts if part)
