@@ -29,8 +29,8 @@ def split(body_html: str) -> list[Part]:
 
 
 class _Cutter(HTMLParser):
-    """Finds where outermost elements begin and end. Each is called by its id, or its tag; of several called the same, the
-    later ones are numbered."""
+    """Finds where outermost elements begin and end. Each is called by its id, or its tag; of several called the same,
+    the later ones are numbered."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)

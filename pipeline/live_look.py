@@ -93,7 +93,8 @@ _SCRIPT = """
       new PointerEvent("pointermove", { clientX: pointer[0], clientY: pointer[1], bubbles: true }));
   };
   // A part is not taken away while something in it is being dragged over or selected.
-  const busy = () => pressed || (getSelection().type === "Range" && bar.parentElement.contains(getSelection().anchorNode));
+  const busy = () => pressed
+    || (getSelection().type === "Range" && bar.parentElement.contains(getSelection().anchorNode));
 
   const take = (news) => {
     if (Object.keys(news.sections).length && busy()) return;
@@ -127,7 +128,9 @@ _SCRIPT = """
     take(news);
   };
   document.addEventListener("visibilitychange", ask);
-  document.addEventListener("pointermove", (event) => { if (event.isTrusted) pointer = [event.clientX, event.clientY]; });
+  document.addEventListener("pointermove", (event) => {
+    if (event.isTrusted) pointer = [event.clientX, event.clientY];
+  });
   document.addEventListener("pointerdown", () => { pressed = true; }, true);
   for (const kind of ["pointerup", "pointercancel"]) document.addEventListener(kind, () => { pressed = false; }, true);
   setInterval(tick, 1000);

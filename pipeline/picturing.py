@@ -34,7 +34,9 @@ def _pictures(record: Record) -> str:
     """Those of the newest checkpoint."""
     missing = [name for name in ("torch", "deepspeed") if importlib.util.find_spec(name) is None]
     if missing:
-        line = f"They need {' and '.join(missing)}, which this machine has not; `report` makes them where training runs."
+        line = (
+            f"They need {' and '.join(missing)}, which this machine has not; `report` makes them where training runs."
+        )
         return page.section("pictures", "Pictures", "", page.notes([line]))
     import torch
 

@@ -3,6 +3,7 @@
 Must not know runs, torch or any stage.
 """
 
+import contextlib
 import errno
 import gzip
 import ipaddress
@@ -104,6 +105,11 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "beitforge", ""
     timeout = 60  # seconds that a connection may be silent
 
+    def handle(self) -> None:
+        """Until the connection ends, however it does."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
+
     def do_GET(self) -> None:
         """The page, what is new, or a refusal."""
         hosts = self.headers.get_all("Host") or []
@@ -139,18 +145,15 @@ class Handler(BaseHTTPRequestHandler):
         if len(content) > _SMALL and "gzip" in self.headers.get("Accept-Encoding", ""):
             content = gzip.compress(content, 3)
             more["Content-Encoding"] = "gzip"
-        try:
-            self.send_response(code)
-            for name, value in {**_HEADERS, **more}.items():
-                self.send_header(name, value)
-            self.send_header("Content-Type", kind)
-            self.send_header("Vary", "Accept-Encoding")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-        except (ConnectionError, TimeoutError):  # whoever asked is gone
-            self.close_connection = True
+        self.send_response(code)
+        for name, value in {**_HEADERS, **more}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Vary", "Accept-Encoding")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
         """Not a line for every question."""

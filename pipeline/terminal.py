@@ -23,7 +23,7 @@ from pipeline.sections import duration, value
 
 NARROWEST = 40  # columns
 _WIDEST = 110
-_LABEL = 12  # columns of the names at the left
+_LABEL = 11  # columns of the names at the left
 _WORST = 4  # ranks that are listed
 _SPARKS = "▁▂▃▄▅▆▇█"
 _PLAIN_SPARKS = "_.-=+*%#"
@@ -78,10 +78,13 @@ def _progress(stand: Standing, follower: Follower, width: int, plain: bool) -> R
     rows.append(("rate", " · ".join(word for word in rate if word) or "–"))
     if stand.state in ("running", "started") and math.isfinite(each):
         left = (stand.planned - stand.step) * each
-        rows.append(
-            ("left", f"{duration(left)}, until {time.strftime('%a %d %b %H:%M', time.localtime(time.time() + left))}")
-        )
+        rows.append(("left", f"{duration(left)}, until {_when(time.time() + left)}"))
     return rows
+
+
+def _when(moment: float) -> str:
+    there, now = time.localtime(moment), time.localtime()
+    return time.strftime("%H:%M" if there[:3] == now[:3] else "%a %d %b %H:%M", there)
 
 
 def _learning(follower: Follower, trained: list[dict], width: int, plain: bool) -> Rows:
@@ -92,20 +95,20 @@ def _learning(follower: Follower, trained: list[dict], width: int, plain: bool) 
     for kind, name in (("heldout", "held-out"), ("new_view", "new view"), ("test", "test")):
         found = [line for line in latest(follower.lines, kind) if "loss" in line]
         if found:
-            words = [f"loss {value(found[-1], 'loss'):.4g}", *_accuracies(found[-1])]
-            rows.append((name, f"{', '.join(words)}, at step {found[-1]['step']:,}"))
+            words = [f"{value(found[-1], 'loss'):.4g}", *_accuracies(found[-1]), f"step {found[-1]['step']:,}"]
+            rows.append((name, " · ".join(words)))
     survey = [line for line in latest(follower.lines, "survey") if "knn" in line]
     if survey:
-        rows.append(("k-NN", f"{value(survey[-1], 'knn'):.1%}, at step {survey[-1]['step']:,}"))
-    rows += [("accuracy", ", ".join(_accuracies(last)))] if _accuracies(last) else []
-    both = [("lr", "lr", ".3g"), ("gradient_norm", "gradient norm", ".3g")]
+        rows.append(("k-NN", f"{value(survey[-1], 'knn'):.1%} · step {survey[-1]['step']:,}"))
+    rows += [("accuracy", " · ".join(_accuracies(last)))] if _accuracies(last) else []
+    both = [("lr", "lr", ".3g"), ("gradient_norm", "norm", ".3g")]
     words = [f"{name} {value(last, key):{form}}" for key, name, form in both if key in last]
-    return [*rows, ("optimizer", " · ".join(words))]
+    return [*rows, ("gradient", " · ".join(words))]
 
 
 def _accuracies(line: dict) -> list[str]:
-    names = {"masked_accuracy": "masked tokens", "accuracy": "accuracy", "top5": "top 5"}
-    return [f"{name} {value(line, key):.1%}" for key, name in names.items() if key in line]
+    names = {"masked_accuracy": "of tokens", "accuracy": "right", "top5": "in the top 5"}
+    return [f"{value(line, key):.1%} {name}" for key, name in names.items() if key in line]
 
 
 def _machine(follower: Follower, trained: list[dict]) -> Rows:
@@ -117,12 +120,12 @@ def _machine(follower: Follower, trained: list[dict]) -> Rows:
     waits = [(value(rank, "data_wait"), rank) for rank in ranks if math.isfinite(value(rank, "data_wait"))]
     if not waits:
         share = value(trained[-1], "data_wait_share")
-        return [*rows, ("data wait", f"{share:.1%} of the time, mean of the ranks")] if math.isfinite(share) else rows
+        return [*rows, ("data wait", f"{share:.1%} (mean of ranks)")] if math.isfinite(share) else rows
     waits.sort(key=lambda pair: -pair[0])
     shown = waits if len(waits) <= _WORST else waits[:_WORST]
     if len(waits) > _WORST:
         middle = statistics.median(share for share, _ in waits)
-        rows.append(("data wait", f"{middle:.1%} median of {len(waits):,} ranks; the worst:"))
+        rows.append(("data wait", f"{middle:6.1%}  median of {len(waits):,} ranks"))
     for share, rank in shown:
         name = "" if len(waits) > _WORST or rows[-1][0] in ("data wait", "") else "data wait"
         rows.append((name, f"{share:6.1%}  rank {rank.get('rank', '?')} on {rank.get('host', '?')}"))

@@ -178,7 +178,22 @@ TABLE = (
     Row(
         "pipeline.gallery",
         f"{REPORT} torch pipeline.model pipeline.objective pipeline.pictures pipeline.precision pipeline.streams "
-        "pipeline.tokenizer pipeline.weights shards",
+        "pipeline.checkpoint pipeline.tokenizer pipeline.weights shards",
+        "pipeline.stages",
+    ),
+    Row("pipeline.following", f"{CONFIG} pipeline.lines pipeline.saved pipeline.signals", "torch numpy shards"),
+    Row("pipeline.live", "", "torch numpy shards"),
+    Row("pipeline.live_look", "", "torch numpy shards"),
+    Row("pipeline.serving", CONFIG, "torch numpy shards"),
+    Row("pipeline.beside", "", "torch numpy shards"),
+    Row(
+        "pipeline.terminal",
+        f"{REPORT} pipeline.following pipeline.sections",
+        "torch deepspeed pipeline.model pipeline.stages",
+    ),
+    Row(
+        "pipeline.picturing",
+        f"{REPORT} pipeline.beside pipeline.gallery pipeline.signals torch",
         "pipeline.stages",
     ),
     Row("pipeline.machines", "", UNPLANNED),
@@ -196,6 +211,12 @@ TABLE = (
         "pipeline.stages.plan",
         f"{PLAN} pipeline.planned shards.errors shards.manifest",
         "torch deepspeed shards.loader",
+    ),
+    Row(
+        "pipeline.stages.watch",
+        f"{REPORT} pipeline.beside pipeline.document pipeline.following pipeline.live pipeline.live_look "
+        "pipeline.provenance pipeline.sections pipeline.serving pipeline.terminal",
+        "torch deepspeed pipeline.model",
     ),
     Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),
     Row(

@@ -21,8 +21,9 @@ from pipeline.record import TokenUse, record_of
 from pipeline.serving import Server
 
 _LOOK_SECONDS = 1.0  # between looks into the folder, however many ask
-_POLL = {"running": 3.0, "started": 3.0, "waiting": 3.0}  # seconds until a page asks again
-_POLL_ELSE = 10.0
+_SHARE = 0.1  # of one core's time that making the page anew may take
+_POLL = {"finished": 15_000, "stopped": 15_000}  # milliseconds until a page asks again
+_POLL_ELSE = 3_000
 _REDRAW_SECONDS = 1.0
 _SLOT = '<section id="pictures"></section>'  # where the pictures come in, which are cut up once
 
@@ -43,7 +44,7 @@ def run(run_folder: Path, host: str, port: int, in_terminal: bool) -> int:
     if server.open_to_others:
         print(f"anyone who reaches {server.host} can read it", flush=True)
     else:
-        there = f"{server.server_port}:{server.server_address[0]}:{server.server_port}"
+        there = f"{server.server_port}:{host}:{server.server_port}"
         print(f"from another machine: ssh -L {there} {socket.gethostname()}, then open the same address", flush=True)
     try:
         server.serve_forever(poll_interval=0.2)
@@ -84,7 +85,8 @@ class Site:
         self.parts = Parts()
         self.look = hashlib.sha256((look.STYLE + look.SCRIPT + live_look.SCRIPT).encode()).hexdigest()[:12]
         self._lock = threading.Lock()
-        self._looked, self._shown = 0.0, (-1, -1)
+        self._look_at, self._make_at = 0.0, 0.0  # on the monotonic clock: not before
+        self._shown = (-1, -1)
         self._pictures: list[Part] = []
         self._pictured = 0
 
@@ -107,7 +109,7 @@ class Site:
                 "words": stand.told,
                 "seconds": None if stand.silent != stand.silent else round(stand.silent, 1),
                 "title": self._title(),
-                "every": 1000 * _POLL.get(stand.state, _POLL_ELSE),
+                "every": _POLL.get(stand.state, _POLL_ELSE),
             }
             return {"look": self.look, "status": status, **self.parts.since(since)}
 
@@ -126,17 +128,19 @@ class Site:
 
     def _refresh(self) -> None:
         """Look into the folder, unless that was just done, and make anew what may be different."""
-        now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS and self._looked:
+        begun = time.monotonic()
+        if begun < self._look_at:
             return
-        self._looked = now
+        self._look_at = begun + _LOOK_SECONDS
         self.follower.look()
         if self.follower.config is not None:
             self.beside.want(self.follower.saved.step if self.follower.saved else 0)
         shown = (self.follower.changes, self.beside.changes)
-        if shown != self._shown:
+        if shown != self._shown and begun >= self._make_at:
             self._shown = shown
             self.parts.show(self._made())
+            ended = time.monotonic()
+            self._make_at = ended + (ended - begun) / _SHARE
 
     def _made(self) -> list[Part]:
         """The parts of the page."""
