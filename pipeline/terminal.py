@@ -3,6 +3,7 @@
 Must not know HTML, torch or any stage.
 """
 
+import contextlib
 import math
 import os
 import select
@@ -113,7 +114,8 @@ def _accuracies(line: dict) -> list[str]:
 
 def _machine(follower: Follower, trained: list[dict]) -> Rows:
     """Memory and what ranks wait for data."""
-    ranks = [rank for rank in follower.ranks.get("ranks", []) if isinstance(rank, dict)]
+    said = follower.ranks.get("ranks")
+    ranks = [rank for rank in said if isinstance(rank, dict)] if isinstance(said, list) else []
     memory = [size for size in (value(rank, "memory_bytes") for rank in ranks) if math.isfinite(size)]
     memory = memory or [value(trained[-1], "memory_bytes")]
     rows = [("memory", f"{max(memory) / 2**30:.3g} GiB{' on the fullest rank' if len(memory) > 1 else ''}")]
@@ -137,13 +139,17 @@ def _past(follower: Follower) -> Rows:
     starts = sum(line.get("kind") == "start" for line in follower.lines)
     skipped = sum(line.get("kind") == "skip" for line in follower.lines)
     bad = len(follower.bad_samples.lines)
-    words = [f"{max(0, starts - 1):,} restarts", f"{bad:,} bad samples"]
-    words += [f"{skipped:,} updates left out"] if skipped else []
+    words = [_counted(max(0, starts - 1), "restart"), _counted(bad, "bad sample")]
+    words += [f"{_counted(skipped, 'update')} left out"] if skipped else []
     rows = [("so far", " · ".join(words))]
     if follower.saved is None:
         return [*rows, ("checkpoint", "none yet")]
     age = duration(max(0.0, time.time() - follower.saved_at))
     return [*rows, ("checkpoint", f"step {follower.saved.step:,}, {age} ago")]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def sparkline(values: list[float], width: int, plain: bool = False) -> str:
@@ -189,7 +195,8 @@ def show(draw: Callable[[int], list[str]], seconds: float) -> None:
             if now - drawn >= seconds or at != size:
                 drawn, size = now, at
                 screen.put(draw(size.columns), size)
-    print("\n".join(draw(size.columns)), flush=True)
+    with contextlib.suppress(OSError):
+        print("\n".join(draw(size.columns)), flush=True)
 
 
 class _Screen:
@@ -215,9 +222,10 @@ class _Screen:
         _write(_ENTER)
 
     def _leave(self) -> None:
-        _write(_LEAVE)
-        if self.before is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.before)
+        with contextlib.suppress(OSError, termios.error):  # the terminal is gone
+            if self.before is not None:
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.before)
+            _write(_LEAVE)
 
     def _pause(self, *_: object) -> None:
         """Ctrl-Z: the terminal is the shell's until it goes on."""

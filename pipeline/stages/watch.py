@@ -40,13 +40,8 @@ def run(run_folder: Path, host: str, port: int, in_terminal: bool) -> int:
     site = Site(run_folder)
     server = Server(host, port, site.page, site.live)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(f"watching {run_folder} at {server.url} (Ctrl-C ends it)", flush=True)
-    if server.open_to_others:
-        print(f"anyone who reaches {server.host} can read it", flush=True)
-    else:
-        there = f"{server.server_port}:{host}:{server.server_port}"
-        print(f"from another machine: ssh -L {there} {socket.gethostname()}, then open the same address", flush=True)
     try:
+        _say_where(run_folder, host, server)
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
         pass
@@ -54,6 +49,15 @@ def run(run_folder: Path, host: str, port: int, in_terminal: bool) -> int:
         server.server_close()
         site.beside.stop()
     return 0
+
+
+def _say_where(run_folder: Path, host: str, server: Server) -> None:
+    print(f"watching {run_folder} at {server.url} (Ctrl-C ends it)", flush=True)
+    if server.open_to_others:
+        print(f"anyone who reaches {server.host} can read it", flush=True)
+    else:
+        there = f"{server.server_port}:{host}:{server.server_port}"
+        print(f"from another machine: ssh -L {there} {socket.gethostname()}, then open the same address", flush=True)
 
 
 def _in_terminal(run_folder: Path) -> int:
