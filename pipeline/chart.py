@@ -1,15 +1,23 @@
 """Line charts as text: an SVG that stretches with the page, and labels in HTML beside it that keep their size.
 
-Knows numbers and words, not runs. Colours are the page's CSS variables; the numbers are embedded for its script.
+Knows numbers and words, not runs. Colours are the page's CSS variables. The numbers are embedded, in more detail than
+is drawn, for the page's script, which draws a part of a chart anew when it is zoomed into (pipeline.script).
 """
 
+import base64
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
+
+from pipeline.words import number
+
 _COLUMNS = 300  # a longer series is drawn as the mean and range of so many columns
+_KEPT = 4000  # a series of at most so many points is embedded whole, a longer one as
+_PARTS = 2000  # the mean and range of so many parts
 _SIDE = 1000  # units of the SVG, either way
 _DOTS = 40  # a series of at most so many points shows each
 
@@ -61,21 +69,25 @@ def line_chart(
     zero: bool = False,
     log: bool = False,
     wide: bool = False,
+    x_name: str = "step",
+    x_high: float = 0.0,
 ) -> str:
     """A <figure> with the curves, or "" when no series has a finite value.
 
     marks: x of vertical lines. percent: values are shares. zero: the axis begins at 0. log: logarithmic, as long as
     every value is positive. Values that are not finite break the line and are counted below the chart. The legend names
-    marks on a wide chart only.
+    marks on a wide chart only. x_high: where the axis ends at least. Charts over steps are zoomed together.
     """
     finite = [(x, y) for line in series for x, y in line.points if math.isfinite(y)]
     if not finite:
         return ""
-    x_axis = linear_axis([0.0, *(x for x, _ in finite)], zero=True, pad=0.0)
+    x_axis = linear_axis([0.0, x_high, *(x for x, _ in finite)], zero=True, pad=0.0)
     values = [y for _, y in finite]
     log = log and min(values) > 0
     y_axis = log_axis(values) if log else linear_axis(values, zero=zero)
     drawn = [(line, thin(line.points, x_axis.high)) for line in series if line.points]
+    shape = {"x": x_name, "high": x_axis.high, "percent": percent, "zero": zero, "log": log, "marks": list(marks)}
+    shape["lines"] = [_embedded(line, x_axis.high) for line, _ in drawn]
     missing = sum(not math.isfinite(y) for line in series for _, y in line.points)
     note = f"<b>{missing:,} not finite</b>" if missing else "<span></span>"
     legend = _legend(series, mark_name if marks and wide else "")
@@ -84,23 +96,33 @@ def line_chart(
         f"<figcaption><h3>{escape(title)}{_unit(unit)}</h3>{legend}</figcaption>"
         f'<div class="plot">{_y_labels(y_axis, percent)}<div class="area">'
         f"{_svg(title, drawn, x_axis, y_axis, marks)}</div>{_x_labels(x_axis)}"
-        f'<div class="xname">{note}<span aria-hidden="true">step</span></div></div>'
-        f'<script type="application/json">{_numbers(drawn, x_axis, y_axis, percent)}</script></figure>'
+        f'<div class="xname">{note}<span aria-hidden="true">{escape(x_name)}</span></div></div>'
+        f'<script type="application/json">{_json(shape)}</script></figure>'
     )
 
 
 def thin(points: Sequence[tuple[float, float]], x_high: float) -> list[Column]:
     """One column a point where there is room for all; else the mean and range of each of _COLUMNS equal parts."""
-    if len(points) <= _COLUMNS:
-        return [Column(x, y, y, y) if math.isfinite(y) else Column(x, *[math.nan] * 3) for x, y in points]
-    parts: dict[int, list[tuple[float, float]]] = {}
-    for x, y in points:
-        parts.setdefault(int(x / x_high * (_COLUMNS - 1)), []).append((x, y))
-    columns = []
-    for part in parts.values():
-        x = sum(x for x, _ in part) / len(part)
-        values = [y for _, y in part if math.isfinite(y)] or [math.nan]
-        columns.append(Column(x, math.fsum(values) / len(values), min(values), max(values)))
+    return [Column(*row) for row in _parts(points, x_high, _COLUMNS, _COLUMNS).tolist()]
+
+
+def _parts(points: Sequence[tuple[float, float]], x_high: float, most: int, parts: int) -> np.ndarray:
+    """x, mean, low and high, f64 [n, 4]: of every point where they are at most `most`, else of `parts` equal parts of
+    the axis that have points. NaN where no value is finite."""
+    x, y = np.asarray(points, np.float64).reshape(-1, 2).T
+    finite = np.isfinite(y)
+    if len(x) <= most:
+        y = np.where(finite, y, math.nan)
+        return np.stack([x, y, y, y], axis=1)
+    starts = np.flatnonzero(np.diff((x / x_high * (parts - 1)).astype(np.int64), prepend=-1))
+    lengths = np.diff(starts, append=len(x))
+    count = np.add.reduceat(finite.astype(np.int64), starts)
+    empty = count == 0
+    low = np.minimum.reduceat(np.where(finite, y, math.inf), starts)
+    high = np.maximum.reduceat(np.where(finite, y, -math.inf), starts)
+    mean = np.clip(np.add.reduceat(np.where(finite, y, 0.0), starts) / np.maximum(count, 1), low, high)
+    columns = np.stack([np.add.reduceat(x, starts) / lengths, mean, low, high], axis=1)
+    columns[empty, 1:] = math.nan
     return columns
 
 
@@ -132,23 +154,6 @@ def log_axis(values: Sequence[float]) -> Axis:
         inside = [tick for tick in linear_axis([low, high]).ticks if low <= tick <= high]
     every = -(-len(inside) // 6) if factors == (1,) else 1
     return Axis(low, high, inside[::every], log=True)
-
-
-def number(value: float, *, percent: bool = False, step: float = 0.0) -> str:
-    """For people: 1,234 · 0.25 · 45k · 1.5e-5 · 12%. `step`: the distance of ticks, which fixes the decimals."""
-    if not math.isfinite(value):
-        return "not finite"
-    if percent:
-        decimals = max(0, -math.floor(math.log10(step * 100) + 1e-9)) if step else 1
-        return f"{value * 100:.{decimals}f}%"
-    size = abs(value)
-    for limit, divisor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if size >= limit:
-            return f"{value / divisor:.4g}{suffix}"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    digits, _, power = f"{value:.4g}".partition("e")
-    return f"{digits}e{int(power)}" if power else digits
 
 
 def _unit(unit: str) -> str:
@@ -243,14 +248,28 @@ def _said(title: str, drawn: Sequence[tuple[Series, list[Column]]]) -> str:
     return f"{title}: {'; '.join(said)}"
 
 
-def _numbers(drawn: Sequence[tuple[Series, list[Column]]], x_axis: Axis, y_axis: Axis, percent: bool) -> str:
-    """What the page's script reads values from. `<` is escaped, so nothing in it can end the script element."""
-    lines = []
-    for line, columns in drawn:
-        shown = [c for c in columns if math.isfinite(c.mean)]
-        values = [float(f"{c.mean:.5g}") for c in shown]
-        places = [round(1 - y_axis.place(c.mean), 4) for c in shown]
-        xs = [round(c.x) for c in shown]
-        lines.append({"name": line.name, "tone": line.tone, "fixed": line.dashed, "x": xs, "y": values, "at": places})
-    content = {"low": x_axis.low, "high": x_axis.high, "percent": percent, "lines": lines}
+def _embedded(line: Series, x_high: float) -> dict:
+    """What the page's script draws and reads a series from: see `_steps` and `_packed`."""
+    x, mean, low, high = _parts(line.points, x_high, _KEPT, _PARTS).T
+    content = {"name": line.name, "tone": line.tone, "fixed": line.dashed, "x": _steps(x), "y": _packed(mean)}
+    return content | ({"low": _packed(low), "high": _packed(high)} if len(line.points) > _KEPT else {})
+
+
+def _steps(x: np.ndarray) -> list[int]:
+    """Distances from one x to the next, the first from 0, each with how often it comes in a row."""
+    distances = np.diff(np.rint(x).astype(np.int64), prepend=0)
+    starts = np.flatnonzero(np.diff(distances, prepend=distances[:1] - 1))
+    lengths = np.diff(starts, append=len(distances))
+    return np.stack([distances[starts], lengths], axis=1).ravel().tolist()
+
+
+def _packed(values: np.ndarray) -> str:
+    """Floats of 24 bits (float32 without its lowest byte, rounded: 4 digits and more), little-endian, base64."""
+    with np.errstate(over="ignore"):
+        words = values.astype("<f4").view("<u4") + np.uint32(0x80)
+    return base64.b64encode(words.view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()).decode("ascii")
+
+
+def _json(content: dict) -> str:
+    """`<` is escaped, so nothing in it can end the script element."""
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""How a report looks and responds: its style sheet and its script, which read nothing but the page they are in."""
+"""How a report looks: its style sheet, light and dark, wide and narrow. It loads nothing."""
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -37,9 +37,11 @@ ul { list-style: none; }
 .cards .value { font-size: 25px; line-height: 1.25; font-weight: 640; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; margin: 2px 0 3px; }
 .cards .detail { color: var(--soft); font-size: 13px; line-height: 1.4; }
-.charts { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 14px; }
+.charts { display: flex; flex-wrap: wrap; gap: 14px; margin-top: 14px; --row: 1; }
+.charts.row2 { --row: 2; } .charts.row3 { --row: 3; } .charts.row4 { --row: 4; }
+.charts .chart { flex: 1 1 calc((100% - 14px * (var(--row) - 1)) / var(--row) - 1px); }
+.hint { color: var(--soft); font-size: 13px; margin: 0 0 12px; }
 .chart { padding: 14px 16px 8px; display: flex; flex-direction: column; }
-.chart.wide { grid-column: span 2; }
 .chart figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 14px; min-height: 24px; }
 .unit { color: var(--soft); font-weight: 400; font-size: 13px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-size: 13px; color: var(--soft); }
@@ -56,7 +58,17 @@ ul { list-style: none; }
 .x span { position: absolute; top: 4px; transform: translateX(-50%); }
 .xname { grid-column: 2; display: flex; justify-content: space-between; gap: 8px; height: 18px; white-space: nowrap; }
 .xname b { font-weight: 600; color: var(--t2); }
-.area { touch-action: pan-y; border-bottom: 1px solid var(--t0); }
+.area { touch-action: pan-y; border-bottom: 1px solid var(--t0); user-select: none; -webkit-user-select: none; }
+.area[tabindex] { cursor: crosshair; }
+.area:focus-visible { outline: 2px solid var(--t1); outline-offset: 3px; border-radius: 3px; }
+.area.part svg { overflow: hidden; }
+.brush { position: absolute; top: 0; bottom: 0; background: var(--t1); opacity: .16; pointer-events: none; }
+.zoomed { position: fixed; z-index: 5; left: 50%; bottom: 18px; transform: translateX(-50%); display: flex; gap: 12px;
+  align-items: center; padding: 6px 6px 6px 16px; border-radius: 99px; background: var(--ink); color: var(--page);
+  font-size: 14px; white-space: nowrap; box-shadow: 0 6px 20px #0004; font-variant-numeric: tabular-nums; }
+.zoomed[hidden] { display: none; }
+.zoomed button { font: inherit; font-weight: 600; border: 0; border-radius: 99px; padding: 6px 14px; cursor: pointer;
+  background: var(--page); color: var(--ink); }
 .area svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; display: block; }
 .area path { fill: none; vector-effect: non-scaling-stroke; }
 .area .grid { stroke: var(--line); }
@@ -81,6 +93,15 @@ ul { list-style: none; }
 .strip { padding: 14px 16px; margin-bottom: 14px; }
 .strip .track { position: relative; height: 14px; margin: 10px 0 6px; border-radius: 7px; background: var(--faint); }
 .strip .track i { position: absolute; top: 0; bottom: 0; min-width: 3px; border-radius: 4px; background: var(--t1); }
+.strip .track i.evaluating { min-width: 2px; border-radius: 0; background: var(--t3); }
+.strip .track b { position: absolute; top: -3px; bottom: -3px; width: 0; border-left: 2px solid var(--t2); }
+.strip .track b.return { border-left: 3px solid var(--t4); top: -5px; bottom: -5px; }
+.looks { display: flex; flex-wrap: wrap; gap: 0 16px; margin-top: 6px; font-size: 13px; color: var(--soft); }
+.looks li::before { content: ""; display: inline-block; width: 14px; height: 8px; border-radius: 2px; margin-right: 6px;
+  background: var(--t1); }
+.looks .evaluating::before { background: var(--t3); }
+.looks .skip::before { background: var(--t2); width: 3px; height: 12px; vertical-align: -2px; }
+.looks .return::before { background: var(--t4); width: 3px; height: 12px; vertical-align: -2px; }
 .strip .ends { display: flex; justify-content: space-between; gap: 12px; color: var(--soft); font-size: 12px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -115,57 +136,14 @@ details > .inside { padding-bottom: 14px; }
 pre { margin: 0; padding: 12px 14px; overflow-x: auto; background: var(--faint); border-radius: 7px;
   font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { color: var(--soft); font-size: 13px; margin-top: 36px; }
-@media (max-width: 1020px) { .charts, .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (max-width: 1020px) { .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .charts.row3, .charts.row4 { --row: 2; } }
 @media (max-width: 760px) {
   main { padding: 24px 16px 48px; } h1 { font-size: 25px; } h2 { margin-top: 38px; } .lead.big { font-size: 16px; }
   .pictures { grid-template-columns: minmax(0, 1fr); } .cards { gap: 10px; margin-top: 20px; }
   .cards .card { padding: 11px 12px 12px; } .cards .value { font-size: 20px; } }
-@media (max-width: 560px) { .charts { grid-template-columns: minmax(0, 1fr); gap: 10px; }
-  .chart.wide { grid-column: auto; } .wide .area, .wide .y { height: 220px; } .chart { padding: 12px 12px 6px; }
+@media (max-width: 560px) { .charts, .charts[class] { --row: 1; gap: 10px; }
+  .wide .area, .wide .y { height: 220px; } .chart { padding: 12px 12px 6px; }
   th, td { padding-right: 10px; } .bars { padding: 4px 12px; } .bars td.bar-cell { width: 34%; } }
 @media print { .card, .chart { break-inside: avoid; } }
-"""
-
-# Every chart of a page shares the step under the pointer, so that one can be read against another.
-SCRIPT = """
-"use strict";
-const charts = [...document.querySelectorAll("figure.chart")].map((figure) => {
-  const data = JSON.parse(figure.querySelector("script").textContent), area = figure.querySelector(".area");
-  const cursor = document.createElement("div"), read = document.createElement("div");
-  cursor.className = "cursor"; read.className = "read"; cursor.hidden = read.hidden = true;
-  area.append(cursor, read);
-  const nearest = (xs, x) => {
-    let low = 0, high = xs.length - 1;
-    while (high - low > 1) { const middle = (low + high) >> 1; if (xs[middle] < x) low = middle; else high = middle; }
-    return Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
-  };
-  const text = (y) => data.percent ? (100 * y).toFixed(1) + "%"
-    : y !== 0 && Math.abs(y) < 1e-3 ? y.toExponential(2) : y.toLocaleString("en", { maximumSignificantDigits: 4 });
-  const moving = data.lines.filter((line) => !line.fixed && line.x.length);
-  const show = (x) => {
-    if (!moving.length) return;
-    const step = moving[0].x[nearest(moving[0].x, x)], share = (step - data.low) / (data.high - data.low);
-    cursor.style.left = 100 * share + "%"; cursor.hidden = read.hidden = false; cursor.replaceChildren();
-    const title = document.createElement("b");
-    title.textContent = "step " + step.toLocaleString("en"); read.replaceChildren(title);
-    for (const line of data.lines) {
-      if (!line.x.length) continue;
-      const i = nearest(line.x, step), value = document.createElement("span"), dot = document.createElement("i");
-      const apart = line.fixed || line.x[i] === step ? "" : " (step " + line.x[i].toLocaleString("en") + ")";
-      value.className = dot.className = "t" + line.tone;
-      value.textContent = (data.lines.length > 1 ? line.name + " " : "") + text(line.y[i]) + apart; read.append(value);
-      if (!apart) { dot.style.top = 100 * line.at[i] + "%"; cursor.append(dot); }
-    }
-    const room = area.clientWidth - read.offsetWidth, right = share * area.clientWidth + 10;
-    const left = right <= room ? right : right - 20 - read.offsetWidth;
-    read.style.left = Math.max(left, Math.min(0, room)) + "px";
-  };
-  const pointed = (event) => {
-    const box = area.getBoundingClientRect(), share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    charts.forEach((chart) => chart.show(data.low + share * (data.high - data.low)));
-  };
-  area.addEventListener("pointermove", pointed); area.addEventListener("pointerdown", pointed);
-  area.addEventListener("pointerleave", () => charts.forEach((chart) => chart.hide()));
-  return { show, hide: () => { cursor.hidden = read.hidden = true; } };
-});
 """

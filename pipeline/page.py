@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pipeline.look import SCRIPT, STYLE
+from pipeline.look import STYLE
+from pipeline.script import SCRIPT
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -113,19 +114,55 @@ def bars(head: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> st
     return f'<div class="card bars"><table><tr>{top}</tr>{body}</table></div>'
 
 
-def strip(title: str, blocks: Sequence[tuple[float, float]], start: str, end: str) -> str:
-    """A time line: blocks (from, to) in [0, 1] on a track, with words for its two ends."""
-    inner = "".join(f'<i style="left:{100 * a:.2f}%;width:{100 * (b - a):.2f}%"></i>' for a, b in blocks)
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a time line, from and to in [0, 1]; look: running or evaluating."""
+
+    start: float
+    end: float
+    look: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A moment of a time line, in [0, 1]; look: skip or return."""
+
+    at: float
+    look: str
+    text: str
+
+
+def strip(title: str, blocks: Sequence[Block], ticks: Sequence[Tick], start: str, end: str) -> str:
+    """A time line: blocks and ticks on a track, words for its two ends, and a legend when there is more than one look.
+
+    Of many ticks at one place, only so many are drawn as can be told apart.
+    """
+    inner = "".join(
+        f'<i class="{escape(block.look)}" style="left:{100 * block.start:.2f}%;'
+        f'width:{100 * (block.end - block.start):.2f}%"></i>'
+        for block in blocks
+    )
+    apart = {(tick.look, round(500 * tick.at)): tick for tick in ticks}
+    inner += "".join(
+        f'<b class="{escape(tick.look)}" style="left:{100 * tick.at:.2f}%" title="{escape(tick.text)}"></b>'
+        for tick in apart.values()
+    )
+    looks = list(dict.fromkeys([block.look for block in blocks] + [tick.look for tick in ticks]))
+    names = {"skip": "update left out", "return": "return to a checkpoint"}
+    legend = "".join(f'<li class="{escape(look)}">{escape(names.get(look, look))}</li>' for look in looks)
     return (
         f'<div class="card strip"><h3>{escape(title)}</h3><div class="track">{inner}</div>'
-        f'<div class="ends"><span>{escape(start)}</span><span>{escape(end)}</span></div></div>'
+        f'<div class="ends"><span>{escape(start)}</span><span>{escape(end)}</span></div>'
+        f"{f'<ul class=looks>{legend}</ul>' if len(looks) > 1 else ''}</div>"
     )
 
 
-def charts(charts_html: Sequence[str]) -> str:
-    """Charts side by side; nothing when there are none."""
-    body = "".join(charts_html)
-    return f'<div class="charts">{body}</div>' if body else ""
+def charts(charts_html: Sequence[str], *, large: bool = False) -> str:
+    """Charts side by side, in rows that are full; nothing when there are none. large: two a row at most."""
+    shown = [chart for chart in charts_html if chart]
+    count = len(shown)
+    columns = min(count, 2) if large else count if count < 5 else 4 if count % 4 in (0, 3) else 3
+    return f'<div class="charts row{columns}">{"".join(shown)}</div>' if shown else ""
 
 
 def picture_row(name: str, about: str, pictures: Sequence[Picture]) -> str:

@@ -24,8 +24,8 @@ def main(run: Path, out: Path) -> None:
     os.nice(19)
     end_with_launcher()
     config, notes = load_config(str(run / "config.yaml"), []), list[str]()
-    tokens = attempt("Token statistics", notes, lambda: token_use(config))
-    record = record_of(run, config, json_lines(run / "metrics.jsonl"), [], tokens, [])
+    record = record_of(run, config, json_lines(run / "metrics.jsonl"), [], None)
+    tokens = attempt("Token statistics", notes, lambda: token_use(config)) if record.job == "pretrain" else None
     answer = {"pictures": _pictures(record), "tokens": asdict(tokens) if tokens else None, "notes": notes}
     out.write_text(json.dumps(answer), encoding="utf-8")
 

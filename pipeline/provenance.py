@@ -11,7 +11,7 @@ from pipeline import page
 from pipeline.config import ONLINE, to_yaml
 from pipeline.record import Record, attempt, json_object
 from pipeline.saved import State
-from pipeline.sections import clock
+from pipeline.words import clock
 from shards.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
 
 _BAD_SHOWN = 20

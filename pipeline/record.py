@@ -5,6 +5,7 @@ know HTML, the model or any stage.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.config import ONLINE, Config, ConfigError
-from pipeline.lines import latest
 from shards.errors import ShardError
 from shards.remote import cache_for, is_url
 from shards.tokens import TokenSet, token_counts
@@ -51,12 +51,14 @@ class TokenUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A run folder. `train` and `heldout` are lines of metrics.jsonl in step order; `step` is where the run stands."""
+    """A run folder. `kinds`: the lines of metrics.jsonl by their kind (pipeline.metrics), in step order; of a step that
+    was logged again after a restart, the last. `step` is where the run stands, `job` what it does: pretrain, finetune
+    or tokenizer."""
 
     run: Path
     config: Config
-    train: list[dict]
-    heldout: list[dict]
+    job: str
+    kinds: dict[str, list[dict]]
     sessions: list[Session]
     step: int
     planned_steps: int
@@ -69,12 +71,25 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def train(self) -> list[dict]:
+        return self.kinds.get("train", [])
+
+    @property
+    def heldout(self) -> list[dict]:
+        return self.kinds.get("heldout", [])
+
+    @property
     def finished(self) -> bool:
         return 0 < self.planned_steps <= self.step
 
     @property
+    def global_batch(self) -> int:
+        settings = {"finetune": self.config.finetune, "tokenizer": self.config.tokenizer}
+        return settings.get(self.job, self.config.train).global_batch
+
+    @property
     def samples_seen(self) -> int:
-        return self.step * self.config.train.global_batch
+        return self.step * self.global_batch
 
     @property
     def seconds(self) -> float:
@@ -84,37 +99,67 @@ class Record:
 
 def read_record(run: Path, config: Config) -> Record:
     """Everything but the config, which the caller has read and checked."""
-    notes: list[str] = []
-    tokens = attempt("Token statistics", notes, lambda: token_use(config))
     lines, bad_samples = json_lines(run / "metrics.jsonl"), json_lines(run / "bad_samples.jsonl")
-    return record_of(run, config, lines, bad_samples, tokens, notes)
+    return record_of(run, config, lines, bad_samples, lambda: token_use(config))
 
 
 def record_of(
-    run: Path, config: Config, lines: list[dict], bad_samples: list[dict], tokens: TokenUse | None, notes: list[str]
+    run: Path, config: Config, lines: list[dict], bad_samples: list[dict], count: Callable[[], TokenUse] | None
 ) -> Record:
-    """A record of what was read already, and of the small files: cheap. lines: of metrics.jsonl, in file order."""
-    notes = list(notes)
+    """A record of lines that were read already (of metrics.jsonl, in file order), and of the small files.
+
+    count: gives the token statistics, which takes long for a large set; None leaves them out.
+    """
+    notes: list[str] = []
+    lines = [line for line in lines if isinstance(line.get("step"), int)]
+    kinds = by_kind(lines)
+    environment = json_object(run / "environment.json", notes)
+    job = job_of(environment, kinds)
     starts = [line for line in lines if line.get("kind") == "start"]
-    train = latest(lines, "train")
     steps = [line["step"] for line in lines if line.get("kind") == "train"]
     last_start = starts[-1] if starts else {}
+    tokens, codebook = None, dict[str, object]()
+    if job == "pretrain" and count is not None:
+        tokens = attempt("Token statistics", notes, count)
+    if job != "finetune":
+        codebook = json_object(Path(config.data.tokenizer) / "measured.json", notes)
     return Record(
         run=run,
         config=config,
-        train=train,
-        heldout=[line for line in latest(lines, "heldout") if "loss" in line],
+        job=job,
+        kinds=kinds,
         sessions=sessions(lines),
         step=steps[-1] if steps else 0,
         planned_steps=int(last_start.get("steps", 0)),
         epoch_samples=int(last_start.get("epoch_samples", 0)),
-        environment=json_object(run / "environment.json", notes),
+        environment=environment,
         probe=json_object(run / "probe.json", notes),
-        codebook=json_object(Path(config.data.tokenizer) / "measured.json", notes),
+        codebook=codebook,
         tokens=tokens,
         bad_samples=bad_samples,
         notes=notes,
     )
+
+
+def by_kind(lines: list[dict]) -> dict[str, list[dict]]:
+    """Lines of metrics.jsonl in file order → in step order by kind. Of a step logged twice, the last counts."""
+    found: dict[str, dict[int, dict]] = {}
+    for line in lines:
+        found.setdefault(str(line.get("kind", "")), {})[line["step"]] = line
+    kinds = {kind: [steps[step] for step in sorted(steps)] for kind, steps in found.items()}
+    for kind in ("heldout", "new_view", "seen_view", "test"):
+        kinds[kind] = [line for line in kinds.get(kind, []) if "loss" in line]
+    return kinds
+
+
+def job_of(environment: dict, kinds: dict[str, list[dict]]) -> str:
+    """What environment.json says, or for a run of before it did, what the lines look like."""
+    said = str(environment.get("job", ""))
+    if said in ("pretrain", "finetune", "tokenizer"):
+        return said
+    if any("reconstruction_mse" in line for line in kinds.get("train", [])[:1]):
+        return "tokenizer"
+    return "finetune" if kinds.get("test") else "pretrain"
 
 
 def attempt(what: str, notes: list[str], work: Callable[[], Value]) -> Value | None:
@@ -158,19 +203,25 @@ def json_lines(path: Path) -> list[dict]:
 def sessions(lines: list[dict]) -> list[Session]:
     """From the lines of metrics.jsonl in file order. A start that found the run finished is none."""
     found: list[Session] = []
+    begun: list[dict] = []
+
+    def close() -> None:
+        if begun:
+            first, last = begun[0], begun[-1]
+            started, ended = (float(line.get("time", 0.0)) for line in (first, last))
+            steps = [int(line.get("step", 0)) for line in (first, last)]
+            world = int(first.get("world", 1))
+            found.append(Session(started=started, ended=ended, first_step=steps[0], last_step=steps[1], world=world))
+
     for line in lines:
-        step, time = int(line.get("step", 0)), float(line.get("time", 0.0))
-        if line.get("kind") == "start" or not found:
-            if line.get("kind") == "start" and 0 < line.get("steps", 0) <= step and found:
-                continue
-            found.append(
-                Session(started=time, ended=time, first_step=step, last_step=step, world=int(line.get("world", 1)))
-            )
-        else:
-            last = found[-1]
-            found[-1] = Session(
-                started=last.started, ended=time, first_step=last.first_step, last_step=step, world=last.world
-            )
+        starts = line.get("kind") == "start"
+        if starts and (begun or found) and 0 < line.get("steps", 0) <= line.get("step", 0):
+            continue
+        if starts:
+            close()
+            begun = []
+        begun.append(line)
+    close()
     return found
 
 
@@ -194,3 +245,14 @@ def token_use(config: Config) -> TokenUse:
         majority=float(judged[int(np.argmax(train))] / judged.sum()),
         measured_apart=heldout is not None,
     )
+
+
+def points(lines: list[dict], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines that have the value."""
+    return [(float(line["step"]), value(line, name)) for line in lines if name in line]
+
+
+def value(line: dict, name: str) -> float:
+    """A number of a line; NaN when it is missing or none."""
+    found = line.get(name)
+    return float(found) if isinstance(found, int | float) else math.nan

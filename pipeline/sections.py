@@ -1,4 +1,4 @@
-"""The sections of a report that come from a run's record: head, headline numbers, probe, curves. Record in, HTML out.
+"""The head of a report, its headline numbers and its probe. Record in, HTML out; pipeline.curves has the curves.
 
 Apart from the stage, so that a page of several runs, or of one that is running, can use them. Must not know torch or
 any stage.
@@ -6,36 +6,53 @@ any stage.
 
 import math
 import statistics
-import time
 
 from pipeline import page
-from pipeline.chart import Series, line_chart, number
 from pipeline.page import Card
-from pipeline.record import Record
-
-_SPIKY = 20  # a gradient norm so many times its median asks for a logarithmic axis
+from pipeline.record import Record, value
+from pipeline.words import duration, number
 
 
 def header(record: Record) -> str:
     """The run's name, how it stands, what it learned in one sentence, and what it is."""
-    model, tokenizer = record.config.model, record.config.tokenizer
     if record.finished:
         status = "finished"
     elif record.planned_steps:
         status = f"unfinished: step {record.step:,} of {record.planned_steps:,}"
     else:
         status = "unfinished: not started"
-    patches = model.num_patches
-    what = (
-        f"BEiT pretraining: {model.layers} layers of width {model.width}, {model.heads} heads; views of "
-        f"{model.input_size} px, {patches} patches, {record.config.mask.num_patches} of them masked; a vocabulary of "
-        f"{tokenizer.vocabulary:,} visual tokens."
-    )
     where = record.run.resolve()
-    return page.header(str(where.parent), where.name, status, record.finished, _claim(record), what)
+    return page.header(str(where.parent), where.name, status, record.finished, _claim(record), _what(record))
+
+
+def _what(record: Record) -> str:
+    model, tokenizer, tuned = record.config.model, record.config.tokenizer, record.config.finetune
+    encoder = f"{model.layers} layers of width {model.width}, {model.heads} heads"
+    if record.job == "tokenizer":
+        rows, columns = tokenizer.grid
+        return (
+            f"dVAE training: pictures of {tokenizer.input_size} px as {rows} × {columns} tokens of a vocabulary of "
+            f"{tokenizer.vocabulary:,}."
+        )
+    if record.job == "finetune":
+        share = "" if tuned.label_share >= 1 else f", {tuned.label_share:.4g} of the labels"
+        start = f"from {tuned.init}" if tuned.init else "from drawn weights"
+        return f"BEiT fine-tuning {start}: {encoder}; views of {tuned.input_size} px{share}."
+    return (
+        f"BEiT pretraining: {encoder}; views of {model.input_size} px, {model.num_patches} patches, "
+        f"{record.config.mask.num_patches} of them masked; a vocabulary of {tokenizer.vocabulary:,} visual tokens."
+    )
 
 
 def _claim(record: Record) -> str:
+    if record.job == "finetune":
+        tests = record.kinds.get("test", [])
+        right = value(tests[-1], "accuracy") if tests else math.nan
+        return (
+            f"It names {right:.1%} of {number(value(tests[-1], 'samples'))} test pictures right." if right >= 0 else ""
+        )
+    if record.job == "tokenizer":
+        return ""
     lines = record.heldout or record.train
     accuracy = value(lines[-1], "masked_accuracy") if lines else math.nan
     if not math.isfinite(accuracy):
@@ -55,27 +72,69 @@ def cards(record: Record) -> str:
     planned = f"of {record.planned_steps:,}, " if record.planned_steps else ""
     starts = len(record.sessions)
     world = f", {record.sessions[-1].world} processes" if starts else ""
-    apart = record.heldout
+    seen = f"{epochs:.4g} epochs of {record.epoch_samples:,} pictures" if math.isfinite(epochs) else ""
+    lasted = f"{starts} {'start' if starts == 1 else 'starts'}{world}"
+    own = {"finetune": _finetune_cards, "tokenizer": _tokenizer_cards}.get(record.job, _pretrain_cards)
     return page.cards(
         [
-            Card("Steps", f"{record.step:,}", f"{planned}batches of {record.config.train.global_batch:,}"),
-            Card(
-                "Samples seen",
-                f"{record.samples_seen:,}",
-                f"{epochs:.4g} epochs of {record.epoch_samples:,} pictures" if math.isfinite(epochs) else "",
-            ),
-            Card("Time running", duration(record.seconds), f"{starts} {'start' if starts == 1 else 'starts'}{world}"),
+            Card("Steps", f"{record.step:,}", f"{planned}batches of {record.global_batch:,}"),
+            Card("Samples seen", f"{record.samples_seen:,}", seen),
+            Card("Time running", duration(record.seconds), lasted + _evaluating(record)),
             _speed_card(record.train),
             _loss_card("Training loss", record.train, ""),
-            _loss_card(
-                "Held-out loss",
-                apart,
-                f", {number(value(apart[-1], 'samples'))} pictures" if apart else "none measured",
-            ),
-            _accuracy_card(record),
-            _codebook_card(record),
+            *own(record),
         ]
     )
+
+
+def _evaluating(record: Record) -> str:
+    surveys = record.kinds.get("survey", [])
+    share = value(surveys[-1], "share") if surveys else math.nan
+    return f"; {share:.1%} of it evaluating" if math.isfinite(share) else ""
+
+
+def _pretrain_cards(record: Record) -> list[Card]:
+    apart = record.heldout
+    about = f", {number(value(apart[-1], 'samples'))} pictures" if apart else "none measured"
+    cards = [_loss_card("Held-out loss", apart, about), _accuracy_card(record), _codebook_card(record)]
+    judged = [line for line in record.kinds.get("survey", []) if math.isfinite(value(line, "knn"))]
+    if judged:
+        last, best = judged[-1], max(judged, key=lambda line: value(line, "knn"))
+        about = f"on {number(value(last, 'knn_samples'))} labelled pictures"
+        about += f"; best {value(best, 'knn'):.1%} at step {best['step']:,}" if best is not last else ""
+        cards.append(Card("k-NN accuracy", f"{value(last, 'knn'):.1%}", f"step {last['step']:,}, {about}"))
+        cards.append(_targets_card(last))
+    return [card for card in cards if card.label]
+
+
+def _targets_card(survey: dict) -> Card:
+    """What the survey says of targets and predictions."""
+    used, predicted = value(survey, "targets_perplexity"), value(survey, "predicted_perplexity")
+    if not math.isfinite(used + predicted):
+        return Card("", "")
+    about = f"perplexity of the predictions; of the targets {number(float(f'{used:.4g}'))}"
+    return Card("Predicted codes", number(float(f"{predicted:.4g}")), about)
+
+
+def _finetune_cards(record: Record) -> list[Card]:
+    tests = [line for line in record.kinds.get("test", []) if math.isfinite(value(line, "accuracy"))]
+    if not tests:
+        return [Card("Test accuracy", "–", "none measured"), Card("Test loss", "–")]
+    last, best = tests[-1], max(tests, key=lambda line: value(line, "accuracy"))
+    five = value(last, "top5")
+    about = f"on {number(value(last, 'samples'))} pictures" + (f"; top 5 {five:.1%}" if math.isfinite(five) else "")
+    return [
+        Card("Test accuracy", f"{value(last, 'accuracy'):.1%}", about),
+        Card("Best test accuracy", f"{value(best, 'accuracy'):.1%}", f"at step {best['step']:,}"),
+        _loss_card("Test loss", tests, ""),
+    ]
+
+
+def _tokenizer_cards(record: Record) -> list[Card]:
+    errors = [value(line, "reconstruction_mse") for line in record.train]
+    error = errors[-1] if errors else math.nan
+    quality = f"{-10 * math.log10(error):.1f} dB" if error > 0 else "–"
+    return [Card("Reconstruction", quality, "PSNR of soft codes, while training"), _codebook_card(record)]
 
 
 def _loss_card(label: str, lines: list[dict], about: str) -> Card:
@@ -144,102 +203,3 @@ def probe(record: Record) -> str:
         f"part of them: {chosen}."
     )
     return page.section("probe", "What the features are good for", about, page.bars(["", "Linear probe", "k-NN"], rows))
-
-
-def curves(record: Record) -> str:
-    """What is logged, against the step, restarts marked; and the time line of a run started more than once."""
-    train = record.train
-    if not train:
-        return page.section("curves", "Curves", "", page.notes(["No step has been logged yet."]))
-    marks = [float(session.first_step) for session in record.sessions[1:]]
-
-    def single(title: str, name: str, unit: str = "", percent: bool = False) -> str:
-        series = [Series(name="train", points=points(train, name))]
-        return line_chart(title, series, unit=unit, marks=marks, percent=percent, zero=True)
-
-    drawn = [
-        _loss_chart(record, marks),
-        _accuracy_chart(record, marks),
-        single("Learning rate", "lr"),
-        _norm_chart(record, marks),
-        single("Throughput", "images_per_second", "images/s"),
-        single("Data wait", "data_wait_share", "share of time", percent=True),
-    ]
-    about = f"Training values are means over {record.config.log.every_steps} steps"
-    if record.config.model.drop_path > 0 and record.heldout:
-        about += ", with drop path; held-out values are without"
-    return page.section("curves", "Curves", f"{about}.", time_line(record), page.charts(drawn))
-
-
-def _loss_chart(record: Record, marks: list[float]) -> str:
-    series = _train_and_heldout(record, "loss")
-    if record.tokens is not None:
-        series.append(_level(record, "token frequencies", record.tokens.entropy))
-    return line_chart("Loss", series, unit="nats", marks=marks, wide=True)
-
-
-def _accuracy_chart(record: Record, marks: list[float]) -> str:
-    series = _train_and_heldout(record, "masked_accuracy")
-    if record.tokens is not None and any(line.points for line in series):
-        series.append(_level(record, "majority token", record.tokens.majority))
-    return line_chart("Masked accuracy", series, marks=marks, percent=True, zero=True, wide=True)
-
-
-def _train_and_heldout(record: Record, name: str) -> list[Series]:
-    return [
-        Series(name="train", points=points(record.train, name)),
-        Series(name="held-out", points=points(record.heldout, name), tone=2),
-    ]
-
-
-def _level(record: Record, name: str, height: float) -> Series:
-    last = float(record.train[-1]["step"])
-    return Series(name=name, points=[(0.0, height), (last, height)], tone=0, dashed=True)
-
-
-def _norm_chart(record: Record, marks: list[float]) -> str:
-    norms = points(record.train, "gradient_norm")
-    sizes = [size for _, size in norms if math.isfinite(size)]
-    if not sizes:
-        return ""
-    series, clip = [Series(name="norm", points=norms)], record.config.optimizer.clip_norm
-    if 0 < clip < 1.5 * max(sizes):
-        series.append(_level(record, "clip", clip))
-    spiky = max(sizes) > _SPIKY * statistics.median(sizes)
-    return line_chart("Gradient norm", series, marks=marks, log=spiky, zero=not spiky)
-
-
-def time_line(record: Record) -> str:
-    """When the run was running; nothing when it was started once."""
-    if len(record.sessions) < 2:
-        return ""
-    start, end = record.sessions[0].started, record.sessions[-1].ended
-    length = max(end - start, 1e-9)
-    blocks = [((s.started - start) / length, (s.ended - start) / length) for s in record.sessions]
-    title = f"{len(blocks)} starts, {duration(record.seconds)} running in {duration(end - start)}"
-    return page.strip(title, blocks, clock(start), clock(end))
-
-
-def points(lines: list[dict], name: str) -> list[tuple[float, float]]:
-    """(step, value) of the lines that have the value."""
-    return [(float(line["step"]), value(line, name)) for line in lines if name in line]
-
-
-def value(line: dict, name: str) -> float:
-    """A number of a line; NaN when it is missing or none."""
-    found = line.get(name)
-    return float(found) if isinstance(found, int | float) else math.nan
-
-
-def duration(seconds: float) -> str:
-    """3 d 4 h · 2 h 5 min · 4 min 10 s · 7 s."""
-    total = round(max(0.0, seconds))
-    for length, unit, part, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if total >= length:
-            return f"{total // length} {unit} {total % length // part} {part_unit}"
-    return f"{total} s"
-
-
-def clock(seconds: float) -> str:
-    """A time since 1970 as date and time, UTC."""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))

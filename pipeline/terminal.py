@@ -20,7 +20,8 @@ from types import FrameType
 
 from pipeline.following import Follower, Standing, seconds_a_step
 from pipeline.lines import latest
-from pipeline.sections import duration, value
+from pipeline.record import value
+from pipeline.words import duration
 
 NARROWEST = 40  # columns
 _WIDEST = 110
@@ -116,9 +117,11 @@ def _machine(follower: Follower, trained: list[dict]) -> Rows:
     """Memory and what ranks wait for data."""
     said = follower.ranks.get("ranks")
     ranks = [rank for rank in said if isinstance(rank, dict)] if isinstance(said, list) else []
-    memory = [size for size in (value(rank, "memory_bytes") for rank in ranks) if math.isfinite(size)]
-    memory = memory or [value(trained[-1], "memory_bytes")]
-    rows = [("memory", f"{max(memory) / 2**30:.3g} GiB{' on the fullest rank' if len(memory) > 1 else ''}")]
+    memory = [value(line, "memory_bytes") for line in ranks or trained[-1:]]
+    fullest = max((size for size in memory if math.isfinite(size)), default=math.nan)
+    rows = []
+    if math.isfinite(fullest):
+        rows.append(("memory", f"{fullest / 2**30:.3g} GiB{' on the fullest rank' if len(memory) > 1 else ''}"))
     waits = [(value(rank, "data_wait"), rank) for rank in ranks if math.isfinite(value(rank, "data_wait"))]
     if not waits:
         share = value(trained[-1], "data_wait_share")

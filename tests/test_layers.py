@@ -22,6 +22,7 @@ CONFIG = "pipeline.config pipeline.settings pipeline.rules"
 ENGINE = f"{CONFIG} pipeline.engine"
 LEARN = f"{CONFIG} kernels torch numpy pipeline.pixels"
 REPORT = f"{CONFIG} pipeline.chart pipeline.lines pipeline.look pipeline.page pipeline.record pipeline.saved"
+REPORT += " pipeline.words"
 # shards without its one module that uses torch, and what a stage may use
 TORCHLESS = "shards.cache shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress"
 TORCHLESS += " shards.remote shards.tokens"
@@ -163,18 +164,21 @@ TABLE = (
         "shards pipeline.stages",
     ),
     Row("pipeline.photos", f"{CONFIG} numpy {TORCHLESS}", "torch deepspeed pipeline.stages"),
-    Row("pipeline.chart", REPORT, "torch deepspeed shards pipeline.stages"),
-    Row("pipeline.look", REPORT, "torch deepspeed shards pipeline.stages"),
-    Row("pipeline.page", REPORT, "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.words", "", "torch numpy shards pipeline.stages"),
+    Row("pipeline.chart", "pipeline.words numpy", "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.look", "", "torch deepspeed shards pipeline.stages"),
+    Row("pipeline.script", "", "torch numpy shards pipeline.stages"),
+    Row("pipeline.page", f"{REPORT} pipeline.script", "torch deepspeed shards pipeline.stages"),
     Row("pipeline.record", f"{REPORT} numpy {TORCHLESS}", "torch pipeline.model pipeline.stages deepspeed"),
     Row("pipeline.sections", f"{REPORT} numpy {TORCHLESS}", "torch pipeline.model pipeline.stages deepspeed"),
-    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS} pipeline.sections", "torch pipeline.model pipeline.stages"),
+    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS}", "torch pipeline.model pipeline.stages"),
     Row(
         "pipeline.pictures",
         f"{LEARN} pipeline.model pipeline.objective pipeline.streams pipeline.tokenizer shards",
         "deepspeed pipeline.stages",
     ),
-    Row("pipeline.document", f"{REPORT} pipeline.sections", "pipeline.model pipeline.stages"),
+    Row("pipeline.curves", REPORT, "pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.document", f"{REPORT} pipeline.curves pipeline.sections", "pipeline.model pipeline.stages"),
     Row(
         "pipeline.gallery",
         f"{REPORT} torch pipeline.model pipeline.objective pipeline.pictures pipeline.precision pipeline.streams "
@@ -188,7 +192,7 @@ TABLE = (
     Row("pipeline.beside", "", "torch numpy shards"),
     Row(
         "pipeline.terminal",
-        f"{REPORT} pipeline.following pipeline.sections",
+        f"{CONFIG} pipeline.following pipeline.lines pipeline.record pipeline.words",
         "torch deepspeed pipeline.model pipeline.stages",
     ),
     Row(
@@ -215,7 +219,7 @@ TABLE = (
     Row(
         "pipeline.stages.watch",
         f"{REPORT} pipeline.beside pipeline.document pipeline.following pipeline.live pipeline.live_look "
-        "pipeline.provenance pipeline.sections pipeline.serving pipeline.terminal",
+        "pipeline.provenance pipeline.script pipeline.serving pipeline.terminal",
         "torch deepspeed pipeline.model",
     ),
     Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),

@@ -10,7 +10,7 @@ import time
 from html import escape
 from pathlib import Path
 
-from pipeline import live_look, look, page, terminal
+from pipeline import live_look, look, page, script, terminal
 from pipeline.beside import Beside
 from pipeline.config import ConfigError
 from pipeline.document import body
@@ -87,7 +87,7 @@ class Site:
         self.follower = Follower(run_folder)
         self.beside = Beside([sys.executable, "-W", "ignore", "-m", "pipeline.picturing", str(run_folder)])
         self.parts = Parts()
-        self.look = hashlib.sha256((look.STYLE + look.SCRIPT + live_look.SCRIPT).encode()).hexdigest()[:12]
+        self.look = hashlib.sha256((look.STYLE + script.SCRIPT + live_look.SCRIPT).encode()).hexdigest()[:12]
         self._lock = threading.Lock()
         self._look_at, self._make_at = 0.0, 0.0  # on the monotonic clock: not before
         self._shown = (-1, -1)
@@ -154,8 +154,10 @@ class Site:
             return split(page.header(str(where.parent), where.name, "waiting", False, follower.standing().told))
         answer = json.loads(self.beside.answer or b"{}")
         tokens = TokenUse(**answer["tokens"]) if answer.get("tokens") else None
-        notes = answer.get("notes", []) + ([f"Pictures: {self.beside.complaint}"] if self.beside.complaint else [])
-        record = record_of(self.run, follower.config, follower.lines, follower.bad_samples.lines, tokens, notes)
+        count = (lambda: tokens) if tokens is not None else None
+        record = record_of(self.run, follower.config, follower.lines, follower.bad_samples.lines, count)
+        record.notes.extend(answer.get("notes", []))
+        record.notes.extend([f"Pictures: {self.beside.complaint}"] if self.beside.complaint else [])
         parts = split(body(record, _SLOT, what_ran(record, follower.saved, follower.passed_over)))
         if self._pictured != self.beside.changes:
             self._pictured, self._pictures = self.beside.changes, split(answer.get("pictures", ""))
