@@ -117,8 +117,8 @@ def _machine(follower: Follower, trained: list[dict]) -> Rows:
     """Memory and what ranks wait for data."""
     said = follower.ranks.get("ranks")
     ranks = [rank for rank in said if isinstance(rank, dict)] if isinstance(said, list) else []
-    memory = [value(line, "memory_bytes") for line in ranks or trained[-1:]]
-    fullest = max((size for size in memory if math.isfinite(size)), default=math.nan)
+    memory = [size for size in (value(rank, "memory_bytes") for rank in ranks) if math.isfinite(size)]
+    fullest = max(memory, default=value(trained[-1], "memory_bytes"))
     rows = []
     if math.isfinite(fullest):
         rows.append(("memory", f"{fullest / 2**30:.3g} GiB{' on the fullest rank' if len(memory) > 1 else ''}"))

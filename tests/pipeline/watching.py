@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import Config, from_tree, to_yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -80,6 +82,47 @@ def watching(run: Path, *words: str, before: tuple[str, ...] = ()) -> Iterator[W
     finally:
         process.kill()
         process.communicate()
+
+
+def config_of(folder: Path) -> Config:
+    """Of a small run whose data would lie in `folder`."""
+    data = {name: str(folder / name) for name in ("images", "tokens", "heldout_images", "heldout_tokens", "tokenizer")}
+    return from_tree({"data": data, "train": {"run": str(folder / "run"), "global_batch": 4}}, "test")
+
+
+def write_run(folder: Path, lines: list[dict]) -> Path:
+    """A run folder with these lines, below `folder`."""
+    run = folder / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config_of(folder)))
+    (run / "environment.json").write_text(json.dumps({"host": "box", "world": 2, "versions": {"torch": "2.13"}}))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def write_marker(run: Path, step: int) -> None:
+    """What says that a checkpoint is whole, of one without files."""
+    state = {"step": step, "samples_seen": 4 * step, "world": 1, "zero_stage": 0, "precision": "fp32", "images": ""}
+    folder = run / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({**state, "tokens": "", "config": ""}))
+
+
+def start(step: int, steps: int, when: float) -> dict:
+    return {"step": step, "kind": "start", "time": when, "world": 2, "steps": steps, "epoch_samples": 12}
+
+
+def lines_of(until: int, steps: int, every: int = 2, seconds: float = 10.0) -> list[dict]:
+    """A start, and lines up to step `until`, which is now; held-out ones at every fifth."""
+    begun = time.time() - seconds * until
+    lines = [start(0, steps, begun)]
+    for step in range(every, until + 1, every):
+        values = {"loss": 3.5 - step / steps, "masked_accuracy": step / steps / 2, "images_per_second": 100.0 + step}
+        lines.append(train_line(step, begun + seconds * step, **values))
+        if step % (5 * every) == 0:
+            apart = {"loss": 3.0 - step / steps, "masked_accuracy": step / steps / 4, "samples": 9}
+            lines.append({"step": step, "kind": "heldout", "time": begun + seconds * step, **apart})
+    return lines
 
 
 def append(run: Path, *lines: dict | str) -> None:
