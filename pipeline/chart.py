@@ -69,6 +69,7 @@ def line_chart(
     zero: bool = False,
     log: bool = False,
     wide: bool = False,
+    named: bool = False,
     x_name: str = "step",
     x_high: float = 0.0,
 ) -> str:
@@ -76,7 +77,7 @@ def line_chart(
 
     marks: x of vertical lines. percent: values are shares. zero: the axis begins at 0. log: logarithmic, as long as
     every value is positive. Values that are not finite break the line and are counted below the chart. The legend names
-    marks on a wide chart only. x_high: where the axis ends at least. Charts over steps are zoomed together.
+    marks on a wide chart only, and a single series where `named`. x_high: where the axis ends at least. Charts over steps are zoomed together.
     """
     finite = [(x, y) for line in series for x, y in line.points if math.isfinite(y)]
     if not finite:
@@ -86,11 +87,12 @@ def line_chart(
     log = log and min(values) > 0
     y_axis = log_axis(values) if log else linear_axis(values, zero=zero)
     drawn = [(line, thin(line.points, x_axis.high)) for line in series if line.points]
-    shape = {"x": x_name, "high": x_axis.high, "percent": percent, "zero": zero, "log": log, "marks": list(marks)}
+    shape = {"x": x_name, "high": x_axis.high, "percent": percent, "log": y_axis.log, "marks": list(marks)}
+    shape["axis"] = {"low": y_axis.low, "high": y_axis.high}
     shape["lines"] = [_embedded(line, x_axis.high) for line, _ in drawn]
     missing = sum(not math.isfinite(y) for line in series for _, y in line.points)
     note = f"<b>{missing:,} not finite</b>" if missing else "<span></span>"
-    legend = _legend(series, mark_name if marks and wide else "")
+    legend = _legend(series, mark_name if marks and wide else "", named or len(series) > 1)
     return (
         f'<figure class="chart{" wide" if wide else ""}">'
         f"<figcaption><h3>{escape(title)}{_unit(unit)}</h3>{legend}</figcaption>"
@@ -160,11 +162,11 @@ def _unit(unit: str) -> str:
     return f' <span class="unit">{escape(unit)}</span>' if unit else ""
 
 
-def _legend(series: Sequence[Series], mark_name: str) -> str:
+def _legend(series: Sequence[Series], mark_name: str, named: bool) -> str:
     items = [
         f'<li class="t{line.tone}{" dashed" if line.dashed else ""}">{escape(line.name)}</li>'
         for line in series
-        if line.points and len(series) > 1
+        if line.points and named
     ]
     if mark_name:
         items.append(f'<li class="mark">{escape(mark_name)}</li>')

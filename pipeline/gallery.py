@@ -1,34 +1,65 @@
-"""The pictures of a report, as HTML: what the encoder of the newest checkpoint makes of sample pictures.
+"""The pictures of a report, as HTML: what an encoder fills in, where it looks, and what it finds alike.
 
-This is the part of a report that takes seconds; a page of a running run makes it once a checkpoint. Must not know any
-stage.
+This is the part of a report that takes seconds; a page of a running run makes it once a checkpoint. Whatever the
+folders do not allow is a line that says so. Must not know any stage.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline import page
+from pipeline.attention_maps import looks
 from pipeline.checkpoint import State
 from pipeline.config import ONLINE, Config, ConfigError
-from pipeline.model import Beit
+from pipeline.encoders import encoder_of
+from pipeline.model import Beit, Encoder
+from pipeline.neighbours import Gathered, agreement, by_features, by_pixels, gather
 from pipeline.objective import online_tokens
 from pipeline.page import Picture
 from pipeline.pictures import Reconstruction, reconstructions, sample_names
 from pipeline.precision import computing
 from pipeline.record import Record, attempt
-from pipeline.streams import Source, evaluation_batches, fitting_tokenizer, heldout, pretraining
+from pipeline.streams import Source, evaluation, evaluation_batches, fitting_tokenizer, heldout, pretraining
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer
-from pipeline.weights import trained_weights, with_weights
 from shards import codec
+from shards.index import FLAG_LABELLED
 from shards.loader import Batch
 from shards.manifest import read_token_manifest
 
 _TITLE = "What it sees and what it fills in"
 _SHOWN = 8  # pictures of the grid
+_LOOKED, _LOOKED_FOR = 4, 32  # pictures whose attention is shown, chosen from so many
+_ASKED, _NEAREST = 6, 5  # pictures whose neighbours are shown, and how many
+_COMPARED, _SECONDS = 1000, 6.0  # among at most so many pictures, and as many as there is time for
 _LARGEST = 256  # pixels a side of an embedded picture
 _SMALL = 96  # a picture of at most so many pixels a side is enlarged pixel by pixel
+
+
+def pictures(record: Record, state: State | None) -> str:
+    """The sections `pictures`, `attention` and `neighbours`, as far as there is something to show.
+
+    On a CPU within some ten seconds of computing: eight pictures through tokenizer and encoder, four through its
+    attention, and for the neighbours what six seconds allow.
+    """
+    config = replace(record.config, loader=replace(record.config.loader, workers=0))
+    step = f", at step {state.step:,}" if state is not None else ""
+    if record.job == "tokenizer":
+        return _tokenizer_pictures(Path(config.data.tokenizer))
+    missing: list[str] = []
+    encoder = attempt("Predictions are missing", missing, lambda: encoder_of(config, record.run, record.job))
+    config = replace(config, model=replace(encoder.model, kernels=config.model.kernels)) if encoder else config
+    parts = []
+    if record.job == "pretrain":
+        beit = encoder if isinstance(encoder, Beit) else None
+        parts.append(_reconstructed(config, beit, step if beit else "", missing))
+    elif missing:
+        parts.append(page.section("pictures", "Pictures", "", page.notes(missing)))
+    if encoder is not None:
+        parts.append(_alike_and_looks(config, encoder, record, step))
+    return "\n".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -41,24 +72,23 @@ class Shown:
     tokens: str
 
 
-def pictures(record: Record, state: State | None) -> str:
-    """The grid, as much of it as the folders still allow, and a line for whatever is missing."""
-    config = replace(record.config, loader=replace(record.config.loader, workers=0))
-    missing: list[str] = []
+def _reconstructed(config: Config, beit: Beit | None, step: str, missing: list[str]) -> str:
+    """The grid of what it fills in."""
     shown = _samples(config, missing)
     if shown is None:
         return page.section("pictures", _TITLE, "", page.notes(missing))
     decoder = attempt("Decoded tokens are missing", missing, lambda: _decoder(config, shown.tokens))
-    beit = attempt("Predictions are missing", missing, lambda: _encoder(config, record.run))
     rebuilt = reconstructions(config, shown.batch, decoder, beit)
     names = sample_names(shown.source, shown.batch)
-    step = f", at step {state.step:,}" if beit is not None and state is not None else ""
-    about = (
-        f"The first {len(names)} pictures of the {shown.name}{step}: the view, what the encoder sees of it, and "
-        "what the tokenizer decodes from the true tokens and from the predicted ones (true where patches are visible)."
-    )
+    about = f"The first {len(names)} pictures of the {shown.name}{step}: the view, and what the encoder sees of it"
+    about += "; what the tokenizer decodes from the true tokens" if decoder is not None else ""
+    if decoder is not None and beit is not None:
+        about += (
+            ", and from the predicted ones (true where patches are visible); and how far these two are apart, patches "
+            "whose token is right outlined in green"
+        )
     rows = [_picture_row(name, sample) for name, sample in zip(names, rebuilt, strict=True)]
-    return page.section("pictures", _TITLE, about, page.notes(missing), page.picture_grid(rows))
+    return page.section("pictures", _TITLE, f"{about}.", page.notes(missing), page.picture_grid(rows))
 
 
 def _samples(config: Config, missing: list[str]) -> Shown | None:
@@ -95,24 +125,124 @@ def _decoder(config: Config, tokens: str) -> VisualTokenizer:
     return tokenizer
 
 
-def _encoder(config: Config, run_folder: Path) -> Beit:
-    return with_weights(config, trained_weights(run_folder).all(), run_folder)
-
-
 def _picture_row(name: str, rebuilt: Reconstruction) -> str:
-    shown = [(rebuilt.image, "view"), (rebuilt.masked, "masked")]
-    if rebuilt.decoded is not None:
-        shown.append((rebuilt.decoded, "true tokens"))
-    if rebuilt.predicted is not None:
-        shown.append((rebuilt.predicted, "predicted"))
-    cells = []
-    for pixels, caption in shown:
-        if len(pixels) > _LARGEST:
-            pixels = codec.resize(pixels, (_LARGEST, _LARGEST), "lanczos")
-        small = len(pixels) <= _SMALL
-        form = "png" if small else "jpg"
-        cells.append(Picture(codec.encode(pixels, form, 88), form, caption, small))
+    shown = [
+        (rebuilt.image, "view"),
+        (rebuilt.masked, "masked"),
+        (rebuilt.decoded, "true"),
+        (rebuilt.predicted, "predicted"),
+        (rebuilt.error, "error"),
+    ]
     about = f"{rebuilt.num_masked} patches masked"
     if rebuilt.right is not None:
         about = f"{rebuilt.right} of {rebuilt.num_masked} tokens right"
-    return page.picture_row(name, about, cells)
+    return page.picture_row(name, about, [_picture(pixels, text) for pixels, text in shown if pixels is not None])
+
+
+def _picture(pixels: np.ndarray, caption: str, *, good: bool = False, largest: int = _LARGEST) -> Picture:
+    height, width = pixels.shape[:2]
+    if max(height, width) > largest:
+        scale = largest / max(height, width)
+        pixels = codec.resize(pixels, (round(height * scale), round(width * scale)), "lanczos")
+    small = max(height, width) <= _SMALL
+    form = "png" if small else "jpg"
+    return Picture(codec.encode(pixels, form, 88), form, caption, small, good)
+
+
+def _alike_and_looks(config: Config, encoder: Encoder, record: Record, step: str) -> str:
+    """Attention and neighbours, of the central part of pictures the encoder was not trained on, where there are any."""
+    data, missing = config.data, list[str]()
+    if record.job == "finetune":
+        sets = [(data.labelled_test, "test set"), (data.labelled_images, "training set")]
+    else:
+        sets = [(data.heldout_images, "held-out set"), (data.images, "training set")]
+    for folder, name in sets:
+        source = attempt(f"The {name}", missing, lambda folder=folder: evaluation(config, folder)) if folder else None  # type: ignore[misc]
+        if source is None:
+            continue
+        gathered = attempt(
+            f"The {name}",
+            missing,
+            lambda source=source: gather(encoder, source.stream, source.samples, _COMPARED, _SECONDS),  # type: ignore[misc]
+        )
+        if gathered is not None:
+            return _looks(config, encoder, source, f"{name}{step}") + "\n" + _neighbours(source, gathered, name + step)
+    return ""
+
+
+def _looks(config: Config, encoder: Encoder, source: Source, where: str) -> str:
+    """Where it looks."""
+    count = min(_LOOKED_FOR, source.samples)
+    batch = next(evaluation_batches(config, source, samples=count, micro=count, rank=0, world=1))
+    pixels, names = batch.pixels.float() / 255, sample_names(source, batch)
+    chosen = pixels.flatten(1).var(dim=1).topk(min(_LOOKED, count)).indices.sort().values
+    blocks = len(encoder.blocks)
+    about = (
+        f"Of the first {count} pictures of the {where}, those with most contrast, nothing masked. The heat is a "
+        "position's attention over the patches, mean over heads, brightest where it is largest: of [S] in block "
+        f"{(blocks - 1) // 2 + 1} and in the last of {blocks}, and there of two patches (outlined), the busiest and "
+        "the plainest."
+    )
+    rows = []
+    for i, look in zip(chosen.tolist(), looks(encoder, pixels[chosen]), strict=True):
+        cells = [(look.image, "picture"), (look.middle, "[S], middle"), (look.last, "[S], last")]
+        cells += list(zip(look.patches, ("busiest", "plainest"), strict=True))
+        rows.append(page.picture_row(names[i], "", [_picture(picture, caption) for picture, caption in cells]))
+    return page.section("attention", "Where it looks", about, page.picture_grid(rows))
+
+
+def _neighbours(source: Source, gathered: Gathered, where: str) -> str:
+    """What it finds alike."""
+    total = len(gathered.numbers)
+    if total < 2:
+        return ""
+    ways = {"features": by_features(gathered, _NEAREST)[0], "pixels": by_pixels(gathered, _NEAREST)[0]}
+    names, labels = _names(source, gathered), _labels(source, gathered)
+    about = (
+        f"Among {total:,} pictures spread over the {where}: the nearest others by the features after "
+        f"{gathered.layer} blocks (mean over patches, standardised, cosine), and by raw pixels."
+    )
+    if labels is not None:
+        shares = [f"{agreement(near, gathered.labels):.1%}" for near in ways.values()]
+        about += (
+            f" Of the {ways['features'].shape[1]} nearest, {shares[0]} have the picture's label by features, "
+            f"{shares[1]} by pixels; they are ticked below."
+        )
+
+    def cell(i: int, asked: int) -> Picture:
+        same = labels is not None and i != asked and gathered.labels[i] == gathered.labels[asked]
+        caption = labels[i] if labels is not None else names[i].rpartition("/")[2]
+        return _picture(gathered.images[i], f"✓ {caption}" if same else caption, good=bool(same), largest=_SMALL)
+
+    rows = []
+    for asked in range(min(_ASKED, total)):
+        strips = [(f"by {way}", [cell(i, asked) for i in near[asked].tolist()]) for way, near in ways.items()]
+        rows.append(page.neighbour_row(names[asked], cell(asked, asked), strips))
+    return page.section("neighbours", "What it finds alike", about, page.picture_grid(rows))
+
+
+def _names(source: Source, gathered: Gathered) -> list[str]:
+    images = source.stream.images
+    _, shards, rows = source.stream.places.locate(gathered.numbers)
+    return [images.index(shard).key(row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+
+
+def _labels(source: Source, gathered: Gathered) -> list[str] | None:
+    """The class of each picture in words; None when they have none."""
+    images = source.stream.images
+    _, shards, rows = source.stream.places.locate(gathered.numbers)
+    places = zip(shards.tolist(), rows.tolist(), strict=True)
+    if not all(images.index(shard).flags[row] & FLAG_LABELLED for shard, row in places):
+        return None
+    classes = images.manifest.classes
+    return [classes[label] if 0 <= label < len(classes) else str(label) for label in gathered.labels.tolist()]
+
+
+def _tokenizer_pictures(folder: Path) -> str:
+    """What the tokenizer makes of pictures, which its training leaves in the folder."""
+    path = folder / "reconstructions.png"
+    if not path.exists():
+        return ""
+    about = "Pictures above, and below them what is decoded from their tokens."
+    shown = Picture(path.read_bytes(), "png", "pictures and their reconstructions", True)
+    return page.section("pictures", "What its tokens keep", about, page.picture_row("", "", [shown], whole=True))

@@ -26,7 +26,7 @@ ul { list-style: none; }
 .status.wait { color: var(--wait); background: var(--wait-back); }
 .lead { color: var(--soft); max-width: 74ch; margin-top: 10px; }
 .lead.big { color: var(--ink); font-size: 17px; }
-.section { color: var(--soft); max-width: 80ch; margin-bottom: 16px; }
+.section { color: var(--soft); max-width: 86ch; margin-bottom: 16px; }
 .notes { margin-top: 16px; padding: 10px 14px; border-left: 3px solid var(--t5); background: var(--card);
   font-size: 14px; overflow-wrap: anywhere; }
 .card, .chart { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
@@ -103,6 +103,7 @@ ul { list-style: none; }
 .looks .skip::before { background: var(--t2); width: 3px; height: 12px; vertical-align: -2px; }
 .looks .return::before { background: var(--t4); width: 3px; height: 12px; vertical-align: -2px; }
 .strip .ends { display: flex; justify-content: space-between; gap: 12px; color: var(--soft); font-size: 12px; }
+.plain { padding: 4px 16px; } .plain b { font-weight: 680; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 7px 16px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -120,10 +121,17 @@ table.many { min-width: 720px; }
 .bars td.bar-cell { width: 38%; }
 .pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
 .pictures .card { padding: 12px; }
-.strip4 { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 6px; }
-.strip4 img { display: block; width: 100%; aspect-ratio: 1; border-radius: 4px; background: var(--faint); }
-.strip4 img.small { image-rendering: pixelated; }
-.strip4 span { display: block; color: var(--soft); font-size: 12px; line-height: 1.3; margin-top: 4px; }
+.row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 6px; }
+.row img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px;
+  background: var(--faint); }
+.row.whole img { aspect-ratio: auto; }
+.row img.small { image-rendering: pixelated; }
+.row span { display: block; color: var(--soft); font-size: 12px; line-height: 1.3; margin-top: 4px; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+.row span.same { color: var(--good); }
+.near { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 3fr); gap: 14px; }
+.near h4 { margin: 0 0 5px; font-size: 12px; font-weight: 500; color: var(--soft); }
+.near .row + h4 { margin-top: 10px; }
 .pictures .about { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; margin-bottom: 8px; }
 .pictures .about b { font-weight: 600; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .pictures .about span { color: var(--soft); flex: none; }
@@ -144,6 +152,10 @@ footer { color: var(--soft); font-size: 13px; margin-top: 36px; }
   .cards .card { padding: 11px 12px 12px; } .cards .value { font-size: 20px; } }
 @media (max-width: 560px) { .charts, .charts[class] { --row: 1; gap: 10px; }
   .wide .area, .wide .y { height: 220px; } .chart { padding: 12px 12px 6px; }
-  th, td { padding-right: 10px; } .bars { padding: 4px 12px; } .bars td.bar-cell { width: 34%; } }
+  th, td { padding-right: 10px; }
+  .bars { padding: 4px 12px; } .bars td.bar-cell { width: 36%; }
+  .bars .bar { flex-direction: column; align-items: flex-start; gap: 3px; }
+  .row { gap: 4px; } .row span { font-size: 11px; }
+  .near { grid-template-columns: minmax(0, 1fr); } .near .asked { width: 34%; } }
 @media print { .card, .chart { break-inside: avoid; } }
 """

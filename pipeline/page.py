@@ -5,7 +5,7 @@ not know runs or torch.
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -26,12 +26,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture, its caption, and whether it is so small that its pixels should stay visible."""
+    """An encoded picture, its caption, whether it is so small that its pixels should stay visible, and whether its
+    caption is good news."""
 
     encoded: bytes
     format: str
     caption: str
     small: bool
+    good: bool = False
 
 
 def page(title: str, body_html: str, *, connect: str = "", script: str = "") -> str:
@@ -88,14 +90,23 @@ def cards(items: Sequence[Card]) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table that scrolls by itself where the page is narrow; without a head, the first column is one."""
+def card(inside_html: str) -> str:
+    """A frame around something, by itself."""
+    return f'<div class="card plain">{inside_html}</div>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: Container[tuple[int, int]] = ()) -> str:
+    """A plain table that scrolls by itself where the page is narrow; without a head, the first column is one.
+
+    strong: (row, column) of cells that stand out.
+    """
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     many = " class=many" if len(head) > 4 else ""
     body = ""
-    for row in rows:
-        first = f"<th>{escape(row[0])}</th>" if not head else f"<td>{escape(row[0])}</td>"
-        body += f"<tr>{first}{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+    for i, row in enumerate(rows):
+        first = f"<th>{escape(row[0])}</th>" if not head or not head[0] else f"<td>{escape(row[0])}</td>"
+        cells = [f"<b>{escape(cell)}</b>" if (i, j) in strong else escape(cell) for j, cell in enumerate(row)]
+        body += f"<tr>{first}{''.join(f'<td>{cell}</td>' for cell in cells[1:])}</tr>"
     return f'<div class="scroll"><table{many}>{f"<tr>{top}</tr>" if top else ""}{body}</table></div>'
 
 
@@ -165,16 +176,35 @@ def charts(charts_html: Sequence[str], *, large: bool = False) -> str:
     return f'<div class="charts row{columns}">{"".join(shown)}</div>' if shown else ""
 
 
-def picture_row(name: str, about: str, pictures: Sequence[Picture]) -> str:
-    """One sample: its name, a word about it, and its pictures with captions."""
-    cells = "".join(
-        f'<div><img{" class=small" if picture.small else ""} alt="{escape(f"{name}: {picture.caption}")}" '
-        f'src="data:image/{"jpeg" if picture.format == "jpg" else picture.format};base64,'
-        f'{base64.b64encode(picture.encoded).decode("ascii")}"><span>{escape(picture.caption)}</span></div>'
-        for picture in pictures
-    )
+def picture_row(name: str, about: str, pictures: Sequence[Picture], *, whole: bool = False) -> str:
+    """One sample: its name, a word about it, and its pictures with captions. whole: of any shape, in their own."""
+    cells = "".join(_cell(name, picture) for picture in pictures)
     title = f'<div class="about"><b title="{escape(name)}">{escape(name)}</b><span>{escape(about)}</span></div>'
-    return f'<div class="card">{title}<div class="strip4">{cells}</div></div>'
+    return f'<div class="card">{title if name else ""}<div class="row{" whole" if whole else ""}">{cells}</div></div>'
+
+
+def neighbour_row(name: str, asked: Picture, strips: Sequence[tuple[str, Sequence[Picture]]]) -> str:
+    """One picture and, a line for each way of comparing, the pictures nearest to it."""
+    lines = "".join(
+        f'<h4>{escape(way)}</h4><div class="row">'
+        f"{''.join(_cell(f'{name}, {way}', picture) for picture in pictures)}</div>"
+        for way, pictures in strips
+    )
+    title = f'<div class="about"><b title="{escape(name)}">{escape(name)}</b></div>'
+    return (
+        f'<div class="card">{title}<div class="near"><div class="row asked">{_cell(name, asked)}</div>'
+        f"<div>{lines}</div></div></div>"
+    )
+
+
+def _cell(name: str, picture: Picture) -> str:
+    form = "jpeg" if picture.format == "jpg" else picture.format
+    data = base64.b64encode(picture.encoded).decode("ascii")
+    return (
+        f'<div><img{" class=small" if picture.small else ""} alt="{escape(f"{name}: {picture.caption}")}" '
+        f'src="data:image/{form};base64,{data}"><span{" class=same" if picture.good else ""} '
+        f'title="{escape(picture.caption)}">{escape(picture.caption)}</span></div>'
+    )
 
 
 def picture_grid(rows_html: Sequence[str]) -> str:

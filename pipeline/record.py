@@ -84,8 +84,10 @@ class Record:
 
     @property
     def global_batch(self) -> int:
-        settings = {"finetune": self.config.finetune, "tokenizer": self.config.tokenizer}
-        return settings.get(self.job, self.config.train).global_batch
+        config = self.config
+        if self.job == "finetune":
+            return config.finetune.global_batch
+        return (config.tokenizer if self.job == "tokenizer" else config.train).global_batch
 
     @property
     def samples_seen(self) -> int:
@@ -112,6 +114,7 @@ def record_of(
     """
     notes: list[str] = []
     lines = [line for line in lines if isinstance(line.get("step"), int)]
+    lines = [line for line in lines if isinstance(line.get("time", 0.0), int | float)]
     kinds = by_kind(lines)
     environment = json_object(run / "environment.json", notes)
     job = job_of(environment, kinds)

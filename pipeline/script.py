@@ -19,8 +19,8 @@ function start(root = document) {
   if (!root.querySelector(".hint")) {
     const hint = document.createElement("p");
     hint.className = "hint";
-    hint.textContent = "Drag sideways over a chart, or pinch it, to zoom all of them into these steps; double-click "
-      + "for the whole run. With the keyboard: ← → read values, + − zoom, 0 is the whole run.";
+    hint.textContent = "Drag sideways over a chart, or pinch it, to zoom; double-click for the whole run. "
+      + "Keyboard: ← → + − 0.";
     group.before(hint);
   }
   if (!shared.pill) shared.pill = pill();
@@ -48,7 +48,7 @@ function zoom(low, high) {
   shared.pill.hidden = !shared.range;
   if (shared.range) {
     const [from, to] = shared.range.map((step) => Math.round(step).toLocaleString("en"));
-    shared.pill.firstChild.textContent = "Steps " + from + " – " + to;
+    shared.pill.firstChild.textContent = shared.charts.find((chart) => chart.zooms).unit + " " + from + " – " + to;
   }
   if (shared.at !== null) for (const chart of charts) chart.show(shared.at);
 }
@@ -83,14 +83,14 @@ function nearest(xs, x) {
   return x - xs[before] <= xs[after] - x ? before : after;
 }
 
-function linearAxis(low, high, zero) {
-  if (zero) { low = Math.min(0, low); high = Math.max(0, high); }
+// As of pipeline.chart, but of what is shown alone: a part of a curve does not begin its axis at 0.
+function linearAxis(low, high) {
   if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) {
     const spread = Math.abs(high) / 10 || 1;
-    low -= zero ? 0 : spread; high += spread;
+    low -= spread; high += spread;
   }
   const margin = 0.05 * (high - low);
-  low -= zero && low === 0 ? 0 : margin; high += margin;
+  low -= margin; high += margin;
   return { low, high, ticks: ticksOf(low, high), place: (y) => (y - low) / (high - low) };
 }
 
@@ -188,24 +188,25 @@ function bound(figure) {
     return { ...line, x: steps(line.x), y, low, high };
   });
   const home = { svg: svg.innerHTML, side: side.innerHTML, width: side.style.width, below: below.innerHTML };
-  const moving = lines.filter((line) => !line.fixed && line.x.length), zooms = data.x === "step";
+  const moving = lines.filter((line) => !line.fixed && line.x.length), zooms = data.x !== "layer";
   const cursor = document.createElement("div"), box = document.createElement("div");
   cursor.className = "cursor"; box.className = "read"; cursor.hidden = box.hidden = true;
   area.append(cursor, box);
-  const whole = axisOf(0, data.high);
+  const whole = { ...data.axis, ticks: [], place: data.log
+    ? (value) => Math.log(value / data.axis.low) / Math.log(data.axis.high / data.axis.low)
+    : (value) => (value - data.axis.low) / (data.axis.high - data.axis.low) };
   let x = [0, data.high], y = whole;
 
   function axisOf(low, high) {
     let least = Infinity, most = -Infinity;
-    for (const line of lines) {
+    for (const line of moving) {
       for (let i = first(line.x, low); i < line.x.length && line.x[i] <= high; i++) {
         if (!Number.isFinite(line.y[i])) continue;
         least = Math.min(least, line.low[i]); most = Math.max(most, line.high[i]);
       }
-      if (line.fixed && line.y.length) { least = Math.min(least, line.y[0]); most = Math.max(most, line.y[0]); }
     }
-    if (least > most) return null;
-    return data.log && least > 0 ? logAxis(least, most) : linearAxis(least, most, data.zero);
+    if (least > most) return null;  // nothing was logged there
+    return data.log && least > 0 ? logAxis(least, most) : linearAxis(least, most);
   }
 
   function draw(range) {
@@ -253,7 +254,7 @@ function bound(figure) {
       value.className = dot.className = "t" + line.tone;
       value.textContent = (lines.length > 1 ? line.name + " " : "") + read(line.y[i], data.percent) + range + apart;
       box.append(value);
-      const height = y ? 1 - y.place(line.y[i]) : NaN;
+      const height = 1 - y.place(line.y[i]);
       if (!apart && height >= 0 && height <= 1) { dot.style.top = 100 * height + "%"; cursor.append(dot); }
     }
     const room = area.clientWidth - box.offsetWidth, right = share * area.clientWidth + 10;
@@ -261,7 +262,7 @@ function bound(figure) {
     box.style.left = Math.max(left, Math.min(0, room)) + "px";
   }
 
-  const chart = { figure, area, data, moving, zooms, high: data.high, draw, show, range: () => x,
+  const chart = { area, moving, zooms, high: data.high, unit: data.x === "step" ? "Steps" : "Samples", draw, show, range: () => x,
     hide: () => { cursor.hidden = box.hidden = true; } };
   pointers(chart);
   keys(chart);

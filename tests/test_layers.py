@@ -33,7 +33,7 @@ BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipel
 PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
 PLAN += " pipeline.sharding pipeline.timeline"
 UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
-BELOW += " pipeline.document pipeline.gallery"
+BELOW += " pipeline.comparison pipeline.document pipeline.encoders pipeline.gallery"
 BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
 
 
@@ -178,11 +178,24 @@ TABLE = (
         "deepspeed pipeline.stages",
     ),
     Row("pipeline.curves", REPORT, "pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.comparison", f"{REPORT} pipeline.sections", "pipeline.model pipeline.stages deepspeed"),
     Row("pipeline.document", f"{REPORT} pipeline.curves pipeline.sections", "pipeline.model pipeline.stages"),
     Row(
+        "pipeline.attention_maps",
+        f"{LEARN} pipeline.blocks pipeline.encoders pipeline.model pipeline.pictures",
+        "deepspeed pipeline.stages",
+    ),
+    Row(
+        "pipeline.neighbours",
+        f"{LEARN} pipeline.encoders pipeline.model pipeline.pictures pipeline.probe shards.loader",
+        "deepspeed pipeline.stages",
+    ),
+    Row("pipeline.encoders", f"{LEARN} pipeline.blocks pipeline.model pipeline.weights", "shards pipeline.stages"),
+    Row(
         "pipeline.gallery",
-        f"{REPORT} torch pipeline.model pipeline.objective pipeline.pictures pipeline.precision pipeline.streams "
-        "pipeline.checkpoint pipeline.tokenizer pipeline.weights shards",
+        f"{REPORT} numpy torch pipeline.attention_maps pipeline.encoders pipeline.model pipeline.neighbours "
+        "pipeline.objective pipeline.pictures pipeline.precision pipeline.streams pipeline.tokenizer "
+        "pipeline.checkpoint shards",
         "pipeline.stages",
     ),
     Row("pipeline.following", f"{CONFIG} pipeline.lines pipeline.saved pipeline.signals", "torch numpy shards"),
