@@ -28,13 +28,15 @@ _NONE = (0, 0, 0)  # of a file that is not there
 @dataclass(frozen=True, kw_only=True)
 class Standing:
     """How a run stands. state: waiting · started · running · silent · stopped · finished. `silent`: seconds since it
-    last wrote, NaN when it never did; `told`: the state in words, without that number."""
+    last wrote, NaN when it never did; `told`: the state in words, without that number; `left`: seconds to the end of the
+    whole training at the recent rate, NaN when it does not go on or nobody knows."""
 
     state: str
     told: str
     step: int
     planned: int
     silent: float
+    left: float
 
 
 @dataclass
@@ -137,7 +139,9 @@ class Follower:
         planned = int(starts[-1].get("steps", 0)) if starts else 0
         silent = time.monotonic() - self._heard if lines else float("nan")
         state, told = self._state(trained, step, planned, silent)
-        return Standing(state=state, told=told, step=step, planned=planned, silent=silent)
+        goes_on = state in ("running", "started") and planned > step
+        left = (planned - step) * seconds_a_step(lines) if goes_on else float("nan")
+        return Standing(state=state, told=told, step=step, planned=planned, silent=silent, left=left)
 
     def _state(self, trained: list[dict], step: int, planned: int, silent: float) -> tuple[str, str]:
         at = f"step {step:,} of {planned:,}" if planned else f"step {step:,}"

@@ -59,22 +59,24 @@ _SCRIPT = """
       .map((one) => [way(old, one), one.scrollLeft, one.scrollTop]);
     const focus = old.contains(document.activeElement) ? way(old, document.activeElement) : null;
     old.replaceWith(fresh);
-    for (const [steps, left, top] of moved) {
-      const one = go(fresh, steps);
-      if (one) { one.scrollLeft = left; one.scrollTop = top; }
-    }
-    if (focus) go(fresh, focus)?.focus({ preventScroll: true });
+    return () => {
+      for (const [steps, left, top] of moved) {
+        const one = go(fresh, steps);
+        if (one) { one.scrollLeft = left; one.scrollTop = top; }
+      }
+      if (focus) go(fresh, focus)?.focus({ preventScroll: true });
+    };
   };
 
   const parts = () => new Map([...document.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]));
   const put = ({ order, sections }) => {
     const before = parts(), anchor = [...before].find(([, part]) => part.getBoundingClientRect().bottom > 60);
-    const top = anchor?.[1].getBoundingClientRect().top;
+    const top = anchor?.[1].getBoundingClientRect().top, restore = [];
     for (const [name, html] of Object.entries(sections)) {
       const holder = document.createElement("template");
       holder.innerHTML = html;
       const fresh = holder.content.firstElementChild;
-      if (before.has(name)) replace(before.get(name), fresh);
+      if (before.has(name)) restore.push(replace(before.get(name), fresh));
       else bar.parentElement.append(fresh);
     }
     let last = bar;
@@ -86,7 +88,8 @@ _SCRIPT = """
       now.delete(name);
     }
     now.forEach((part) => part.remove());
-    if (Object.keys(sections).length) start();
+    if (Object.keys(sections).length) start();  // the page's own script: charts respond, zoomed as before
+    restore.forEach((again) => again());
     const moved = anchor && parts().get(anchor[0]);
     if (moved && window.scrollY > 0) window.scrollBy(0, moved.getBoundingClientRect().top - top);
     if (pointer) document.elementFromPoint(...pointer)?.dispatchEvent(

@@ -78,9 +78,8 @@ def _progress(stand: Standing, follower: Follower, width: int, plain: bool) -> R
     if math.isfinite(each):
         rate.append(f"{each:.3g} s a step" if each >= 1 else f"{1 / each:.3g} steps/s" if each > 0 else "")
     rows.append(("rate", " · ".join(word for word in rate if word) or "–"))
-    if stand.state in ("running", "started") and math.isfinite(each):
-        left = (stand.planned - stand.step) * each
-        rows.append(("left", f"{duration(left)}, until {_when(time.time() + left)}"))
+    if math.isfinite(stand.left):
+        rows.append(("left", f"{duration(stand.left)}, until {_when(time.time() + stand.left)}"))
     return rows
 
 

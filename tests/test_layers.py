@@ -232,7 +232,7 @@ TABLE = (
     Row(
         "pipeline.stages.watch",
         f"{REPORT} pipeline.beside pipeline.document pipeline.following pipeline.live pipeline.live_look "
-        "pipeline.provenance pipeline.script pipeline.serving pipeline.terminal",
+        "pipeline.provenance pipeline.script pipeline.serving pipeline.terminal pipeline.words",
         "torch deepspeed pipeline.model",
     ),
     Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),

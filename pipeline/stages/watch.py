@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import signal
 import socket
 import sys
@@ -14,11 +15,12 @@ from pipeline import live_look, look, page, script, terminal
 from pipeline.beside import Beside
 from pipeline.config import ConfigError
 from pipeline.document import body
-from pipeline.following import Follower
+from pipeline.following import Follower, Standing
 from pipeline.live import Part, Parts, split
 from pipeline.provenance import what_ran
 from pipeline.record import TokenUse, record_of
 from pipeline.serving import Server
+from pipeline.words import duration
 
 _LOOK_SECONDS = 1.0  # between looks into the folder, however many ask
 _SHARE = 0.1  # of one core's time that making the page anew may take
@@ -79,6 +81,10 @@ def _can_write(text: str) -> bool:
     return True
 
 
+def _words(stand: Standing) -> str:
+    return f"{stand.told} · {duration(stand.left)} left" if math.isfinite(stand.left) else stand.told
+
+
 class Site:
     """The page of a run as its folder is now. Its methods may be called from any thread."""
 
@@ -110,8 +116,8 @@ class Site:
             stand = self.follower.standing()
             status = {
                 "state": stand.state,
-                "words": stand.told,
-                "seconds": None if stand.silent != stand.silent else round(stand.silent, 1),
+                "words": _words(stand),
+                "seconds": round(stand.silent, 1) if math.isfinite(stand.silent) else None,
                 "title": self._title(),
                 "every": _POLL.get(stand.state, _POLL_ELSE),
             }
@@ -127,7 +133,7 @@ class Site:
         command = f"./launch.sh watch {self.run}"
         return (
             f'<div class="live" data-state="{stand.state}" data-stamp="{self.parts.stamp}" data-look="{self.look}" '
-            f'data-command="{escape(command)}"><b>{escape(stand.told)}</b><span></span></div>'
+            f'data-command="{escape(command)}"><b>{escape(_words(stand))}</b><span></span></div>'
         )
 
     def _refresh(self) -> None:

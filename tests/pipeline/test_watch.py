@@ -28,7 +28,12 @@ def watch(tmp_path_factory):
 
 def test_the_first_page(watch):
     page = watch.page()
-    for words in ('data-state="running"', "<b>step 20 of 100</b>", 'data-part="curves"', 'data-part="numbers"'):
+    for words in (
+        'data-state="running"',
+        "<b>step 20 of 100 · 13 min 20 s left</b>",
+        'data-part="curves"',
+        'data-part="numbers"',
+    ):
         assert words in page, words
     assert page.count('<figure class="chart') >= 6 and page.count("<script>") == 2
     news = watch.live()

@@ -63,9 +63,21 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(run: Path, *words: str, before: tuple[str, ...] = ()) -> Iterator[Watch]:
+def watching(run: Path, *words: str, port: int = 0, before: tuple[str, ...] = ()) -> Iterator[Watch]:
     """`watch RUN`, ended by Ctrl-C; that is no error, and nothing was complained about. before: what starts it."""
-    command = [*before, sys.executable, "-W", "ignore", "-m", "pipeline", "watch", str(run), "--port", "0", *words]
+    command = [
+        *before,
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "pipeline",
+        "watch",
+        str(run),
+        "--port",
+        str(port),
+        *words,
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
     )
