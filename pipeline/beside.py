@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 THREADS = 2
@@ -16,14 +17,16 @@ _NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREA
 
 
 class Beside:
-    """Runs `command OUT` when asked to, not twice for the same. `answer`: what the last one that went well wrote into
-    OUT; `complaint`: the last line of the last one that did not. The process should end when this one is gone."""
+    """Runs `command OUT` when asked to, not twice for the same, and at most half of the time. `answer`: what the last
+    one that went well wrote into OUT; `complaint`: the last line of the last one that did not. The process should end
+    when this one is gone."""
 
     def __init__(self, command: list[str]):
         self.command = command
         self.answer, self.complaint = b"", ""
         self.changes = 0
         self._asked: object = None
+        self._begun = self._rests_until = 0.0  # on the monotonic clock
         self._process: subprocess.Popen | None = None
 
     @property
@@ -32,9 +35,10 @@ class Beside:
         return self._process is not None
 
     def want(self, what: object) -> None:
-        """Begin anew when `what` is not what was asked for last, unless it is at work: then ask again later."""
-        if self._process is None and what != self._asked:
-            self._asked = what
+        """Begin anew when `what` is not what was asked for last; not while it is at work or rests: ask again later."""
+        now = time.monotonic()
+        if self._process is None and what != self._asked and now >= self._rests_until:
+            self._asked, self._begun = what, now
             folder = tempfile.TemporaryDirectory(prefix="beitforge-watch-")
             out = Path(folder.name) / "answer"
             self._process = subprocess.Popen(
@@ -54,6 +58,8 @@ class Beside:
             else:
                 lines = said.decode("utf-8", "replace").strip().splitlines()
                 self.complaint = lines[-1] if lines else f"ended with {process.returncode}"
+        now = time.monotonic()
+        self._rests_until = now + (now - self._begun)
         self.changes += 1
         self._process = None
 

@@ -95,14 +95,24 @@ _SCRIPT = """
     if (pointer) document.elementFromPoint(...pointer)?.dispatchEvent(
       new PointerEvent("pointermove", { clientX: pointer[0], clientY: pointer[1], bubbles: true }));
   };
-  // A part is not taken away while something in it is being dragged over or selected.
-  const busy = () => pressed
-    || (getSelection().type === "Range" && bar.parentElement.contains(getSelection().anchorNode));
-
+  // What is selected, or dragged over, is not taken away meanwhile: it waits here.
+  const waiting = {};
+  let order = [];
+  const selected = (name) => getSelection().type === "Range" && parts().has(name)
+    && getSelection().containsNode(parts().get(name), true);
+  const settle = () => {
+    const ready = Object.keys(waiting).filter((name) => !selected(name));
+    const over = order.length > 0 && [...parts().keys()].some((name) => !order.includes(name));
+    if (pressed || !(ready.length || over)) return;
+    const sections = Object.fromEntries(ready.map((name) => [name, waiting[name]]));
+    ready.forEach((name) => delete waiting[name]);
+    put({ order, sections });
+  };
   const take = (news) => {
-    if (Object.keys(news.sections).length && busy()) return;
-    put(news);
-    stamp = news.stamp;
+    Object.assign(waiting, news.sections);
+    for (const name of Object.keys(waiting)) if (!news.order.includes(name)) delete waiting[name];
+    stamp = news.stamp; order = news.order;
+    settle();
   };
   const show = ({ state, words, seconds, title, every: pause }) => {
     bar.dataset.state = state; told.textContent = words; document.title = title;
@@ -132,11 +142,13 @@ _SCRIPT = """
   };
   document.addEventListener("visibilitychange", ask);
   document.addEventListener("pointermove", (event) => {
-    if (event.isTrusted) pointer = [event.clientX, event.clientY];
+    if (!event.isTrusted) return;
+    pointer = [event.clientX, event.clientY];
+    pressed &&= event.buttons !== 0;  // let go outside of the window
   });
   document.addEventListener("pointerdown", () => { pressed = true; }, true);
   for (const kind of ["pointerup", "pointercancel"]) document.addEventListener(kind, () => { pressed = false; }, true);
-  setInterval(tick, 1000);
+  setInterval(() => { tick(); settle(); }, 1000);
   ask();
 })();
 """

@@ -55,6 +55,15 @@ def seen(opened: Open, step: int) -> None:
     expect(opened.page.locator("#numbers .value").first).to_have_text(f"{step:,}", timeout=SECONDS)
 
 
+def until(page: Page, holds: str) -> None:
+    """Wait for something to be true in the page. Playwright's wait_for_function evaluates text inside the page, which
+    its content policy forbids."""
+    end = time.monotonic() + SECONDS / 1000
+    while not page.evaluate(holds):
+        assert time.monotonic() < end, holds
+        page.wait_for_timeout(20)
+
+
 def mark(opened: Open, *names: str) -> None:
     """Remember which elements these are."""
     opened.page.evaluate("names => names.forEach(name => document.getElementById(name).known = true)", list(names))
@@ -105,7 +114,7 @@ def test_what_the_reader_did_stays(browser, run):
             mark(opened, "curves", "what-ran")
             append(run, train_line(42, time.time()))
             expect(opened.bar).to_contain_text("step 42 of", timeout=SECONDS)
-            page.wait_for_function("document.getElementById('curves').known !== true", timeout=SECONDS)
+            until(page, "document.getElementById('curves').known !== true")
             assert page.evaluate("shared.range") == zoomed
             assert page.locator("#what-ran details").nth(2).get_attribute("open") is not None and not same(
                 opened, "what-ran"
@@ -123,10 +132,10 @@ def test_nothing_is_taken_from_under_a_selection(browser, run):
         watch.until(lambda news: "pictures" in news["order"])
         expect(opened.page.locator("#pictures")).to_be_attached(timeout=SECONDS)
         opened.page.evaluate("getSelection().selectAllChildren(document.querySelector('#numbers .value'))")
-        mark(opened, "numbers")
+        mark(opened, "numbers", "curves")
         append(run, train_line(42, time.time()))
-        expect(opened.bar).to_contain_text("step 42 of", timeout=SECONDS)
-        opened.page.wait_for_timeout(3500)
+        until(opened.page, "document.getElementById('curves').known !== true")
+        opened.page.wait_for_timeout(1500)
         assert same(opened, "numbers") and opened.page.evaluate("getSelection().toString().trim()") == "40"
         opened.page.evaluate("getSelection().removeAllRanges()")
         seen(opened, 42)
@@ -180,7 +189,7 @@ def ready_in(browser: Browser, watch: Watch) -> float:
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     begun = time.perf_counter()
     page.goto(watch.url, wait_until="load")
-    page.wait_for_function("shared.charts.length > 5")
+    until(page, "shared.charts.length > 5")
     taken = time.perf_counter() - begun
     page.close()
     return taken

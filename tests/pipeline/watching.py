@@ -88,6 +88,8 @@ def watching(run: Path, *words: str, port: int = 0, before: tuple[str, ...] = ()
         if found is None:
             raise AssertionError(line + process.communicate(timeout=10)[1])
         yield Watch(process, found[1], int(found[2]))
+        if process.poll() == -signal.SIGKILL:
+            return  # by the test
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=20)
         assert process.returncode == 0 and complaints == "", complaints
