@@ -4,6 +4,7 @@ Attention's kernels never hold the probabilities; here they are computed again f
 in pipeline.model. Must not know runs, HTML or any stage.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.blocks import Attention
-from pipeline.encoders import walk
+from kernels.attention import pack
+from pipeline.blocks import Attention, Block
 from pipeline.model import Encoder
 from pipeline.pictures import heat, outlined, to_bytes
 from pipeline.pixels import normalise
@@ -29,6 +30,18 @@ class Looks:
     middle: np.ndarray
     last: np.ndarray
     patches: list[np.ndarray]
+
+
+def walk(encoder: Encoder, pixels_BCHW: Tensor, mask_BN: Tensor | None = None) -> Iterator[tuple[Block, Tensor]]:
+    """Every block and the hidden states [B, S, D] that go into it; pixels are normalised. Blocks are computed when the
+    next is asked for, so whoever stops early leaves the rest out."""
+    model, x_BSD = encoder.model, encoder.embed(pixels_BCHW, mask_BN)
+    bias_ASS = encoder.shared_bias() if encoder.shared_bias is not None else None
+    packed_AT = pack(bias_ASS, model.width // model.heads, x_BSD.dtype, model.kernels)
+    for block in encoder.blocks:
+        assert isinstance(block, Block), "an encoder is made of blocks"
+        yield block, x_BSD
+        x_BSD = block(x_BSD, bias_ASS, packed_AT, None)
 
 
 def probabilities(attention: Attention, x_BSD: Tensor, bias_ASS: Tensor | None) -> tuple[Tensor, Tensor]:

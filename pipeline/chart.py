@@ -76,8 +76,9 @@ def line_chart(
     """A <figure> with the curves, or "" when no series has a finite value.
 
     marks: x of vertical lines. percent: values are shares. zero: the axis begins at 0. log: logarithmic, as long as
-    every value is positive. Values that are not finite break the line and are counted below the chart. The legend names
-    marks on a wide chart only, and a single series where `named`. x_high: where the axis ends at least. Charts over steps are zoomed together.
+    every value is positive. x_high: where the axis ends at least. Values that are not finite break the line and are
+    counted below the chart. The legend names marks on a wide chart only, and a single series where `named`. All charts
+    of a page but those over layers are zoomed together.
     """
     finite = [(x, y) for line in series for x, y in line.points if math.isfinite(y)]
     if not finite:

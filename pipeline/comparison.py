@@ -140,7 +140,8 @@ _ROWS: tuple[tuple[str, Callable[[Record], float], Callable[[float], str], Calla
 
 def _numbers(names: list[str], records: Sequence[Record]) -> str:
     """The headline numbers, where anybody has them; the best of a row is set bold."""
-    rows, strong = [], set()
+    rows: list[list[str]] = []
+    strong: set[tuple[int, int]] = set()
     for title, of, words, best in _ROWS:
         values = [of(record) for record in records]
         finite = [y for y in values if math.isfinite(y)]

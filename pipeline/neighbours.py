@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.encoders import walk
+from pipeline.attention_maps import walk
 from pipeline.model import Encoder
 from pipeline.pictures import to_bytes
 from pipeline.pixels import normalise

@@ -27,8 +27,8 @@ _HEAT = np.array([(4, 5, 26), (73, 16, 102), (156, 38, 98), (229, 92, 48), (251,
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """One sample; pictures are u8 [H, W, 3]. `decoded`, `predicted` and `error` (their difference as heat, right patches
-    outlined) are None without a tokenizer; `predicted`, `error` and `right` (masked patches whose token is
+    """One sample; pictures are u8 [H, W, 3]. `decoded`, `predicted` and `error` (their difference as heat, patches that
+    are right outlined) are None without a tokenizer; `predicted`, `error` and `right` (masked patches whose token is
     predicted right) without an encoder."""
 
     image: np.ndarray

@@ -41,7 +41,8 @@ function zoom(low, high) {
   const charts = shared.charts.filter((chart) => chart.zooms), end = Math.max(...charts.map((chart) => chart.high));
   const least = Math.min(end, 2);
   if (low !== null) {
-    low = Math.max(0, Math.min(low, high - least)); high = Math.min(end, Math.max(high, low + least));
+    const length = Math.min(end, Math.max(least, high - low));
+    low = Math.max(0, Math.min(low, end - length)); high = low + length;
   }
   shared.range = low === null || high - low > 0.999 * end ? null : [low, high];
   for (const chart of charts) chart.draw(shared.range);
@@ -262,7 +263,8 @@ function bound(figure) {
     box.style.left = Math.max(left, Math.min(0, room)) + "px";
   }
 
-  const chart = { area, moving, zooms, high: data.high, unit: data.x === "step" ? "Steps" : "Samples", draw, show, range: () => x,
+  const unit = data.x === "step" ? "Steps" : "Samples";
+  const chart = { area, moving, zooms, unit, high: data.high, draw, show, range: () => x,
     hide: () => { cursor.hidden = box.hidden = true; } };
   pointers(chart);
   keys(chart);

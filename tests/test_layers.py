@@ -33,7 +33,7 @@ BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipel
 PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
 PLAN += " pipeline.sharding pipeline.timeline"
 UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
-BELOW += " pipeline.comparison pipeline.document pipeline.encoders pipeline.gallery"
+BELOW += " pipeline.comparison pipeline.document pipeline.encoders pipeline.gallery pipeline.words"
 BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
 
 
@@ -182,15 +182,15 @@ TABLE = (
     Row("pipeline.document", f"{REPORT} pipeline.curves pipeline.sections", "pipeline.model pipeline.stages"),
     Row(
         "pipeline.attention_maps",
-        f"{LEARN} pipeline.blocks pipeline.encoders pipeline.model pipeline.pictures",
+        f"{LEARN} pipeline.blocks pipeline.model pipeline.pictures",
         "deepspeed pipeline.stages",
     ),
     Row(
         "pipeline.neighbours",
-        f"{LEARN} pipeline.encoders pipeline.model pipeline.pictures pipeline.probe shards.loader",
+        f"{LEARN} pipeline.attention_maps pipeline.model pipeline.pictures pipeline.probe shards.loader",
         "deepspeed pipeline.stages",
     ),
-    Row("pipeline.encoders", f"{LEARN} pipeline.blocks pipeline.model pipeline.weights", "shards pipeline.stages"),
+    Row("pipeline.encoders", f"{CONFIG} torch pipeline.model pipeline.weights", "shards pipeline.stages"),
     Row(
         "pipeline.gallery",
         f"{REPORT} numpy torch pipeline.attention_maps pipeline.encoders pipeline.model pipeline.neighbours "

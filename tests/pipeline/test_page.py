@@ -1,5 +1,6 @@
 """Charts and page pieces: numbers in, well-formed, escaped, self-contained HTML out."""
 
+import base64
 import itertools
 import json
 import math
@@ -8,13 +9,16 @@ import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from pipeline import page
-from pipeline.chart import Series, line_chart, linear_axis, log_axis, number, thin
-from pipeline.page import Card, Picture
+from pipeline.chart import Series, line_chart, linear_axis, log_axis, thin
+from pipeline.page import Block, Card, Picture, Tick
+from pipeline.words import number
 
 HOSTILE = "</script><script>alert('x')</script>\"&<b>"
+PICTURE = Picture(b"x", "png", HOSTILE, True)
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -54,6 +58,16 @@ def paths(chart, kind):
 
 def numbers_of(chart):
     return json.loads(re.search(r'<script type="application/json">(.*?)</script>', chart).group(1))
+
+
+def values_of(packed):
+    """Floats of 24 bits, as the page's script reads them."""
+    pieces = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(-1, 3)
+    return np.concatenate([np.zeros((len(pieces), 1), np.uint8), pieces], axis=1).view("<f4").ravel()
+
+
+def steps_of(runs):
+    return list(itertools.accumulate(np.repeat(runs[::2], runs[1::2]).tolist()))
 
 
 def line(points, **settings):
@@ -127,7 +141,7 @@ def test_a_curve_passes_through_its_points():
     expected = [(0, 1000), (500, 1000 * (1 - 10 / top)), (1000, 1000 * (1 - 5 / top))]
     found = [tuple(map(float, place.split())) for place in path[1:].split("L")]
     assert found == [pytest.approx(place, abs=0.06) for place in expected]
-    assert numbers_of(chart)["lines"][0]["y"] == [0.0, 10.0, 5.0]
+    assert values_of(numbers_of(chart)["lines"][0]["y"]).tolist() == [0.0, 10.0, 5.0]
     assert "from 0 at step 0 to 5 at step 100" in svg_of(chart).get("aria-label")
 
 
@@ -168,14 +182,18 @@ def test_a_logarithmic_chart_of_something_not_positive_is_linear():
     [
         page.page(HOSTILE, ""),
         page.header(HOSTILE, HOSTILE, HOSTILE, True, HOSTILE, HOSTILE),
-        page.section(HOSTILE, HOSTILE, "<p>x</p>"),
+        page.section(HOSTILE, HOSTILE, HOSTILE, "<p>x</p>"),
         page.notes([HOSTILE]),
         page.cards([Card(HOSTILE, HOSTILE, HOSTILE)]),
         page.table([HOSTILE], [[HOSTILE]]),
         page.table([], [[HOSTILE, HOSTILE]]),
+        page.table([HOSTILE], [[HOSTILE, HOSTILE]], {(0, 1)}),
+        page.neighbour_row(
+            HOSTILE, Picture(b"x", "png", HOSTILE, True), [(HOSTILE, [Picture(b"x", "jpg", HOSTILE, False)])]
+        ),
         page.bars([HOSTILE], [(HOSTILE, [0.5])]),
-        page.strip(HOSTILE, [(0.0, 1.0)], HOSTILE, HOSTILE),
-        page.picture_row(HOSTILE, HOSTILE, [Picture(b"x", "png", HOSTILE, True)]),
+        page.strip(HOSTILE, [Block(0.0, 1.0, HOSTILE)], [Tick(0.5, HOSTILE, HOSTILE)], HOSTILE, HOSTILE),
+        page.picture_row(HOSTILE, HOSTILE, [PICTURE]),
         page.folds([(HOSTILE, HOSTILE, "")]),
         page.code(HOSTILE),
         page.footer(HOSTILE),
@@ -184,7 +202,7 @@ def test_a_logarithmic_chart_of_something_not_positive_is_linear():
 )
 def test_text_is_escaped_everywhere(html):
     assert_well_formed(html)
-    assert "<script>alert" not in html and "<b>" not in html and "alert('x')</script>" not in html
+    assert "<script>alert" not in html and HOSTILE not in html and "alert('x')</script>" not in html
 
 
 def test_a_page_asks_for_nothing_outside_itself():
@@ -198,8 +216,44 @@ def test_a_page_asks_for_nothing_outside_itself():
 
 
 def test_nothing_makes_nothing():
-    assert page.notes([]) == page.charts([""]) == page.picture_grid([]) == page.section("Title", "about", "", "") == ""
+    assert (
+        page.notes([])
+        == page.charts([""])
+        == page.picture_grid([])
+        == page.section("name", "Title", "about", "", "")
+        == ""
+    )
 
 
 def test_bytes_of_a_file_name_that_are_no_text_do_not_stop_a_page():
     assert "caf\\udce9.jpg" in page.page("run", page.code("caf\udce9.jpg"))
+
+
+@pytest.mark.parametrize("count", [1, 7, 4000, 4001, 30_000])
+def test_what_is_embedded_is_more_than_what_is_drawn(count):
+    """Every point up to 4,000; of more, 2,000 means with their ranges. Values keep more than four digits."""
+    draw = random.Random(count)
+    points = [(float(7 * i + 3), draw.choice([1e-6, 1.0, 1e5]) * draw.gauss(0, 1)) for i in range(count)]
+    (embedded,) = numbers_of(line_chart("Norm", [line(points)]))["lines"]
+    xs, ys = steps_of(embedded["x"]), values_of(embedded["y"])
+    if count <= 4000:
+        assert xs == [x for x, _ in points] and "low" not in embedded
+        assert len(embedded["x"]) <= 4, "steps that are evenly spaced take no room"
+        assert ys == pytest.approx([y for _, y in points], rel=2e-5)
+    else:
+        assert len(xs) == len(ys) <= 2000 and len(xs) > 1900
+        assert values_of(embedded["high"]).max() == pytest.approx(max(y for _, y in points), rel=2e-5)
+        assert values_of(embedded["low"]).min() == pytest.approx(min(y for _, y in points), rel=2e-5)
+
+
+def test_values_that_no_float_holds_are_embedded_as_gaps():
+    points = [(0, 1.0), (1, math.nan), (2, math.inf), (3, 1e300), (4, 2.0)]
+    (embedded,) = numbers_of(line_chart("Norm", [line(points)]))["lines"]
+    assert np.isfinite(values_of(embedded["y"])).tolist() == [True, False, False, False, True]
+
+
+def test_a_served_page_may_connect_to_its_own_server_alone():
+    html = page.page("run", "", connect="'self'", script="start();")
+    assert "default-src 'none'" in html and "; connect-src 'self'\"" in html
+    assert html.index("function start(") < html.index("<script>start();</script>")
+    assert "connect-src" not in page.page("run", "")

@@ -7,59 +7,41 @@ import re
 import shutil
 import subprocess
 import sys
-from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Config, ConfigError, from_tree, to_yaml
+from pipeline.config import ConfigError
+from pipeline.curves import curves
 from pipeline.dvae import Dvae
 from pipeline.model import Beit
 from pipeline.pictures import greyed, predicted_tokens, reconstructions
 from pipeline.provenance import what_ran
 from pipeline.record import json_lines, read_record, sessions, token_use
-from pipeline.sections import cards, curves, data_wait, duration, header, probe
-from pipeline.stages import report, tokenize
+from pipeline.sections import cards, data_wait, header, probe
+from pipeline.stages import report
 from pipeline.streams import evaluation_batches, heldout, pretraining
 from pipeline.tokenizer import save_dvae
-from shards import codec
-from shards.pack import pack
-from shards.plan import PackOptions
-
-SHAPE = {
-    "view": {"num_views": 2, "area_min": 0.5},
-    "tokenizer": {"input_size": 32, "vocabulary": 24, "width": 16, "embedding": 8, "residual_blocks": 0},
-    "model": {"input_size": 64, "patch_size": 16, "layers": 1, "width": 16, "heads": 2, "drop_path": 0.0},
-    "mask": {"num_patches": 6, "min_block": 2, "exact": False},
-    "train": {"global_batch": 4, "micro_batch": 4, "precision": "fp32"},
-    "loader": {"workers": 2},
-}
-
-
-def config_of(folder: Path) -> Config:
-    data = {name: str(folder / name) for name in ("images", "tokens", "heldout_images", "heldout_tokens", "tokenizer")}
-    return from_tree({**SHAPE, "data": data, "train": {**SHAPE["train"], "run": str(folder / "run")}}, "test")
+from pipeline.words import duration
+from tests.pipeline.made_runs import (
+    config_of,
+    lines_of,
+    make_sets,
+    pictures_of,
+    start,
+    words,
+    write_checkpoint,
+    write_run,
+)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Real shards, tokens and a tokenizer, made once; the folder and its config."""
     folder = tmp_path_factory.mktemp("made")
-    config = config_of(folder)
-    draw = np.random.default_rng(0)
-    for name, count in (("images", 12), ("heldout_images", 9)):
-        (folder / f"{name}-pictures").mkdir()
-        for i in range(count):
-            small = draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-            data = codec.encode(codec.resize(small, (60, 80), "bicubic"), "png", 0)
-            (folder / f"{name}-pictures" / f"{name}-{i:02}.png").write_bytes(data)
-        pack(folder / f"{name}-pictures", folder / name, PackOptions(samples_per_shard=5), "0", 1)
-    save_dvae(folder / "tokenizer", Dvae(config.tokenizer, seed=0), config.tokenizer)
-    single = dataclasses.replace(config, loader=dataclasses.replace(config.loader, workers=0))
-    assert tokenize.run(single) == 0
-    return folder, single
+    return folder, make_sets(folder)
 
 
 @pytest.fixture
@@ -73,57 +55,16 @@ def run(made, tmp_path):
     return folder
 
 
-def write_run(folder: Path, config: Config, lines: list[dict]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "environment.json").write_text(json.dumps({"host": "box", "world": 2, "versions": {"torch": "2.13"}}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_checkpoint(folder: Path, config: Config, step: int) -> Beit:
-    """A checkpoint as ZeRO stage 0 writes it."""
-    beit = Beit(config.model, config.tokenizer.vocabulary, seed=1)
-    there = folder / "checkpoints" / f"step-{step}"
-    there.mkdir(parents=True)
-    torch.save({"module": beit.state_dict()}, there / "mp_rank_00_model_states.pt")
-    files = {path.name: path.stat().st_size for path in there.iterdir()}
-    state = {"step": step, "samples_seen": 4 * step, "world": 1, "zero_stage": 0, "precision": "fp32"}
-    state |= {"images": "other", "tokens": "other", "config": "", "files": files}
-    (there / "state.json").write_text(json.dumps(state))
-    return beit
-
-
-def start(step: int, steps: int, time: float) -> dict:
-    return {"step": step, "kind": "start", "time": time, "world": 2, "steps": steps, "epoch_samples": 12}
-
-
-def lines_of(until: int, steps: int, begin: int = 0, every: int = 2, time: float = 1e9) -> list[dict]:
-    """A start and its train and held-out lines, ten seconds apart."""
-    lines = [start(begin, steps, time)]
-    for step in range(begin + every, until + 1, every):
-        values = {"loss": 3.5 - step / steps, "masked_accuracy": step / steps / 2, "data_wait_share": 0.25}
-        values |= {"lr": 1e-3, "gradient_norm": 2.0, "images_per_second": 100.0 + step, "memory_bytes": 2**30}
-        lines.append({"step": step, "kind": "train", "time": time + 10 * (step - begin), **values})
-        if step % (5 * every) == 0:
-            apart = {"loss": 3.0 - step / steps, "masked_accuracy": step / steps / 4, "samples": 9}
-            lines.append({"step": step, "kind": "heldout", "time": time + 10 * (step - begin), **apart})
-    return lines
-
-
-def words(html: str) -> str:
-    """What a page says, without its style and script."""
-    return unescape(re.sub(r"<[^>]*>", " ", re.sub(r"(?s)<(style|script).*?</\1>|(?<=src=)\"data:[^\"]*\"", "", html)))
-
-
 def test_a_finished_run_with_everything(run, capsys):
     assert report.run([run]) == 0
     html = (run / "report.html").read_text()
     said = words(html)
     for expected in ("finished", "20", "6.667 epochs of 12", "2.500", "from 3.400 at step 2", "3 min 20 s"):
         assert expected in said, expected
-    assert html.count("<svg") == 6 and html.count("data:image/png;base64,") == 8 * 4
+    assert html.count("<svg") == 7 and pictures_of(html, "pictures") == 8 * 5
+    assert pictures_of(html, "attention") == 4 * 5 and pictures_of(html, "neighbours") == 6 * (1 + 5 + 5)
     assert "first 8 pictures of the held-out set, at step 20" in said and "missing" not in said
-    assert len(html) < 500_000 and "report of step 20" in capsys.readouterr().err
+    assert len(html) < 1_200_000 and "report of step 20" in capsys.readouterr().err
     assert [path.name for path in run.iterdir() if ".partial" in path.name] == []
 
 
@@ -156,10 +97,10 @@ def test_a_run_of_which_nothing_else_is_there(tmp_path):
     [
         (["run/checkpoints"], 3, "Predictions are missing: "),
         (["tokenizer"], 2, "Decoded tokens are missing: "),
-        (["heldout_images"], 4, "Held-out pictures are missing: "),
-        (["heldout_tokens"], 4, "Held-out pictures are missing: "),
+        (["heldout_images"], 5, "Held-out pictures are missing: "),
+        (["heldout_tokens"], 5, "Held-out pictures are missing: "),
         (["heldout_images", "images"], 0, "Pictures are missing: "),
-        (["images"], 4, "Training pictures: "),
+        (["images"], 5, "Training pictures: "),
     ],
 )
 def test_what_is_gone_is_named_and_the_rest_is_shown(run, lost, pictures, line):
@@ -167,7 +108,7 @@ def test_what_is_gone_is_named_and_the_rest_is_shown(run, lost, pictures, line):
         shutil.rmtree(run.parent / name)
     assert report.run([run]) == 0
     html = (run / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 8 * pictures
+    assert pictures_of(html, "pictures") == 8 * pictures
     assert line in words(html)
     origin = "training set" if "heldout" in lost[0] else "held-out set"
     assert pictures == 0 or f"first 8 pictures of the {origin}" in words(html)
@@ -239,7 +180,7 @@ def test_restarts_are_marked_and_their_work_is_counted(tmp_path):
     assert [(s.first_step, s.last_step, s.ended - s.started) for s in record.sessions] == [(0, 12, 120), (8, 20, 120)]
     assert record.step == 20 and record.seconds == 240 and not record.finished and record.samples_seen == 80
     html = curves(record)
-    assert html.count('class="mark" d="M400.0 0V1000"') == 6 and "2 starts, 4 min 0 s running in 18 min 40 s" in html
+    assert html.count('class="mark" d="M400.0 0V1000"') == 7 and "2 starts, 4 min 0 s running in 18 min 40 s" in html
     said = re.sub(r"\s+", " ", words(what_ran(record, None, [])))
     assert "0 → 12 4 2" in said and "8 → 20 0 2" in said and "unfinished: step 20 of 40" in header(record)
 
