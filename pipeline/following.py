@@ -27,9 +27,9 @@ _NONE = (0, 0, 0)  # of a file that is not there
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How a run stands. state: waiting · started · running · silent · stopped · finished. `silent`: seconds since it
-    last wrote, NaN when it never did; `told`: the state in words, without that number; `left`: seconds to the end of the
-    whole training at the recent rate, NaN when it does not go on or nobody knows."""
+    """How a run stands. state: waiting · started · running · silent · stopped · finished; `told`: the same in words.
+    `silent`: seconds since it last wrote, NaN when it never did. `left`: seconds to the end of the whole training at the
+    recent rate, NaN when it does not go on or nobody knows."""
 
     state: str
     told: str
