@@ -28,8 +28,8 @@ _NONE = (0, 0, 0)  # of a file that is not there
 @dataclass(frozen=True, kw_only=True)
 class Standing:
     """How a run stands. state: waiting · started · running · silent · stopped · finished; `told`: the same in words.
-    `silent`: seconds since it last wrote, NaN when it never did. `left`: seconds to the end of the whole training at the
-    recent rate, NaN when it does not go on or nobody knows."""
+    `silent`: seconds since it last wrote, NaN when it never did. `left`: seconds to the end of the whole training at
+    the recent rate, NaN when it does not go on or nobody knows."""
 
     state: str
     told: str
@@ -158,7 +158,10 @@ class Follower:
             return "started", f"{again}, no step logged yet"
         usual = longest_pause(self.lines)
         if silent > max(_LEAST_SILENCE, _GAPS * usual):
-            return "silent", f"{at}, then no word; it used to write at least every {_seconds(usual)}"
+            return (
+                "silent",
+                f"{at}, then no word: killed, or standing still? Before, {_seconds(usual)} was the longest pause",
+            )
         return "running", f"{at}, asked to stop" if self.stopping else at
 
     def _waiting(self) -> str:
@@ -191,10 +194,6 @@ def _session(lines: list[dict]) -> list[dict]:
         if lines[place].get("kind") == "start":
             return lines[place:]
     return lines
-
-
-def _seconds(count: float) -> str:
-    return f"{count:.0f} s" if count >= 1 else "second"
 
 
 def _stamp(path: Path) -> Stamp:

@@ -6,11 +6,12 @@ What the reader has done to the page stays: zoom, unfolded parts, places scrolle
 import json
 
 _STYLE = """
-.live { position: sticky; top: 0; z-index: 5; display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 10px;
-  margin: -12px -8px 20px; padding: 9px 8px; background: var(--page); border-bottom: 1px solid var(--line);
-  font-size: 14px; font-variant-numeric: tabular-nums; --dot: var(--t0); }
-.live::before { content: ""; flex: none; width: 9px; height: 9px; border-radius: 9px; background: var(--dot); }
-.live b { font-weight: 620; min-width: 0; overflow-wrap: anywhere; }
+.live { position: sticky; top: 0; z-index: 5; margin: -12px -8px 20px; padding: 9px 8px 9px 27px;
+  background: var(--page); border-bottom: 1px solid var(--line); font-size: 14px; overflow-wrap: anywhere;
+  font-variant-numeric: tabular-nums; --dot: var(--t0); }
+.live::before { content: ""; position: absolute; left: 8px; top: 15px; width: 9px; height: 9px; border-radius: 9px;
+  background: var(--dot); }
+.live b { font-weight: 620; margin-right: 10px; }
 .live span { color: var(--soft); }
 .live[data-state=running], .live[data-state=finished] { --dot: var(--good); }
 .live[data-state=running]::before { animation: live 2s ease-in-out infinite; }

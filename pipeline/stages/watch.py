@@ -157,7 +157,8 @@ class Site:
         follower = self.follower
         if follower.config is None:
             where = self.run.resolve()
-            return split(page.header(str(where.parent), where.name, "waiting", False, follower.standing().told))
+            lead = follower.refused or "This page fills itself as soon as a run writes into the folder."
+            return split(page.header(str(where.parent), where.name, "waiting", False, lead))
         answer = json.loads(self.beside.answer or b"{}")
         tokens = TokenUse(**answer["tokens"]) if answer.get("tokens") else None
         count = (lambda: tokens) if tokens is not None else None
