@@ -10,35 +10,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import zero
 from pipeline.config import ConfigError
 from pipeline.engine import Engine, barrier, from_first, gathered
+from pipeline.saved import STATE, candidates, step_of
+from pipeline.saved import State as State
+from pipeline.saved import newest as newest
 
-_STATE = "state.json"
 _SLACK = 1.02  # of a checkpoint's estimated size: names, shapes, archives
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """Where a run stands. `samples_seen` is the whole state of the data stream; the fingerprints name its two sets.
-
-    `groups`: the parameters' names in the order of the optimizer's groups, which ZeRO-0's files leave out.
-    """
-
-    step: int
-    samples_seen: int
-    world: int
-    zero_stage: int
-    precision: str
-    images: str
-    tokens: str
-    config: str
-    order: int = 1  # shards.order.ARITHMETIC of the version that saved it; the first did not say
-    groups: list[list[str]] = field(default_factory=list)
-    files: dict[str, int] = field(default_factory=dict)
 
 
 def _folder(run: Path, step: int) -> Path:
@@ -122,23 +104,23 @@ class Saver:
 
     def _prune(self, keep: int) -> None:
         """Remove complete checkpoints beyond the newest `keep`, marker first: half a removal is no checkpoint."""
-        complete = [folder for folder in _candidates(self.run) if (folder / _STATE).exists()]
+        complete = [folder for folder in candidates(self.run) if (folder / STATE).exists()]
         for folder in complete[keep:]:
-            if not self.keep_every or _step(folder) % self.keep_every:
+            if not self.keep_every or step_of(folder) % self.keep_every:
                 _remove(folder)
 
 
 def _close(folder: Path, state: State) -> None:
     """Write state.json by rename, once the folder itself is flushed."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _STATE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STATE)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     flush_folder(folder)
-    partial = folder / f"{_STATE}.partial"
+    partial = folder / f"{STATE}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         json.dump({**asdict(state), "files": sizes}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / _STATE)
+    partial.replace(folder / STATE)
     flush_folder(folder)
 
 
@@ -153,55 +135,15 @@ def flush_folder(folder: Path) -> None:
 
 def _remove(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        (folder / _STATE).unlink()
+        (folder / STATE).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_between(run: Path, after: int, until: int) -> None:
     """Remove the checkpoints of steps after < step ≤ until: a run that has gone back leaves them behind."""
-    for folder in _candidates(run):
-        if after < _step(folder) <= until:
+    for folder in candidates(run):
+        if after < step_of(folder) <= until:
             _remove(folder)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name[5:])
-
-
-def _candidates(run: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(folders, key=_step, reverse=True)
-
-
-def newest(
-    run: Path, say: Callable[[str], None], usable: Callable[[int], bool] = lambda _: True
-) -> tuple[Path, State] | None:
-    """The newest complete checkpoint of a run folder, or None. `say` is told of each one passed over, and why.
-
-    usable: whether one of a step may be taken at all.
-    """
-    for folder in (folder for folder in _candidates(run) if usable(_step(folder))):
-        problem, state = _read(folder)
-        if state is not None:
-            return folder, state
-        say(f"checkpoint {folder.name} is not used: {problem}; taking the one before")
-    return None
-
-
-def _read(folder: Path) -> tuple[str, State | None]:
-    try:
-        state = State(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return "its save was never finished", None
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
-        return f"its {_STATE} is damaged", None
-    for name, size in state.files.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}" if found is not None else f"{name} is missing", None
-    return "", state
 
 
 def resume(

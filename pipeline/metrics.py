@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.config import Config, ConfigError, to_tree
+from pipeline.lines import read_metrics as read_metrics
 from pipeline.run import end_cut_line, write_whole
 
 # Dense 16-bit peak in TFLOP/s by a word of the device's name (NVIDIA and AMD data sheets, without sparsity).
@@ -156,22 +157,6 @@ def _board(run: Path, project: str, settings: dict) -> Any:
     board.define_metric("step")
     board.define_metric("*", step_metric="step")
     return board
-
-
-def read_metrics(run: Path, kind: str) -> list[dict]:
-    """The lines of one kind in step order. Of a step logged again after a restart, the last counts."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    by_step: dict[int, dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line a kill cut short; its step was logged again
-        if values.get("kind") == kind:
-            by_step[values["step"]] = values
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def timed(batches: Iterator[Any], waits: list[float]) -> Iterator[Any]:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import page
-from pipeline.checkpoint import State
 from pipeline.config import ONLINE, to_yaml
 from pipeline.record import Record, attempt, json_object
+from pipeline.saved import State
 from pipeline.words import clock
 from shards.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
 

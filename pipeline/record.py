@@ -99,13 +99,21 @@ class Record:
         return sum(session.ended - session.started for session in self.sessions)
 
 
-def read_record(run: Path, config: Config, before: Record | None = None) -> Record:
-    """Everything but the config, which the caller has read and checked.
+def read_record(run: Path, config: Config) -> Record:
+    """Everything but the config, which the caller has read and checked."""
+    lines, bad_samples = json_lines(run / "metrics.jsonl"), json_lines(run / "bad_samples.jsonl")
+    return record_of(run, config, lines, bad_samples, lambda: token_use(config))
 
-    before: an earlier reading of the same run, whose token statistics still hold: counting a large set takes long.
+
+def record_of(
+    run: Path, config: Config, lines: list[dict], bad_samples: list[dict], count: Callable[[], TokenUse] | None
+) -> Record:
+    """A record of lines that were read already (of metrics.jsonl, in file order), and of the small files.
+
+    count: gives the token statistics, which takes long for a large set; None leaves them out.
     """
     notes: list[str] = []
-    lines = [line for line in json_lines(run / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    lines = [line for line in lines if isinstance(line.get("step"), int)]
     lines = [line for line in lines if isinstance(line.get("time", 0.0), int | float)]
     kinds = by_kind(lines)
     environment = json_object(run / "environment.json", notes)
@@ -114,9 +122,8 @@ def read_record(run: Path, config: Config, before: Record | None = None) -> Reco
     steps = [line["step"] for line in lines if line.get("kind") == "train"]
     last_start = starts[-1] if starts else {}
     tokens, codebook = None, dict[str, object]()
-    if job == "pretrain":
-        known = before.tokens if before is not None else None
-        tokens = known or attempt("Token statistics", notes, lambda: token_use(config))
+    if job == "pretrain" and count is not None:
+        tokens = attempt("Token statistics", notes, count)
     if job != "finetune":
         codebook = json_object(Path(config.data.tokenizer) / "measured.json", notes)
     return Record(
@@ -132,7 +139,7 @@ def read_record(run: Path, config: Config, before: Record | None = None) -> Reco
         probe=json_object(run / "probe.json", notes),
         codebook=codebook,
         tokens=tokens,
-        bad_samples=json_lines(run / "bad_samples.jsonl"),
+        bad_samples=bad_samples,
         notes=notes,
     )
 

@@ -21,7 +21,7 @@ PACKAGES = ("kernels", "shards", "pipeline")
 CONFIG = "pipeline.config pipeline.settings pipeline.rules"
 ENGINE = f"{CONFIG} pipeline.engine"
 LEARN = f"{CONFIG} kernels torch numpy pipeline.pixels"
-REPORT = f"{CONFIG} pipeline.chart pipeline.checkpoint pipeline.look pipeline.metrics pipeline.page pipeline.record"
+REPORT = f"{CONFIG} pipeline.chart pipeline.lines pipeline.look pipeline.page pipeline.record pipeline.saved"
 REPORT += " pipeline.words"
 # shards without its two modules that use torch, and what a stage may use
 TORCHLESS = "shards.cache shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress"
@@ -127,12 +127,20 @@ TABLE = (
         f"{CONFIG} torch deepspeed pipeline.rendezvous pipeline.sharding pipeline.watchdog pipeline.writer",
         "pipeline.model shards pipeline.stages",
     ),
-    Row("pipeline.metrics", f"{CONFIG} torch wandb pipeline.run", "pipeline.model shards pipeline.stages deepspeed"),
+    Row("pipeline.lines", "", "torch numpy shards"),
+    Row("pipeline.saved", "", "torch numpy shards"),
+    Row(
+        "pipeline.metrics",
+        f"{CONFIG} torch wandb pipeline.lines pipeline.run",
+        "pipeline.model shards pipeline.stages deepspeed",
+    ),
     Row("pipeline.run", f"{CONFIG} yaml", "pipeline.model shards pipeline.stages torch deepspeed"),
     Row("pipeline.writer", "torch deepspeed", "pipeline shards"),
     Row("pipeline.zero", f"{ENGINE} torch deepspeed", "pipeline.model shards pipeline.stages"),
     Row(
-        "pipeline.checkpoint", f"{ENGINE} torch pipeline.metrics pipeline.zero", "pipeline.model shards pipeline.stages"
+        "pipeline.checkpoint",
+        f"{ENGINE} torch pipeline.metrics pipeline.saved pipeline.zero",
+        "pipeline.model shards pipeline.stages",
     ),
     Row("pipeline.guard", f"{CONFIG} pipeline.run", "torch pipeline.model shards pipeline.stages"),
     Row("pipeline.watchdog", "", "torch pipeline.model shards pipeline.stages"),
@@ -179,9 +187,9 @@ TABLE = (
     Row("pipeline.look", "", "torch deepspeed shards pipeline.stages"),
     Row("pipeline.script", "", "torch numpy shards pipeline.stages"),
     Row("pipeline.page", f"{REPORT} pipeline.script", "torch deepspeed shards pipeline.stages"),
-    Row("pipeline.record", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages deepspeed"),
-    Row("pipeline.sections", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages deepspeed"),
-    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS}", "pipeline.model pipeline.stages"),
+    Row("pipeline.record", f"{REPORT} numpy {TORCHLESS}", "torch pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.sections", f"{REPORT} numpy {TORCHLESS}", "torch pipeline.model pipeline.stages deepspeed"),
+    Row("pipeline.provenance", f"{REPORT} numpy {TORCHLESS}", "torch pipeline.model pipeline.stages"),
     Row(
         "pipeline.pictures",
         f"{LEARN} pipeline.model pipeline.objective pipeline.streams pipeline.tokenizer shards",
@@ -204,7 +212,23 @@ TABLE = (
     Row(
         "pipeline.gallery",
         f"{REPORT} numpy torch pipeline.attention_maps pipeline.encoders pipeline.model pipeline.neighbours "
-        "pipeline.objective pipeline.pictures pipeline.precision pipeline.streams pipeline.tokenizer shards",
+        "pipeline.objective pipeline.pictures pipeline.precision pipeline.streams pipeline.tokenizer "
+        "pipeline.checkpoint shards",
+        "pipeline.stages",
+    ),
+    Row("pipeline.following", f"{CONFIG} pipeline.lines pipeline.saved pipeline.signals", "torch numpy shards"),
+    Row("pipeline.live", "", "torch numpy shards"),
+    Row("pipeline.live_look", "", "torch numpy shards"),
+    Row("pipeline.serving", CONFIG, "torch numpy shards"),
+    Row("pipeline.beside", "", "torch numpy shards"),
+    Row(
+        "pipeline.terminal",
+        f"{CONFIG} pipeline.following pipeline.lines pipeline.record pipeline.words",
+        "torch deepspeed pipeline.model pipeline.stages",
+    ),
+    Row(
+        "pipeline.picturing",
+        f"{REPORT} pipeline.beside pipeline.gallery pipeline.signals torch",
         "pipeline.stages",
     ),
     Row("pipeline.machines", "", UNPLANNED),
@@ -222,6 +246,12 @@ TABLE = (
         "pipeline.stages.plan",
         f"{PLAN} pipeline.planned shards.errors shards.manifest",
         "torch deepspeed shards.loader",
+    ),
+    Row(
+        "pipeline.stages.watch",
+        f"{REPORT} pipeline.beside pipeline.document pipeline.following pipeline.live pipeline.live_look "
+        "pipeline.provenance pipeline.script pipeline.serving pipeline.terminal pipeline.words",
+        "torch deepspeed pipeline.model",
     ),
     Row("pipeline.stages.stop", f"{CONFIG} pipeline.signals", "torch numpy shards"),
     Row(
