@@ -15,6 +15,7 @@ from pipeline.config import Config, ConfigError, load_config
 from pipeline.lines import GrowingLines
 from pipeline.saved import STATE, State, candidates, newest
 from pipeline.signals import ENDED_FILE, FINISHED, STOP_FILE, read_ended
+from pipeline.words import duration
 
 _LEAST_SILENCE = 60.0  # seconds without a word before a run is called silent
 _GAPS = 3.0  # and so many times the longest pause it made before
@@ -160,7 +161,7 @@ class Follower:
         if silent > max(_LEAST_SILENCE, _GAPS * usual):
             return (
                 "silent",
-                f"{at}, then no word: killed, or standing still? Before, {_seconds(usual)} was the longest pause",
+                f"{at}, then no word: killed, or standing still? Before, {duration(usual)} was the longest pause",
             )
         return "running", f"{at}, asked to stop" if self.stopping else at
 

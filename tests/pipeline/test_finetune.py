@@ -1,6 +1,8 @@
 """`finetune` through the front door: learns, resumes to the bit, one test on any number of ranks, clear refusals."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -8,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from pipeline.metrics import read_metrics
 from tests.conftest import ROOT, TINY
+from tests.pipeline.test_training import finished, kill, weights
 
 STEPS = 12
 TUNE = {"duration": f"{STEPS} steps", "global_batch": 12, "micro_batch": 6, "warmup": "2 steps", "lr": 3e-3}
