@@ -216,7 +216,7 @@ TABLE = (
         "pipeline.checkpoint shards",
         "pipeline.stages",
     ),
-    Row("pipeline.following", f"{CONFIG} pipeline.lines pipeline.saved pipeline.signals", "torch numpy shards"),
+    Row("pipeline.following", f"{CONFIG} pipeline.lines pipeline.saved pipeline.signals pipeline.words", "torch numpy shards"),
     Row("pipeline.live", "", "torch numpy shards"),
     Row("pipeline.live_look", "", "torch numpy shards"),
     Row("pipeline.serving", CONFIG, "torch numpy shards"),
