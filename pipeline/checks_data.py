@@ -14,12 +14,12 @@ from pathlib import Path
 
 from pipeline.config import Config, ConfigError
 from pipeline.findings import OK, STOP, WARNING, Local
+from pipeline.labelled import labelled
 from pipeline.rendezvous import Place
 from pipeline.streams import (
     Source,
     heldout,
     image_set,
-    labelled,
     pretraining,
     refuse_other_tokenizers,
     training_batches,

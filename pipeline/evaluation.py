@@ -17,9 +17,10 @@ from torch import Tensor
 from pipeline import survey
 from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.engine import Engine, World, agree, from_first, sums
+from pipeline.labelled import labelled
 from pipeline.objective import encoder_input, online_tokens
 from pipeline.precision import computing
-from pipeline.streams import Source, even_batches, fitting_tokenizer, heldout, labelled, new_views, seen_views
+from pipeline.streams import Source, even_batches, fitting_tokenizer, heldout, new_views, seen_views
 from pipeline.tokenizer import VisualTokenizer, codebook_use
 from shards.loader import Batch
 from shards.manifest import read_token_manifest

@@ -120,7 +120,7 @@ def _patch_distances(model: Model) -> Tensor:
 
 @torch.no_grad()
 def knn(config: Config, engine: Engine, choose: Source, test: Source | None) -> dict[str, float]:
-    """k-NN accuracy on `test`, or on a fifth of `choose`, among the pictures of `choose` (streams.labelled)."""
+    """k-NN accuracy on `test`, or on a fifth of `choose`, among the pictures of `choose` (pipeline.labelled)."""
     world = engine.world
     features_nD, labels_n = _features(config, engine, choose)
     if test is None:

@@ -29,7 +29,7 @@ TORCHLESS += " shards.remote shards.tokens"
 BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model pipeline.objective pipeline.optim"
 BELOW += " pipeline.page pipeline.photos pipeline.pictures pipeline.pixels pipeline.probe pipeline.provenance"
 BELOW += " pipeline.record pipeline.sections pipeline.signals pipeline.streams pipeline.tokenizer pipeline.training"
-BELOW += " pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipeline.peers pipeline.resize"
+BELOW += " pipeline.labelled pipeline.loop pipeline.weights pipeline.dvae pipeline.precision pipeline.peers pipeline.resize"
 PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
 PLAN += " pipeline.sharding pipeline.timeline"
 UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
@@ -72,7 +72,7 @@ TABLE = (
     Row("pipeline.checks_ssh", "pipeline.findings pipeline.checks_host", "torch numpy shards"),
     Row(
         "pipeline.checks_data",
-        f"{CONFIG} pipeline.findings pipeline.rendezvous pipeline.streams shards",
+        f"{CONFIG} pipeline.findings pipeline.labelled pipeline.rendezvous pipeline.streams shards",
         "pipeline.model pipeline.stages deepspeed",
     ),
     Row(
@@ -155,7 +155,12 @@ TABLE = (
     Row("pipeline.feed", f"{CONFIG} torch pipeline.pace", "pipeline.model shards pipeline.stages"),
     Row(
         "pipeline.streams",
-        f"{CONFIG} pipeline.augment pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",
+        f"{CONFIG} pipeline.masking pipeline.rendezvous pipeline.tokenizer shards numpy torch",
+        "pipeline.model deepspeed pipeline.stages",
+    ),
+    Row(
+        "pipeline.labelled",
+        f"{CONFIG} pipeline.augment pipeline.streams shards numpy",
         "pipeline.model deepspeed pipeline.stages",
     ),
     Row(
@@ -177,8 +182,8 @@ TABLE = (
     ),
     Row(
         "pipeline.evaluation",
-        f"{ENGINE} torch pipeline.objective pipeline.precision pipeline.streams pipeline.survey pipeline.tokenizer "
-        "shards",
+        f"{ENGINE} torch pipeline.objective pipeline.labelled pipeline.precision pipeline.streams pipeline.survey "
+        "pipeline.tokenizer shards",
         "pipeline.stages",
     ),
     Row("pipeline.photos", f"{CONFIG} numpy {TORCHLESS}", "torch deepspeed pipeline.stages"),
@@ -216,7 +221,11 @@ TABLE = (
         "pipeline.checkpoint shards",
         "pipeline.stages",
     ),
-    Row("pipeline.following", f"{CONFIG} pipeline.lines pipeline.saved pipeline.signals pipeline.words", "torch numpy shards"),
+    Row(
+        "pipeline.following",
+        f"{CONFIG} pipeline.lines pipeline.saved pipeline.signals pipeline.words",
+        "torch numpy shards",
+    ),
     Row("pipeline.live", "", "torch numpy shards"),
     Row("pipeline.live_look", "", "torch numpy shards"),
     Row("pipeline.serving", CONFIG, "torch numpy shards"),

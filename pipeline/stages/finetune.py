@@ -11,12 +11,13 @@ from pipeline.checkpoint import newest
 from pipeline.config import Config, ConfigError, micro_batch
 from pipeline.ending import end
 from pipeline.engine import Engine, Setup, World, from_first, setup_from, start_world, sums
+from pipeline.labelled import num_classes, supervised, supervised_test
 from pipeline.metrics import say
 from pipeline.model import Classifier, initialise, training_flops
 from pipeline.objective import classification_loss, classified, encoder_input
 from pipeline.optim import layer_groups
 from pipeline.resize import finetuned_model
-from pipeline.streams import Source, even_batches, num_classes, supervised, supervised_test
+from pipeline.streams import Source, even_batches
 from pipeline.training import Job, run_training
 from pipeline.weights import tune_from
 from shards.loader import Batch

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import Config, ConfigError
+from pipeline.labelled import require_labels, share_of
 from pipeline.metrics import say
 from pipeline.model import Beit
 from pipeline.pixels import normalise
 from pipeline.probe import EPOCHS, judge
-from pipeline.streams import Source, evaluation, evaluation_batches, require_labels, share_of
+from pipeline.streams import Source, evaluation, evaluation_batches
 from pipeline.weights import run_config, trained_weights, with_weights
 from shards.progress import Progress
 

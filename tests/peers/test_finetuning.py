@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from pipeline.checkpoint import State
 from pipeline.config import ConfigError, load_config
 from pipeline.formats import from_hf
+from pipeline.labelled import num_classes, supervised
 from pipeline.metrics import read_metrics
 from pipeline.model import Beit
 from pipeline.objective import encoder_input
 from pipeline.stages import export
 from pipeline.stages.finetune import new_classifier
-from pipeline.streams import num_classes, supervised, training_batches
+from pipeline.streams import training_batches
 from pipeline.weights import save_encoder
 from tests.peers.test_training import published_schedule
 from tests.pipeline.test_training import finished, launch, weights

@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.evaluation import Budget, judged
+from pipeline.labelled import labelled
 from pipeline.metrics import Metrics, read_metrics
 from pipeline.model import Beit
 from pipeline.objective import encoder_input, online_tokens
-from pipeline.streams import Source, fitting_tokenizer, heldout, labelled, new_views, seen_views
+from pipeline.streams import Source, fitting_tokenizer, heldout, new_views, seen_views
 from pipeline.survey import feature_depth
 from tests.conftest import ROOT
 from tests.pipeline.evaluation_ranks import CASES, encoder, with_case

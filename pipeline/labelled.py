@@ -1,0 +1,131 @@
+"""Streams of labelled pictures, put together from a config: fine-tuning, its test, k-NN, and a share of the labels.
+
+Must not know model, deepspeed or any stage.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.augment import RandAugment, supervised_draws
+from pipeline.config import Config, ConfigError
+from pipeline.streams import Source, evaluation, image_set, order_of
+from shards.images import ImageSet
+from shards.index import FLAG_LABELLED
+from shards.loader import InTurn, Places, Stream
+from shards.pairs import DrawnViews
+from shards.subset import Subset, chosen_rows
+from shards.views import ViewPolicy
+
+
+def supervised(config: Config) -> Source:
+    """data.labelled_images, or the chosen share of each class, under fresh views every epoch, augmented.
+
+    Raises ConfigError for pictures without labels, and for what timm does not do.
+    """
+    tune, seed = config.finetune, config.data.seed
+    images = image_set(config, config.data.labelled_images)
+    require_labels(images, "data.labelled_images", "fine-tuning")
+    policy = ViewPolicy(
+        seed=seed,
+        area_min=tune.area_min,
+        area_max=tune.area_max,
+        flip=tune.flip,
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+    )
+    augment = None
+    if tune.randaugment:
+        augment = RandAugment(tune.randaugment, tune.input_size, config.model.mean, seed)
+    stream = Stream(
+        images=images,
+        places=_labelled_order(config, images),
+        source=DrawnViews(policy),
+        size=tune.input_size,
+        decoder=config.loader.decoder,
+        seed=seed,
+        draw=functools.partial(supervised_draws, tune, config.model.layers, seed),
+        augment=augment,
+    )
+    return Source(stream, images.manifest.fingerprint, "")
+
+
+def _labelled_order(config: Config, images: ImageSet) -> Places:
+    share, whole = config.finetune.label_share, order_of(config, images)
+    if share == 1.0:
+        return whole
+    return Subset(chosen_rows(images, share, config.data.seed), whole.policy)
+
+
+def share_of(config: Config, source: Source, share: float, seed: int) -> Source:
+    """A share of the labelled pictures of a source, as label_share has it, each once an epoch."""
+    images = source.stream.images
+    places = Subset(chosen_rows(images, share, seed), order_of(config, images).policy)
+    return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=places))
+
+
+def supervised_test(config: Config) -> Source | None:
+    """data.labelled_test for fine-tuning, or None. Raises ConfigError when its labels are not those trained on."""
+    if not config.data.labelled_test:
+        return None
+    tune = config.finetune
+    source = evaluation(config, config.data.labelled_test, tune.input_size, tune.test_crop)
+    require_labels(source.stream.images, "data.labelled_test", "fine-tuning")
+    names, trained = (
+        images.manifest.classes for images in (source.stream.images, image_set(config, config.data.labelled_images))
+    )
+    for label, (theirs, ours) in enumerate(zip(names, trained, strict=False)):
+        if theirs != ours:
+            raise ConfigError(
+                f"data.labelled_test has class {theirs!r} as label {label}, data.labelled_images {ours!r}: pack both "
+                f"from folders of the same classes, or as one with --split"
+            )
+    return source
+
+
+def require_labels(images: ImageSet, what: str, who: str) -> None:
+    """Raise ConfigError unless every picture has a label from 0 on; `what` names the set, `who` needs them."""
+    for shard, entry in enumerate(images.manifest.shards):
+        columns = images.index(shard).columns
+        if not (columns["flags"] & FLAG_LABELLED).all() or columns["label"].min(initial=0) < 0:
+            raise ConfigError(
+                f"{what} ({images.folder}): {entry.name} has pictures without a label (.cls from 0 on); {who} needs "
+                f"labelled shards: pack a folder per class"
+            )
+
+
+def num_classes(images: ImageSet) -> int:
+    """The largest label, and one more for 0."""
+    return max(int(images.index(n).columns["label"].max(initial=0)) for n in range(len(images.manifest.shards))) + 1
+
+
+@dataclass
+class _Spread:
+    """`samples` of the pictures of a set, evenly spaced: a set may be sorted by class."""
+
+    places: InTurn
+    samples: int
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.places.locate(samples * self.places.samples // self.samples)
+
+
+def labelled(config: Config, where: str, at_most: int) -> Source:
+    """`at_most` pictures of a labelled set, from all over it, in manifest order; central views of the encoder's size.
+
+    Raises ConfigError when the set has no labels, or all the same.
+    """
+    source = evaluation(config, where)
+    require_labels(source.stream.images, where, "k-NN")
+    if num_classes(source.stream.images) < 2:
+        raise ConfigError(
+            f"{where} has fewer than two classes; pack a folder with one folder a class, or leave data.labelled_images "
+            f"and data.labelled_test empty"
+        )
+    places = source.stream.places
+    assert isinstance(places, InTurn), "evaluation reads in manifest order"
+    spread = _Spread(places, min(at_most, places.samples))
+    return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=spread))
