@@ -210,7 +210,7 @@ def test_what_cannot_be_is_said(labelled, others, tmp_path, settings, words):
         ("{encoder}", ["model.width=64"], "has model.width 32, this config says 64; make them equal"),
         (
             "{encoder}",
-            ["model.patch_size=16", "tokenizer.input_size=16", "mask.num_patches=2"],
+            ["model.patch_size=16", "tokenizer.input_size=16", "mask.num_patches=2", "mask.min_block=1"],
             "has model.patch_size 8, this config says 16; make them equal",
         ),
     ],
@@ -273,6 +273,7 @@ def others(tmp_path_factory) -> dict[str, Path]:
         shutil.copy(path, folder / "flat" / path.name)
     for name, where in (("made", "pictures"), ("flat", "plain"), ("one", "single")):
         command = [sys.executable, "-m", "shards", "pack", str(folder / name), str(folder / where), "--workers", "1"]
+        command += ["--labels", "folder"] if name == "one" else []
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     return {name: folder / name for name in ("pictures", "plain", "single")}
 
