@@ -164,7 +164,7 @@ def resume(
         return None
     folder, state = found
     for name, cure in (
-        ("images", "data.images is another shard set than the run was started with"),
+        ("images", "data.images (finetune: data.labelled_images) is another shard set than the run was started with"),
         ("tokens", "data.tokens is another token set than the run was started with"),
     ):
         if getattr(state, name) != getattr(expected, name):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from pipeline.checkpoint import State
+from pipeline.config import ConfigError, load_config
+from pipeline.engine import World
 from pipeline.metrics import read_metrics
+from pipeline.model import Beit
+from pipeline.objective import encoder_input, erased
+from pipeline.run import open_folder
+from pipeline.stages import finetune
+from pipeline.streams import supervised, training_batches
+from pipeline.weights import save_encoder, tune_from
 from tests.conftest import ROOT, TINY
 from tests.pipeline.test_training import finished, kill, weights
 
@@ -130,6 +141,26 @@ def test_goes_on_with_other_ranks_under_another_stage(whole, labelled, tmp_path)
     assert read_metrics(run, "test")[-1]["accuracy"] > 0.8
 
 
+def test_workers_and_ranks_change_no_pixel(labelled):
+    """RandAugment, rectangles and noise of a sample are the same wherever it is made."""
+    found = []
+    for world, workers in ((1, 0), (2, 2), (3, 1)):
+        config = load_config(str(labelled), [f"loader.workers={workers}"])
+        pixels: dict[int, torch.Tensor] = {}
+        for rank in range(world):
+            batches = training_batches(
+                config, supervised(config), first_sample=54, global_batch=12, micro=2, rank=rank, world=world, steps=2
+            )
+            for batch in batches:
+                changed = erased(encoder_input(config, batch), batch.draws["erase"], batch.draws["noise"])
+                pixels |= dict(zip(batch.samples.tolist(), changed, strict=True))
+        found.append(pixels)
+    assert found[0].keys() == set(range(54, 78))
+    for pixels in found[1:]:
+        assert pixels.keys() == found[0].keys()
+        assert all(torch.equal(pixels[sample], tensor) for sample, tensor in found[0].items())
+
+
 def test_few_labels_see_few_pictures(labelled, tmp_path):
     """10 % of 60: three of the half, two of the third, one of the sixth; an epoch is six samples."""
     run = tmp_path / "run"
@@ -146,45 +177,105 @@ def refused(result: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
+def words_of(config: Path, run: Path, *settings: str) -> str:
+    """The line of the ConfigError that comes before any process meets another."""
+    with pytest.raises(ConfigError) as found:
+        finetune.run(load_config(str(config), [f"finetune.run={run}", *settings]), lambda: "")
+    return str(found.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         (["data.labelled_images=", "data.labelled_test="], "data.labelled_images is empty"),
         (["finetune.input_size=36"], "finetune.input_size 36 is not a multiple of model.patch_size 8"),
-        (["finetune.init=/nowhere"], "/nowhere is neither a run folder"),
         (["finetune.label_share=0"], "finetune.label_share is 0.0; it lies in (0, 1]"),
-        (["finetune.global_batch=1"], "hold one picture, and mixup and cutmix mix those of a micro batch"),
         (["finetune.randaugment=auto"], "finetune.randaugment is 'auto', which timm does not read"),
-        (["finetune.init={whole}", "finetune.run={whole}"], "finetune.init and finetune.run are both"),
-        (["finetune.init={whole}"], "is it the training of a tokenizer, or a fine-tuning?"),
-        (
-            ["finetune.init={whole}", "model.patch_size=16", "tokenizer.input_size=16", "mask.num_patches=2"],
-            "patch_size",
-        ),
-        (["finetune.run={whole}", "finetune.layer_decay=0.5"], "holds a run with finetune.layer_decay 0.8"),
+        (["finetune.init=same", "finetune.run=same"], "finetune.init and finetune.run are both same"),
         (["data.labelled_test={pictures}"], "of the same classes"),
         (["data.labelled_images={plain}", "data.labelled_test="], "has pictures without a label"),
+        (["data.labelled_images={single}", "data.labelled_test="], "has one class; there is nothing to learn"),
     ],
-    ids=lambda value: value if isinstance(value, str) else None,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_is_one_line(labelled, whole, others, tmp_path, settings, words):
-    filled = [setting.format(whole=whole, **others) for setting in settings]
-    assert words in refused(alone(labelled, tmp_path / "run", *filled))
+def test_what_cannot_be_is_said(labelled, others, tmp_path, settings, words):
+    assert words in words_of(labelled, tmp_path / "run", *(setting.format(**others) for setting in settings))
+
+
+@pytest.mark.parametrize(
+    ("init", "settings", "words"),
+    [
+        ("/nowhere", [], "/nowhere is neither a run folder"),
+        ("{whole}", [], "is it the training of a tokenizer, or a fine-tuning?"),
+        ("{encoder}", ["model.width=64"], "has model.width 32, this config says 64; make them equal"),
+        (
+            "{encoder}",
+            ["model.patch_size=16", "tokenizer.input_size=16", "mask.num_patches=2", "mask.min_block=1"],
+            "has model.patch_size 8, this config says 16; make them equal",
+        ),
+    ],
+)
+def test_an_encoder_that_does_not_fit_is_refused(labelled, whole, encoder, init, settings, words):
+    config = load_config(str(labelled), settings)
+    classifier = finetune.new_classifier(config, 3)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        tune_from(Path(init.format(whole=whole, encoder=encoder)), classifier, config.model)
+
+
+@pytest.fixture(scope="module")
+def encoder(labelled, tmp_path_factory) -> Path:
+    folder, config = tmp_path_factory.mktemp("encoder") / "encoder", load_config(str(labelled), [])
+    state = State(step=7, samples_seen=0, world=1, zero_stage=0, precision="fp32", images="", tokens="", config="")
+    save_encoder(folder, Beit(config.model, config.tokenizer.vocabulary, seed=1).state_dict(), config, state)
+    return folder
+
+
+def test_an_encoder_is_taken_with_a_small_new_head(labelled, encoder):
+    """A shared table in every layer, on another window; the rest bit for bit; the head as drawn, a thousandth."""
+    config = load_config(str(labelled), ["finetune.input_size=48", "finetune.head_scale=1e-3"])
+    classifier = finetune.new_classifier(config, 3)
+    assert "step 7" in (line := tune_from(encoder, classifier, config.model)) and "laid on 48" in line
+    weights_there = load_file(encoder / "model.safetensors")
+    assert torch.equal(classifier.blocks[1].fc1.weight, weights_there["blocks.1.fc1.weight"])
+    assert torch.equal(classifier.patch_embedding.weight, weights_there["patch_embedding.weight"])
+    assert classifier.blocks[0].attention.own_bias.table.shape == (11 * 11 + 3, 2)
+    head = classifier.head.weight
+    assert 0 < head.abs().max() <= 0.02e-3 and not classifier.head.bias.any()
+    assert all(torch.isfinite(parameter).all() for parameter in classifier.parameters())
+
+
+def test_a_micro_batch_of_one_has_nothing_to_mix(labelled):
+    alone_there = World(0, 2, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="hold one picture, and mixup and cutmix mix those of a micro batch"):
+        finetune.tuning_setup(load_config(str(labelled), ["finetune.global_batch=2"]), alone_there)
+    unmixed = ["finetune.global_batch=2", "finetune.mixup=0", "finetune.cutmix=0"]
+    assert finetune.tuning_setup(load_config(str(labelled), unmixed), alone_there).micro_batch == 1
+
+
+def test_another_config_is_refused(labelled, whole):
+    """Its own settings, and what it takes of `train` and `optimizer`; pretraining's may change."""
+    same = load_config(str(labelled), [f"finetune.run={whole}", "train.duration=9 epochs", "optimizer.lr=0.5"])
+    open_folder(whole, same, finetune.IDENTITY, 2, "finetune")
+    for setting in ("finetune.layer_decay=0.5", "train.precision=bf16", "optimizer.beta2=0.9", "data.seed=3"):
+        with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+            open_folder(whole, load_config(str(labelled), [setting]), finetune.IDENTITY, 2, "finetune")
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory) -> dict[str, Path]:
-    """A set of other classes, and one of no classes."""
+    """A set of other classes, one of no classes, one of a single one."""
     folder = tmp_path_factory.mktemp("others")
     write_classes(folder / "made", 6, 2)
     (folder / "made" / "class0").rename(folder / "made" / "a new class")
     (folder / "flat").mkdir()
+    shutil.copytree(folder / "made" / "class1", folder / "one" / "class1")
     for path in (folder / "made").rglob("*.jpg"):
         shutil.copy(path, folder / "flat" / path.name)
-    for name, where in (("made", "pictures"), ("flat", "plain")):
+    for name, where in (("made", "pictures"), ("flat", "plain"), ("one", "single")):
         command = [sys.executable, "-m", "shards", "pack", str(folder / name), str(folder / where), "--workers", "1"]
+        command += ["--labels", "folder"] if name == "one" else []
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    return {"pictures": folder / "pictures", "plain": folder / "plain"}
+    return {name: folder / name for name in ("pictures", "plain", "single")}
 
 
 def test_without_timm_the_cure_is_named(labelled, tmp_path):
