@@ -1,7 +1,5 @@
 """Charts respond to mouse, keyboard and fingers: the value under the pointer, and a zoom that all of them share."""
 
-import time
-
 import pytest
 
 LINE = "figure.chart path.line"
@@ -177,13 +175,13 @@ def test_what_replaces_the_page_keeps_the_zoom(opened, pages):
 
 def test_ten_thousand_steps_are_small_and_ready_and_detailed(opened, long):
     assert long.stat().st_size < 1e6
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        shown = opened(long)
-        shown.page.wait_for_selector(".hint")
-        taken.append(time.perf_counter() - started)
-    assert min(taken) < 2, "ready"
+    shown = opened(long)
+    client = shown.page.context.new_cdp_session(shown.page)
+    client.send("Performance.enable", {"timeDomain": "threadTicks"})
+    shown.page.reload()
+    shown.page.wait_for_selector(".hint")
+    metrics = {entry["name"]: entry["value"] for entry in client.send("Performance.getMetrics")["metrics"]}
+    assert 0 < metrics["TaskDuration"] < 2, "ready; processor time, which a busy machine does not stretch"
     page = shown.page
     assert shown.said == []
     drawn = curve(page).count("L")
