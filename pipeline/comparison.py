@@ -16,6 +16,7 @@ from pipeline.sections import data_wait
 from pipeline.words import duration, number
 
 _TONES = 6  # colours of lines; they begin again after so many
+_COMMIT = 12  # digits that tell one from another
 _ELSEWHERE = ("train.run", "finetune.run")  # where a run lies is its name
 
 
@@ -72,9 +73,11 @@ def settings(record: Record) -> dict[str, str]:
             if f"{section}.{name}" not in _ELSEWHERE:
                 found[f"{section}.{name}"] = "none" if content == "" else str(content)
     environment = record.environment
-    for name in ("host", "device", "world", "cpus", "commit"):
+    for name in ("host", "device", "world", "cpus"):
         if name in environment:
             found[name] = str(environment[name])
+    if "commit" in environment:
+        found["commit"] = str(environment["commit"])[:_COMMIT]
     versions = environment.get("versions", {})
     found |= {str(name): str(version) for name, version in versions.items()} if isinstance(versions, dict) else {}
     return found

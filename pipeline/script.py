@@ -143,7 +143,7 @@ function columnsOf(line, low, high) {
     for (let i = from; i < to; i++) all.push([line.x[i], line.y[i], line.low[i], line.high[i]]);
     return all;
   }
-  let part = null, at = -1;
+  let part = null, at = null;
   for (let i = from; i < to; i++) {
     const here = Math.floor((line.x[i] - low) / (high - low) * DRAWN);
     if (here !== at) {
