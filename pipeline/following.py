@@ -160,7 +160,7 @@ class Follower:
         if silent > max(_LEAST_SILENCE, _GAPS * usual):
             return (
                 "silent",
-                f"{at}, then no word: killed, or standing still? Before, {_seconds(usual)} was the longest pause",
+                f"{at}, then no word: killed, or standing still? {usual:.3g} s was the longest pause before",
             )
         return "running", f"{at}, asked to stop" if self.stopping else at
 
