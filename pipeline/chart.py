@@ -98,7 +98,7 @@ def line_chart(
         f'<figure class="chart{" wide" if wide else ""}">'
         f"<figcaption><h3>{escape(title)}{_unit(unit)}</h3>{legend}</figcaption>"
         f'<div class="plot">{_y_labels(y_axis, percent)}<div class="area">'
-        f"{_svg(title, drawn, x_axis, y_axis, marks)}</div>{_x_labels(x_axis)}"
+        f"{_svg(_said(title, drawn, x_name), drawn, x_axis, y_axis, marks)}</div>{_x_labels(x_axis)}"
         f'<div class="xname">{note}<span aria-hidden="true">{escape(x_name)}</span></div></div>'
         f'<script type="application/json">{_json(shape)}</script></figure>'
     )
@@ -186,16 +186,18 @@ def _y_labels(axis: Axis, percent: bool) -> str:
 
 
 def _x_labels(axis: Axis) -> str:
+    """At whole numbers: there is no half a step."""
+    ticks = [tick for tick in axis.ticks if tick == round(tick)]
     spans = [
         f'<span style="left:{100 * axis.place(tick):.2f}%">{escape(number(tick))}</span>'
-        for tick in axis.ticks
-        if axis.place(tick) < 0.97 or tick == axis.ticks[-1]
+        for tick in ticks
+        if axis.place(tick) < 0.97 or tick == ticks[-1]
     ]
     return f'<div class="x" aria-hidden="true">{"".join(spans)}</div>'
 
 
 def _svg(
-    title: str, drawn: Sequence[tuple[Series, list[Column]]], x_axis: Axis, y_axis: Axis, marks: Sequence[float]
+    said: str, drawn: Sequence[tuple[Series, list[Column]]], x_axis: Axis, y_axis: Axis, marks: Sequence[float]
 ) -> str:
     def at(x: float, y: float) -> str:
         return f"{_SIDE * x_axis.place(x):.1f} {_SIDE * (1 - y_axis.place(y)):.1f}"
@@ -216,9 +218,8 @@ def _svg(
         if len(columns) <= _DOTS and not line.dashed:
             dots = "".join(f"M{at(c.x, c.mean)}h0" for c in columns if math.isfinite(c.mean))
             parts.append(f'<path class="dots {style}" d="{dots}"/>')
-    said = escape(_said(title, drawn), quote=True)
     return (
-        f'<svg viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none" role="img" aria-label="{said}">'
+        f'<svg viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none" role="img" aria-label="{escape(said)}">'
         f"{''.join(parts)}</svg>"
     )
 
@@ -236,7 +237,7 @@ def _runs(columns: Sequence[Column]) -> Iterator[list[Column]]:
         yield run
 
 
-def _said(title: str, drawn: Sequence[tuple[Series, list[Column]]]) -> str:
+def _said(title: str, drawn: Sequence[tuple[Series, list[Column]]], x_name: str) -> str:
     """The chart in one sentence, for those who do not see it."""
     said = []
     for line, columns in drawn:
@@ -245,9 +246,8 @@ def _said(title: str, drawn: Sequence[tuple[Series, list[Column]]]) -> str:
             said.append(f"{line.name} {ends[0].mean:.4g}")
         elif ends:
             first, last = ends[0], ends[-1]
-            said.append(
-                f"{line.name} from {first.mean:.4g} at step {first.x:.0f} to {last.mean:.4g} at step {last.x:.0f}"
-            )
+            begun, ended = (f"{c.mean:.4g} at {x_name} {c.x:.0f}" for c in (first, last))
+            said.append(f"{line.name} from {begun} to {ended}")
     return f"{title}: {'; '.join(said)}"
 
 

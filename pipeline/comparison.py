@@ -52,7 +52,8 @@ def _differences(names: list[str], records: Sequence[Record]) -> str:
     rows = []
     for key in keys:
         cells = [each.get(key, "–") for each in flat]
-        if len(set(cells)) > 1:
+        told = [cell for cell in cells if cell != "–"]  # a setting of one job alone is no difference
+        if len(set(told if "." in key else cells)) > 1:
             rows.append([key, *cells])
     if not rows:
         return page.section("differences", "What differs", "", page.notes(["All settings are the same."]))
@@ -194,7 +195,7 @@ def _curves(names: list[str], records: Sequence[Record]) -> str:
                 zero=zero,
                 wide=True,
                 named=True,
-                x_name="step" if by_step else "samples",
+                x_name="step" if by_step else "sample",
                 x_high=end,
             )
         )

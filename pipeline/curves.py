@@ -166,13 +166,18 @@ def _gap_words(record: Record, views: list[tuple[float, float]], unseen: list[tu
     if not views or not math.isfinite(views[-1][1]):
         return lead
     count, (step, cost) = record.config.view.num_views, views[-1]
-    there = f"{lead} At step {step:,.0f} a view that is new costs {cost:+.3f} nats"
-    there += f", a picture that is new {unseen[-1][1]:+.3f} more" if unseen else ""
+    more = unseen[-1][1] if unseen else math.nan
+    there = f"{lead} At step {step:,.0f} a new view costs {_signed(cost)} nats against one it was trained on"
+    there += f", a held-out picture {_signed(more)} against a new view" if math.isfinite(more) else ""
     if cost <= _LITTLE:
         return f"{there}: the {count} stored views of a picture are enough so far."
-    if unseen and cost < max(unseen[-1][1], 0.0):
+    if cost < more:
         return f"{there}: most of the gap is of the pictures, and more than {count} views of each would mend little."
     return f"{there}: it learns the {count} stored views by heart, and more (view.num_views) would help."
+
+
+def _signed(nats: float) -> str:
+    return f"{nats:+.3f}".replace("-", "−")
 
 
 def survey(record: Record) -> str:

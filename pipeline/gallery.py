@@ -185,7 +185,7 @@ def _looks(config: Config, encoder: Encoder, source: Source, where: str) -> str:
     )
     rows = []
     for i, look in zip(chosen.tolist(), looks(encoder, pixels[chosen]), strict=True):
-        cells = [(look.image, "picture"), (look.middle, "[S], middle"), (look.last, "[S], last")]
+        cells = [(look.image, "picture"), (look.middle, "[S] middle"), (look.last, "[S] last")]
         cells += list(zip(look.patches, ("busiest", "plainest"), strict=True))
         rows.append(page.picture_row(names[i], "", [_picture(picture, caption) for picture, caption in cells]))
     return page.section("attention", "Where it looks", about, page.picture_grid(rows))

@@ -32,6 +32,8 @@ ul { list-style: none; }
 .card, .chart { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   box-shadow: var(--shadow); min-width: 0; }
 .cards { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 14px; margin-top: 26px; }
+.cards.row5 { grid-template-columns: repeat(5, minmax(0, 1fr)); }
+.cards.row3 { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .cards .card { padding: 14px 16px 15px; }
 .cards dt { color: var(--soft); font-size: 13px; }
 .cards .value { font-size: 25px; line-height: 1.25; font-weight: 640; letter-spacing: -.02em;
@@ -144,7 +146,8 @@ details > .inside { padding-bottom: 14px; }
 pre { margin: 0; padding: 12px 14px; overflow-x: auto; background: var(--faint); border-radius: 7px;
   font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { color: var(--soft); font-size: 13px; margin-top: 36px; }
-@media (max-width: 1020px) { .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+@media (max-width: 1020px) { .cards[class] { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .cards .card:last-child:nth-child(odd) { grid-column: span 2; }
   .charts.row3, .charts.row4 { --row: 2; } }
 @media (max-width: 760px) {
   main { padding: 24px 16px 48px; } h1 { font-size: 25px; } h2 { margin-top: 38px; } .lead.big { font-size: 16px; }

@@ -78,9 +78,10 @@ def notes(lines: Sequence[str]) -> str:
 
 
 def cards(items: Sequence[Card]) -> str:
-    """The numbers that matter, side by side."""
+    """The numbers that matter, side by side in rows that are full where they can be."""
+    columns = next((columns for columns in (4, 5, 3) if len(items) % columns == 0), 4)
     return (
-        '<dl class="cards" id="numbers">'
+        f'<dl class="cards row{columns}" id="numbers">'
         + "".join(
             f'<div class="card"><dt>{escape(card.label)}</dt><dd class="value">{escape(card.value)}</dd>'
             f'<dd class="detail">{escape(card.detail)}</dd></div>'

@@ -42,13 +42,16 @@ def _data_about(record: Record) -> str:
 def _data(record: Record, state: State | None) -> str:
     """Each shard set as it is now, and whether it is the one the checkpoint was trained on."""
     data, missing = record.config.data, list[str]()
-    sets: list[tuple[str, str, Callable[[str], ImageManifest | TokenManifest], str]] = [
-        ("training pictures", data.images, read_image_manifest, state.images if state else ""),
-        ("training tokens", data.tokens, read_token_manifest, state.tokens if state else ""),
-    ]
-    if data.heldout_images:
-        sets.append(("held-out pictures", data.heldout_images, read_image_manifest, ""))
+    images: Callable[[str], ImageManifest | TokenManifest] = read_image_manifest
+    sets = [("training pictures", data.images, images, state.images if state else "")]
+    if record.job == "finetune":
+        sets = [("labelled pictures", data.labelled_images, images, state.images if state else "")]
+        sets.append(("labelled test pictures", data.labelled_test, images, ""))
+    elif record.job == "pretrain":
+        sets.append(("training tokens", data.tokens, read_token_manifest, state.tokens if state else ""))
+        sets.append(("held-out pictures", data.heldout_images, images, ""))
         sets.append(("held-out tokens", data.heldout_tokens, read_token_manifest, ""))
+    sets = [each for each in sets if each[1]]
     rows = []
     for name, folder, read, trained_on in sets:
         if folder == ONLINE:
@@ -62,13 +65,19 @@ def _data(record: Record, state: State | None) -> str:
         views = f" × {manifest.num_views} views" if isinstance(manifest, TokenManifest) else ""
         counts = [f"{manifest.samples:,}{views}", f"{len(manifest.shards):,}"]
         rows.append([name, folder, *counts, manifest.fingerprint[:_DIGITS] + changed])
+    if record.job == "finetune":
+        return page.table(["", "folder", "samples", "shards", "fingerprint"], rows) + page.notes(missing)
     tokenizer = json_object(Path(data.tokenizer) / "tokenizer.json", missing)
     rows.append(["tokenizer", data.tokenizer, "", "", str(tokenizer.get("fingerprint", "not there"))[:_DIGITS]])
     return page.table(["", "folder", "samples", "shards", "fingerprint"], rows) + page.notes(missing)
 
 
 def _machine(environment: dict) -> str:
-    said = [environment.get("host"), f"{environment['world']} processes" if "world" in environment else None]
+    said = [
+        environment.get("host"),
+        environment.get("device"),
+        f"{environment['world']} processes" if "world" in environment else None,
+    ]
     return ", ".join(str(word) for word in said if word)
 
 

@@ -229,7 +229,7 @@ function bound(figure) {
     const texts = ticks.map((tick) => label(tick, data.percent, ticks.length > 1 ? ticks[1] - ticks[0] : 0));
     side.replaceChildren(...ticks.map((tick, i) => placed("top", 1 - y.place(tick), texts[i])));
     side.style.width = Math.max(1, ...texts.map((text) => text.length)) + 1.4 + "ch";
-    const steps = ticksOf(...x).filter((step) => placeX(step) < 0.95 && placeX(step) > 0.02);
+    const steps = ticksOf(...x).filter((step) => placeX(step) < 0.95 && placeX(step) > 0.02 && Number.isInteger(step));
     below.replaceChildren(...steps.map((step) => placed("left", placeX(step), label(step))));
   }
 

@@ -101,7 +101,11 @@ def _pretrain_cards(record: Record) -> list[Card]:
     if judged:
         last, best = judged[-1], max(judged, key=lambda line: value(line, "knn"))
         about = f"on {number(value(last, 'knn_samples'))} labelled pictures"
-        about += f"; best {value(best, 'knn'):.1%} at step {best['step']:,}" if best is not last else ""
+        about += (
+            f"; best {value(best, 'knn'):.1%} at step {best['step']:,}"
+            if value(best, "knn") > value(last, "knn")
+            else ""
+        )
         cards.append(Card("k-NN accuracy", f"{value(last, 'knn'):.1%}", f"step {last['step']:,}, {about}"))
         cards.append(_targets_card(last))
     return [card for card in cards if card.label]
