@@ -49,7 +49,7 @@ def measure(folder: Path, logged: int, browser: object) -> dict:
         assert f"step {logged * EVERY:,} of" in page.decode(), "the page does not show the last step"
         while "pictures" not in json.loads(asked(port, "/live?since=")[0])["order"]:
             time.sleep(1)
-        updates = [update(run, port, (logged + i) * EVERY, rest=11 * first) for i in range(1, TIMES + 1)]
+        updates = [update(run, port, (logged + i) * EVERY) for i in range(1, TIMES + 1)]
         stamp = json.loads(asked(port, "/live?since=")[0])["stamp"]
         idle = statistics.median(asked(port, f"/live?since={stamp}")[1] for _ in range(20))
     with served(run) as (port, _):
@@ -120,16 +120,18 @@ def asked(port: int, path: str) -> tuple[bytes, float]:
     return gzip.decompress(content) if answer.getheader("Content-Encoding") == "gzip" else content, taken
 
 
-def update(run: Path, port: int, step: int, rest: float) -> tuple[float, int]:
+def update(run: Path, port: int, step: int) -> tuple[float, int]:
     """Log one more step; the seconds of the answer that brings it, and its bytes on the wire. The server makes the page
-    anew a tenth of the time at most: `rest` is waited for first."""
-    time.sleep(rest)
+    anew a tenth of the time at most; answers before it does are not this one."""
     stamp = json.loads(asked(port, "/live?since=")[0])["stamp"]
-    time.sleep(rest)
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line(step, time.time(), random.Random(step))) + "\n")
-    content, taken = asked(port, f"/live?since={stamp}")
-    news = json.loads(content)
+    while True:
+        content, taken = asked(port, f"/live?since={stamp}")
+        news = json.loads(content)
+        if news["sections"]:
+            break
+        time.sleep(0.1)
     assert f"step {step:,} of" in news["status"]["words"] and {"curves", "numbers"} <= set(news["sections"])
     assert "pictures" not in news["sections"], "what did not change was sent again"
     return taken, len(gzip.compress(content, 3))
