@@ -7,6 +7,7 @@ are timed, so that whatever else runs on the machine slows down both alike.
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -43,14 +44,17 @@ _KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """Of one rank in the mean: FLOP/s of products, bytes/s of a block's other operations and of AdamW, bytes/s that it
-    sends in an all-reduce, collectives/s of a few bytes; and the deviation of ranks' and rounds' times."""
+    sends in an all-reduce, collectives/s of a few bytes. Deviations of the time for products and chain, over its mean:
+    `lasting` of ranks, `passing` of rounds of `round` seconds."""
 
     products: float
     chain: float
     update: float
     ring: float
     calls: float
-    cv: float
+    lasting: float
+    passing: float
+    round: float
 
 
 class Probing:
@@ -105,10 +109,12 @@ class Probing:
         seconds = torch.stack(everyone)  # [ranks, names, rounds]
         means = seconds.mean(dim=(0, 2)).tolist()
         computing = seconds[:, :2].sum(dim=1)
-        cv = float(computing.std() / computing.mean())
+        of_rank = computing.mean(dim=1, keepdim=True)
+        lasting = float(of_rank.std(correction=0) / of_rank.mean())
+        passing = float((computing - of_rank).std() / of_rank.mean())
         self.seconds = {name: [] for name in names}
         rates = {name: self.calls[name][0] / mean for name, mean in zip(names, means, strict=True)}
-        return Probe(**rates, cv=cv)
+        return Probe(**rates, lasting=lasting, passing=passing, round=2 * _SECONDS)
 
 
 def others(model: Model, rows: int, micro: int) -> tuple[Callable[[], None], float]:
@@ -194,18 +200,20 @@ def predicted_seconds(world: int, stage: int, probe: Probe) -> float:
     """Of a step, as `plan` finds them: blocks and collectives, then ranks that wait for the last of them."""
     config, micro = config_of(world), SHAPES[SHAPE][3]
     work = work_of(config, machine_of(probe), sharding_of(config, world, stage, 1), micro, False)
+    alone = step(work)
+    passing = probe.passing * (probe.round / alone.compute) ** 0.5  # what passes is gone in a longer time
     cluster = Cluster(
         ranks=world,
         load=0.0,
         ready=1,
-        straggler_cv=probe.cv if world > 1 else 0.0,
+        straggler_cv=math.hypot(probe.lasting, passing) if world > 1 else 0.0,
         loader_cv=0.0,
         save=0.0,
         save_every=1.0,
         restart=0.0,
         mtbf=float("inf"),
     )
-    return live(step(work), cluster, steps=500).step
+    return live(alone, cluster, steps=500).step
 
 
 def row_of(found: dict, probe: Probe) -> dict:
@@ -256,13 +264,14 @@ def notes(probes: dict[int, list[Probe]]) -> list[str]:
         "that torch.distributed is asked for. Rates were measured between the steps, by all ranks at once:"
     ]
     for world, each in probes.items():
-        products, chain, update, ring, calls, cv = (
+        products, chain, update, ring, calls, lasting, passing, round_ = (
             statistics.mean(getattr(probe, item.name) for probe in each) for item in dataclasses.fields(Probe)
         )
         lines.append(
             f"{world} at once, products {products / 1e9:.1f} GFLOP/s, a block's other operations {chain / 1e9:.2f} "
             f"GB/s, AdamW {update / 1e9:.2f} GB/s, all-reduce {ring / 1e9:.2f} GB/s sent by each, "
-            f"{1e6 / calls:.0f} µs a collective of a few bytes, deviation {cv:.0%};"
+            f"{1e6 / calls:.0f} µs a collective of a few bytes, deviation of ranks {lasting:.0%}, of "
+            f"rounds of {round_:.2f} s {passing:.0%};"
         )
     return lines
 
