@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.results import write
 from pipeline.config import Config, to_yaml
 
-STEPS, EVERY, TIMES = (100, 1000, 10_000), 20, 5
+STEPS, EVERY, TIMES = (100, 1000, 10_000), 20, 3
 
 
 def main() -> None:
