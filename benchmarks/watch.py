@@ -99,12 +99,14 @@ def served(run: Path) -> Iterator[tuple[int, subprocess.Popen]]:
     """A `watch` process and its port."""
     command = [sys.executable, "-W", "ignore", "-m", "pipeline", "watch", str(run), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    found = re.search(r":(\d+)/", process.stdout.readline())
-    assert found is not None, "watch does not say where it listens"
-    yield int(found[1]), process
-    process.send_signal(signal.SIGINT)
-    process.communicate()
+    try:
+        assert process.stdout is not None
+        found = re.search(r":(\d+)/", process.stdout.readline())
+        assert found is not None, "watch does not say where it listens"
+        yield int(found[1]), process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
 
 
 def asked(port: int, path: str) -> tuple[bytes, float]:

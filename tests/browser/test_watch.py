@@ -7,7 +7,7 @@ import pytest
 
 from tests.pipeline.watching import Watch, append, lines_of, train_line, watching, write_run
 
-SECONDS = 20.0  # that a change may take to be seen; three are usual, and other tests share the machine
+SECONDS = 60.0  # that a change may take to be seen; three are usual, and other tests share the machine
 
 
 class Open:

@@ -53,8 +53,8 @@ class Watch:
         assert answer.status == 200 and answer.getheader("Content-Type") == "application/json"
         return json.loads(content)
 
-    def until(self, holds: Callable[[dict], bool], seconds: float = 20) -> dict[str, Any]:
-        """Everything, once something holds of it."""
+    def until(self, holds: Callable[[dict], bool], seconds: float = 180) -> dict[str, Any]:
+        """Everything, once something holds of it. Pictures come late on a busy machine: they yield to everything."""
         end = time.monotonic() + seconds
         while not holds(found := self.live()):
             assert time.monotonic() < end, {**found, "sections": list(found["sections"])}
