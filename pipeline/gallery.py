@@ -12,7 +12,7 @@ import torch
 
 from pipeline import page
 from pipeline.attention_maps import looks
-from pipeline.checkpoint import State
+from pipeline.saved import State
 from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.encoders import encoder_of
 from pipeline.model import Beit, Encoder
