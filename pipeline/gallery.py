@@ -12,7 +12,6 @@ import torch
 
 from pipeline import page
 from pipeline.attention_maps import looks
-from pipeline.saved import State
 from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.encoders import encoder_of
 from pipeline.model import Beit, Encoder
@@ -22,6 +21,7 @@ from pipeline.page import Picture
 from pipeline.pictures import Reconstruction, reconstructions, sample_names
 from pipeline.precision import computing
 from pipeline.record import Record, attempt
+from pipeline.saved import State
 from pipeline.streams import Source, evaluation, evaluation_batches, fitting_tokenizer, heldout, pretraining
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer
 from shards import codec
