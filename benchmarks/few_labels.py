@@ -18,7 +18,7 @@ from pipeline.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 DEMO, OUT = ROOT / "runs" / "demo", ROOT / "runs" / "few_labels"
 SEEDS, SHARES = (0, 1, 2), (0.01, 0.1, 1.0)
-STEPS = 150  # of fine-tuning
+STEPS = 300  # of fine-tuning
 PROBED = ("trained", "untrained", "raw pixels")
 
 
@@ -63,7 +63,7 @@ def tuned(name: str, init: str, seed: int, share: float, steps: int) -> float:
     if not done(run, steps):
         words = [f"finetune.run={run}", f"finetune.init={init}", f"finetune.label_share={share}"]
         words += [f"finetune.duration={steps} steps", f"finetune.warmup={steps // 10} steps"]
-        words += [] if init else ["finetune.layer_decay=1"]  # for layers that have learned something
+        words += [] if init else ["finetune.lr=2e-3", "finetune.layer_decay=1"]  # no layer has learned anything yet
         launch("finetune", [*settings(seed), *words, f"finetune.test_every={steps} steps"])
     (last,) = [line for line in read_metrics(run, "test") if line["step"] == steps]
     return last["accuracy"]
