@@ -202,11 +202,13 @@ def predicted_seconds(world: int, stage: int, probe: Probe) -> float:
     work = work_of(config, machine_of(probe), sharding_of(config, world, stage, 1), micro, False)
     alone = step(work)
     passing = probe.passing * (probe.round / alone.compute) ** 0.5  # what passes is gone in a longer time
+    # where ranks share cores, one that is behind gets what those that wait for it leave
+    apart = 1 < world <= (os.cpu_count() or 1)
     cluster = Cluster(
         ranks=world,
         load=0.0,
         ready=1,
-        straggler_cv=math.hypot(probe.lasting, passing) if world > 1 else 0.0,
+        straggler_cv=math.hypot(probe.lasting, passing) if apart else 0.0,
         loader_cv=0.0,
         save=0.0,
         save_every=1.0,
