@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import State
 from pipeline.config import ConfigError, load_config
 from pipeline.engine import World
+from pipeline.labelled import supervised
 from pipeline.metrics import read_metrics
 from pipeline.model import Beit
 from pipeline.objective import encoder_input, erased
 from pipeline.run import open_folder
 from pipeline.stages import finetune
-from pipeline.streams import supervised, training_batches
+from pipeline.streams import training_batches
 from pipeline.weights import save_encoder, tune_from
 from tests.conftest import ROOT, TINY
 from tests.pipeline.test_training import finished, kill, weights
