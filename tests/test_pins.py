@@ -1,4 +1,4 @@
-"""What launch.sh installs is pinned: every package that pyproject.toml names, and torch to the build it is tested with."""
+"""What launch.sh installs is pinned: every package that pyproject.toml names, and torch to the version tested with."""
 
 import re
 import sys
