@@ -11,7 +11,7 @@ from pipeline import page
 from pipeline.config import ONLINE, to_yaml
 from pipeline.record import Record, attempt, json_object
 from pipeline.saved import State
-from pipeline.words import clock
+from pipeline.words import clock, processes
 from shards.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
 
 _BAD_SHOWN = 20
@@ -76,7 +76,7 @@ def _machine(environment: dict) -> str:
     said = [
         environment.get("host"),
         environment.get("device"),
-        f"{environment['world']} processes" if "world" in environment else None,
+        processes(environment["world"]) if "world" in environment else None,
     ]
     return ", ".join(str(word) for word in said if word)
 
@@ -117,7 +117,7 @@ def _checkpoints(run: Path) -> list[list[str]]:
             rows.append([folder.name, "", "", "", "unfinished: no state.json that can be read"])
             continue
         saved = (
-            f"{state.get('precision', '?')}, ZeRO {state.get('zero_stage', '?')}, {state.get('world', '?')} processes"
+            f"{state.get('precision', '?')}, ZeRO {state.get('zero_stage', '?')}, {processes(state.get('world', '?'))}"
         )
         size = f"{sum(files.values()) / 2**20:,.1f} MiB"
         rows.append([folder.name, f"{state['step']:,}", f"{state['samples_seen']:,}", size, saved])

@@ -10,7 +10,7 @@ import statistics
 from pipeline import page
 from pipeline.page import Card
 from pipeline.record import Record, value
-from pipeline.words import duration, number
+from pipeline.words import duration, number, processes
 
 
 def header(record: Record) -> str:
@@ -71,7 +71,7 @@ def cards(record: Record) -> str:
     epochs = record.samples_seen / record.epoch_samples if record.epoch_samples else math.nan
     planned = f"of {record.planned_steps:,}, " if record.planned_steps else ""
     starts = len(record.sessions)
-    world = f", {record.sessions[-1].world} processes" if starts else ""
+    world = f", {processes(record.sessions[-1].world)}" if starts else ""
     seen = f"{epochs:.4g} epochs of {record.epoch_samples:,} pictures" if math.isfinite(epochs) else ""
     lasted = f"{starts} {'start' if starts == 1 else 'starts'}{world}"
     own = {"finetune": _finetune_cards, "tokenizer": _tokenizer_cards}.get(record.job, _pretrain_cards)

@@ -30,6 +30,11 @@ def duration(seconds: float) -> str:
     return f"{total} s"
 
 
+def processes(count: object) -> str:
+    """1 process · 8 processes · ? processes."""
+    return f"{count} process{'' if count == 1 else 'es'}"
+
+
 def clock(seconds: float) -> str:
     """A time since 1970 as date and time, UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
