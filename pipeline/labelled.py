@@ -119,8 +119,10 @@ def labelled(config: Config, where: str, at_most: int) -> Source:
     Raises ConfigError when the set has no labels, or all the same.
     """
     source = evaluation(config, where)
-    require_labels(source.stream.images, where, "k-NN")
-    if num_classes(source.stream.images) < 2:
+    images = source.stream.images
+    if not images.manifest.classes:  # adopted, not packed from folders: the indexes say
+        require_labels(images, "the labelled set", "k-NN")
+    if (len(images.manifest.classes) or num_classes(images)) < 2:
         raise ConfigError(
             f"{where} has fewer than two classes; pack a folder with one folder a class, or leave data.labelled_images "
             f"and data.labelled_test empty"

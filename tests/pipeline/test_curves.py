@@ -5,9 +5,10 @@ import time
 
 import pytest
 
+from pipeline import record as record_module
 from pipeline.curves import curves, gaps, survey, time_line
 from pipeline.document import body
-from pipeline.record import by_kind, job_of, read_record
+from pipeline.record import TokenUse, by_kind, job_of, read_record
 from pipeline.sections import cards, header
 from tests.pipeline.made_runs import config_of, lines_of, measured, start, tuned_lines, words, write_run
 
@@ -145,12 +146,9 @@ def test_ten_thousand_steps_are_read_and_written_fast(tmp_path):
     assert time.process_time() - started < 1.5 and len(html) < 1_000_000
 
 
-def test_an_earlier_reading_keeps_what_takes_long(tmp_path):
+def test_who_has_counted_the_tokens_says_so(tmp_path):
     record = record_of(tmp_path, lines_of(20, 20))
     assert record.tokens is None and [note for note in record.notes if note.startswith("Token statistics")]
-    counted = read_record(tmp_path / "run", config_of(tmp_path), object_with_tokens("counted"))
-    assert counted.tokens == "counted" and not [note for note in counted.notes if note.startswith("Token statistics")]
-
-
-def object_with_tokens(tokens):
-    return type("Earlier", (), {"tokens": tokens})()
+    use = TokenUse(used=3, vocabulary=8, entropy=1.0, majority=0.5, measured_apart=False)
+    counted = record_module.record_of(tmp_path / "run", config_of(tmp_path), lines_of(20, 20), [], lambda: use)
+    assert counted.tokens is use and not [note for note in counted.notes if note.startswith("Token statistics")]
