@@ -365,7 +365,7 @@ def test_sets_that_k_nn_cannot_use_are_one_line(tiny, settings, tmp_path):
     (tmp_path / "pictures" / "class1").rename(tmp_path / "pictures" / "other")
     plain, others = packed("plain", "--labels", "none"), packed("others")
     with pytest.raises(
-        ConfigError, match="plain.*has pictures without a label .*k-NN needs labelled shards: pack a folder"
+        ConfigError, match=r"plain.*has pictures without a label .*k-NN needs labelled shards: pack a folder"
     ):
         judged(load_config(str(tiny.config), [f"data.labelled_images={plain}"]))
     with pytest.raises(ConfigError, match="have not the same names"):

@@ -256,10 +256,10 @@ def test_a_micro_batch_of_one_has_nothing_to_mix(labelled):
 def test_another_config_is_refused(labelled, whole):
     """Its own settings, and what it takes of `train` and `optimizer`; pretraining's may change."""
     same = load_config(str(labelled), [f"finetune.run={whole}", "train.duration=9 epochs", "optimizer.lr=0.5"])
-    open_folder(whole, same, finetune.IDENTITY, 2, "finetune")
+    open_folder(whole, same, finetune.IDENTITY, 2, "finetune", "a CPU")
     for setting in ("finetune.layer_decay=0.5", "train.precision=bf16", "optimizer.beta2=0.9", "data.seed=3"):
         with pytest.raises(ConfigError, match=setting.partition("=")[0]):
-            open_folder(whole, load_config(str(labelled), [setting]), finetune.IDENTITY, 2, "finetune")
+            open_folder(whole, load_config(str(labelled), [setting]), finetune.IDENTITY, 2, "finetune", "a CPU")
 
 
 @pytest.fixture(scope="module")
