@@ -36,7 +36,7 @@ def pytest_runtest_makereport(item, call):
         said.longrepr = f"{item.nodeid} was skipped, but BEITFORGE_BROWSER=1 says that a browser is installed"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator:
     """Chromium, driven by playwright, which brings no browser of its own here."""
     programme = next(filter(None, map(shutil.which, _NAMES)), None)
