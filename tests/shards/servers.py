@@ -51,7 +51,7 @@ class Faults:
     slow: float = 0.0  # `pause_seconds` without a byte after half of the body
     truncate: float = 0.0  # a clean end of the connection after half of the body that Content-Length promised
     shorten: float = 0.0  # half of what was asked for, and the headers agree: only the asker can tell
-    corrupt: float = 0.0  # one byte of the body is another
+    corrupt: float = 0.0  # one byte of the body is another; never twice running of a path, which nobody could mend
     pause_seconds: float = 0.3
 
     def __post_init__(self) -> None:
@@ -176,6 +176,14 @@ class _Proxy(ThreadingHTTPServer):
         self.faults = faults
         self.counts = dict.fromkeys(("requests", "error", *_BODY_FAULTS), 0)
         self._lock = threading.Lock()
+        self._corrupted: set[str] = set()
+
+    def corrupts(self, path: str) -> bool:
+        """Whether an answer about this path may be corrupted: not right after one that was."""
+        with self._lock:
+            again = path in self._corrupted
+            (self._corrupted.discard if again else self._corrupted.add)(path)
+            return not again
 
     def count(self, what: str) -> int:
         """How many there are with this one."""
@@ -200,6 +208,8 @@ class _Forward(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         chance = random.Random(f"{self.server.faults.seed} {self.server.count('requests')}")
         fault = self.server.faults.drawn(chance)
+        if fault == "corrupt" and not self.server.corrupts(self.path):
+            fault = ""
         with contextlib.suppress(ConnectionError):  # the client has had enough
             if fault == "error" and self.command in ("GET", "HEAD"):
                 self.server.count(fault)
