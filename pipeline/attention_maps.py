@@ -46,10 +46,7 @@ def walk(encoder: Encoder, pixels_BCHW: Tensor, mask_BN: Tensor | None = None) -
 
 def probabilities(attention: Attention, x_BSD: Tensor, bias_ASS: Tensor | None) -> tuple[Tensor, Tensor]:
     """softmax(q·kᵀ / √K + bias) [B, A, S, S] of a block's normalised input, and its values [B, A, S, K]."""
-    b, s, d = x_BSD.shape
-    qkv_bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
-    qkv_BS3AK = F.linear(x_BSD, attention.qkv_weight, qkv_bias).view(b, s, 3, attention.heads, d // attention.heads)
-    q_BASK, k_BASK, v_BASK = qkv_BS3AK.permute(2, 0, 3, 1, 4)
+    q_BASK, k_BASK, v_BASK = attention.project(x_BSD).permute(2, 0, 3, 1, 4)
     logits_BASS = q_BASK @ k_BASK.transpose(-1, -2) / q_BASK.shape[-1] ** 0.5
     if attention.own_bias is not None:
         bias_ASS = attention.own_bias()

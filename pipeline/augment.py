@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.config import ConfigError, Finetune
+from pipeline.masking import kept_branches
 from pipeline.stand_in import torchvision
 from shards import draws
 
@@ -79,9 +80,9 @@ def supervised_draws(tune: Finetune, layers: int, seed: int, samples: np.ndarray
     """
     drawn = {}
     if tune.drop_path > 0:
-        drop = tune.drop_path * np.arange(layers) / max(1, layers - 1)
-        number = np.arange(2 * layers).reshape(1, layers, 2)
-        drawn["keep"] = draws.uniform(draws.DROP_PATH, seed, samples[:, None, None], number) >= drop[None, :, None]
+        drawn["keep"] = kept_branches(
+            tune.drop_path, layers, lambda number: draws.uniform(draws.DROP_PATH, seed, samples[:, None, None], number)
+        )
     if tune.erase > 0:
         drawn["erase"] = erased_boxes(
             tune.input_size, tune.erase, lambda what, attempt: draws.uniform(draws.ERASE, seed, samples, what, attempt)

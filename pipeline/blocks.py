@@ -67,13 +67,18 @@ class Attention(nn.Module):
         self.own_bias = RelativeBias(grid, model.heads) if model.positions == "relative" else None
         self.out = Linear(model.width, model.width)
 
+    def project(self, x_BSD: Tensor) -> Tensor:
+        """Queries, keys and values [B, S, 3, A, K]."""
+        b, s, d = x_BSD.shape
+        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
+
     def forward(
         self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None, picked_BM: Tensor | None
     ) -> Tensor:
         """Output [B, S, D], or only at the positions picked_BM (i64), [B, M, D]: they attend to all the others."""
         b, s, d = x_BSD.shape
-        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv_BS3AK = F.linear(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
+        qkv_BS3AK = self.project(x_BSD)
         if self.own_bias is not None:
             bias_ASS = self.own_bias()
             packed_AT = pack(bias_ASS, d // self.heads, qkv_BS3AK.dtype, self.kernels)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline import survey
 from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.engine import Engine, World, agree, from_first, sums
-from pipeline.labelled import labelled
+from pipeline.labelled import labelled, refuse_other_classes
 from pipeline.objective import encoder_input, online_tokens
 from pipeline.precision import computing
 from pipeline.streams import Source, even_batches, fitting_tokenizer, heldout, new_views, seen_views
@@ -74,12 +74,7 @@ def _labelled(config: Config) -> tuple[Source, ...]:
     if not data.labelled_test:
         return (labelled(config, data.labelled_images, 5 * most),)
     sets = labelled(config, data.labelled_images, _CHOOSE * most), labelled(config, data.labelled_test, most)
-    ours, theirs = (source.stream.images.manifest.classes for source in sets)
-    if any(one != other for one, other in zip(ours, theirs, strict=False)):
-        raise ConfigError(
-            f"the classes of {data.labelled_images} and {data.labelled_test} have not the same names: pack both with "
-            f"the same folders, one a class"
-        )
+    refuse_other_classes(*(source.stream.images for source in sets))
     return sets
 
 

@@ -54,16 +54,17 @@ def supervised(config: Config) -> Source:
 
 
 def _labelled_order(config: Config, images: ImageSet) -> Places:
-    share, whole = config.finetune.label_share, order_of(config, images)
-    if share == 1.0:
-        return whole
-    return Subset(chosen_rows(images, share, config.data.seed), whole.policy)
+    share = config.finetune.label_share
+    return order_of(config, images) if share == 1.0 else _chosen(config, images, share, config.data.seed)
+
+
+def _chosen(config: Config, images: ImageSet, share: float, seed: int) -> Subset:
+    return Subset(chosen_rows(images, share, seed), order_of(config, images).policy)
 
 
 def share_of(config: Config, source: Source, share: float, seed: int) -> Source:
     """A share of the labelled pictures of a source, as label_share has it, each once an epoch."""
-    images = source.stream.images
-    places = Subset(chosen_rows(images, share, seed), order_of(config, images).policy)
+    places = _chosen(config, source.stream.images, share, seed)
     return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=places))
 
 
@@ -74,16 +75,19 @@ def supervised_test(config: Config) -> Source | None:
     tune = config.finetune
     source = evaluation(config, config.data.labelled_test, tune.input_size, tune.test_crop)
     require_labels(source.stream.images, "data.labelled_test", "fine-tuning")
-    names, trained = (
-        images.manifest.classes for images in (source.stream.images, image_set(config, config.data.labelled_images))
-    )
-    for label, (theirs, ours) in enumerate(zip(names, trained, strict=False)):
+    refuse_other_classes(image_set(config, config.data.labelled_images), source.stream.images)
+    return source
+
+
+def refuse_other_classes(images: ImageSet, test: ImageSet) -> None:
+    """Raise ConfigError when a label of data.labelled_test is another class's than in data.labelled_images."""
+    names = zip(test.manifest.classes, images.manifest.classes, strict=False)
+    for label, (theirs, ours) in enumerate(names):
         if theirs != ours:
             raise ConfigError(
                 f"data.labelled_test has class {theirs!r} as label {label}, data.labelled_images {ours!r}: pack both "
                 f"from folders of the same classes, or as one with --split"
             )
-    return source
 
 
 def require_labels(images: ImageSet, what: str, who: str) -> None:

@@ -56,6 +56,15 @@ def draw_masks(
     return _complete(flat, mask.num_patches - masked, fill()) if mask.exact else flat
 
 
+def kept_branches(drop_path: float, layers: int, uniform: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Which residual branches survive drop path, linear over depth: bool [samples, L, 2].
+
+    uniform(numbers): float64 [samples, L, 2] in [0, 1), for the branches i64 [1, L, 2].
+    """
+    drop = drop_path * np.arange(layers) / max(1, layers - 1)
+    return uniform(np.arange(2 * layers).reshape(1, layers, 2)) >= drop[None, :, None]
+
+
 def _complete(masks: np.ndarray, missing: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Mask `missing` more patches of each sample: the unmasked ones of lowest score (BEiT v2's completion)."""
     rank = np.argsort(np.argsort(np.where(masks, 2.0, scores), axis=1, kind="stable"), axis=1, kind="stable")

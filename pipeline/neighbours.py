@@ -18,7 +18,7 @@ from pipeline.attention_maps import walk
 from pipeline.model import Encoder
 from pipeline.pictures import to_bytes
 from pipeline.pixels import normalise
-from pipeline.probe import standardised
+from pipeline.probe import feature_depth, standardised
 from shards.loader import Batch, Stream, load
 
 _MICRO = 32  # pictures a batch
@@ -43,7 +43,7 @@ class Gathered:
 def gather(encoder: Encoder, stream: Stream, samples: int, most: int, seconds: float) -> Gathered:
     """Of at most so many pictures, and as many as `seconds` allow (one batch at least): the features at two thirds of
     the depth, mean over patches, unmasked."""
-    layer = min(round(2 / 3 * len(encoder.blocks)), len(encoder.blocks) - 1)
+    layer = feature_depth(len(encoder.blocks))
     device = next(encoder.parameters()).device
     until, model = time.monotonic() + seconds, encoder.model
     numbers, features, raw, images, labels = [], [], [], [], []

@@ -118,6 +118,11 @@ def scores(fit: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     return (logits_RBV.argmax(dim=-1) == labels).double().mean(dim=1)
 
 
+def feature_depth(layers: int) -> int:
+    """After how many blocks features are taken: two thirds, and before the last, which does not compute them all."""
+    return min(layers - 1, round(layers * 2 / 3))
+
+
 def standardised(reference: Tensor, features: Tensor) -> Tensor:
     """Zero mean and unit variance per dimension, as measured on `reference`."""
     return (features - reference.mean(dim=0)) / (reference.std(dim=0, correction=0) + 1e-6)

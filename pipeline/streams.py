@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import ONLINE, Config, ConfigError, Mask, Model, Size, View
-from pipeline.masking import draw_masks
+from pipeline.masking import draw_masks, kept_branches
 from pipeline.rendezvous import place_of
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer, stated_fingerprint
 from shards import draws
@@ -54,11 +54,12 @@ def sample_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> di
     def fill() -> np.ndarray:
         return draws.uniform(draws.MASK, seed, samples[:, None], 1, 0, np.arange(model.num_patches))
 
+    def branch(number: np.ndarray) -> np.ndarray:
+        return draws.uniform(draws.DROP_PATH, seed, samples[:, None, None], number)
+
     drawn = {"mask": draw_masks(mask, model.grid, len(samples), uniform, fill)}
     if model.drop_path > 0:
-        drop = model.drop_path * np.arange(model.layers) / max(1, model.layers - 1)
-        number = np.arange(2 * model.layers).reshape(1, model.layers, 2)
-        drawn["keep"] = draws.uniform(draws.DROP_PATH, seed, samples[:, None, None], number) >= drop[None, :, None]
+        drawn["keep"] = kept_branches(model.drop_path, model.layers, branch)
     return drawn
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.blocks import Attention
@@ -20,7 +19,7 @@ from pipeline.config import Config, Model
 from pipeline.engine import Engine, all_rows, sums
 from pipeline.model import Beit
 from pipeline.objective import encoder_input
-from pipeline.probe import knn_accuracy, standardised
+from pipeline.probe import feature_depth, knn_accuracy, standardised
 from pipeline.streams import Source, even_batches
 from pipeline.tokenizer import codebook_use
 from shards.loader import Batch
@@ -103,10 +102,7 @@ def _watched(layer: int, block: nn.Module, seen: Callable[[int, Tensor], None]) 
 
 def _products(attention: Attention, x_BND: Tensor) -> Tensor:
     """q·kᵀ / √K [B, A, N, N] in float32."""
-    b, n, d = x_BND.shape
-    bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias)])
-    qk = F.linear(x_BND, attention.qkv_weight[: 2 * d], bias).view(b, n, 2, attention.heads, -1)
-    q_BANK, k_BANK = qk.float().permute(2, 0, 3, 1, 4).unbind(0)
+    q_BANK, k_BANK, _ = attention.project(x_BND).float().permute(2, 0, 3, 1, 4)
     return q_BANK @ k_BANK.transpose(-1, -2) * q_BANK.shape[-1] ** -0.5
 
 
@@ -137,11 +133,6 @@ def knn(config: Config, engine: Engine, choose: Source, test: Source | None) -> 
         scaled_nD = standardised(features_nD, features_nD)
         right += knn_accuracy(scaled_nD, labels_n, tests_mD, mine, classes) * len(mine)
     return {"knn": float(sums(right)) / len(answers_m), "knn_samples": float(len(answers_m))}
-
-
-def feature_depth(layers: int) -> int:
-    """After how many blocks features are taken: two thirds, and before the last, which does not compute them all."""
-    return min(layers - 1, round(layers * 2 / 3))
 
 
 def _features(config: Config, engine: Engine, source: Source) -> tuple[Tensor, Tensor]:

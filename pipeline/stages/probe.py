@@ -14,7 +14,7 @@ from pipeline.labelled import require_labels, share_of
 from pipeline.metrics import say
 from pipeline.model import Beit
 from pipeline.pixels import normalise
-from pipeline.probe import EPOCHS, judge
+from pipeline.probe import EPOCHS, feature_depth, judge
 from pipeline.streams import Source, evaluation, evaluation_batches
 from pipeline.weights import run_config, trained_weights, with_weights
 from shards.progress import Progress
@@ -80,9 +80,9 @@ def run(run_folder: Path, shards: str, test: str | None, asked: Asked) -> int:
 
 
 def _default(who: str, config: Config) -> str:
-    """The features of too few pictures to choose by: after two thirds of the blocks, where a BEiT's are best."""
+    """The features of too few pictures to choose by."""
     sides = [side for side in _RAW_SIDES if side <= min(config.model.input_size)]
-    return f"{sides[-1]}×{sides[-1]}" if who == "raw pixels" else f"layer {round(config.model.layers * 2 / 3)}"
+    return f"{sides[-1]}×{sides[-1]}" if who == "raw pixels" else f"layer {feature_depth(config.model.layers)}"
 
 
 @torch.no_grad()

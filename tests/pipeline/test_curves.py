@@ -1,7 +1,6 @@
 """Curves of a run folder: what is drawn of what was logged, for every kind of training, and what is said of it."""
 
 import re
-import time
 
 import pytest
 
@@ -138,12 +137,11 @@ def test_lines_that_are_not_what_they_should_be_are_passed_over(tmp_path):
     assert "nan" not in words(body(record_of(tmp_path, lines), "", "")).lower()
 
 
-def test_ten_thousand_steps_are_read_and_written_fast(tmp_path):
-    """Well under a second on a quiet machine; the bound leaves room for a busy one."""
+def test_ten_thousand_steps_stay_a_small_page(tmp_path):
+    """How long they take is benchmarks/watch.py's matter."""
     write_run(tmp_path / "run", config_of(tmp_path), measured(lines_of(200_000, 200_000, every=20), every=2000))
-    started = time.process_time()
     html = body(read_record(tmp_path / "run", config_of(tmp_path)), "", "")
-    assert time.process_time() - started < 1.5 and len(html) < 1_000_000
+    assert len(html) < 1_000_000 and html.count("<figure") > 5
 
 
 def test_who_has_counted_the_tokens_says_so(tmp_path):

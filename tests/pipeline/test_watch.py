@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.beside import Beside
 from pipeline.following import Follower, seconds_a_step
 from pipeline.lines import GrowingLines
 from pipeline.live import Parts, split
 from tests.conftest import ROOT
-from tests.pipeline.watching import Watch, append, lines_of, snapshot, start, train_line, watching, write_run
+from tests.pipeline.watching import Watch, append, lines_of, snapshot, start, train_line, wait_for, watching, write_run
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +314,7 @@ def test_others_are_told_how_to_reach_it(tmp_path):
 
 
 def test_ten_thousand_steps(tmp_path, capsys):
-    """The promise is 2 s for a browser, which has to draw it, too; here 6 s, since other tests share the machine."""
+    """Time is benchmarks/watch.py's matter; an update is a part of a page that stays small."""
     run = write_run(tmp_path, lines_of(200_000, 300_000, every=20))
     begun = time.perf_counter()
     with watching(run) as watch:
@@ -328,15 +327,7 @@ def test_ten_thousand_steps(tmp_path, capsys):
         _, content = watch.ask(f"/live?since={stamp}", **{"Accept-Encoding": "gzip"})
     with capsys.disabled():
         print(f" [listening {listening:.2f} s, page {first:.2f} s, {size:,} bytes, an update {len(content):,}]", end="")
-    assert first < 6 and size < 1_000_000 and len(content) < 200_000
-
-
-def wait_for(holds, process: subprocess.Popen | None, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    assert size < 1_000_000 and len(content) < 200_000 and len(content) < size
 
 
 def pretrain(tiny, run: Path, *settings: str) -> subprocess.Popen:
@@ -370,69 +361,3 @@ def test_a_job_that_is_killed_and_started_again(tiny, tmp_path):
         watch.until(lambda news: "data:image/" in news["sections"].get("pictures", ""), 120)
     names = {path.name for path in run.iterdir()}
     assert names <= {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "ended", ".lock", "ranks.json"}
-
-
-WORK = "import pathlib, sys; open(sys.argv[1], 'a').write('x'); pathlib.Path(sys.argv[2]).write_text('done')"
-
-
-def ended(beside: Beside) -> None:
-    wait_for(lambda: not beside.busy, None, 30)
-
-
-def test_work_beside_is_done_once_for_each_and_one_at_a_time(tmp_path):
-    beside = Beside([sys.executable, "-c", WORK, str(tmp_path / "count")])
-    for _ in range(3):
-        beside.want(8)
-    ended(beside)
-    beside.want(8)
-    assert (beside.answer, beside.complaint, beside.changes, beside.busy) == (b"done", "", 1, False)
-    wait_for(lambda: beside.want(12) or beside.busy, None, 30)
-    ended(beside)
-    assert (tmp_path / "count").read_text() == "xx" and beside.changes == 2
-
-
-def test_work_beside_that_fails_says_why(tmp_path):
-    beside = Beside([sys.executable, "-c", "import sys; sys.exit('no room\\nnot at all')"])
-    beside.want(1)
-    ended(beside)
-    assert (beside.answer, beside.complaint, beside.changes) == (b"", "not at all", 1)
-    beside = Beside([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
-    beside.want(1)
-    ended(beside)
-    assert beside.complaint == "ended with -9"
-
-
-def test_work_beside_ends_with_the_server(tmp_path):
-    beside = Beside([sys.executable, "-c", "import time; time.sleep(600)"])
-    beside.stop()
-    beside.want(1)
-    process = beside._process
-    assert process is not None
-    beside.stop()
-    assert process.returncode == -signal.SIGKILL
-
-
-def children(pid: int) -> dict[int, tuple[str, int]]:
-    """Of a process: what each was started with, and how nice it is."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
-            words = (path / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found[int(path.name)] = (words, int(fields[16]))
-    return found
-
-
-def test_pictures_are_made_by_a_process_that_yields(tmp_path):
-    """And that ends with the server, however that ends."""
-    with watching(write_run(tmp_path, lines_of(20, 100))) as watch:
-        watch.page()
-        wait_for(lambda: 19 in [nice for _, nice in children(watch.process.pid).values()], watch.process, 30)
-        ((pid, (words, _)),) = children(watch.process.pid).items()
-        assert "pipeline.picturing" in words
-        watch.process.kill()
-        watch.process.wait()
-        wait_for(lambda: not Path(f"/proc/{pid}").exists(), None, 30)

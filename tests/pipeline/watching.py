@@ -160,3 +160,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         for path in [folder, *folder.rglob("*")]
         for status in [path.stat()]
     }
+
+
+def wait_for(holds, process: subprocess.Popen | None, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
