@@ -1,4 +1,4 @@
-"""Who may know what (DESIGN §5): imports run down only. One table (layer_table.py), held against the imports of every file.
+"""Who may know what (DESIGN §5): imports run down only. layer_table.py, held against the imports of every file.
 
 Imports inside functions count like any other. `may` names modules of this project exactly or packages by prefix
 ("shards" allows all of it); outside it, whole libraries; the standard library is free to all. `never` holds for what is
