@@ -62,8 +62,8 @@ setup() {
     exec 9>&-
 }
 
-# The libraries that exports are checked by and parity is tested against. timm and DALL-E name torchvision, whose wheel is
-# for CUDA, among their needs, and use nothing of it here.
+# The libraries that exports are checked by and parity is tested against. DALL-E names torchvision, whose wheel is for CUDA,
+# among its needs, and uses nothing of it here.
 peers() {
     [ -z "${BEITFORGE_PYTHON:-}" ] || fail "setup peers is for .venv; into $python install transformers, timm, DALL-E yourself"
     local made_from stamp=$root/.venv/peers-from
@@ -71,11 +71,13 @@ peers() {
     [ "$(cat "$stamp" 2>/dev/null)" != "$made_from" ] || return 0
     local pip=("$python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
     "${pip[@]}" transformers attrs requests
-    "${pip[@]}" --no-deps timm DALL-E
+    "${pip[@]}" --no-deps DALL-E
+    augment
     echo "$made_from" >"$stamp"
 }
 
-# RandAugment of `finetune`, likewise without torchvision. With BEITFORGE_PYTHON, `finetune` itself says what is missing.
+# timm, whose RandAugment `finetune` uses, likewise without torchvision. With BEITFORGE_PYTHON, `finetune` itself says what
+# is missing.
 augment() {
     [ -z "${BEITFORGE_PYTHON:-}" ] || return 0
     ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("timm") is None)' || return 0
