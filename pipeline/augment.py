@@ -19,7 +19,7 @@ from shards import draws
 _TRIES = 10
 _AREA, _ASPECT = (0.02, 1 / 3), 0.3  # of an erased rectangle, as timm and the released code have them
 _TRANSLATE = 0.45  # of the shorter side, at most
-_HALF_CUTMIX = 0.5  # where both are on, how often a batch is cut instead of mixed
+_HALF_CUTMIX = 0.5  # where both are on, how often a pair is cut instead of mixed
 
 
 class RandAugment:
@@ -75,8 +75,8 @@ def supervised_draws(tune: Finetune, layers: int, seed: int, samples: np.ndarray
     """What the samples (i64 [B]) of a micro batch draw, beside their views.
 
     keep bool [B, L, 2] with drop path · erase i64 [B, 4] top, left, height, width (0: nothing is erased) and noise i64
-    [B], its seed · share, blend f32 [B] and box i64 [B, 4]: how each picture is mixed with its partner, one draw for
-    the micro batch (pipeline.objective.mixed).
+    [B], its seed · share, blend f32 [B] and box i64 [B, 4]: how each picture is mixed with its partner
+    (shards.order.RankBatches, paired), the same for both, drawn from the number of the first.
     """
     drawn = {}
     if tune.drop_path > 0:
@@ -88,12 +88,11 @@ def supervised_draws(tune: Finetune, layers: int, seed: int, samples: np.ndarray
             tune.input_size, tune.erase, lambda what, attempt: draws.uniform(draws.ERASE, seed, samples, what, attempt)
         )
         drawn["noise"] = (draws.bits(draws.ERASE, seed, samples, 9) >> np.uint64(32)).astype(np.int64)
-    if tune.mixup > 0 or tune.cutmix > 0:
-        uniform = draws.uniform(draws.MIX, seed, int(samples[0]), np.arange(4)).tolist()
-        share, blend, box = mixing(tune.input_size, tune.mixup, tune.cutmix, uniform)
-        drawn["share"] = np.full(len(samples), share, np.float32)
-        drawn["blend"] = np.full(len(samples), blend, np.float32)
-        drawn["box"] = np.tile(np.array(box, np.int64), (len(samples), 1))
+    if tune.mixes:
+        first = samples[: len(samples) // 2]
+        uniform = draws.uniform(draws.MIX, seed, first, np.arange(4)[:, None])
+        of_pairs = mixing(tune.input_size, tune.mixup, tune.cutmix, uniform)
+        drawn |= {name: np.concatenate([drawn_P, drawn_P[::-1]]) for name, drawn_P in of_pairs.items()}
     return drawn
 
 
@@ -117,27 +116,28 @@ def erased_boxes(size: tuple[int, int], probability: float, uniform: Callable[[i
     return boxes
 
 
-def mixing(
-    size: tuple[int, int], mixup: float, cutmix: float, uniform: list[float]
-) -> tuple[float, float, tuple[int, int, int, int]]:
-    """How a batch is mixed: the share of a picture's own label, the weight of its own pixels outside a box, and the
-    box (top, left, height, width) inside which they are its partner's.
+def mixing(size: tuple[int, int], mixup: float, cutmix: float, uniform: np.ndarray) -> dict[str, np.ndarray]:
+    """How P pairs are mixed: `share` f32 [P] of a picture's own label, `blend` f32 [P] the weight of its own pixels
+    outside a box, `box` i64 [P, 4] top, left, height, width, inside which they are its partner's.
 
     mixup (Zhang et al. 2017) or cutmix (Yun et al. 2019), each with share from Beta(alpha, alpha); alpha 0 switches it
-    off, with both on half of the batches are cut. uniform: four numbers in [0, 1).
+    off, with both on half of the pairs are cut. uniform: f64 [4, P] in [0, 1).
     """
     from scipy.special import betaincinv
 
-    cuts = cutmix > 0 and (mixup == 0 or uniform[0] < _HALF_CUTMIX)
-    alpha = cutmix if cuts else mixup
-    share = float(betaincinv(alpha, alpha, uniform[1]))
-    if not cuts:
-        return share, share, (0, 0, 0, 0)
-    height, width = size
-    ratio = (1 - share) ** 0.5
-    middle = int(uniform[2] * height), int(uniform[3] * width)
-    tall, wide = int(height * ratio), int(width * ratio)
-    top, left = max(0, middle[0] - tall // 2), max(0, middle[1] - wide // 2)
-    bottom, right = min(height, middle[0] + (tall + 1) // 2), min(width, middle[1] + (wide + 1) // 2)
-    box = (top, left, bottom - top, right - left)
-    return 1 - box[2] * box[3] / (height * width), 1.0, box
+    which, quantile, down, across = uniform
+    cuts = (which < (_HALF_CUTMIX if mixup > 0 else 1.0)) & (cutmix > 0)
+    alpha = np.where(cuts, cutmix, mixup)
+    share = betaincinv(alpha, alpha, quantile)
+    (top, tall), (left, wide) = _cut(size[0], share, down), _cut(size[1], share, across)
+    box = np.where(cuts[:, None], np.stack([top, left, tall, wide], axis=-1), 0)
+    share = np.where(cuts, 1 - tall * wide / (size[0] * size[1]), share)
+    blend = np.where(cuts, 1.0, share)
+    return {"share": share.astype(np.float32), "blend": blend.astype(np.float32), "box": box}
+
+
+def _cut(side: int, share: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where a box begins along a side, and how long it is: √(1 - share) of the side around a place in [0, 1)."""
+    middle, length = (place * side).astype(np.int64), (side * np.sqrt(1 - share)).astype(np.int64)
+    start, stop = np.maximum(0, middle - length // 2), np.minimum(side, middle + (length + 1) // 2)
+    return start, stop - start

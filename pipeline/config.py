@@ -40,6 +40,7 @@ from pipeline.settings import (
     View,
     micro_batch,
     refuse_world,
+    tuning_micro_batch,
     work_folder,
 )
 
@@ -74,6 +75,7 @@ __all__ = [
     "to_size",
     "to_tree",
     "to_yaml",
+    "tuning_micro_batch",
     "work_folder",
 ]
 

@@ -21,7 +21,8 @@ from shards.views import ViewPolicy
 
 
 def supervised(config: Config) -> Source:
-    """data.labelled_images, or the chosen share of each class, under fresh views every epoch, augmented.
+    """data.labelled_images, or the chosen share of each class, under fresh views every epoch, augmented; in pairs where
+    pictures are mixed.
 
     Raises ConfigError for pictures without labels, and for what timm does not do.
     """
@@ -50,7 +51,7 @@ def supervised(config: Config) -> Source:
         draw=functools.partial(supervised_draws, tune, config.model.layers, seed),
         augment=augment,
     )
-    return Source(stream, images.manifest.fingerprint, "")
+    return Source(stream, images.manifest.fingerprint, "", paired=tune.mixes)
 
 
 def _labelled_order(config: Config, images: ImageSet) -> Places:

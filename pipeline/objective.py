@@ -153,8 +153,8 @@ def _hashed(x: Tensor) -> Tensor:
 
 
 def mixed(pixels_BCHW: Tensor, blend_B: Tensor, boxes_B4: Tensor) -> Tensor:
-    """Every picture mixed with the one as far from the batch's end as it is from its beginning, as timm has it: its own
-    by `blend` outside its box, its partner's alone inside."""
+    """Every picture mixed with its partner, as far from the batch's end as it is from the beginning: its own by `blend`
+    outside its box, its partner's alone inside. As timm has it, but for a draw of its own for every pair."""
     others_BCHW = pixels_BCHW.flip(0)
     blend_B111 = blend_B[:, None, None, None]
     blended = pixels_BCHW * blend_B111 + others_BCHW * (1 - blend_B111)

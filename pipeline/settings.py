@@ -207,6 +207,11 @@ class Finetune:
     test_crop: float = 0.875  # side of the central view, as a share of the shorter side
     test_every: Duration = Duration(1, "epochs")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are mixed with others."""
+        return self.mixup > 0 or self.cutmix > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
@@ -294,6 +299,20 @@ def micro_batch(global_batch: int, at_most: int, world: int, where: str) -> int:
     return max(size for size in range(1, min(at_most, per_process) + 1) if per_process % size == 0)
 
 
+def tuning_micro_batch(tune: Finetune, world: int) -> int:
+    """The micro batch of a fine-tuning on `world` processes: of whole pairs where pictures are mixed."""
+    where = "finetune.global_batch"
+    if not tune.mixes:
+        return micro_batch(tune.global_batch, tune.micro_batch, world, where)
+    if tune.global_batch % (2 * world) or tune.micro_batch < 2:
+        raise ConfigError(
+            f"{where} {tune.global_batch}, finetune.micro_batch {tune.micro_batch}: mixup and cutmix mix pairs, which "
+            f"these do not divide into over {world} processes; choose a multiple of {2 * world} and at least 2, or set "
+            f"finetune.mixup=0 finetune.cutmix=0"
+        )
+    return 2 * micro_batch(tune.global_batch // 2, tune.micro_batch // 2, world, where)
+
+
 def work_folder(verb: str, config: Config) -> Path:
     """Where the work of a verb stands: a run folder, or the token shards of tokenize."""
     folders = {
@@ -313,6 +332,6 @@ def refuse_world(verb: str, config: Config, world: int) -> None:
     if verb in ("pretrain", "doctor"):
         micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
     if verb == "finetune":
-        micro_batch(config.finetune.global_batch, config.finetune.micro_batch, world, "finetune.global_batch")
+        tuning_micro_batch(config.finetune, world)
     if verb == "tokenizer":
         micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")

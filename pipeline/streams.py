@@ -77,11 +77,13 @@ def order_of(config: Config, images: ImageSet) -> Order:
 
 @dataclass(frozen=True)
 class Source:
-    """A stream with the names of what it reads, for checkpoints: fingerprints of the image and token sets."""
+    """A stream with the names of what it reads, for checkpoints: fingerprints of the image and token sets. paired: its
+    micro batches hold each sample's partner, too (shards.order.RankBatches)."""
 
     stream: Stream
     images: str
     tokens: str
+    paired: bool = False
 
     @property
     def samples(self) -> int:
@@ -250,7 +252,13 @@ def training_batches(
 ) -> Iterator[Batch]:
     """A rank's micro batches of `steps` steps from sample `first_sample` on; restart it anywhere."""
     numbers = rank_batches(
-        first_sample=first_sample, global_batch=global_batch, micro_batch=micro, rank=rank, world=world, steps=steps
+        first_sample=first_sample,
+        global_batch=global_batch,
+        micro_batch=micro,
+        rank=rank,
+        world=world,
+        steps=steps,
+        paired=source.paired,
     )
     if not isinstance(source.stream.images.folder, Remote) or not isinstance(source.stream.places, Order):
         return _load(config, source.stream, numbers)

@@ -207,14 +207,16 @@ class _Epoch:
 
 
 def rank_batches(
-    *, first_sample: int, global_batch: int, micro_batch: int, rank: int, world: int, steps: int
+    *, first_sample: int, global_batch: int, micro_batch: int, rank: int, world: int, steps: int, paired: bool = False
 ) -> "RankBatches":
     """The sample numbers of every micro batch of one rank; see RankBatches."""
+    if paired and micro_batch % 2:
+        raise ShardError(f"a micro batch of {micro_batch} does not divide into pairs")
     if global_batch % (micro_batch * world):
         raise ShardError(
             f"a global batch of {global_batch} does not divide into micro batches of {micro_batch} on {world} ranks"
         )
-    return RankBatches(first_sample, global_batch, micro_batch, rank, world, steps)
+    return RankBatches(first_sample, global_batch, micro_batch, rank, world, steps, paired)
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,8 @@ class RankBatches:
     """Sample numbers (i64 [micro_batch]) for micro batch 0, 1, … of a rank: positions ≡ rank (mod world) of each step.
 
     Step t takes samples first_sample + t · global_batch …; the union over ranks and micro batches is the same for any
-    world and micro batch.
+    world and micro batch. With `paired`, so are partners: a micro batch holds samples of the step's first half, then
+    those half a global batch after each of them, in reverse.
     """
 
     first_sample: int
@@ -231,6 +234,7 @@ class RankBatches:
     rank: int
     world: int
     steps: int
+    paired: bool = False
 
     def __len__(self) -> int:
         return self.steps * (self.global_batch // (self.micro_batch * self.world))
@@ -240,5 +244,8 @@ class RankBatches:
             raise IndexError(number)
         accumulation = self.global_batch // (self.micro_batch * self.world)
         step, micro = divmod(number, accumulation)
-        within = self.rank + self.world * (micro * self.micro_batch + np.arange(self.micro_batch, dtype=np.int64))
+        size = self.micro_batch // 2 if self.paired else self.micro_batch
+        within = self.rank + self.world * (micro * size + np.arange(size, dtype=np.int64))
+        if self.paired:
+            within = np.concatenate([within, within[::-1] + self.global_batch // 2])
         return self.first_sample + step * self.global_batch + within

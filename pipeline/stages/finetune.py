@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import newest
-from pipeline.config import Config, ConfigError, micro_batch
+from pipeline.config import Config, ConfigError, tuning_micro_batch
 from pipeline.ending import end
 from pipeline.engine import Engine, Setup, World, from_first, setup_from, start_world, sums
 from pipeline.labelled import num_classes, supervised, supervised_test
@@ -120,14 +120,9 @@ def _start(config: Config, classifier: Classifier, run_folder: Path, world: Worl
 
 
 def tuning_setup(config: Config, world: World) -> Setup:
-    """DeepSpeed's, of a fine-tuning. Raises ConfigError when pictures have no others to be mixed with."""
+    """DeepSpeed's, of a fine-tuning. Raises ConfigError for a global batch that does not divide."""
     tune = config.finetune
-    micro = micro_batch(tune.global_batch, tune.micro_batch, world.size, "finetune.global_batch")
-    if micro == 1 and (tune.mixup or tune.cutmix):
-        raise ConfigError(
-            f"micro batches of finetune.global_batch {tune.global_batch} on {world.size} processes hold one picture, "
-            f"and mixup and cutmix mix those of a micro batch: raise global_batch or micro_batch, or set both to 0"
-        )
+    micro = tuning_micro_batch(tune, world.size)
     return dataclasses.replace(
         setup_from(config, world, micro),
         global_batch=tune.global_batch,

@@ -69,32 +69,33 @@ def test_other_words_are_refused(words):
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_mixing_is_timms(cut, monkeypatch):
-    """timm's Mixup, given our share and middle of the box, mixes pixels and labels as we do."""
+    """timm's Mixup of pairs, given our shares and middles of boxes, mixes pixels and labels as we do."""
     torch.manual_seed(0)
     pixels, labels, logits = torch.randn(6, 3, 24, 32), torch.tensor([0, 1, 2, 3, 4, 0]), torch.randn(6, 5)
-    uniform = [0.2, 0.3, 0.9, 0.4]
-    share, blend, box = mixing((24, 32), 0.0 if cut else 0.8, 1.0 if cut else 0.0, uniform)
-    peer = timm_data.Mixup(label_smoothing=0.1, num_classes=5)
+    uniform = np.array([[0.2, 0.6, 0.9], [0.3, 0.95, 0.5], [0.9, 0.0, 0.5], [0.4, 0.99, 0.2]])
+    drawn = mixing((24, 32), 0.0 if cut else 0.8, 1.0 if cut else 0.0, uniform)
+    peer = timm_data.Mixup(label_smoothing=0.1, num_classes=5, mode="pair")
     # cutmix's alpha is 1, whose share is the uniform number itself; it is then corrected to the box's area
-    monkeypatch.setattr(peer, "_params_per_batch", lambda: (0.3 if cut else share, cut))
-    middles = iter([int(0.9 * 24), int(0.4 * 32)])
+    shares = uniform[1] if cut else drawn["share"]
+    monkeypatch.setattr(peer, "_params_per_elem", lambda count: (shares.astype(np.float32), np.full(count, cut)))
+    middles = iter([int(place * side) for pair in uniform[2:].T for place, side in zip(pair, (24, 32), strict=True)])
     monkeypatch.setattr(np.random, "randint", lambda *_, **__: next(middles))
     theirs, targets = peer(pixels.clone(), labels)
-    ours = mixed(pixels, torch.full((6,), blend), torch.tensor([box] * 6))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    share, blend, box = (torch.from_numpy(np.concatenate([d, d[::-1]])) for d in drawn.values())
+    torch.testing.assert_close(mixed(pixels, blend, box), theirs, rtol=0, atol=1e-6)
     config = Config(finetune=Finetune(smoothing=0.1))
     loss = share * _smoothed(config, logits, labels) + (1 - share) * _smoothed(config, logits, labels.flip(0))
     torch.testing.assert_close(loss, -(targets * logits.log_softmax(1)).sum(1))
 
 
 def test_shares_are_beta_distributed():
-    """Mean and variance of Beta(0.8, 0.8); half of the batches are cut where both are on."""
-    numbers = draws.uniform(draws.MIX, 0, np.arange(4000)[:, None], np.arange(4)).tolist()
-    shares = np.array([mixing((24, 32), 0.8, 0.0, uniform)[0] for uniform in numbers])
+    """Mean and variance of Beta(0.8, 0.8); half of the pairs are cut where both are on."""
+    uniform = draws.uniform(draws.MIX, 0, np.arange(4000), np.arange(4)[:, None])
+    shares = mixing((24, 32), 0.8, 0.0, uniform)["share"]
     assert shares.mean() == pytest.approx(0.5, abs=0.02)
     assert shares.var() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.05)
-    cuts = np.mean([mixing((24, 32), 0.8, 1.0, uniform)[1] == 1.0 for uniform in numbers])
-    assert cuts == pytest.approx(0.5, abs=0.03)
+    assert np.mean(mixing((24, 32), 0.8, 1.0, uniform)["blend"] == 1.0) == pytest.approx(0.5, abs=0.03)
+    assert (mixing((24, 32), 0.0, 1.0, uniform)["blend"] == 1.0).all()
 
 
 def test_rectangles_are_timms():
@@ -131,14 +132,18 @@ def test_noise_is_normal_and_the_samples_own():
 
 
 def test_draws_follow_the_sample_not_the_batch():
-    """Drop path, rectangles and noise; how a batch is mixed follows its first sample."""
+    """Drop path, rectangles and noise; how a pair is mixed follows its first sample."""
     tune = Finetune(input_size=Size(32, 32), drop_path=0.5)
     whole = supervised_draws(tune, 4, 7, np.arange(8))
     part = supervised_draws(tune, 4, 7, np.array([2, 5]))
     for name in ("keep", "erase", "noise"):
         np.testing.assert_array_equal(part[name], whole[name][[2, 5]])
     assert whole["keep"].shape == (8, 4, 2) and whole["keep"][:, 0].all()
-    assert len(set(whole["share"].tolist())) == 1
+    pair = supervised_draws(tune, 4, 7, np.array([1, 6]))
+    for name in ("share", "blend", "box"):
+        np.testing.assert_array_equal(pair[name], whole[name][[1, 6]])
+        np.testing.assert_array_equal(whole[name], whole[name][::-1])
+    assert len(set(whole["share"].tolist())) == 4
     nothing = Finetune(drop_path=0, erase=0, mixup=0, cutmix=0)
     assert supervised_draws(nothing, Model().layers, 7, np.arange(8)) == {}
 

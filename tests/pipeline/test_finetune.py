@@ -18,12 +18,12 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import State
-from pipeline.config import ConfigError, load_config
+from pipeline.config import ConfigError, load_config, refuse_world
 from pipeline.engine import World
 from pipeline.labelled import supervised
 from pipeline.metrics import read_metrics
 from pipeline.model import Beit
-from pipeline.objective import encoder_input, erased
+from pipeline.objective import supervised_input
 from pipeline.run import open_folder
 from pipeline.stages import finetune
 from pipeline.streams import training_batches
@@ -128,18 +128,20 @@ def test_killed_and_resumed_is_uninterrupted(labelled, whole, tmp_path):
     assert read_metrics(run, "test")[-1]["loss"] == read_metrics(whole, "test")[-1]["loss"]
 
 
-def test_any_number_of_ranks_takes_the_same_test(labelled, tmp_path):
-    """One step at a rate of 0 leaves the weights as drawn; 23 samples divide by none of 2, 3 and the micro batch."""
-    settings = ("finetune.duration=1 steps", "finetune.micro_batch=2", "finetune.head_scale=20", "checkpoint.keep=1")
-    found = []
+def test_any_number_of_ranks_trains_and_tests_the_same(labelled, tmp_path):
+    """Mixtures, losses and weights; 23 test samples divide by none of 2, 3 and the micro batch."""
+    settings = ("finetune.duration=3 steps", "finetune.micro_batch=4", "finetune.head_scale=20", "log.every_steps=1")
+    tests, losses = [], []
     for world in (1, 2, 3):
         run = tmp_path / f"run{world}"
         finished(tuned(labelled, run, *settings, f"train.zero_stage={world}", processes=world))
-        found.append(read_metrics(run, "test")[-1])
-    for line in found:
-        assert line["samples"] == 23 and line["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
-        assert (line["accuracy"], line["top5"]) == (found[0]["accuracy"], found[0]["top5"])
-    assert found[0]["loss"] != pytest.approx(np.log(3), rel=1e-3)
+        tests.append(read_metrics(run, "test")[-1])
+        losses.append([line["loss"] for line in read_metrics(run, "train")])
+    for line in tests:
+        assert line["samples"] == 23 and line["loss"] == pytest.approx(tests[0]["loss"], rel=1e-5)
+        assert (line["accuracy"], line["top5"]) == (tests[0]["accuracy"], tests[0]["top5"])
+    assert tests[0]["loss"] != pytest.approx(np.log(3), rel=1e-3)
+    assert len(losses[0]) == 3 and losses[1:] == [pytest.approx(losses[0], rel=1e-5)] * 2
 
 
 def test_goes_on_with_other_ranks_under_another_stage(whole, labelled, tmp_path):
@@ -153,7 +155,7 @@ def test_goes_on_with_other_ranks_under_another_stage(whole, labelled, tmp_path)
 
 
 def test_workers_and_ranks_change_no_pixel(labelled):
-    """RandAugment, rectangles and noise of a sample are the same wherever it is made."""
+    """RandAugment, rectangles, noise and mixture of a sample are the same wherever it is made."""
     found = []
     for world, workers in ((1, 0), (2, 2), (3, 1)):
         config = load_config(str(labelled), [f"loader.workers={workers}"])
@@ -163,8 +165,7 @@ def test_workers_and_ranks_change_no_pixel(labelled):
                 config, supervised(config), first_sample=54, global_batch=12, micro=2, rank=rank, world=world, steps=2
             )
             for batch in batches:
-                changed = erased(encoder_input(config, batch), batch.draws["erase"], batch.draws["noise"])
-                pixels |= dict(zip(batch.samples.tolist(), changed, strict=True))
+                pixels |= dict(zip(batch.samples.tolist(), supervised_input(config, batch), strict=True))
         found.append(pixels)
     assert found[0].keys() == set(range(54, 78))
     for pixels in found[1:]:
@@ -255,12 +256,16 @@ def test_an_encoder_is_taken_with_a_small_new_head(labelled, encoder):
     assert all(torch.isfinite(parameter).all() for parameter in classifier.parameters())
 
 
-def test_a_micro_batch_of_one_has_nothing_to_mix(labelled):
-    alone_there = World(0, 2, torch.device("cpu"))
-    with pytest.raises(ConfigError, match="hold one picture, and mixup and cutmix mix those of a micro batch"):
-        finetune.tuning_setup(load_config(str(labelled), ["finetune.global_batch=2"]), alone_there)
-    unmixed = ["finetune.global_batch=2", "finetune.mixup=0", "finetune.cutmix=0"]
-    assert finetune.tuning_setup(load_config(str(labelled), unmixed), alone_there).micro_batch == 1
+@pytest.mark.parametrize("setting", ["finetune.global_batch=6", "finetune.micro_batch=1"])
+def test_what_has_no_pairs_to_mix_is_refused(labelled, setting):
+    """Also before a job is submitted, where no rank is there yet."""
+    config = load_config(str(labelled), [setting])
+    with pytest.raises(ConfigError, match=r"mix pairs.*choose a multiple of 4 and at least 2"):
+        finetune.tuning_setup(config, World(0, 2, torch.device("cpu")))
+    with pytest.raises(ConfigError, match="mix pairs"):
+        refuse_world("finetune", config, 2)
+    unmixed = load_config(str(labelled), [setting, "finetune.mixup=0", "finetune.cutmix=0"])
+    assert finetune.tuning_setup(unmixed, World(0, 2, torch.device("cpu"))).micro_batch in (1, 3)
 
 
 def test_another_config_is_refused(labelled, whole):

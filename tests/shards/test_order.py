@@ -290,6 +290,34 @@ def test_ranks_and_micro_batches_make_the_same_steps(world, micro):
         assert seen == list(range(first + step * 24, first + (step + 1) * 24))
 
 
+@pytest.mark.parametrize(("world", "micro"), [(1, 24), (1, 4), (2, 12), (2, 6), (3, 8), (4, 2), (6, 4), (12, 2)])
+def test_pairs_are_the_same_on_any_number_of_ranks(world, micro):
+    """Sample and partner lie half a global batch apart, in one micro batch of one rank, as far from its two ends."""
+    first, steps = 48, 5
+    seen = []
+    for rank in range(world):
+        batches = rank_batches(
+            first_sample=first,
+            global_batch=24,
+            micro_batch=micro,
+            rank=rank,
+            world=world,
+            steps=steps,
+            paired=True,
+        )
+        for number, batch in enumerate(batches):
+            assert batch.shape == (micro,) and batch.dtype == np.int64 and batch[0] == batch.min()
+            assert {int(sample) % world for sample in batch} == {rank}
+            partners = batch[::-1][: micro // 2]
+            assert (partners - batch[: micro // 2] == 12).all()
+            step = number // (24 // (micro * world))
+            assert ((batch - first) // 24 == step).all()
+            seen += batch.tolist()
+    assert sorted(seen) == list(range(first, first + steps * 24))
+    with pytest.raises(ShardError, match="micro batch of 3 does not divide into pairs"):
+        rank_batches(first_sample=0, global_batch=24, micro_batch=3, rank=0, world=1, steps=1, paired=True)
+
+
 def test_a_ranks_lanes_are_its_own():
     """With lanes a multiple of the world a rank reads its own lanes only, whatever the step of an epoch."""
     for rank in range(4):
