@@ -233,7 +233,11 @@ def _end(code: int) -> NoReturn:
 
 
 def _end_with_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For errors that nobody expects: this process ends at once, so that the others learn of it and end, too."""
+    """For errors that nobody expects: this process ends at once, so that the others learn of it and end, too.
+
+    While it is called, torch (init_process_group) has a buffer in place of stderr, to be printed afterwards.
+    """
+    sys.stderr = sys.__stderr__
     sys.__excepthook__(kind, error, trace)
     _end(1)
 

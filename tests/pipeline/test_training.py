@@ -97,6 +97,20 @@ def test_interrupt_saves_and_goes_on(tiny, whole, tmp_path):
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
 
 
+def test_an_unexpected_error_is_told(tiny, tmp_path):
+    """Also once there is a process group: from then on torch has a buffer for stderr while the last hook runs."""
+    code = """if True:
+        import runpy, pipeline.objective
+        def fails(*_):
+            raise RuntimeError("out of memory, say")
+        pipeline.objective.masked_token_loss = fails
+        runpy.run_module("pipeline", run_name="__main__")"""
+    command = [sys.executable, "-c", code, "pretrain", str(tiny.config), f"train.run={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "RuntimeError: out of memory, say" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def plain_losses(tiny) -> list[float]:
     """The same training without DeepSpeed."""
