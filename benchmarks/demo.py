@@ -19,7 +19,7 @@ def main() -> None:
     config = load_config(str(RUN / "config.yaml"), [])
     probe = json.loads((RUN / "probe.json").read_text())
     steps = config.train.duration.steps(0, config.train.global_batch)
-    assert probe["step"] == steps, f"the probe is of step {probe['step']}, the run ends at {steps}"
+    assert probe["step"] == steps and probe["label_share"] == 1, "the probe is of another step, or of few labels"
     rows = [
         {"encoder": who, "linear probe": f"{result['linear']:.1%}", "k-NN": f"{result['knn']:.1%}"}
         for who, result in probe["results"].items()

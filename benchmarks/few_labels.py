@@ -55,11 +55,10 @@ def pretrained(seed: int, length: int) -> Path:
 
 def probed(run: Path, seed: int, share: float) -> dict:
     """The probe's results with a share of the labels."""
-    path = OUT / f"probe-{seed}-{share}.json"
+    path = run / ("probe.json" if share == 1 else f"probe-{share:g}-{seed}.json")
     if not path.exists():
         shards = [str(DEMO / "shards" / part) for part in ("train", "test")]
         launch("probe", [str(run), *shards, "--label-share", str(share), "--seed", str(seed)])
-        path.write_text((run / "probe.json").read_text())
     return json.loads(path.read_text())
 
 

@@ -193,6 +193,11 @@ def _exchange(arguments: argparse.Namespace) -> int:
     return export.run(arguments.run, arguments.out, arguments.to, arguments.finetune, size)
 
 
+# a disk that is full or closed, and paths that lead elsewhere than the user thinks
+_OF_THE_USER = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
+_OF_THE_USER |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}
+
+
 def main() -> int:
     """Parse, run, and turn what a user or a disk caused into one line and exit code 2."""
     arguments = parsed()
@@ -210,7 +215,7 @@ def main() -> int:
             raise
         return _refuse(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in _OF_THE_USER:
             raise
         return _refuse(f"{error.filename or 'a file'}: {error.strerror}; mend that, then run the same command again")
 

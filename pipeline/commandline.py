@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("run", metavar="RUN", type=Path, help="run folder; its newest checkpoint is probed")
     probe.add_argument("shards", metavar="SHARDS", help="labelled image shards to fit on")
     probe.add_argument("test", metavar="TEST", nargs="?", help="shards to test on (default: a fifth of SHARDS)")
-    probe.add_argument("--samples", type=int, default=20_000, help="at most so many of each set (default 20000)")
+    probe.add_argument(
+        "--samples", type=int, default=20_000, help="at most so many of each set, from all over it (default 20000)"
+    )
     probe.add_argument("--label-share", type=float, default=1.0, help="fit on so much of each class (default 1)")
     probe.add_argument("--seed", type=int, default=0, help="that chooses them (default 0)")
     probe.add_argument("--epochs", type=int, default=100, help="of the linear probes (default 100)")

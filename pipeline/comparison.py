@@ -134,6 +134,8 @@ _ROWS: tuple[tuple[str, Callable[[Record], float], Callable[[float], str], Calla
     ("held-out loss, best", lambda record: _extreme(record, "heldout", "loss", min), _nats, min),
     ("held-out masked accuracy", lambda record: _last(record, "heldout", "masked_accuracy"), _share, max),
     ("k-NN inside the run", lambda record: _last(record, "survey", "knn"), _share, max),
+    ("pictures the probe was fitted on", lambda record: value(record.probe, "train_samples"), _count, None),
+    ("pictures it was tested on", lambda record: value(record.probe, "test_samples"), _count, None),
     ("linear probe", lambda record: _probed(record, "linear"), _share, max),
     ("k-NN probe", lambda record: _probed(record, "knn"), _share, max),
     ("test loss", lambda record: _last(record, "test", "loss"), _nats, min),

@@ -74,7 +74,7 @@ def _labelled(config: Config) -> tuple[Source, ...]:
     if not data.labelled_test:
         return (labelled(config, data.labelled_images, 5 * most),)
     sets = labelled(config, data.labelled_images, _CHOOSE * most), labelled(config, data.labelled_test, most)
-    refuse_other_classes(*(source.stream.images for source in sets))
+    refuse_other_classes(sets[0].stream.images, sets[1].stream.images)
     return sets
 
 

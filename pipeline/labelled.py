@@ -14,7 +14,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.streams import Source, evaluation, image_set, order_of
 from shards.images import ImageSet
 from shards.index import FLAG_LABELLED
-from shards.loader import InTurn, Places, Stream
+from shards.loader import Places, Stream
 from shards.pairs import DrawnViews
 from shards.subset import Subset, chosen_rows
 from shards.views import ViewPolicy
@@ -80,14 +80,16 @@ def supervised_test(config: Config) -> Source | None:
     return source
 
 
-def refuse_other_classes(images: ImageSet, test: ImageSet) -> None:
-    """Raise ConfigError when a label of data.labelled_test is another class's than in data.labelled_images."""
+def refuse_other_classes(
+    images: ImageSet, test: ImageSet, trained_on: str = "data.labelled_images", tested_on: str = "data.labelled_test"
+) -> None:
+    """Raise ConfigError when a label of the test set is another class's than in the set trained on."""
     names = zip(test.manifest.classes, images.manifest.classes, strict=False)
     for label, (theirs, ours) in enumerate(names):
         if theirs != ours:
             raise ConfigError(
-                f"data.labelled_test has class {theirs!r} as label {label}, data.labelled_images {ours!r}: pack both "
-                f"from folders of the same classes, or as one with --split"
+                f"{tested_on} has class {theirs!r} as label {label}, {trained_on} {ours!r}: pack both from folders of "
+                f"the same classes, or as one with --split"
             )
 
 
@@ -111,7 +113,7 @@ def num_classes(images: ImageSet) -> int:
 class _Spread:
     """`samples` of the pictures of a set, evenly spaced: a set may be sorted by class."""
 
-    places: InTurn
+    places: Places
     samples: int
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -132,7 +134,11 @@ def labelled(config: Config, where: str, at_most: int) -> Source:
             f"{where} has fewer than two classes; pack a folder with one folder a class, or leave data.labelled_images "
             f"and data.labelled_test empty"
         )
+    return spread_over(source, at_most)
+
+
+def spread_over(source: Source, at_most: int) -> Source:
+    """`at_most` of the pictures of a source, from all over it."""
     places = source.stream.places
-    assert isinstance(places, InTurn), "evaluation reads in manifest order"
     spread = _Spread(places, min(at_most, places.samples))
     return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=spread))

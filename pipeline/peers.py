@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.config import ConfigError, Model
@@ -186,7 +186,8 @@ def unilm_forward(folder: Path, model: Model, vocabulary: int) -> Forward:
 
 def _write(folder: Path, weights: Weights, config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: w.contiguous() for name, w in weights.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
+    # save_file would leave the file to its owner alone, whatever the umask
+    (folder / _WEIGHTS).write_bytes(save({name: w.contiguous() for name, w in weights.items()}, {"format": "pt"}))
     (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

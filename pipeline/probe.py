@@ -1,6 +1,7 @@
 """Judging features by labels: k-NN, and linear probes of every layer at once. Tensors in, accuracies out. Must not know
 shards."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,15 @@ _DEFAULT_RATE = 3e-3
 @dataclass(frozen=True)
 class Verdict:
     """Accuracies in [0, 1] on the test set, with the features and the learning rate that were chosen on the training
-    set; `layers`: the linear probe's on the test set for every feature set at its own best rate."""
+    set; `layers`: the linear probe's on the test set for every feature set at its own best rate. chosen: false where
+    classes had too few pictures to choose by."""
 
     knn: float
     linear: float
     features: str
     rate: float
     layers: dict[str, float]
+    chosen: bool
 
 
 def judge(
@@ -35,40 +38,65 @@ def judge(
     default: str,
     epochs: int = EPOCHS,
     seed: int = 0,
+    tell: Callable[[], object] = lambda: None,
 ) -> Verdict:
     """Probe every feature set, float32 [n, D] by name, at every rate; report the pair that does best on folds of
     `train` that it was not fitted on. The test set takes no part in the choice. labels: i64 [n].
 
     default: the feature set reported where classes have so few pictures that a choice would be noise. k-NN uses the
-    features that were chosen for the linear probe.
+    features that were chosen for the linear probe. tell: called after each of the `sweeps`.
     """
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     train_std = {name: standardised(features, features) for name, features in train.items()}
     test_std = {name: standardised(train[name], features) for name, features in test.items()}
     fits = sweep(train_std, train_labels, classes, epochs=epochs, seed=seed)
+    tell()
     tested = {name: scores(fit, test_std[name], test_labels) for name, fit in fits.items()}
-    if len(train_labels) < _LEAST * len(train_labels.unique()):
-        turn = dict.fromkeys(train, RATES.index(_DEFAULT_RATE))
-        chosen = default
-    else:
-        judged = _on_folds(train_std, train_labels, classes, epochs, seed)
+    folds = _folds(train_labels)
+    if folds:
+        judged = _on_folds(train_std, train_labels, classes, folds, epochs, seed, tell)
         turn = {name: int(scores_R.argmax()) for name, scores_R in judged.items()}
-        chosen = max(judged, key=lambda name: float(judged[name].max()))
+        used = max(judged, key=lambda name: float(judged[name].max()))
+    else:
+        turn = dict.fromkeys(train, RATES.index(_DEFAULT_RATE))
+        used = default
     layers = {name: float(tested[name][turn[name]]) for name in train}
-    knn = knn_accuracy(train_std[chosen], train_labels, test_std[chosen], test_labels, classes)
-    return Verdict(knn, layers[chosen], chosen, RATES[turn[chosen]], layers)
+    knn = knn_accuracy(train_std[used], train_labels, test_std[used], test_labels, classes)
+    return Verdict(knn, layers[used], used, RATES[turn[used]], layers, folds > 0)
 
 
-def _on_folds(train: dict[str, Tensor], labels: Tensor, classes: int, epochs: int, seed: int) -> dict[str, Tensor]:
-    """Accuracy of every feature set at every rate, float64 [R] by name, on pictures that the probe was not fitted on:
-    the mean over folds of a small set, one fold of a large one."""
+def sweeps(train_labels: Tensor) -> int:
+    """How many sweeps it takes to judge by so many pictures."""
+    return 1 + _folds(train_labels)
+
+
+def _folds(labels: Tensor) -> int:
+    """On how many parts is chosen: on each of a small set's, on one of a large set's, on none where a choice would be
+    noise."""
+    if len(labels) < _LEAST * len(labels.unique()):
+        return 0
+    return _FOLDS if len(labels) <= _SMALL else 1
+
+
+def _on_folds(
+    train: dict[str, Tensor],
+    labels: Tensor,
+    classes: int,
+    folds: int,
+    epochs: int,
+    seed: int,
+    tell: Callable[[], object],
+) -> dict[str, Tensor]:
+    """Accuracy of every feature set at every rate, float64 [R] by name, on pictures that the probe was not fitted on,
+    summed over so many folds."""
     fold = torch.arange(len(labels)) % _FOLDS
     found = {name: torch.zeros(len(RATES), dtype=torch.float64) for name in train}
-    for held in range(_FOLDS if len(labels) <= _SMALL else 1):
+    for held in range(folds):
         kept, apart = fold != held, fold == held
         part = {name: features[kept] for name, features in train.items()}
         for name, fit in sweep(part, labels[kept], classes, epochs=epochs, seed=seed).items():
             found[name] += scores(fit, train[name][apart], labels[apart])
+        tell()
     return found
 
 

@@ -41,7 +41,7 @@ _FREE = {
 }
 _FREE |= {"loader": {"workers", "prefetch", "decoder"}, "model": {"kernels"}, "deepspeed": set()}
 _FREE |= {"train": {"run", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "compile"}}
-_FREE |= {"finetune": {"run", "init", "micro_batch", "test_every"}}
+_FREE |= {"finetune": {"run", "micro_batch", "test_every"}}
 _FREE |= {"tokenizer": {"micro_batch", "precision"}}
 
 
@@ -76,7 +76,7 @@ def open_folder(run: Path, config: Config, sections: tuple[str, ...], world: int
                 old = before[section][name]
                 if old != value:
                     raise ConfigError(
-                        f"{run} holds a run with {section}.{name} {old}, this config says {value}; "
+                        f"{run} holds a run with {section}.{name}={old}, this config says {section}.{name}={value}; "
                         f"choose another run folder, or set it back"
                     )
     run.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,9 @@ def header(record: Record) -> str:
     if record.finished:
         status = "finished"
     elif record.planned_steps:
-        status = f"unfinished: step {record.step:,} of {record.planned_steps:,}"
+        status = f"step {record.step:,} of {record.planned_steps:,}"
     else:
-        status = "unfinished: not started"
+        status = "not started"
     where = record.run.resolve()
     return page.header(str(where.parent), where.name, status, record.finished, _claim(record), _what(record))
 
@@ -190,6 +190,16 @@ def data_wait(speeds_and_waits: list[tuple[float, float]]) -> float:
     return sum(wait / speed for speed, wait in speeds_and_waits) / sum(1 / speed for speed, _ in speeds_and_waits)
 
 
+def _tested(said: dict) -> str:
+    return "a fifth of the set kept apart" if said.get("tested_apart") is False else "of a set of their own"
+
+
+def _chose(results: dict[str, dict]) -> str:
+    if any(result.get("chosen") is False for result in results.values()):
+        return "too few to choose features by"
+    return "and chose its features by a part of them"
+
+
 def probe(record: Record) -> str:
     """What probe.json says, as bars; nothing without it."""
     said = record.probe
@@ -203,7 +213,7 @@ def probe(record: Record) -> str:
     tested, fitted = number(value(said, "test_samples")), number(value(said, "train_samples"))
     about = (
         f"Accuracy on {tested} labelled pictures of {number(value(said, 'classes'))} classes, by the frozen encoder "
-        f"of step {number(value(said, 'step'))}. The probe is fitted on {fitted} pictures, and chose its features by a "
-        f"part of them: {chosen}."
+        f"of step {number(value(said, 'step'))}, {_tested(said)}. The probe is fitted on {fitted} pictures for "
+        f"{number(value(said, 'epochs'))} epochs, {_chose(results)}: {chosen}."
     )
     return page.section("probe", "What the features are good for", about, page.bars(["", "Linear probe", "k-NN"], rows))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.config import DVAE_STRIDE, ConfigError, Size, Tokenizer
@@ -58,7 +58,8 @@ def save_tokenizer(folder: Path, weights: dict[str, Tensor], kind: str, shape: d
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _WEIGHTS
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}, partial)
+    # save_file would leave the file to its owner alone, whatever the umask
+    partial.write_bytes(save({name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}))
     partial.replace(path)
     content = {"kind": kind, "shape": shape, "input_size": list(size), "filter": resample}
     fingerprint = _fingerprint(path, content)

@@ -128,8 +128,8 @@ def refuse_others(config: Config, shapes: dict[str, tuple[int, ...]], source: Pa
         beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     if {name: tuple(tensor.shape) for name, tensor in beit.state_dict().items()} != shapes:
         raise ConfigError(
-            f"the weights in {source} are no encoder's of its config; is it the training of a tokenizer, or a "
-            f"fine-tuning?"
+            f"the weights in {source} are no pretraining's of its config; of a fine-tuning, `export {source} OUT "
+            f"--to hf` and `import OUT ENCODER` make an encoder, a tokenizer's training has none"
         )
 
 
@@ -159,7 +159,8 @@ def _read_encoder(folder: Path) -> tuple[dict, Config, dict[str, Tensor]]:
         config = from_tree(content["config"], str(folder / _CONFIG))
         return content, config, load_file(folder / _WEIGHTS)
     except FileNotFoundError as error:
-        raise ConfigError(f"{folder} holds no exported encoder; make one with `export RUN {folder}`") from error
+        cure = f"`export {folder} OUT` and give OUT" if (folder / "config.yaml").exists() else "`export RUN OUT`"
+        raise ConfigError(f"{folder} holds no exported encoder; make one with {cure}") from error
     except (json.JSONDecodeError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{folder} is damaged ({error}); export or import it again") from error
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import Config, ConfigError
-from pipeline.labelled import require_labels, share_of
+from pipeline.labelled import refuse_other_classes, require_labels, share_of, spread_over
 from pipeline.metrics import say
 from pipeline.model import Beit
 from pipeline.pixels import normalise
-from pipeline.probe import EPOCHS, feature_depth, judge
+from pipeline.probe import EPOCHS, Verdict, feature_depth, judge, sweeps
+from pipeline.run import write_whole
 from pipeline.streams import Source, evaluation, evaluation_batches
 from pipeline.weights import run_config, trained_weights, with_weights
 from shards.progress import Progress
@@ -24,22 +25,37 @@ _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe c
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """samples: at most so many of each set. label_share: of each class's pictures, chosen by `seed`. epochs: of the
-    linear probes."""
+    """samples: at most so many of each set, from all over it. label_share: of each class's pictures, chosen by `seed`.
+    epochs: of the linear probes."""
 
     samples: int = 20_000
     label_share: float = 1.0
     seed: int = 0
     epochs: int = EPOCHS
 
+    def refuse(self, tested_apart: bool) -> None:
+        """Raise ConfigError for what cannot be done."""
+        if not 0 < self.label_share <= 1:
+            raise ConfigError(f"--label-share is {self.label_share}; it lies in (0, 1]")
+        if self.samples < 2:
+            raise ConfigError(f"--samples is {self.samples}; it must be at least 2")
+        if self.epochs < 1:
+            raise ConfigError(f"--epochs is {self.epochs}; it must be at least 1")
+        if self.label_share < 1 and not tested_apart:
+            raise ConfigError(
+                "--label-share fits on a share of SHARDS, and a fifth of so few pictures tests nothing: give TEST, too "
+                "(`pack --split` makes it)"
+            )
+
+    @property
+    def file(self) -> str:
+        """Where the results go: those with all labels are the run's, and are what reports show."""
+        return "probe.json" if self.label_share == 1 else f"probe-{self.label_share:g}-{self.seed}.json"
+
 
 def run(run_folder: Path, shards: str, test: str | None, asked: Asked) -> int:
-    """Print the table and write RUN/probe.json; returns the exit code."""
-    if not 0 < asked.label_share <= 1 or asked.samples < 2 or asked.epochs < 1:
-        raise ConfigError(
-            f"--label-share {asked.label_share} lies in (0, 1], --samples {asked.samples} is at least 2, --epochs "
-            f"{asked.epochs} at least 1; choose others"
-        )
+    """Print the table and write it into the run folder; returns the exit code."""
+    asked.refuse(test is not None)
     config = run_config(run_folder)
     source = trained_weights(run_folder)
     weights, state = source.all(), source.state
@@ -47,36 +63,58 @@ def run(run_folder: Path, shards: str, test: str | None, asked: Asked) -> int:
     trained = with_weights(config, weights, run_folder)
     untrained = Beit(trained.model, config.tokenizer.vocabulary, config.data.seed)
     models = {"trained": trained.to(device), "untrained": untrained.to(device).eval()}
-    fitting, testing = _labelled(config, shards, asked), _labelled(config, test, Asked()) if test else None
-    train_features, train_labels = _features(config, models, fitting, asked.samples, device)
+    fitting = _labelled(config, shards)
+    testing = _labelled(config, test) if test else None
+    if testing is not None:
+        refuse_other_classes(fitting.stream.images, testing.stream.images, shards, str(test))
+        testing = spread_over(testing, asked.samples)
+    if asked.label_share < 1:
+        fitting = share_of(config, fitting, asked.label_share, asked.seed)
+    train_features, train_labels = _features(config, models, spread_over(fitting, asked.samples), device)
     if testing is None:
         part = torch.arange(len(train_labels)) % 5 == 4
         test_labels, train_labels = train_labels[part], train_labels[~part]
         test_features = {who: {n: f[part] for n, f in sets.items()} for who, sets in train_features.items()}
         train_features = {who: {n: f[~part] for n, f in sets.items()} for who, sets in train_features.items()}
     else:
-        test_features, test_labels = _features(config, models, testing, asked.samples, device)
+        test_features, test_labels = _features(config, models, testing, device)
     if len(train_labels.unique()) < 2 or not len(test_labels):
         raise ConfigError(
             f"{shards} has fewer than two classes, or too few pictures; a probe needs labels to tell apart"
         )
     verdicts = {}
-    for who in train_features:
-        fitted, tested, default = train_features[who], test_features[who], _default(who, config)
-        verdicts[who] = judge(fitted, train_labels, tested, test_labels, default=default, epochs=asked.epochs)
+    with Progress("linear probes", len(train_features) * sweeps(train_labels), "sweep") as progress:
+        for who in train_features:
+            verdicts[who] = judge(
+                train_features[who],
+                train_labels,
+                test_features[who],
+                test_labels,
+                default=_default(who, config),
+                epochs=asked.epochs,
+                tell=lambda: progress.advance(1),
+            )
     share = float(test_labels.bincount().max()) / len(test_labels)
     content: dict[str, object] = {"step": state.step, "majority_class": share}
-    content |= {"label_share": asked.label_share, "train_samples": len(train_labels), "test_samples": len(test_labels)}
-    content |= {"classes": int(train_labels.max()) + 1}
+    content |= {"label_share": asked.label_share, "seed": asked.seed, "epochs": asked.epochs}
+    content |= {"train_samples": len(train_labels), "test_samples": len(test_labels)}
+    content |= {"classes": len(train_labels.unique()), "tested_apart": test is not None}
     content |= {"results": {who: dataclasses.asdict(verdict) for who, verdict in verdicts.items()}}
-    (run_folder / "probe.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(run_folder / asked.file, json.dumps(content, indent=1) + "\n")
     say(f"probe at step {state.step}: {len(train_labels)} pictures to fit, {len(test_labels)} to test")
-    say(f"{'':12}{'k-NN':>8}{'linear':>8}   features and learning rate chosen on folds of the fitting set")
+    _say_table(verdicts)
+    say(f"in {run_folder / asked.file}")
+    return 0
+
+
+def _say_table(verdicts: dict[str, Verdict]) -> None:
+    chosen = all(verdict.chosen for verdict in verdicts.values())
+    how = "chosen on folds of the fitting set" if chosen else "as given: too few pictures of a class to choose by"
+    say(f"{'':12}{'k-NN':>8}{'linear':>8}   features and learning rate {how}")
     for who, verdict in verdicts.items():
         say(f"{who:12}{verdict.knn:8.1%}{verdict.linear:8.1%}   {verdict.features}, {verdict.rate:g}")
     say("linear probe of the trained encoder by layer:")
     say(" ".join(f"{accuracy:.1%}" for accuracy in verdicts["trained"].layers.values()))
-    return 0
 
 
 def _default(who: str, config: Config) -> str:
@@ -87,10 +125,10 @@ def _default(who: str, config: Config) -> str:
 
 @torch.no_grad()
 def _features(
-    config: Config, models: dict[str, Beit], source: Source, samples: int, device: torch.device
+    config: Config, models: dict[str, Beit], source: Source, device: torch.device
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
     """Features by model and layer, f32 [n, D]: the mean over patches after each block; and labels i64 [n]."""
-    count = min(samples, source.samples)
+    count = source.samples
     gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}
     labels = []
     with Progress(f"features {Path(str(source.stream.images.folder)).name}", count, "image") as progress:
@@ -110,8 +148,8 @@ def _features(
     )
 
 
-def _labelled(config: Config, where: str, asked: Asked) -> Source:
-    """Central views of the pictures that have labels to be used."""
+def _labelled(config: Config, where: str) -> Source:
+    """Central views of a set's pictures."""
     source = evaluation(config, where)
     require_labels(source.stream.images, "the set", "a probe")
-    return source if asked.label_share == 1 else share_of(config, source, asked.label_share, asked.seed)
+    return source

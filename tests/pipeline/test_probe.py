@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.probe import RATES, Verdict, judge, knn_accuracy, scores, standardised, sweep
+from pipeline.probe import RATES, Verdict, judge, knn_accuracy, scores, standardised, sweep, sweeps
 
 CLASSES, D = 4, 12
 
@@ -89,6 +89,16 @@ def test_the_test_set_takes_no_part_in_the_scaling():
     assert together.knn == pytest.approx(sum(part.knn for part in parts) / 4)
 
 
+@pytest.mark.parametrize(("each", "expected"), [(4, 1), (5, 6), (300, 2)])
+def test_every_sweep_is_told(each, expected):
+    """As many as were announced: one, and one for every part that is chosen on."""
+    labels = torch.arange(CLASSES).repeat(each)
+    train = {"only": torch.randn(len(labels), D, generator=torch.Generator().manual_seed(1))}
+    told: list[int] = []
+    judge(train, labels, train, labels, default="only", epochs=1, tell=lambda: told.append(1))
+    assert len(told) == sweeps(labels) == expected
+
+
 def test_judging_twice_gives_the_same():
     (train, train_labels), (test, test_labels) = sets(200, 1), sets(100, 2)
     assert judged(train, train_labels, test, test_labels) == judged(train, train_labels, test, test_labels)
@@ -110,7 +120,7 @@ def test_few_pictures_are_no_ground_for_a_choice():
     few = torch.cat([(train_labels == c).nonzero()[:2, 0] for c in range(CLASSES)])
     part = {name: features[few] for name, features in train.items()}
     verdict = judge(part, train_labels[few], test, test_labels, default="poor", epochs=20)
-    assert verdict.features == "poor" and verdict.linear == verdict.layers["poor"]
+    assert verdict.features == "poor" and verdict.linear == verdict.layers["poor"] and not verdict.chosen
     assert verdict.layers["good"] > verdict.layers["noise"]
 
 
