@@ -73,10 +73,13 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         expected = _state(config, job, engine, 0)
         state = checkpoint.resume(engine, job.run, expected, tell, lambda step: usable(guard.returns, step))
         first = goes_on(guard.returns, state.step) if state else 0
+        if first >= steps:
+            tell(f"{job.run} is finished: step {first} of {steps}; `report {job.run}` shows it")
+            return engine, True
+        if job.warmup.steps(job.source.samples, job.setup.global_batch) >= steps:
+            tell(f"the warm-up ({job.warmup}) is as long as the run: the learning rate never reaches its peak")
         metrics = stack.enter_context(contextlib.closing(Metrics(job.run, world.first, config)))
         metrics.write(first, "start", {"world": world.size, "steps": steps, "epoch_samples": job.source.samples})
-        if first >= steps:
-            return engine, True
         plan = replace(plan, first_step=first)
         parts = _parts(config, job, engine, plan, guard, metrics, watchdog, stop, stack)
         while True:

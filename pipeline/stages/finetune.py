@@ -37,12 +37,19 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     run_folder = Path(tune.run)
     classifier = new_classifier(config, classes)
     line = _start(config, classifier, run_folder, world)
-    for said in (line, "" if test else "data.labelled_test is empty: nothing is measured but the training itself"):
+    read = f"{source.samples} pictures of {classes} classes to train on, {test.samples if test else 'none'} to test"
+    for said in (line, read):
         if world.first and said:
             say(said)
 
-    def evaluate(engine: Engine, _: int) -> dict[str, dict[str, float]]:
-        return {"test": tested(config, engine, test)} if test is not None else {}
+    def evaluate(engine: Engine, step: int) -> dict[str, dict[str, float]]:
+        if test is None:
+            return {}
+        found = tested(config, engine, test)
+        if world.first:
+            right = f"{found['accuracy']:.1%} of the test pictures right after step {step}"
+            say(f"finetune: {right}, {found['top5']:.1%} among the first five")
+        return {"test": found}
 
     def step(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return classification_loss(config, engine.model, batch, engine.dtype)
