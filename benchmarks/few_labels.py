@@ -153,10 +153,10 @@ NOTE = (
     f"Accuracy in percent: mean and standard deviation over {len(SEEDS)} seeds, each with a pretraining, initial "
     f"weights and labelled pictures of its own; columns: share of each class's pictures that keep their label (how "
     f"many in all). Gained: over the best of its kind without pretraining, seed by seed. Tested on tiles of parts of "
-    f"the photographs that no training saw. Pretraining: configs/demo.yaml for {LENGTH} steps of 64, on the unlabelled "
-    f"training tiles. Fine-tuning: its `finetune` section for {STEPS} steps; from scratch: the same with lr 2e-3 and no "
-    f"layer-wise decay, for {LENGTH} steps also with mixup, cutmix and erasing, which help so long a training and harm "
-    f"a short one. All of it in bf16."
+    f"the photographs that no training saw. Pretraining: configs/demo.yaml for {LENGTH} steps of 64, on the training "
+    f"tiles without their labels. Fine-tuning: its `finetune` section for {STEPS} steps; from scratch: the same with "
+    f"lr 2e-3 and no layer-wise decay, for {LENGTH} steps also with mixup, cutmix and erasing, which help so long a "
+    f"training and harm a short one. All of it in bf16."
 )
 
 

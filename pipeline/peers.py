@@ -7,6 +7,7 @@ stage.
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ Weights = dict[str, Tensor]
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int, classes: int = 0) -> None:
-    """A folder for from_pretrained: BeitForMaskedImageModeling, or with vocabulary 0 BeitForImageClassification, its
-    head over `classes` or without one.
+@dataclass(frozen=True)
+class Head:
+    """Of a classifier: how many classes, 0 for none; what they are called, where that is known; and the central view it
+    was tested on, its side as a share of the picture's shorter side."""
+
+    classes: int = 0
+    names: tuple[str, ...] = ()
+    test_crop: float = 1.0
+
+
+def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int, head: Head = Head()) -> None:
+    """A folder for from_pretrained: BeitForMaskedImageModeling, or with vocabulary 0 BeitForImageClassification with
+    this head.
 
     Every field whose default differs from BEiT's own is written. Raises ConfigError for what the peer cannot do.
     """
@@ -56,10 +67,13 @@ def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int, clas
         "layer_scale_init_value": model.layer_scale_init if model.layer_scale else 0.0,
         "drop_path_rate": model.drop_path,
         "use_mean_pooling": True,  # false would put a second LayerNorm under the pretraining head
-        "num_labels": classes,
+        "num_labels": head.classes,
     }
     if vocabulary:
         del config["num_labels"]
+    if head.names:
+        config["id2label"] = dict(enumerate(head.names))
+        config["label2id"] = {name: label for label, name in enumerate(head.names)}
     renamed = to_hf(weights, model)
     if not vocabulary:
         renamed = {
@@ -74,6 +88,7 @@ def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int, clas
         "size": {"height": height, "width": width},
         "resample": 3,
         "do_center_crop": False,
+        **_central(head.test_crop, height),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -82,6 +97,17 @@ def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int, clas
     }
     _write(folder, renamed, config)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n", encoding="utf-8")
+
+
+def _central(share: float, side: int) -> dict:
+    """transformers' words for the central square of so large a share of the shorter side."""
+    if share == 1.0:
+        return {}
+    return {
+        "size": {"shortest_edge": round(side / share)},
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+    }
 
 
 def hf_forward(folder: Path) -> Forward:
@@ -100,28 +126,30 @@ def hf_forward(folder: Path) -> Forward:
     return forward
 
 
-def write_timm(folder: Path, weights: Weights, model: Model, vocabulary: int, classes: int = 0) -> None:
+def write_timm(folder: Path, weights: Weights, model: Model, vocabulary: int, head: Head = Head()) -> None:
     """A folder for timm.create_model("local-dir:FOLDER", pretrained=True): logits of every position over the
-    vocabulary, or with vocabulary 0 a classifier's over `classes`, without a head its pooled features. timm has no mask
+    vocabulary, or with vocabulary 0 a classifier's of this head, without classes its pooled features. timm has no mask
     embedding.
     """
-    outputs = vocabulary or classes
+    outputs = vocabulary or head.classes
     arguments = {**_timm_arguments(model), "num_classes": outputs, "global_pool": "" if vocabulary else "avg"}
     described = {
         "num_classes": outputs,
         "input_size": [3, *model.input_size],
         "fixed_input_size": True,
         "interpolation": "bicubic",
+        "crop_pct": head.test_crop,
         "mean": list(model.mean),
         "std": list(model.std),
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
     config = {"architecture": "beit_base_patch16_224", "num_classes": outputs, "num_features": model.width}
+    names = {"label_names": list(head.names)} if head.names else {}
     _write(
         folder,
         timm_weights(weights, model, vocabulary),
-        {**config, "model_args": arguments, "pretrained_cfg": described},
+        {**config, **names, "model_args": arguments, "pretrained_cfg": described},
     )
 
 

@@ -4,6 +4,7 @@ What `tokenizer` and `pretrain` share; what differs comes in as a Job. Must not 
 """
 
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from pipeline.metrics import Metrics, Reporter, device_name, peak_flops, say
 from pipeline.optim import learning_rate
 from pipeline.pace import Pace
 from pipeline.positions import Positions
-from pipeline.run import BadSamples, identity_digest, locked, open_folder
+from pipeline.run import BadSamples, identity_digest, locked, open_folder, write_whole
 from pipeline.streams import Source, training_batches
 from pipeline.watchdog import Watchdog
 from shards import jpeg
@@ -32,7 +33,7 @@ from shards.progress import Progress, Silent
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One training. `sections`: the config sections of its identity. `evaluate(engine, done)`: values by kind of line
-    after step `done`, or {}."""
+    after step `done`, or {}. classes: what the labels are called, where that is known."""
 
     label: str
     run: Path
@@ -50,6 +51,7 @@ class Job:
     evaluate: Callable[[Engine, int], dict[str, dict[str, float]]] | None = None
     heldout_every: Duration | None = None
     flops: float = 0.0
+    classes: tuple[str, ...] = ()
 
 
 def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]) -> tuple[Engine, bool]:
@@ -63,6 +65,8 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         if world.first:
             stack.enter_context(locked(job.run, say))
             open_folder(job.run, config, job.sections, world.size, job.label, device_name(world.device))
+            if job.classes:
+                write_whole(job.run / "classes.json", json.dumps(job.classes) + "\n")
         barrier()
         engine = Engine(job.module, job.groups, job.setup, world)
         steps = job.duration.steps(job.source.samples, job.setup.global_batch)

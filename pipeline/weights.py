@@ -46,6 +46,12 @@ def fine_tuned(run: Path) -> bool:
     return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("job") == "finetune"
 
 
+def class_names(run: Path) -> tuple[str, ...]:
+    """What a fine-tuning's classes are called, in the order of their labels; () where nobody said."""
+    path = run / "classes.json"
+    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ()
+
+
 @dataclass(frozen=True)
 class Trained:
     """float32 weights that are read one after the other. `each` may be called again."""

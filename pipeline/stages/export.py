@@ -20,6 +20,7 @@ from pipeline.model import Classifier
 from pipeline.resize import finetuned_model, for_finetuning
 from pipeline.weights import (
     Trained,
+    class_names,
     fine_tuned,
     refuse_others,
     run_config,
@@ -53,7 +54,7 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
         if to == "safetensors":
             checked = _stream(partial, weights, config, run_folder)
         elif fine_tuned(run_folder):
-            checked = _agreed(to, _write_tuned(partial, to, weights, config))
+            checked = _agreed(to, _write_tuned(partial, to, weights, config, class_names(run_folder)))
         elif finetune:
             checked = _agreed(
                 to, _write_classifier(partial, to, weights, config.model, size or config.model.input_size)
@@ -126,27 +127,28 @@ def _write_classifier(folder: Path, to: str, weights: Trained, model: Model, siz
     if any(side % model.patch_size for side in size):
         raise ConfigError(f"--input-size {size} is not a multiple of the patch size {model.patch_size}")
     ready, target = for_finetuning(weights.all(), model, size)
-    return _write_peer(folder, to, ready, target, 0)
+    return _write_peer(folder, to, ready, target, peers.Head())
 
 
-def _write_tuned(folder: Path, to: str, weights: Trained, config: Config) -> float:
+def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names: tuple[str, ...]) -> float:
     """Write a fine-tuned classifier with its head; returns the largest difference of its logits, likewise."""
     model = dataclasses.replace(
         finetuned_model(config.model, config.finetune.input_size), drop_path=config.finetune.drop_path
     )
-    return _write_peer(folder, to, weights.all(), model, weights.shapes["head.weight"][0])
+    head = peers.Head(weights.shapes["head.weight"][0], names, config.finetune.test_crop)
+    return _write_peer(folder, to, weights.all(), model, head)
 
 
 @torch.no_grad()
-def _write_peer(folder: Path, to: str, weights: dict[str, Tensor], model: Model, classes: int) -> float:
-    ours = Classifier(dataclasses.replace(model, kernels="auto"), classes)
+def _write_peer(folder: Path, to: str, weights: dict[str, Tensor], model: Model, head: peers.Head) -> float:
+    ours = Classifier(dataclasses.replace(model, kernels="auto"), head.classes)
     ours.load_state_dict(weights)
     pixels, _ = _example(model)
     if to == "hf":
-        peers.write_hf(folder, weights, model, 0, classes)
+        peers.write_hf(folder, weights, model, 0, head)
         theirs = peers.hf_forward(folder)
     else:
-        peers.write_timm(folder, weights, model, 0, classes)
+        peers.write_timm(folder, weights, model, 0, head)
         theirs = peers.timm_forward(folder)
     return _difference(ours.eval()(pixels), theirs(pixels, None))
 

@@ -71,6 +71,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         evaluate=evaluate if test is not None else None,
         heldout_every=tune.test_every if test is not None else None,
         flops=training_flops(classifier.model, classes, masked=1),
+        classes=tuple(source.stream.images.manifest.classes),
     )
     _, finished = run_training(config, job, world, stop)
     return end(run_folder, finished, stop, world)

@@ -1,10 +1,13 @@
 """Ten steps of our fine-tuning against ten of a plain loop around transformers' classifier, from one export: layer-wise
 rates as published, no code of ours but the batches and the exported weights."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -17,12 +20,13 @@ from pipeline.model import Beit
 from pipeline.objective import encoder_input
 from pipeline.stages import export
 from pipeline.stages.finetune import new_classifier
-from pipeline.streams import training_batches
+from pipeline.streams import image_set, training_batches
 from pipeline.weights import save_encoder
 from tests.peers.test_training import published_schedule
 from tests.pipeline.test_training import finished, launch, weights
 
 transformers = pytest.importorskip("transformers")
+BeitImageProcessorPil = transformers.models.beit.image_processing_pil_beit.BeitImageProcessorPil
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 STEPS, DECAY = 10, 0.65
@@ -139,6 +143,30 @@ def test_a_finetuned_classifier_is_exported_with_its_head(tuned, tmp_path, to):
     assert export.run(tuned, tmp_path / "out", to) == 0
     head = load_file(tmp_path / "out" / "model.safetensors")["classifier.weight" if to == "hf" else "head.weight"]
     assert torch.equal(head, weights(tuned)["head.weight"])
+
+
+@pytest.mark.parametrize("to", ["hf", "timm"])
+def test_an_exported_classifier_brings_its_names_and_its_view(tuned, tiny, tmp_path, to):
+    """What the classes are called, and the central view that the test was taken on; transformers' own preprocessing of
+    a picture is then what the test sees."""
+    assert export.run(tuned, tmp_path / "out", to) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    loaded = load_config(str(tiny.config), [])
+    names = image_set(loaded, loaded.data.images).manifest.classes
+    if to == "timm":
+        assert config["label_names"] == list(names) and config["pretrained_cfg"]["crop_pct"] == 0.875
+        return
+    assert list(config["id2label"].values()) == list(names) == list(config["label2id"])
+    slope = np.linspace(0, 255, 160)[None, :, None] * np.linspace(0.5, 1, 120)[:, None, None]
+    picture = Image.fromarray(np.repeat(slope, 3, axis=2).astype(np.uint8))
+    # by name: where timm was imported, transformers takes the stand-in for torchvision as a real one
+    theirs = BeitImageProcessorPil.from_pretrained(tmp_path / "out")(picture, return_tensors="pt")["pixel_values"][0]
+    side, mean, std = 0.875 * 120, loaded.model.mean, loaded.model.std
+    box = (80 - side / 2, 60 - side / 2, 80 + side / 2, 60 + side / 2)
+    ours = np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC, box=box)) / 255
+    wanted = (torch.from_numpy(ours).permute(2, 0, 1).float() - torch.tensor(mean)[:, None, None]) / std[0]
+    assert len(set(std)) == 1
+    torch.testing.assert_close(theirs, wanted, rtol=0, atol=0.05)
 
 
 def test_other_exports_of_a_classifier_are_refused(tuned, tmp_path):

@@ -109,6 +109,21 @@ def test_a_run_learns_and_says_what_it_is(whole):
     losses = [line["loss"] for line in read_metrics(whole, "train")]
     assert len(losses) == STEPS and min(losses[-4:]) < losses[0]
     assert json.loads((whole / "environment.json").read_text())["job"] == "finetune"
+    assert json.loads((whole / "classes.json").read_text()) == ["class0", "class1", "class2"]
+
+
+def test_it_says_what_it_reads_and_how_it_does(whole, labelled):
+    """And that a finished run is finished, without one more line about it; another start is another run's."""
+    lines = (whole / "metrics.jsonl").read_text()
+    again = finished(tuned(labelled, whole, "log.every_steps=1"))
+    assert f"{whole} is finished: step {STEPS} of {STEPS}" in again
+    assert (whole / "metrics.jsonl").read_text() == lines
+    assert "60 pictures of 3 classes to train on, 23 to test" in again
+    done = alone(labelled, whole, "finetune.init=elsewhere")
+    assert (
+        done.returncode == 2
+        and "holds a run with finetune.init=, this config says finetune.init=elsewhere" in done.stderr
+    )
 
 
 def test_killed_and_resumed_is_uninterrupted(labelled, whole, tmp_path):
@@ -121,8 +136,9 @@ def test_killed_and_resumed_is_uninterrupted(labelled, whole, tmp_path):
     process.communicate()
     saved = sorted(int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step-*/state.json"))
     assert saved and saved[-1] < STEPS
-    output = finished(tuned(labelled, run, "log.every_steps=1", "finetune.init=/nowhere"))
+    output = finished(tuned(labelled, run, "log.every_steps=1"))
     assert f"from step {saved[-1]}" in output
+    assert f"of the test pictures right after step {STEPS}" in output
     ours, theirs = weights(run), weights(whole)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert read_metrics(run, "test")[-1]["loss"] == read_metrics(whole, "test")[-1]["loss"]
