@@ -111,7 +111,7 @@ def measured() -> tuple[Found, dict[float, int]]:
     """Everything, and how many pictures each share has."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         probes = list(pool.map(all_probes, SEEDS))
-        runs = {(n, s): [pool.submit(way, seed, s) for seed in SEEDS] for n, way in WAYS.items() for s in SHARES}
+        runs = {(n, s): [pool.submit(way, seed, s) for seed in SEEDS] for n, way in WAYS.items() for s in SHARES[::-1]}
         found: Found = {
             f"{kind}, {who}": {s: [probe[s]["results"][who][key] for probe in probes] for s in SHARES}
             for kind, key in KINDS.items()
