@@ -98,6 +98,7 @@ case $verb in
     demo | plan | stop | export | probe | report | watch | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
     pack | index | verify | stats | simulate) setup; exec "$python" -m shards "$verb" "$@" ;;
     tokenizer | tokenize | pretrain | finetune | doctor)
+        [ $# -gt 0 ] || fail "$verb needs a config: ./launch.sh $verb configs/NAME.yaml [section.key=value …]"
         setup
         case " $* " in *" -h "* | *" --help "*) exec "$python" -m pipeline "$verb" --help ;; esac
         [ "$verb" != finetune ] || augment

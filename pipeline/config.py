@@ -107,6 +107,9 @@ def _override(tree: dict, override: str) -> None:
     keys = name.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         raise ConfigError(f"override {override!r}: write section.key=value, for example train.zero_stage=3")
+    _known(keys[0], Config, f"override {override!r}: section")
+    if keys[0] != "deepspeed":
+        _known(keys[1], _field_types(Config)[keys[0]], f"override {override!r}:")
     for key in keys[:-1]:
         tree[key] = {} if tree.get(key) is None else tree[key]
         tree = tree[key]

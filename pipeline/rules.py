@@ -27,6 +27,7 @@ _AT_LEAST_ONE = {
     "log": ("every_steps", "heldout_samples"),
 }
 
+_INSTEAD = {"log.heldout_every": "; log.evaluation_share=0 leaves evaluations out"}
 _MAY_BE_NOTHING = ("optimizer.warmup", "tokenizer.warmup", "finetune.warmup", "checkpoint.keep_every")
 
 
@@ -52,7 +53,7 @@ def _numbers(config: Config) -> list[str]:
             if isinstance(smallest, int | float) and smallest < least:
                 lines.append(f"{name} is {value}; it must be at least {least}")
             if isinstance(value, Duration) and name not in _MAY_BE_NOTHING and value.count <= 0:
-                lines.append(f"{name} is {value}; it must be more than nothing")
+                lines.append(f"{name} is {value}; it must be more than nothing{_INSTEAD.get(name, '')}")
             if item.name == "seed" and value >= 2**63:
                 lines.append(f"{name} is {value}; it must be less than 2^63")
     return lines

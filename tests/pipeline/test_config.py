@@ -94,7 +94,7 @@ def test_values_are_read_by_the_type_of_their_setting(tmp_path, override, sectio
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.zero_stag=1", ["some.yaml", "train", "'zero_stag'", "did you mean zero_stage?"]),
+        ("train.zero_stag=1", ["override 'train.zero_stag=1'", "did you mean zero_stage?"]),
         ("optimiser.lr=1", ["section", "'optimiser'", "did you mean optimizer?"]),
         ("qqq.lr=1", ["'qqq'", "there are data, view"]),
         ("model.qqq=1", ["model", "'qqq'", "there are input_size, patch_size"]),
