@@ -144,6 +144,12 @@ _ROWS: tuple[tuple[str, Callable[[Record], float], Callable[[float], str], Calla
 )
 
 
+def _alike(title: str, records: Sequence[Record]) -> bool:
+    """Whether a row's values can be compared: probes that were fitted and tested on as many pictures."""
+    sizes = {(value(r.probe, "train_samples"), value(r.probe, "test_samples")) for r in records if r.probe}
+    return title not in ("linear probe", "k-NN probe") or len(sizes) == 1
+
+
 def _numbers(names: list[str], records: Sequence[Record]) -> str:
     """The headline numbers, where anybody has them; the best of a row is set bold."""
     rows: list[list[str]] = []
@@ -153,7 +159,7 @@ def _numbers(names: list[str], records: Sequence[Record]) -> str:
         finite = [y for y in values if math.isfinite(y)]
         if not finite:
             continue
-        if best is not None and len(finite) > 1 and len(set(finite)) > 1:
+        if best is not None and len(set(finite)) > 1 and _alike(title, records):
             strong |= {(len(rows), 1 + i) for i, y in enumerate(values) if y == best(finite)}
         rows.append([title, *(words(y) if math.isfinite(y) else "–" for y in values)])
     about = "Last values unless said otherwise; the best of a row is bold."

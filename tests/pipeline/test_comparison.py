@@ -52,6 +52,20 @@ def test_numbers_stand_side_by_side_and_the_best_is_bold(runs):
     assert found["k-NN inside the run"][1:] == ["–", "–"] and "linear probe" not in found
 
 
+def test_probes_of_other_conditions_have_no_best(runs):
+    def probed(run, fitted, linear):
+        results = {"trained": {"linear": linear, "knn": 0.5}}
+        (run / "probe.json").write_text(json.dumps({"train_samples": fitted, "test_samples": 50, "results": results}))
+
+    probed(runs[0], 400, 0.6)
+    probed(runs[1], 400, 0.7)
+    assert rows(body(records(runs)), "numbers")["linear probe"] == ["60.0%", "<b>70.0%</b>", "–"]
+    probed(runs[1], 40, 0.7)
+    found = rows(body(records(runs)), "numbers")
+    assert found["linear probe"] == ["60.0%", "70.0%", "–"]
+    assert found["pictures the probe was fitted on"] == ["400", "40", "–"]
+
+
 def test_every_chart_has_a_line_of_each_run_that_has_the_value(runs):
     html = body(records(runs))
     charts = {
