@@ -22,6 +22,8 @@ from shards.progress import Progress
 
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
 
+Features = tuple[dict[str, dict[str, Tensor]], Tensor]  # f32 [n, D] by model and layer, and labels i64 [n]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -63,32 +65,14 @@ def run(run_folder: Path, shards: str, test: str | None, asked: Asked) -> int:
     trained = with_weights(config, weights, run_folder)
     untrained = Beit(trained.model, config.tokenizer.vocabulary, config.data.seed)
     models = {"trained": trained.to(device), "untrained": untrained.to(device).eval()}
-    fitting = _labelled(config, shards)
-    testing = _labelled(config, test) if test else None
-    if testing is not None:
-        refuse_other_classes(fitting.stream.images, testing.stream.images, shards, str(test))
-        testing = spread_over(testing, asked.samples)
-    if asked.label_share < 1:
-        fitting = share_of(config, fitting, asked.label_share, asked.seed)
-    train_features, train_labels = _features(config, models, spread_over(fitting, asked.samples), device)
-    if testing is None:
-        part = torch.arange(len(train_labels)) % 5 == 4
-        test_labels, train_labels = train_labels[part], train_labels[~part]
-        test_features = {who: {n: f[part] for n, f in sets.items()} for who, sets in train_features.items()}
-        train_features = {who: {n: f[~part] for n, f in sets.items()} for who, sets in train_features.items()}
-    else:
-        test_features, test_labels = _features(config, models, testing, device)
-    if len(train_labels.unique()) < 2 or not len(test_labels):
-        raise ConfigError(
-            f"{shards} has fewer than two classes, or too few pictures; a probe needs labels to tell apart"
-        )
+    (train, train_labels), (tests, test_labels) = _sets(config, models, shards, test, asked, device)
     verdicts = {}
-    with Progress("linear probes", len(train_features) * sweeps(train_labels), "sweep") as progress:
-        for who in train_features:
+    with Progress("linear probes", len(train) * sweeps(train_labels), "sweep") as progress:
+        for who in train:
             verdicts[who] = judge(
-                train_features[who],
+                train[who],
                 train_labels,
-                test_features[who],
+                tests[who],
                 test_labels,
                 default=_default(who, config),
                 epochs=asked.epochs,
@@ -123,11 +107,34 @@ def _default(who: str, config: Config) -> str:
     return f"{sides[-1]}×{sides[-1]}" if who == "raw pixels" else f"layer {feature_depth(config.model.layers)}"
 
 
+def _sets(
+    config: Config, models: dict[str, Beit], shards: str, test: str | None, asked: Asked, device: torch.device
+) -> tuple[Features, Features]:
+    """What to fit on and what to test on: sets of their own, or four fifths and a fifth of one."""
+    fitting = _labelled(config, shards)
+    testing = _labelled(config, test) if test else None
+    if testing is not None:
+        refuse_other_classes(fitting.stream.images, testing.stream.images, shards, str(test))
+    if asked.label_share < 1:
+        fitting = share_of(config, fitting, asked.label_share, asked.seed)
+    train, train_labels = _features(config, models, spread_over(fitting, asked.samples), device)
+    if testing is None:
+        part = torch.arange(len(train_labels)) % 5 == 4
+        test_labels, train_labels = train_labels[part], train_labels[~part]
+        tests = {who: {n: f[part] for n, f in sets.items()} for who, sets in train.items()}
+        train = {who: {n: f[~part] for n, f in sets.items()} for who, sets in train.items()}
+    else:
+        tests, test_labels = _features(config, models, spread_over(testing, asked.samples), device)
+    if len(train_labels.unique()) < 2 or not len(test_labels):
+        raise ConfigError(
+            f"{shards} has fewer than two classes, or too few pictures; a probe needs labels to tell apart"
+        )
+    return (train, train_labels), (tests, test_labels)
+
+
 @torch.no_grad()
-def _features(
-    config: Config, models: dict[str, Beit], source: Source, device: torch.device
-) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-    """Features by model and layer, f32 [n, D]: the mean over patches after each block; and labels i64 [n]."""
+def _features(config: Config, models: dict[str, Beit], source: Source, device: torch.device) -> Features:
+    """The mean over patches after each block, and pixels."""
     count = source.samples
     gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}
     labels = []
