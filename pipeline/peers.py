@@ -114,6 +114,7 @@ def hf_forward(folder: Path) -> Forward:
     """What transformers computes from a folder of write_hf: logits of every patch, or a classifier's logits
     [B, classes], without a head its features [B, D]."""
     transformers = _peer("transformers", "hf")
+    transformers.utils.logging.disable_progress_bar()
     pretraining = "MaskedImageModeling" in json.loads((folder / _CONFIG).read_text())["architectures"][0]
     kind = transformers.BeitForMaskedImageModeling if pretraining else transformers.BeitForImageClassification
     peer, found = kind.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
