@@ -156,8 +156,8 @@ NOTE = (
     f"many in all). Gained: over the best of its kind without pretraining, seed by seed. Tested on tiles of parts of "
     f"the photographs that no training saw. Pretraining: configs/demo.yaml for {LENGTH} steps of 64, on the training "
     f"tiles without their labels. Fine-tuning: its `finetune` section, for {', '.join(map(str, STEPS.values()))} "
-    f"steps; from scratch: the same with lr 2e-3 and no layer-wise decay, for {LENGTH} steps also with mixup, cutmix and "
-    f"erasing, which help so long a training and harm a short one. Steps and mixing were chosen by the first seed's "
+    f"steps; from scratch: the same with lr 2e-3 and no layer-wise decay, for {LENGTH} steps also with mixup, cutmix "
+    f"and erasing, which help so long a training and harm a short one. Steps and mixing were chosen by the first seed's "
     f"accuracy. All of it in bf16."
 )
 
