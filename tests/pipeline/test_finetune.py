@@ -234,7 +234,7 @@ def test_what_cannot_be_is_said(labelled, others, tmp_path, settings, words):
     ("init", "settings", "words"),
     [
         ("/nowhere", [], "/nowhere is neither a run folder"),
-        ("{whole}", [], "is it the training of a tokenizer, or a fine-tuning?"),
+        ("{whole}", [], "no pretraining's of its config; of a fine-tuning, `export"),
         ("{encoder}", ["model.width=64"], "has model.width 32, this config says 64; make them equal"),
         (
             "{encoder}",
