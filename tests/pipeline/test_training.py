@@ -162,7 +162,7 @@ def test_another_config_is_refused(tiny, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     line = one_line(alone(tiny, run, "optimizer.lr=0.5"))
-    assert "optimizer.lr 0.001" in line
+    assert "optimizer.lr=0.001" in line
     assert "0.5" in line
 
 
