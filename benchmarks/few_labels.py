@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.results import launch, write
 from pipeline.checkpoint import newest
 from pipeline.metrics import read_metrics
+from pipeline.stages.probe import Asked
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO, OUT = ROOT / "runs" / "demo", ROOT / "runs" / "few_labels"
@@ -61,7 +62,7 @@ def pretrained(seed: int) -> Path:
 
 def probed(run: Path, seed: int, share: float) -> dict:
     """The probe's results with a share of the labels."""
-    path = run / ("probe.json" if share == 1 else f"probe-{share:g}-{seed}.json")
+    path = run / Asked(label_share=share, seed=seed).file
     if not path.exists():
         shards = [str(DEMO / "shards" / part) for part in ("train", "test")]
         launch("probe", [str(run), *shards, "--label-share", str(share), "--seed", str(seed)])

@@ -82,31 +82,28 @@ def write_hf(folder: Path, weights: Weights, model: Model, vocabulary: int, head
             else name.replace("lm_head.", "classifier."): w
             for name, w in renamed.items()
         }
-    preprocessor = {
+    _write(folder, renamed, config)
+    preprocessor = _preprocessor(model, head.test_crop)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n", encoding="utf-8")
+
+
+def _preprocessor(model: Model, share: float) -> dict:
+    """transformers' words for normalising a picture, the whole of it or the central square of so large a share of its
+    shorter side."""
+    height, width = model.input_size
+    whole = {"height": height, "width": width}
+    return {
         "image_processor_type": "BeitImageProcessor",
         "do_resize": True,
-        "size": {"height": height, "width": width},
+        "size": whole if share == 1.0 else {"shortest_edge": round(height / share)},
         "resample": 3,
-        "do_center_crop": False,
-        **_central(head.test_crop, height),
+        "do_center_crop": share != 1.0,
+        "crop_size": whole,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(model.mean),
         "image_std": list(model.std),
-    }
-    _write(folder, renamed, config)
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n", encoding="utf-8")
-
-
-def _central(share: float, side: int) -> dict:
-    """transformers' words for the central square of so large a share of the shorter side."""
-    if share == 1.0:
-        return {}
-    return {
-        "size": {"shortest_edge": round(side / share)},
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
     }
 
 

@@ -191,7 +191,10 @@ def data_wait(speeds_and_waits: list[tuple[float, float]]) -> float:
 
 
 def _tested(said: dict) -> str:
-    return "a fifth of the set kept apart" if said.get("tested_apart") is False else "of a set of their own"
+    """Earlier versions did not write it down."""
+    if "tested_apart" not in said:
+        return ""
+    return ", of a set of their own" if said["tested_apart"] else ", a fifth of the set kept apart"
 
 
 def _chose(results: dict[str, dict]) -> str:
@@ -211,9 +214,10 @@ def probe(record: Record) -> str:
         rows.append(("majority class", [float(said["majority_class"])] * 2))
     chosen = ", ".join(f"{result.get('features', '?')} ({who})" for who, result in results.items())
     tested, fitted = number(value(said, "test_samples")), number(value(said, "train_samples"))
+    epochs = f" for {number(value(said, 'epochs'))} epochs" if "epochs" in said else ""
     about = (
         f"Accuracy on {tested} labelled pictures of {number(value(said, 'classes'))} classes, by the frozen encoder "
-        f"of step {number(value(said, 'step'))}, {_tested(said)}. The probe is fitted on {fitted} pictures for "
-        f"{number(value(said, 'epochs'))} epochs, {_chose(results)}: {chosen}."
+        f"of step {number(value(said, 'step'))}{_tested(said)}. The probe is fitted on {fitted} pictures"
+        f"{epochs}, {_chose(results)}: {chosen}."
     )
     return page.section("probe", "What the features are good for", about, page.bars(["", "Linear probe", "k-NN"], rows))

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,17 @@ class TinySet:
 
     def overrides(self, run: Path, *more: str) -> list[str]:
         return [f"train.run={run}", *more]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small operators on shared cores: threads wait for each other longer than they work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

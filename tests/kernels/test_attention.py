@@ -1,7 +1,6 @@
 """Attention with a bias: every implementation against float64, with the gradients of qkv and of the table."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,13 +13,7 @@ IMPLEMENTATIONS = ["sdpa", "reference"]
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 2, 8, 3), (5, 2, 3, 7, 2), (8, 8, 4, 32, 2), (14, 14, 2, 64, 1)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small operators on shared cores: threads wait for each other ten times longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(rows: int, columns: int, a: int, k: int, b: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """The encoder: the released forward pass written out a second time, and what training leaves out or keeps."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +18,7 @@ N = 16
 MODES = ["absolute", "relative_shared", "relative"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small operators on shared cores: threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**changes) -> Beit:

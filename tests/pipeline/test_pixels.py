@@ -1,7 +1,6 @@
 """Colour jitter on the device against Pillow's, which BEiT used; normalisation and the tokenizer's range."""
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,7 @@ OPERATIONS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 CROPS = [(0, 0, 256, 256), (50, 150, 100, 80), (0, 0, 45, 60), (175, 15, 75, 150)]  # top, left, height, width
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small operators on shared cores: threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Probes: right where classes are apart, at chance on noise, and blind to the test labels when they choose."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,13 +10,7 @@ from pipeline.probe import RATES, Verdict, judge, knn_accuracy, scores, standard
 CLASSES, D = 4, 12
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small operators on shared cores: threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def judged(train: dict[str, Tensor], train_labels: Tensor, test: dict[str, Tensor], test_labels: Tensor) -> Verdict:

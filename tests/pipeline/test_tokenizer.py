@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,7 @@ from pipeline.tokenizer import load_tokenizer, save_dvae
 SETTINGS = Tokenizer(input_size=Size(32, 32), vocabulary=20, width=8, embedding=6, residual_blocks=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small operators on shared cores: threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pixels(count: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -89,14 +89,6 @@ def encoder_file(tmp_path, openai) -> Path:
     dalle = filled(Dalle(SHAPE))
     torch.save(openai(dalle.encoder, "encoder"), tmp_path / "encoder.pkl")
     return tmp_path / "encoder.pkl"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def refusal(path: Path, read: Callable[[Path], object]) -> str:

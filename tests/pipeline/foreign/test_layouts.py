@@ -17,6 +17,8 @@ from pipeline.foreign import read_dalle_pickles, read_flava_codebook, read_vqkd
 from pipeline.vqkd import Vqkd, VqkdShape, published_name
 from tests.pipeline.foreign.conftest import FORMATS, SHAPE, encoder_of, filled, refusal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VQKD = VqkdShape(vocabulary=10, code_size=4, layers=2, width=64, heads=1, input_size=16, patch_size=8)
 
 

@@ -26,6 +26,8 @@ from pipeline.dalle import Dalle
 from pipeline.foreign import read_dalle_pickles, read_vqkd
 from tests.pipeline.foreign.conftest import FORMATS, SHAPE, encoder_of, filled, refusal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 READERS = {"dalle": encoder_of, "vqkd": read_vqkd}
 
 
