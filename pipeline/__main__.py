@@ -193,9 +193,8 @@ def _exchange(arguments: argparse.Namespace) -> int:
     return export.run(arguments.run, arguments.out, arguments.to, arguments.finetune, size)
 
 
-# a disk that is full or closed, and paths that lead elsewhere than the user thinks
-_OF_THE_USER = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
-_OF_THE_USER |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}
+_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}  # a disk that is full, or not ours
+_ELSEWHERE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}  # a path that leads where the user did not think
 
 
 def main() -> int:
@@ -215,7 +214,9 @@ def main() -> int:
             raise
         return _refuse(str(error))
     except OSError as error:
-        if error.errno not in _OF_THE_USER:
+        # only the first rank says a line: what one of them alone does not find is told by a traceback
+        in_job = "LOCAL_RANK" in os.environ or in_step(os.environ)
+        if error.errno not in (_CLOSED if in_job else _CLOSED | _ELSEWHERE):
             raise
         return _refuse(f"{error.filename or 'a file'}: {error.strerror}; mend that, then run the same command again")
 

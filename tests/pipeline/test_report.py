@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -25,6 +26,7 @@ from pipeline.stages import report
 from pipeline.streams import evaluation_batches, heldout, pretraining
 from pipeline.tokenizer import save_dvae
 from pipeline.words import duration
+from tests.conftest import ROOT
 from tests.pipeline.made_runs import (
     config_of,
     lines_of,
@@ -222,6 +224,24 @@ def test_cards_of_the_numbers_that_matter(tmp_path):
 def test_data_wait_is_a_share_of_time_not_of_lines():
     """100 samples at 100/s waiting half of it, 100 samples at 10/s waiting never: 0.5 s of 11 s."""
     assert data_wait([(100.0, 0.5), (10.0, 0.0)]) == pytest.approx(0.5 / 11)
+
+
+def test_a_path_that_leads_elsewhere_is_one_line(tmp_path):
+    """Through the front door; a rank of a job, of which only the first says lines, tells all it knows."""
+    write_run(tmp_path / "run", config_of(tmp_path), lines_of(20, 20))
+    command = [sys.executable, "-m", "pipeline", "report", str(tmp_path / "run"), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path}" in done.stderr and "Is a directory" in done.stderr
+    alone = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "LOCAL_RANK": "1", "RANK": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 1 and "IsADirectoryError" in alone.stderr
 
 
 def test_the_probe_table(tmp_path):
