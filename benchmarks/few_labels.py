@@ -154,8 +154,8 @@ NOTE = (
     f"best of its kind without pretraining, seed by seed. Tested on tiles of parts of the photographs that no "
     f"training saw. Pretraining: configs/demo.yaml for {LENGTH} steps of 64, on the training tiles without their "
     f"labels. Fine-tuning and supervised training differ in nothing but the weights they begin with: {LENGTH} steps "
-    f"of 64, lr 2e-3, no layer-wise decay, mixup, cutmix, erasing. These were chosen by the first seed's accuracy; "
-    f"the second seed had no say. All of it in bf16."
+    f"of 64, lr 2e-3, no layer-wise decay, mixup, cutmix, erasing; pretraining's own steps come on top. These settings "
+    f"were chosen by the first seed's accuracy; the second seed had no say. All of it in bf16."
 )
 
 
