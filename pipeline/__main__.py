@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import os
 import socket
 import sys
@@ -12,8 +11,8 @@ from types import TracebackType
 from typing import NoReturn
 
 from pipeline.commandline import CONFIG_VERBS, parsed
+from pipeline.complaints import complain, line_of
 from pipeline.config import Config, ConfigError, load_config, refuse_world, to_size, work_folder
-from pipeline.rendezvous import HostError, in_step, rank_of
 from pipeline.signals import StopRequest, end_with_launcher
 
 
@@ -193,10 +192,6 @@ def _exchange(arguments: argparse.Namespace) -> int:
     return export.run(arguments.run, arguments.out, arguments.to, arguments.finetune, size)
 
 
-_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}  # a disk that is full, or not ours
-_ELSEWHERE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}  # a path that leads where the user did not think
-
-
 def main() -> int:
     """Parse, run, and turn what a user or a disk caused into one line and exit code 2."""
     arguments = parsed()
@@ -205,28 +200,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except ConfigError as error:
-        return _refuse(str(error), isinstance(error, HostError))
-    except ValueError as error:
-        from shards.errors import ShardError
-
-        if not isinstance(error, ShardError):
+    except Exception as error:
+        if not line_of(error):
             raise
-        return _refuse(str(error))
-    except OSError as error:
-        # only the first rank says a line: what one of them alone does not find is told by a traceback
-        in_job = "LOCAL_RANK" in os.environ or in_step(os.environ)
-        if error.errno not in (_CLOSED if in_job else _CLOSED | _ELSEWHERE):
-            raise
-        return _refuse(f"{error.filename or 'a file'}: {error.strerror}; mend that, then run the same command again")
-
-
-def _refuse(line: str, of_host: bool = False) -> int:
-    """Say it once, not once per rank; what only one host knows, its first process says."""
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0") if in_step(os.environ) else "0")
-    if local == "0" if of_host else rank_of(os.environ) == 0:
-        print(f"error: {line}", file=sys.stderr, flush=True)
-    return 2
+        return complain(error)
 
 
 def _end(code: int) -> NoReturn:

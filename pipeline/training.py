@@ -60,6 +60,7 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
     Raises ConfigError or ShardError for anything a user or a disk can cause.
     """
     tell = say if world.first else lambda _: None
+    _refuse_others(config, job, world)
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, world.rank))
         if world.first:
@@ -95,6 +96,20 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         if done < steps:
             tell(f"stopped after step {done} of {steps} ({stop() or 'another rank was asked'}); run again to go on")
         return engine, done == steps
+
+
+def _refuse_others(config: Config, job: Job, world: World) -> None:
+    """Raise ConfigError on every rank where one reads other data, or by another config, than the first."""
+    read = {"image set": job.source.images, "token set": job.source.tokens}
+    mine = read | {"config": identity_digest(config, job.sections)}
+    first, *others = gathered((socket.gethostname(), mine), world)
+    for host, theirs in others:
+        differing = [name for name in mine if theirs[name] != first[1][name]]
+        if differing:
+            raise ConfigError(
+                f"host {host} has another {' and '.join(differing)} than {first[0]}, the host of the first rank: "
+                f"bring the same files to both; `doctor` compares hosts"
+            )
 
 
 def _parts(

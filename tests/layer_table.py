@@ -17,7 +17,7 @@ BELOW += " pipeline.loop pipeline.run pipeline.weights pipeline.dvae pipeline.pr
 PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
 PLAN += " pipeline.sharding pipeline.timeline"
 UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
-BELOW += " pipeline.labelled"
+BELOW += " pipeline.labelled pipeline.complaints pipeline.opening"
 BELOW += " pipeline.comparison pipeline.document pipeline.encoders pipeline.gallery pipeline.words pipeline.evaluation"
 BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
 
@@ -42,7 +42,7 @@ TABLE = (
     Row("pipeline", ""),
     Row(
         "pipeline.__main__",
-        f"pipeline.commandline {CONFIG} pipeline.rendezvous pipeline.signals pipeline.stages shards.errors "
+        f"pipeline.commandline {CONFIG} pipeline.complaints pipeline.rendezvous pipeline.signals pipeline.stages "
         "pipeline.findings pipeline.checks_host pipeline.checks_ssh",
     ),
     Row("pipeline.settings", "", "torch numpy shards kernels"),
@@ -50,6 +50,7 @@ TABLE = (
     Row("pipeline.rules", "pipeline.settings", "torch numpy shards kernels"),
     Row("pipeline.config", "yaml pipeline.settings pipeline.rules", "torch numpy shards kernels"),
     Row("pipeline.rendezvous", CONFIG, "torch numpy shards"),
+    Row("pipeline.complaints", f"{CONFIG} pipeline.rendezvous shards.errors", "torch numpy"),
     Row("pipeline.signals", "pipeline.rendezvous", "torch numpy shards"),
     Row("pipeline.carried", f"{CONFIG} pipeline.signals", "torch numpy shards"),
     Row("pipeline.findings", "", "torch numpy shards pipeline.config"),
@@ -136,6 +137,7 @@ TABLE = (
         f"{ENGINE} torch pipeline.feed pipeline.guard pipeline.metrics pipeline.pace pipeline.positions pipeline.run",
         "pipeline.model shards pipeline.stages",
     ),
+    Row("pipeline.opening", f"{ENGINE} pipeline.complaints pipeline.rendezvous", "pipeline.model pipeline.stages"),
     Row("pipeline.ending", f"{ENGINE} pipeline.checkpoint pipeline.signals", "pipeline.model shards pipeline.stages"),
     Row("pipeline.feed", f"{CONFIG} torch pipeline.pace", "pipeline.model shards pipeline.stages"),
     Row(

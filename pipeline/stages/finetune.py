@@ -10,11 +10,12 @@ from torch import Tensor
 from pipeline.checkpoint import newest
 from pipeline.config import Config, ConfigError, tuning_micro_batch
 from pipeline.ending import end
-from pipeline.engine import Engine, Setup, World, from_first, setup_from, start_world, sums
+from pipeline.engine import Engine, Setup, World, from_first, setup_from, sums
 from pipeline.labelled import num_classes, supervised, supervised_test
 from pipeline.metrics import say
 from pipeline.model import Classifier, initialise, training_flops
 from pipeline.objective import classification_loss, classified, encoder_input
+from pipeline.opening import on_every_rank, start_with
 from pipeline.optim import layer_groups
 from pipeline.resize import finetuned_model
 from pipeline.streams import Source, even_batches
@@ -31,9 +32,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     """Fine-tune; returns the exit code. `stop` says why to stop, or ''."""
     tune = config.finetune
     _refuse(config)
-    source, test = supervised(config), supervised_test(config)
-    classes = _classes(config, source, test)
-    world = start_world(config.faults.hang_seconds)
+    world, (source, test, classes) = start_with(lambda: _opened(config), config.faults.hang_seconds)
     run_folder = Path(tune.run)
     classifier = new_classifier(config, classes)
     line = _start(config, classifier, run_folder, world)
@@ -90,6 +89,12 @@ def _refuse(config: Config) -> None:
         raise ConfigError(f"finetune.init and finetune.run are both {tune.run}: give the run a folder of its own")
 
 
+def _opened(config: Config) -> tuple[Source, Source | None, int]:
+    """What the run reads: pictures to train on, to test on, and how many classes they have."""
+    source, test = supervised(config), supervised_test(config)
+    return source, test, _classes(config, source, test)
+
+
 def _classes(config: Config, source: Source, test: Source | None) -> int:
     """How many there are to learn. Raises ConfigError for fewer than two, and for a test with others."""
     classes = num_classes(source.stream.images)
@@ -124,7 +129,8 @@ def _start(config: Config, classifier: Classifier, run_folder: Path, world: Worl
         return ""
     if not config.finetune.init:
         return "finetune.init is empty: the encoder starts as drawn from data.seed"
-    return tune_from(Path(config.finetune.init), classifier, config.model)
+    init = Path(config.finetune.init)
+    return on_every_rank(lambda: tune_from(init, classifier, config.model), world)
 
 
 def tuning_setup(config: Config, world: World) -> Setup:

@@ -9,13 +9,14 @@ from kernels.attention import chosen
 from pipeline.checkpoint import newest
 from pipeline.config import Config, ConfigError, micro_batch
 from pipeline.ending import end
-from pipeline.engine import Engine, World, from_first, setup_from, start_world
-from pipeline.evaluation import Evaluations, judged, with_tokens
+from pipeline.engine import Engine, World, from_first, setup_from
+from pipeline.evaluation import Evaluations, Judged, judged, with_tokens
 from pipeline.metrics import say
 from pipeline.model import Beit, training_flops
 from pipeline.objective import masked_token_loss
+from pipeline.opening import on_every_rank, start_with
 from pipeline.optim import parameter_groups
-from pipeline.streams import pretraining, refuse_other_tokenizers
+from pipeline.streams import Source, pretraining, refuse_other_tokenizers
 from pipeline.training import Job, run_training
 from pipeline.weights import start_from
 from shards.loader import Batch
@@ -25,17 +26,15 @@ IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Pretrain; returns the exit code. `stop` says why to stop, or ''."""
-    source = pretraining(config)
-    refuse_other_tokenizers(config)
-    sets = judged(config)
-    world = start_world(config.faults.hang_seconds)
+    world, (source, sets) = start_with(lambda: _opened(config), config.faults.hang_seconds)
     micro = micro_batch(config.train.global_batch, config.train.micro_batch, world.size, "train.global_batch")
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     beit.checkpointing = config.train.activation_checkpointing
     run_folder = Path(config.train.run)
-    lines = [f"attention: {_kernels(config, world)}"]
+    lines = [f"attention: {on_every_rank(lambda: _kernels(config, world), world)}"]
     if config.train.init and from_first(newest(run_folder, lambda _: None) is None, world):
-        lines.append(start_from(Path(config.train.init), beit, config.tokenizer.vocabulary))
+        init = Path(config.train.init)
+        lines.append(on_every_rank(lambda: start_from(init, beit, config.tokenizer.vocabulary), world))
     for line in lines if world.first else ():
         say(line)
     steps = config.train.duration.steps(source.samples, config.train.global_batch)
@@ -63,6 +62,13 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     )
     _, finished = run_training(config, job, world, stop)
     return end(run_folder, finished, stop, world)
+
+
+def _opened(config: Config) -> tuple[Source, Judged]:
+    """What the run reads: the stream, and what it is judged on."""
+    source = pretraining(config)
+    refuse_other_tokenizers(config)
+    return source, judged(config)
 
 
 def _kernels(config: Config, world: World) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.complaints import of_host
 from pipeline.config import ONLINE, Config, ConfigError
 from pipeline.metrics import say
 from pipeline.pixels import jitter
@@ -73,10 +74,19 @@ def run(config: Config) -> int:
         raise ConfigError(
             "data.tokens is online: `pretrain` makes the tokens itself; name a folder to make them before"
         )
+    with of_host():  # the processes don't meet: what a host lacks, it says itself
+        tasks = _tasks(config, pairs)
+    for task in tasks:
+        _tokenize_set(config, task)
+    return 0
+
+
+def _tasks(config: Config, pairs: list[tuple[str, str]]) -> list[Task]:
+    """Open the image sets and the tokenizer. Raises ShardError or ConfigError."""
     tokenizer, identity = fitting_tokenizer(config)
     device = _device()
-    for images, tokens in pairs:
-        task = Task(
+    return [
+        Task(
             image_set(config, images),
             Path(tokens),
             tokenizer.to(device),
@@ -87,8 +97,8 @@ def run(config: Config) -> int:
             device,
             config.loader.decoder,
         )
-        _tokenize_set(config, task)
-    return 0
+        for images, tokens in pairs
+    ]
 
 
 def _device() -> torch.device:

@@ -11,10 +11,11 @@ from torch import Tensor
 from pipeline.config import DVAE_STRIDE, Config, ConfigError, micro_batch
 from pipeline.dvae import Dvae
 from pipeline.ending import end
-from pipeline.engine import Engine, Setup, World, start_world
+from pipeline.engine import Engine, Setup, World
 from pipeline.loop import Objective
 from pipeline.metrics import say
 from pipeline.objective import dvae_loss
+from pipeline.opening import start_with
 from pipeline.pixels import jitter
 from pipeline.streams import Source, evaluation_batches, tokenizer_training
 from pipeline.tokenizer import codebook_use, save_dvae
@@ -33,8 +34,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
             f"tokenizer.stride is {config.tokenizer.stride}; the dVAE that `tokenizer` trains has {DVAE_STRIDE}: "
             f"set it so, or bring the other tokenizer with `import-tokenizer`"
         )
-    source = tokenizer_training(config)
-    world = start_world(config.faults.hang_seconds)
+    world, source = start_with(lambda: tokenizer_training(config), config.faults.hang_seconds)
     settings = config.tokenizer
     micro = micro_batch(settings.global_batch, settings.micro_batch, world.size, "tokenizer.global_batch")
     folder = Path(config.data.tokenizer)
