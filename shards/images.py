@@ -23,7 +23,7 @@ from shards.files import RETRY_SECONDS, file_digest, open_files
 from shards.index import FLAG_BAD, Index, index_path, open_index
 from shards.manifest import ImageManifest, read_image_manifest
 from shards.order import Chunks, Order
-from shards.remote import Kept, Remote, is_url
+from shards.remote import FETCHES, Kept, Remote, is_url
 
 Value = TypeVar("Value")
 
@@ -109,22 +109,26 @@ class ImageSet:
         return data
 
     def _read_remote(self, remote: Remote, shard: int, row: int, digest: int) -> bytes:
-        """A picture out of the cache, or past it where it has no room; fetched once more when it is not what was
-        packed."""
+        """A picture out of the cache, or past it where it has no room. When it is not what was packed, its chunk is
+        fetched once more, which mends the cache, and then the picture alone: processes that share a chunk may each
+        drop what another has just fetched anew."""
         index, entry, now = self.index(shard), self._entry(shard, row // self.chunk), ALWAYS
         if self.reading is not None:
             now = self.reading.sample
         offset, size = int(index.columns["image_offset"][row]), int(index.columns["image_size"][row])
         within = offset - self._span(shard, row // self.chunk)[0]
-        for last in (False, True):
-            data = self._kept().read(entry, within, size)
-            if data is None and self.fetcher(shard, row // self.chunk)(now):
+        for tries in range(1, FETCHES + 1):
+            data = None
+            if tries <= 2:
                 data = self._kept().read(entry, within, size)
+                if data is None and self.fetcher(shard, row // self.chunk)(now):
+                    data = self._kept().read(entry, within, size)
             if data is None:
                 data = remote.part(f"{self.manifest.shards[shard].name}.tar", offset, offset + size)
-            if last or xxhash.xxh3_64_intdigest(data) == digest:
+            if tries == FETCHES or xxhash.xxh3_64_intdigest(data) == digest:
                 return data
-            self._kept().drop(entry)
+            if tries == 1:
+                self._kept().drop(entry)
             _log.warning("%s: %s came damaged, or is so in the cache; fetching it again", remote, index.key(row))
         raise AssertionError("unreachable")
 

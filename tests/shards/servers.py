@@ -51,7 +51,7 @@ class Faults:
     slow: float = 0.0  # `pause_seconds` without a byte after half of the body
     truncate: float = 0.0  # a clean end of the connection after half of the body that Content-Length promised
     shorten: float = 0.0  # half of what was asked for, and the headers agree: only the asker can tell
-    corrupt: float = 0.0  # one byte of the body is another; never twice running of a path, which nobody could mend
+    corrupt: float = 0.0  # one byte of the body is another; of the same bytes of a path not twice running
     pause_seconds: float = 0.3
 
     def __post_init__(self) -> None:
@@ -178,11 +178,11 @@ class _Proxy(ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._corrupted: set[str] = set()
 
-    def corrupts(self, path: str) -> bool:
-        """Whether an answer about this path may be corrupted: not right after one that was."""
+    def corrupts(self, asked: str) -> bool:
+        """Whether an answer to what is asked may be corrupted: not after one that was, then again."""
         with self._lock:
-            again = path in self._corrupted
-            (self._corrupted.discard if again else self._corrupted.add)(path)
+            again = asked in self._corrupted
+            (self._corrupted.discard if again else self._corrupted.add)(asked)
             return not again
 
     def count(self, what: str) -> int:
@@ -208,7 +208,7 @@ class _Forward(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         chance = random.Random(f"{self.server.faults.seed} {self.server.count('requests')}")
         fault = self.server.faults.drawn(chance)
-        if fault == "corrupt" and not self.server.corrupts(self.path):
+        if fault == "corrupt" and not self.server.corrupts(f"{self.path} {self.headers.get('Range')}"):
             fault = ""
         with contextlib.suppress(ConnectionError):  # the client has had enough
             if fault == "error" and self.command in ("GET", "HEAD"):

@@ -154,7 +154,7 @@ def kept(cache: Path) -> list[Path]:
 
 
 def test_a_picture_damaged_at_its_source_is_a_bad_sample(tiny, tmp_path):
-    """Fetched twice, then replaced and counted like any other."""
+    """Fetched again and again, then replaced and counted like any other."""
     shutil.copytree(tiny.folder / "shards", tmp_path / "shards")
     index = ImageSet(tiny.folder / "shards" / "train").index(0)
     tar = tmp_path / "shards" / "train" / "shard-000000.tar"
@@ -193,6 +193,20 @@ def test_damage_in_the_cache_is_mended_and_logged(tiny, served, tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         assert batches(config, pretraining(config), 1, 0) == expected
     assert "fetching it again" in caplog.text
+
+
+def test_damage_in_the_cache_and_on_the_way(tiny, tmp_path):
+    """What comes instead of a damaged picture may be damaged too: the third try has it."""
+    cache = Cache(tmp_path / "cache", 10**9)
+    expected = ImageSet(tiny.folder / "shards" / "train").read(0, 3)
+    with http_server(tiny.folder) as upstream, faulty(upstream, Faults(seed=1, corrupt=1)) as (url, counts):
+        assert ImageSet(f"{upstream}/shards/train", cache, chunk=1).read(0, 3) == expected
+        (part,) = (path for path in kept(tmp_path / "cache") if path.suffix == ".part")
+        part.write_bytes(bytes(len(expected)))
+        images = ImageSet(f"{upstream}/shards/train", cache, chunk=1)
+        images.folder = Remote(f"{url}/shards/train")
+        assert images.read(0, 3) == expected
+        assert counts()["corrupt"] == 1 and counts()["requests"] == 2
 
 
 def test_partial_files_of_killed_runs_are_harmless(tiny, served, tmp_path):
