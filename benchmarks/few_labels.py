@@ -27,9 +27,6 @@ LENGTH = 2100  # steps of pretraining, and of fine-tuning and training from scra
 FAST = ["train.precision=bf16", "model.kernels=reference", "train.micro_batch=64", "finetune.micro_batch=64"]
 # of all supervised training, whatever the weights it begins with
 SUPERVISED = [
-    f"finetune.duration={LENGTH} steps",
-    f"finetune.warmup={LENGTH // 10} steps",
-    f"finetune.test_every={LENGTH} steps",
     "finetune.lr=2e-3",
     "finetune.layer_decay=1",
     "finetune.mixup=0.8",
@@ -54,10 +51,10 @@ def settings(seed: int) -> list[str]:
     ]
 
 
-def done(run: Path) -> bool:
+def done(run: Path, steps: int = LENGTH) -> bool:
     """Whether a run has saved its last step."""
     found = newest(run, lambda _: None)
-    return found is not None and found[1].step == LENGTH
+    return found is not None and found[1].step == steps
 
 
 def pretrained(seed: int) -> Path:
@@ -78,13 +75,14 @@ def probed(run: Path, seed: int, share: float) -> dict:
     return json.loads(path.read_text())
 
 
-def tuned(name: str, seed: int, share: float, init: str | Path = "") -> float:
+def tuned(name: str, seed: int, share: float, init: str | Path = "", steps: int = LENGTH) -> float:
     """Accuracy on the test set after supervised training from `init`, or from drawn weights."""
     run = OUT / f"{name}-{seed}-{share}"
-    if not done(run):
-        where = [f"finetune.run={run}", f"finetune.label_share={share}", f"finetune.init={init}"]
-        launch("finetune", [*settings(seed), *where, *SUPERVISED])
-    (last,) = [line for line in read_metrics(run, "test") if line["step"] == LENGTH]
+    if not done(run, steps):
+        words = {"run": run, "label_share": share, "init": init, "duration": f"{steps} steps"}
+        words |= {"warmup": f"{steps // 10} steps", "test_every": f"{steps} steps"}
+        launch("finetune", [*settings(seed), *(f"finetune.{key}={word}" for key, word in words.items()), *SUPERVISED])
+    (last,) = [line for line in read_metrics(run, "test") if line["step"] == steps]
     return last["accuracy"]
 
 
@@ -121,11 +119,16 @@ def measured() -> tuple[Found, dict[float, int]]:
     return found, {share: probes[0][share]["train_samples"] for share in SHARES}
 
 
-def main() -> None:
-    """Rows are methods, columns shares of the labels."""
+def prepare() -> None:
+    """Processes of one thread, on the demo's data."""
     if not (DEMO / "tokens" / "train" / "manifest.json").exists():
         sys.exit("error: run ./launch.sh demo first; this uses its shards, tokens and tokenizer")
     os.environ |= {"NPROC": "1", "OMP_NUM_THREADS": "1"}
+
+
+def main() -> None:
+    """Rows are methods, columns shares of the labels."""
+    prepare()
     found, pictures = measured()
     rows = [{"": name} | {f"{s:.0%} ({pictures[s]})": cell(by[s]) for s in SHARES} for name, by in found.items()]
     rows += [
