@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from pipeline.commandline import CONFIG_VERBS, parsed
-from pipeline.complaints import complain, line_of
+from pipeline.complaints import EXPECTED, complain, line_of, of_host
 from pipeline.config import Config, ConfigError, load_config, refuse_world, to_size, work_folder
 from pipeline.signals import StopRequest, end_with_launcher
 
@@ -20,7 +20,7 @@ def _run(arguments: argparse.Namespace) -> int:
     """One verb; returns the exit code."""
     verb = arguments.verb
     if verb in CONFIG_VERBS:
-        return _work(verb, load_config(arguments.config, arguments.overrides))
+        return _work(verb, _config(arguments))
     if verb == "doctor":
         return _doctor(arguments)
     if verb in ("launch", "slurm", "stop"):
@@ -49,6 +49,12 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"demo takes one folder of pictures, not {len(folders)}: {' '.join(folders)}")
     settings = [word for word in arguments.words if "=" in word]
     return demo.run(Path(folders[0]) if folders else None, arguments.out, settings)
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """Of one of many processes, where each host has a file of its own, and they have not met."""
+    with of_host():
+        return load_config(arguments.config, arguments.overrides)
 
 
 def _work(verb: str, config: Config) -> int:
@@ -80,7 +86,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     """One of the processes of `doctor`; signals are taken over before torch is imported."""
     from pipeline.checks_host import Arrivals
 
-    config, arrivals = load_config(arguments.config, arguments.overrides), Arrivals()
+    config, arrivals = _config(arguments), Arrivals()
     if "LOCAL_RANK" in os.environ:
         end_with_launcher()
     sys.excepthook = _end_with_error
@@ -200,7 +206,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except Exception as error:
+    except EXPECTED as error:
         if not line_of(error):
             raise
         return complain(error)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import zero
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, SharedError
 from pipeline.engine import Engine, barrier, from_first, gathered
 from pipeline.saved import STATE, candidates, step_of
 from pipeline.saved import State as State
@@ -40,7 +40,7 @@ class Saver:
     def save(self, state: State) -> bool:
         """Write a checkpoint, or begin to; False, and nothing is written, when the weights are not finite.
 
-        Raises ConfigError when there is no room for it, before anything is written, and when it cannot be written;
+        Raises SharedError when there is no room for it, before anything is written, and when it cannot be written;
         those before stay.
         """
         self.finish()
@@ -49,7 +49,7 @@ class Saver:
         folder, first = _folder(self.run, state.step), self.engine.world.first
         refusal = from_first(self._make_room() if first else "", self.engine.world)
         if refusal:
-            raise ConfigError(refusal)
+            raise SharedError(refusal)
         if first:
             shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
             folder.mkdir(parents=True)
@@ -71,7 +71,7 @@ class Saver:
         return self._open is not None
 
     def finish(self) -> None:
-        """Wait for the files of the last save and close it. Raises ConfigError when they could not be written."""
+        """Wait for the files of the last save and close it. Raises SharedError when they could not be written."""
         if self._open is None:
             return
         state, self._open = self._open, None
@@ -79,7 +79,7 @@ class Saver:
         errors = [error for error in gathered(self.engine.writer.wait(), self.engine.world) if error]
         if errors:
             free = shutil.disk_usage(folder).free
-            raise ConfigError(
+            raise SharedError(
                 f"cannot write {folder} ({free >> 20} MiB free there; {errors[0]}): make room, then start again; it "
                 f"goes on from the checkpoint before"
             )
@@ -168,9 +168,9 @@ def resume(
         ("tokens", "data.tokens is another token set than the run was started with"),
     ):
         if getattr(state, name) != getattr(expected, name):
-            raise ConfigError(f"{folder}: {cure}; give the one it was started with, or a new train.run folder")
+            raise SharedError(f"{folder}: {cure}; give the one it was started with, or a new train.run folder")
     if state.order != expected.order:
-        raise ConfigError(
+        raise SharedError(
             f"{folder} was saved by a version that puts samples in another order ({state.order}, here "
             f"{expected.order}): finish the run with that version, or begin a new one with train.init=EXPORT"
         )

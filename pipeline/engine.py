@@ -4,6 +4,7 @@ import datetime
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.config import Config, ConfigError
-from pipeline.rendezvous import Place, meeting, place_of, refuse_loopback_name
+from pipeline.config import Config
+from pipeline.rendezvous import HostError, Place, meeting, place_of, refuse_loopback_name
 from pipeline.sharding import checkpoint_bytes
 from pipeline.watchdog import longest
 
@@ -207,9 +208,10 @@ class Engine:
     """A model under DeepSpeed. `model` is what objectives call; parameters live wherever ZeRO put them."""
 
     def __init__(self, module: nn.Module, groups: list[dict], setup: Setup, world: World):
-        """groups: AdamW parameter groups. Raises ConfigError for what DeepSpeed refuses."""
+        """groups: AdamW parameter groups. Raises HostError for fp16 without a GPU."""
         if setup.precision == "fp16" and world.device.type == "cpu":
-            raise ConfigError("train.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+            host = socket.gethostname()
+            raise HostError(f"train.precision fp16 needs a GPU, and {host} shows none; on a CPU use bf16 or fp32")
         self.world, self.setup = world, setup
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[setup.precision]
         names = {id(parameter): name for name, parameter in module.named_parameters()}

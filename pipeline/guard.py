@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import ConfigError, Faults
+from pipeline.config import Faults, SharedError
 from pipeline.run import end_cut_line
 
 
@@ -70,7 +70,7 @@ class Guard:
 
     def before(self) -> int:
         """The checkpoint to go back to is the newest of a step less than this: one with other weights than those that
-        failed, or, where the last return brought nothing, an older one. Raises ConfigError when enough were made."""
+        failed, or, where the last return brought nothing, an older one. Raises SharedError when enough were made."""
         start = self.row[0].step + (self.ruined and len(self.row) == 1)
         idle, on = 0, start
         for made in reversed(self.returns):
@@ -78,7 +78,7 @@ class Guard:
                 break
             idle, on = idle + 1, made.to
         if idle >= self.faults.max_returns:
-            raise ConfigError(self.report(f"going back {idle} times did not help"))
+            raise SharedError(self.report(f"going back {idle} times did not help"))
         return min([start, *(made.to for made in self.returns[len(self.returns) - idle :])])
 
     def went_back(self, to: int) -> Return:

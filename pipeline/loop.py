@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.config import ConfigError
+from pipeline.config import SharedError
 from pipeline.engine import Engine, agree, all_values, gathered, sums
 from pipeline.feed import Batch, Feed
 from pipeline.guard import Fault, Guard
@@ -115,7 +115,7 @@ def train(engine: Engine, batches: Iterator[Batch], plan: Plan, parts: Parts) ->
     """Train from plan.first_step on; returns the number of steps done in all: less than plan.steps when stopped, or
     when parts.guard must go back.
 
-    Raises ConfigError on every rank when the budget of bad samples is spent.
+    Raises SharedError when the budget of bad samples is spent.
     """
     feed = Feed(batches, engine.world.device)
     meter = Meter(engine, feed.waiting)
@@ -225,4 +225,4 @@ def _settle_bad(engine: Engine, meter: Meter, bad_samples: BadSamples | None) ->
         bad_samples.add(everything)
         complaint = bad_samples.complaint() if bad_samples.exhausted else ""
     if agree([float(bool(complaint))], engine.world)[0]:
-        raise ConfigError(complaint or "the budget of bad samples is spent; the first rank says which")
+        raise SharedError(complaint or "the budget of bad samples is spent; the first rank says which")

@@ -24,8 +24,8 @@ from pipeline.config import Config, ConfigError, load_config, to_tree, to_yaml
 _LOCK_SECONDS = 120
 _PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "numpy", "pillow", "safetensors")
 
-# Settings that change no number of a run, or whose meaning is guarded by fingerprints; the rest is its identity.
-_FREE = {
+# Settings that every host of a run may have to itself: where things are, and how they are loaded.
+OF_HOST = {
     "data": {
         "images",
         "tokens",
@@ -34,12 +34,13 @@ _FREE = {
         "labelled_images",
         "labelled_test",
         "tokenizer",
-        "bad_sample_budget",
         "cache",
         "cache_gb",
-    }
+    },
+    "loader": {"workers", "prefetch", "decoder"},
 }
-_FREE |= {"loader": {"workers", "prefetch", "decoder"}, "model": {"kernels"}, "deepspeed": set()}
+# Settings that change no number of a run, or whose meaning is guarded by fingerprints; the rest is its identity.
+_FREE = {**OF_HOST, "data": OF_HOST["data"] | {"bad_sample_budget"}, "model": {"kernels"}, "deepspeed": set()}
 _FREE |= {"train": {"run", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "compile"}}
 _FREE |= {"finetune": {"run", "micro_batch", "test_every"}}
 _FREE |= {"tokenizer": {"micro_batch", "precision"}}

@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """What a user can cause with a config, a run folder or a command line: what, where, the rule, the cure."""
 
 
+class SharedError(ConfigError):
+    """What every rank raises at the same place, so that the first says it for all."""
+
+
 @dataclass(frozen=True)
 class Duration:
     """A length of training, written `300 epochs`, `10000 steps` or `5000000 samples`."""

@@ -7,7 +7,7 @@ from (seed, s). Must not know model, deepspeed or any stage.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +89,15 @@ class Source:
     def samples(self) -> int:
         """Of one epoch."""
         return self.stream.places.samples
+
+
+def fingerprints(sources: Mapping[str, Source | None]) -> dict[str, str]:
+    """What the sources read, in 16 digits or 'none', by 'image set' and 'token set' behind each one's word."""
+    found = {}
+    for word, source in sources.items():
+        found[f"{word}image set"] = source.images[:16] if source else "none"
+        found[f"{word}token set"] = source.tokens[:16] if source else "none"
+    return found
 
 
 def pretraining(config: Config) -> Source:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.config import Config, ConfigError, Duration
+from pipeline.config import Config, Duration, SharedError
 from pipeline.engine import Engine, Setup, World, barrier, from_first, gathered
 from pipeline.guard import Guard, goes_on, usable
 from pipeline.loop import Objective, Parts, Plan, train
@@ -60,7 +60,6 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
     Raises ConfigError or ShardError for anything a user or a disk can cause.
     """
     tell = say if world.first else lambda _: None
-    _refuse_others(config, job, world)
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, world.rank))
         if world.first:
@@ -96,20 +95,6 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         if done < steps:
             tell(f"stopped after step {done} of {steps} ({stop() or 'another rank was asked'}); run again to go on")
         return engine, done == steps
-
-
-def _refuse_others(config: Config, job: Job, world: World) -> None:
-    """Raise ConfigError on every rank where one reads other data, or by another config, than the first."""
-    read = {"image set": job.source.images, "token set": job.source.tokens}
-    mine = read | {"config": identity_digest(config, job.sections)}
-    first, *others = gathered((socket.gethostname(), mine), world)
-    for host, theirs in others:
-        differing = [name for name in mine if theirs[name] != first[1][name]]
-        if differing:
-            raise ConfigError(
-                f"host {host} has another {' and '.join(differing)} than {first[0]}, the host of the first rank: "
-                f"bring the same files to both; `doctor` compares hosts"
-            )
 
 
 def _parts(
@@ -195,7 +180,7 @@ def _go_back(
     before, returns = guard.before(), list(guard.returns)
     state = checkpoint.resume(engine, job.run, expected, tell, lambda s: s < before and usable(returns, s))
     if state is None:
-        raise ConfigError(guard.report(f"there is no checkpoint before step {before} to go back to"))
+        raise SharedError(guard.report(f"there is no checkpoint before step {before} to go back to"))
     made = guard.went_back(state.step)
     if engine.world.first:
         checkpoint.remove_between(job.run, made.to, made.on)

@@ -137,7 +137,11 @@ TABLE = (
         f"{ENGINE} torch pipeline.feed pipeline.guard pipeline.metrics pipeline.pace pipeline.positions pipeline.run",
         "pipeline.model shards pipeline.stages",
     ),
-    Row("pipeline.opening", f"{ENGINE} pipeline.complaints pipeline.rendezvous", "pipeline.model pipeline.stages"),
+    Row(
+        "pipeline.opening",
+        f"{ENGINE} pipeline.complaints pipeline.rendezvous pipeline.run",
+        "pipeline.model pipeline.stages",
+    ),
     Row("pipeline.ending", f"{ENGINE} pipeline.checkpoint pipeline.signals", "pipeline.model shards pipeline.stages"),
     Row("pipeline.feed", f"{CONFIG} torch pipeline.pace", "pipeline.model shards pipeline.stages"),
     Row(

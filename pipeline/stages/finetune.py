@@ -18,7 +18,7 @@ from pipeline.objective import classification_loss, classified, encoder_input
 from pipeline.opening import on_every_rank, start_with
 from pipeline.optim import layer_groups
 from pipeline.resize import finetuned_model
-from pipeline.streams import Source, even_batches
+from pipeline.streams import Source, even_batches, fingerprints
 from pipeline.training import Job, run_training
 from pipeline.weights import tune_from
 from shards.loader import Batch
@@ -31,8 +31,8 @@ IDENTITY = ("data", "model", "finetune", "loader", *_OTHERS)
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Fine-tune; returns the exit code. `stop` says why to stop, or ''."""
     tune = config.finetune
-    _refuse(config)
-    world, (source, test, classes) = start_with(lambda: _opened(config), config.faults.hang_seconds)
+    world, (source, test, classes) = start_with(config, lambda: _opened(config), _facts)
+    setup = on_every_rank(lambda: tuning_setup(config, world), world)
     run_folder = Path(tune.run)
     classifier = new_classifier(config, classes)
     line = _start(config, classifier, run_folder, world)
@@ -60,7 +60,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         source=source,
         module=classifier,
         groups=layer_groups(classifier, config.model.layers, tune.weight_decay, tune.layer_decay),
-        setup=tuning_setup(config, world),
+        setup=setup,
         duration=tune.duration,
         warmup=tune.warmup,
         peak_lr=tune.lr,
@@ -91,8 +91,15 @@ def _refuse(config: Config) -> None:
 
 def _opened(config: Config) -> tuple[Source, Source | None, int]:
     """What the run reads: pictures to train on, to test on, and how many classes they have."""
+    _refuse(config)
     source, test = supervised(config), supervised_test(config)
     return source, test, _classes(config, source, test)
+
+
+def _facts(opened: tuple[Source, Source | None, int]) -> dict[str, str]:
+    """What has to be the same on every host."""
+    source, test, _ = opened
+    return fingerprints({"labelled ": source, "test ": test})
 
 
 def _classes(config: Config, source: Source, test: Source | None) -> int:

@@ -16,7 +16,7 @@ from pipeline.model import Beit, training_flops
 from pipeline.objective import masked_token_loss
 from pipeline.opening import on_every_rank, start_with
 from pipeline.optim import parameter_groups
-from pipeline.streams import Source, pretraining, refuse_other_tokenizers
+from pipeline.streams import Source, fingerprints, pretraining, refuse_other_tokenizers
 from pipeline.training import Job, run_training
 from pipeline.weights import start_from
 from shards.loader import Batch
@@ -26,8 +26,9 @@ IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Pretrain; returns the exit code. `stop` says why to stop, or ''."""
-    world, (source, sets) = start_with(lambda: _opened(config), config.faults.hang_seconds)
-    micro = micro_batch(config.train.global_batch, config.train.micro_batch, world.size, "train.global_batch")
+    world, (source, sets) = start_with(config, lambda: _opened(config), _facts)
+    batch = config.train.global_batch, config.train.micro_batch
+    micro = on_every_rank(lambda: micro_batch(*batch, world.size, "train.global_batch"), world)
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     beit.checkpointing = config.train.activation_checkpointing
     run_folder = Path(config.train.run)
@@ -69,6 +70,13 @@ def _opened(config: Config) -> tuple[Source, Judged]:
     source = pretraining(config)
     refuse_other_tokenizers(config)
     return source, judged(config)
+
+
+def _facts(opened: tuple[Source, Judged]) -> dict[str, str]:
+    """What has to be the same on every host."""
+    source, sets = opened
+    read = {"": source, "held-out ": sets.heldout, "never-trained view's ": sets.new}
+    return fingerprints(read | {f"labelled {number} ": one for number, one in enumerate(sets.labelled)})
 
 
 def _kernels(config: Config, world: World) -> str:

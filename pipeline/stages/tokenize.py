@@ -65,6 +65,15 @@ class Task:
 
 def run(config: Config) -> int:
     """Tokenize data.images, and data.heldout_images when given; returns the exit code."""
+    with of_host():  # the processes don't meet: what a host lacks, it says itself
+        tasks = _tasks(config)
+    for task in tasks:
+        _tokenize_set(config, task)
+    return 0
+
+
+def _tasks(config: Config) -> list[Task]:
+    """Open the image sets and the tokenizer. Raises ShardError or ConfigError."""
     data = config.data
     pairs = [(data.images, data.tokens), (data.heldout_images, data.heldout_tokens)]
     pairs = [(images, tokens) for images, tokens in pairs if images and tokens != ONLINE]
@@ -74,15 +83,6 @@ def run(config: Config) -> int:
         raise ConfigError(
             "data.tokens is online: `pretrain` makes the tokens itself; name a folder to make them before"
         )
-    with of_host():  # the processes don't meet: what a host lacks, it says itself
-        tasks = _tasks(config, pairs)
-    for task in tasks:
-        _tokenize_set(config, task)
-    return 0
-
-
-def _tasks(config: Config, pairs: list[tuple[str, str]]) -> list[Task]:
-    """Open the image sets and the tokenizer. Raises ShardError or ConfigError."""
     tokenizer, identity = fitting_tokenizer(config)
     device = _device()
     return [

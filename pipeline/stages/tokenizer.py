@@ -15,9 +15,9 @@ from pipeline.engine import Engine, Setup, World
 from pipeline.loop import Objective
 from pipeline.metrics import say
 from pipeline.objective import dvae_loss
-from pipeline.opening import start_with
+from pipeline.opening import on_every_rank, start_with
 from pipeline.pixels import jitter
-from pipeline.streams import Source, evaluation_batches, tokenizer_training
+from pipeline.streams import Source, evaluation_batches, fingerprints, tokenizer_training
 from pipeline.tokenizer import codebook_use, save_dvae
 from pipeline.training import Job, run_training
 from shards import codec, draws
@@ -29,14 +29,10 @@ _SHOWN = 8
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Train and write the tokenizer; returns the exit code."""
-    if config.tokenizer.stride != DVAE_STRIDE:
-        raise ConfigError(
-            f"tokenizer.stride is {config.tokenizer.stride}; the dVAE that `tokenizer` trains has {DVAE_STRIDE}: "
-            f"set it so, or bring the other tokenizer with `import-tokenizer`"
-        )
-    world, source = start_with(lambda: tokenizer_training(config), config.faults.hang_seconds)
+    world, source = start_with(config, lambda: _opened(config), lambda source: fingerprints({"": source}))
     settings = config.tokenizer
-    micro = micro_batch(settings.global_batch, settings.micro_batch, world.size, "tokenizer.global_batch")
+    batch = settings.global_batch, settings.micro_batch
+    micro = on_every_rank(lambda: micro_batch(*batch, world.size, "tokenizer.global_batch"), world)
     folder = Path(config.data.tokenizer)
     dvae = Dvae(settings, config.data.seed)
     job = Job(
@@ -58,6 +54,16 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     if finished and world.first:
         _finish(config, engine, source, folder)
     return end(job.run, finished, stop, world)
+
+
+def _opened(config: Config) -> Source:
+    """What the run reads."""
+    if config.tokenizer.stride != DVAE_STRIDE:
+        raise ConfigError(
+            f"tokenizer.stride is {config.tokenizer.stride}; the dVAE that `tokenizer` trains has {DVAE_STRIDE}: "
+            f"set it so, or bring the other tokenizer with `import-tokenizer`"
+        )
+    return tokenizer_training(config)
 
 
 def _setup(config: Config, world: World, micro: int) -> Setup:

@@ -1,9 +1,12 @@
 """Who says what went wrong, with real processes: what one rank meets alone is said, and nothing is said twice."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -14,18 +17,33 @@ from tests.pipeline.test_doctor import free_port
 HOST = os.uname().nodename
 
 
-def ranks(verb: str, tiny, *words: str, second: tuple[str, ...], hosts: int = 2) -> list[tuple[int, str]]:
-    """Exit code and stderr of two ranks, on so many hosts as far as they can see; the second with words of its own."""
+def ranks(verb: str, tiny, *words: str, second: tuple[str, ...], hosts: int = 2, **more: str) -> list[tuple[int, str]]:
+    """Exit code and stderr of two ranks, on so many hosts as far as they can see; the second with words of its own.
+
+    Where one ended and the other waits for it in vain, that one is killed, as a launcher would.
+    """
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // hosts), "GLOO_SOCKET_IFNAME": "lo"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank, own in enumerate(((), second)):
-        command = [sys.executable, "-m", "pipeline", verb, str(tiny.config), *words, *own]
-        local = {"RANK": str(rank), "LOCAL_RANK": str(rank if hosts == 1 else 0)}
-        environment = {**os.environ, **place, **local}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **more}
+    with contextlib.ExitStack() as stack:
+        processes, outputs = [], []
+        for rank, own in enumerate(((), second)):
+            command = [sys.executable, "-m", "pipeline", verb, str(tiny.config), *words, *own]
+            local = {"RANK": str(rank), "LOCAL_RANK": str(rank if hosts == 1 else 0)}
+            outputs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            environment = {**os.environ, **local, **place}
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=outputs[-1]))
+            stack.callback(processes[-1].kill)
+        until = time.monotonic() + 120
+        while all(process.poll() is None for process in processes) and time.monotonic() < until:
+            time.sleep(0.05)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=15)
+            process.kill()
+            process.wait()
+        for output in outputs:
+            output.seek(0)
+        return [(process.returncode, output.read()) for process, output in zip(processes, outputs, strict=True)]
 
 
 def errors(said: str) -> list[str]:
@@ -74,18 +92,61 @@ def test_a_shard_that_one_rank_alone_cannot_read(tiny, tmp_path, torn):
 
 @pytest.mark.parametrize(
     ("differs", "named"),
-    [("data.seed=5", "config"), ("data.images={folder}/other data.tokens=online", "image set and")],
-    ids=["config", "images"],
+    [
+        ("data.seed=5", "data.seed is '5' and not '0'"),
+        ("train.global_batch=7", "train.global_batch is '7' and not '8'"),
+        ("train.init={folder}/nowhere", "train.init is '{folder}/nowhere' and not ''"),
+        ("checkpoint.every=7|steps", "checkpoint.every is '7 steps' and not '4 steps'"),
+        ("data.images={folder}/other data.tokens=online", "image set is '"),
+        ("data.heldout_images= data.heldout_tokens=", "held-out image set is 'none' and not '"),
+    ],
+    ids=["seed", "batch", "init", "saving", "images", "held-out"],
 )
 def test_a_host_with_other_files(tiny, tmp_path, differs, named):
-    """Each host's own would train well, and not on one permutation of one set."""
+    """Each host's own would train well, and not on one permutation of one set; or ranks would wait for each other."""
     shutil.copytree(tiny.folder / "shards" / "test", tmp_path / "other")
-    second = differs.format(folder=tmp_path).split()
+    second = [word.replace("|", " ") for word in differs.format(folder=tmp_path).split()]
     first, other = ranks("pretrain", tiny, f"train.run={tmp_path}/run", second=tuple(second))
     assert (first[0], other[0]) == (2, 2), first[1] + other[1]
     (line,) = errors(first[1])
-    assert line.startswith(f"error: host {HOST} has another {named}") and errors(other[1]) == []
+    assert line.startswith(f"error: host {HOST}: ") and named.format(folder=tmp_path) in line
+    assert f"as on {HOST}, the host of the first rank" in line and errors(other[1]) == []
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_what_a_host_has_to_itself_may_differ(tiny, tmp_path):
+    """The same sets elsewhere, and loaded in another way."""
+    shutil.copytree(tiny.folder / "shards", tmp_path / "there")
+    second = (f"data.images={tmp_path}/there/train", f"data.heldout_images={tmp_path}/there/test", "loader.prefetch=3")
+    found = ranks("pretrain", tiny, f"train.run={tmp_path}/run", "train.duration=4 steps", second=second)
+    assert [code for code, _ in found] == [0, 0], found
+
+
+def test_a_config_that_one_host_alone_has_wrong(tiny, tmp_path):
+    """It cannot wait to meet the others: what to wait for is in the config."""
+    _, (code, said) = trained("pretrain", tiny, tmp_path, second="data.sed=3")
+    assert code == 2
+    (line,) = errors(said)
+    assert line.startswith(f"error: host {HOST}: ") and "data.sed" in line and "Traceback" not in said
+
+
+def test_a_batch_that_does_not_divide_is_said_once(tiny, tmp_path):
+    first, other = trained("pretrain", tiny, tmp_path, "train.global_batch=9", second="data.seed=0")
+    assert (first[0], other[0]) == (2, 2), first[1] + other[1]
+    (line,) = errors(first[1])
+    assert "train.global_batch" in line and errors(other[1]) == []
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "tokenize"])
+@pytest.mark.parametrize("rank", ["abc", "3"])
+def test_a_rank_that_cannot_be_is_one_line(tiny, tmp_path, verb, rank):
+    environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "1"}
+    words = [f"train.run={tmp_path}/run", f"data.tokens={tmp_path}/tokens", "data.heldout_images="]
+    command = [sys.executable, "-m", "pipeline", verb, str(tiny.config), *words, "data.images=/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = errors(done.stderr)
+    assert f"RANK is {rank!r}" in line if rank == "abc" else "RANK is 3 and WORLD_SIZE 1" in line
 
 
 def test_tokenize_says_what_a_host_lacks(tiny, tmp_path):
@@ -102,9 +163,19 @@ def test_tokenize_says_what_a_host_lacks(tiny, tmp_path):
     assert line.startswith(f"error: {tmp_path}/nowhere") and none == []
 
 
-def test_tokenize_says_which_shard_it_could_not_read(tiny, tmp_path, torn):
-    words = [f"data.tokens={tmp_path}/train", "data.heldout_images=", "data.heldout_tokens="]
-    _, (code, said) = ranks("tokenize", tiny, *words, second=(f"data.images={torn}",))
-    assert code == 2, said
+def test_tokenize_says_what_it_could_not_read(tiny, tmp_path, torn):
+    """Each process says it of the shard it took."""
+    words = [f"data.tokens={tmp_path}/train", "data.heldout_images=", "data.heldout_tokens=", f"data.images={torn}"]
+    found = ranks("tokenize", tiny, *words, second=())
+    assert [code for code, _ in found] == [2, 2], found
+    ((first,), (second,)) = [errors(said) for _, said in found]
+    assert first.startswith(f"error: {torn}/shard-") and second.startswith(f"error: rank 1 on {HOST}: {torn}/shard-")
+
+
+def test_tokenize_says_whose_tokens_it_found(tiny, tmp_path):
+    """Another view policy on the second host alone."""
+    words = [f"data.tokens={tiny.folder}/tokens/train", "data.heldout_images=", "data.heldout_tokens="]
+    (whole, _), (code, said) = ranks("tokenize", tiny, *words, second=("view.area_min=0.5",))
+    assert (whole, code) == (0, 2), said
     (line,) = errors(said)
-    assert line.startswith(f"error: rank 1 on {HOST}: {torn}/shard-")
+    assert line.startswith(f"error: rank 1 on {HOST}: ") and "other view settings" in line
