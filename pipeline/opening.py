@@ -1,6 +1,7 @@
 """How the ranks of a training begin: with what they read open, and with the same config and sets, or none and the first
 says why. Must not know the model."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -74,9 +75,11 @@ def _agreed(tried: _Tried[Opened], world: World) -> Opened:
 
 
 def _settings(config: Config) -> dict[str, str]:
-    """Every setting that is not a host's own, by its dotted name."""
+    """Every setting that is not a host's own, by its dotted name; the deepspeed section, which has no keys of ours, as
+    one."""
     tree = to_tree(config)
-    return {
+    free = {"deepspeed": json.dumps(tree.pop("deepspeed"), sort_keys=True)}
+    return free | {
         f"{section}.{name}": str(value)
         for section, values in tree.items()
         for name, value in values.items()
@@ -89,7 +92,7 @@ def _differences(mine: dict[str, str], first: dict[str, str], first_host: str) -
     apart = [name for name in mine if first.get(name, mine[name]) != mine[name]]
     if not apart:
         return ""
-    told = ", ".join(f"{name} is {mine[name]!r} and not {first[name]!r}" for name in apart[:_TOLD])
+    told = ", ".join(f"{name} is {mine[name]!r:.80} and not {first[name]!r:.80}" for name in apart[:_TOLD])
     more = f", and {len(apart) - _TOLD} more" if len(apart) > _TOLD else ""
     cure = "bring the same config and sets to both; `doctor` compares hosts"
     return f"{told}{more}, as on {first_host}, the host of the first rank: {cure}"

@@ -23,6 +23,7 @@ from shards.ahead import fetched_ahead
 from shards.images import ImageSet, Reading
 from shards.loader import Batch, InTurn, Numbers, Places, Stream, load
 from shards.manifest import read_token_manifest
+from shards.order import ARITHMETIC as ORDER_ARITHMETIC
 from shards.order import Order, OrderPolicy, RankBatches, rank_batches
 from shards.pairs import CentralViews, DrawnViews, RecordedViews, ViewSource
 from shards.remote import Remote, cache_for
@@ -92,11 +93,11 @@ class Source:
 
 
 def fingerprints(sources: Mapping[str, Source | None]) -> dict[str, str]:
-    """What the sources read, in 16 digits or 'none', by 'image set' and 'token set' behind each one's word."""
-    found = {}
+    """What the sources read, or 'none', by 'image set' and 'token set' behind each one's word; and in what order."""
+    found = {"arithmetic of the order": str(ORDER_ARITHMETIC)}
     for word, source in sources.items():
-        found[f"{word}image set"] = source.images[:16] if source else "none"
-        found[f"{word}token set"] = source.tokens[:16] if source else "none"
+        found[f"{word}image set"] = source.images if source else "none"
+        found[f"{word}token set"] = source.tokens if source else "none"
     return found
 
 

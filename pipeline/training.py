@@ -19,6 +19,7 @@ from pipeline.engine import Engine, Setup, World, barrier, from_first, gathered
 from pipeline.guard import Guard, goes_on, usable
 from pipeline.loop import Objective, Parts, Plan, train
 from pipeline.metrics import Metrics, Reporter, device_name, peak_flops, say
+from pipeline.opening import on_every_rank
 from pipeline.optim import learning_rate
 from pipeline.pace import Pace
 from pipeline.positions import Positions
@@ -62,12 +63,7 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
     tell = say if world.first else lambda _: None
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, world.rank))
-        if world.first:
-            stack.enter_context(locked(job.run, say))
-            open_folder(job.run, config, job.sections, world.size, job.label, device_name(world.device))
-            if job.classes:
-                write_whole(job.run / "classes.json", json.dumps(job.classes) + "\n")
-        barrier()
+        on_every_rank(lambda: _claim(config, job, world, stack), world)
         engine = Engine(job.module, job.groups, job.setup, world)
         steps = job.duration.steps(job.source.samples, job.setup.global_batch)
         plan = _plan(config, job, 0, steps, world)
@@ -82,7 +78,8 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
             return engine, True
         if job.warmup.steps(job.source.samples, job.setup.global_batch) >= steps:
             tell(f"the warm-up ({job.warmup}) is as long as the run: the learning rate never reaches its peak")
-        metrics = stack.enter_context(contextlib.closing(Metrics(job.run, world.first, config)))
+        metrics = on_every_rank(lambda: Metrics(job.run, world.first, config), world)
+        stack.enter_context(contextlib.closing(metrics))
         metrics.write(first, "start", {"world": world.size, "steps": steps, "epoch_samples": job.source.samples})
         plan = replace(plan, first_step=first)
         parts = _parts(config, job, engine, plan, guard, metrics, watchdog, stop, stack)
@@ -95,6 +92,16 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         if done < steps:
             tell(f"stopped after step {done} of {steps} ({stop() or 'another rank was asked'}); run again to go on")
         return engine, done == steps
+
+
+def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) -> None:
+    """Hold and open the run folder: the first rank for all, while the stack is open."""
+    if not world.first:
+        return
+    stack.enter_context(locked(job.run, say))
+    open_folder(job.run, config, job.sections, world.size, job.label, device_name(world.device))
+    if job.classes:
+        write_whole(job.run / "classes.json", json.dumps(job.classes) + "\n")
 
 
 def _parts(

@@ -156,8 +156,8 @@ TABLE = (
     ),
     Row(
         "pipeline.training",
-        f"{ENGINE} pipeline.checkpoint pipeline.guard pipeline.loop pipeline.metrics pipeline.optim pipeline.pace "
-        "pipeline.positions pipeline.run pipeline.streams pipeline.watchdog shards torch",
+        f"{ENGINE} pipeline.checkpoint pipeline.guard pipeline.loop pipeline.metrics pipeline.opening pipeline.optim "
+        "pipeline.pace pipeline.positions pipeline.run pipeline.streams pipeline.watchdog shards torch",
         "pipeline.model pipeline.stages",
     ),
     Row(

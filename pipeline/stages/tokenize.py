@@ -66,9 +66,11 @@ class Task:
 def run(config: Config) -> int:
     """Tokenize data.images, and data.heldout_images when given; returns the exit code."""
     with of_host():  # the processes don't meet: what a host lacks, it says itself
-        tasks = _tasks(config)
-    for task in tasks:
-        _tokenize_set(config, task)
+        watched = [_Finished(task) for task in _tasks(config)]
+        for watch in watched:
+            watch.views()
+    for watch in watched:
+        _tokenize_set(config, watch)
     return 0
 
 
@@ -109,15 +111,15 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _tokenize_set(config: Config, task: Task) -> None:
+def _tokenize_set(config: Config, watch: "_Finished") -> None:
     """Every shard that nobody else takes, until all are there; then the manifest."""
+    task = watch.task
     shards = task.images.manifest.shards
     task.folder.mkdir(parents=True, exist_ok=True)
     rank, turn = rank_of(os.environ), _turn(len(shards))
     total = task.images.manifest.samples * task.num_views
     if rank == 0:
         say(f"tokenize {task.images.folder}: JPEGs by {jpeg.decoder(task.decoder).name}")
-    watch = _Finished(task)
     label = f"tokenize {Path(str(task.images.folder)).name}"
     with Progress(label, total, "view", done=watch.views()) if rank == 0 else Silent() as progress:
         left = [number for number in [*range(turn, len(shards)), *range(turn)] if not watch.finished(number)]

@@ -17,13 +17,13 @@ from tests.pipeline.test_doctor import free_port
 HOST = os.uname().nodename
 
 
-def ranks(verb: str, tiny, *words: str, second: tuple[str, ...], hosts: int = 2, **more: str) -> list[tuple[int, str]]:
+def ranks(verb: str, tiny, *words: str, second: tuple[str, ...], hosts=2, grace=15) -> list[tuple[int, str]]:
     """Exit code and stderr of two ranks, on so many hosts as far as they can see; the second with words of its own.
 
-    Where one ended and the other waits for it in vain, that one is killed, as a launcher would.
+    Where one ended and the other waits for it in vain, that one is killed after `grace` seconds, as by a launcher.
     """
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // hosts), "GLOO_SOCKET_IFNAME": "lo"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **more}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
         processes, outputs = [], []
         for rank, own in enumerate(((), second)):
@@ -38,7 +38,7 @@ def ranks(verb: str, tiny, *words: str, second: tuple[str, ...], hosts: int = 2,
             time.sleep(0.05)
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=15)
+                process.wait(timeout=grace)
             process.kill()
             process.wait()
         for output in outputs:
@@ -93,41 +93,62 @@ def test_a_shard_that_one_rank_alone_cannot_read(tiny, tmp_path, torn):
 @pytest.mark.parametrize(
     ("differs", "named"),
     [
-        ("data.seed=5", "data.seed is '5' and not '0'"),
-        ("train.global_batch=7", "train.global_batch is '7' and not '8'"),
-        ("train.init={folder}/nowhere", "train.init is '{folder}/nowhere' and not ''"),
-        ("checkpoint.every=7|steps", "checkpoint.every is '7 steps' and not '4 steps'"),
-        ("data.images={folder}/other data.tokens=online", "image set is '"),
-        ("data.heldout_images= data.heldout_tokens=", "held-out image set is 'none' and not '"),
+        (
+            ["train.global_batch=7", "train.init={folder}/nowhere", "checkpoint.every=7 steps"],
+            [
+                "train.global_batch is '7' and not '8'",
+                "train.init is '{folder}/nowhere' and not ''",
+                "checkpoint.every is '7 steps' and not '4 steps'",
+            ],
+        ),
+        (["deepspeed.gradient_clipping=0.5"], ["deepspeed is '{{\"gradient_clipping\": 0.5}}' and not '{{}}'"]),
+        (["data.images={folder}/other", "data.tokens=online"], ["image set is '", "token set is 'online"]),
+        (
+            ["data.heldout_images=", "data.heldout_tokens=", "data.labelled_images={tiny}/shards/train"],
+            ["held-out image set is 'none' and not '", "labelled image set is '"],
+        ),
     ],
-    ids=["seed", "batch", "init", "saving", "images", "held-out"],
+    ids=["settings", "deepspeed", "images", "judged"],
 )
 def test_a_host_with_other_files(tiny, tmp_path, differs, named):
     """Each host's own would train well, and not on one permutation of one set; or ranks would wait for each other."""
     shutil.copytree(tiny.folder / "shards" / "test", tmp_path / "other")
-    second = [word.replace("|", " ") for word in differs.format(folder=tmp_path).split()]
-    first, other = ranks("pretrain", tiny, f"train.run={tmp_path}/run", second=tuple(second))
+    places = {"folder": tmp_path, "tiny": tiny.folder}
+    second = tuple(word.format(**places) for word in differs)
+    first, other = ranks("pretrain", tiny, f"train.run={tmp_path}/run", second=second)
     assert (first[0], other[0]) == (2, 2), first[1] + other[1]
     (line,) = errors(first[1])
-    assert line.startswith(f"error: host {HOST}: ") and named.format(folder=tmp_path) in line
+    assert line.startswith(f"error: host {HOST}: ") and all(word.format(**places) in line for word in named)
     assert f"as on {HOST}, the host of the first rank" in line and errors(other[1]) == []
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_what_a_host_has_to_itself_may_differ(tiny, tmp_path):
-    """The same sets elsewhere, and loaded in another way."""
+    """The same sets elsewhere, loaded in another way; and the tokenizer, which only new views need."""
     shutil.copytree(tiny.folder / "shards", tmp_path / "there")
     second = (f"data.images={tmp_path}/there/train", f"data.heldout_images={tmp_path}/there/test", "loader.prefetch=3")
+    second = (*second, f"data.tokenizer={tmp_path}/nowhere")
     found = ranks("pretrain", tiny, f"train.run={tmp_path}/run", "train.duration=4 steps", second=second)
     assert [code for code, _ in found] == [0, 0], found
 
 
 def test_a_config_that_one_host_alone_has_wrong(tiny, tmp_path):
     """It cannot wait to meet the others: what to wait for is in the config."""
-    _, (code, said) = trained("pretrain", tiny, tmp_path, second="data.sed=3")
+    run = f"train.run={tmp_path}/run"
+    _, (code, said) = ranks("pretrain", tiny, run, second=("data.sed=3",), grace=1)
     assert code == 2
     (line,) = errors(said)
     assert line.startswith(f"error: host {HOST}: ") and "data.sed" in line and "Traceback" not in said
+
+
+def test_a_run_folder_of_another_run_is_said_once(tiny, tmp_path):
+    """The first rank alone looks at it, and the others end with it."""
+    words = [f"train.run={tmp_path}/run", "train.duration=4 steps"]
+    assert [code for code, _ in ranks("pretrain", tiny, *words, second=())] == [0, 0]
+    first, other = ranks("pretrain", tiny, *words, "optimizer.lr=2e-3", second=("optimizer.lr=2e-3",))
+    assert (first[0], other[0]) == (2, 2), first[1] + other[1]
+    (line,) = errors(first[1])
+    assert "optimizer.lr=0.001" in line and errors(other[1]) == [] and "Traceback" not in other[1]
 
 
 def test_a_batch_that_does_not_divide_is_said_once(tiny, tmp_path):
@@ -172,10 +193,13 @@ def test_tokenize_says_what_it_could_not_read(tiny, tmp_path, torn):
     assert first.startswith(f"error: {torn}/shard-") and second.startswith(f"error: rank 1 on {HOST}: {torn}/shard-")
 
 
-def test_tokenize_says_whose_tokens_it_found(tiny, tmp_path):
-    """Another view policy on the second host alone."""
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_tokenize_says_whose_tokens_it_found(tiny, hosts):
+    """Once a host: another view policy on both, or on the second alone."""
     words = [f"data.tokens={tiny.folder}/tokens/train", "data.heldout_images=", "data.heldout_tokens="]
-    (whole, _), (code, said) = ranks("tokenize", tiny, *words, second=("view.area_min=0.5",))
-    assert (whole, code) == (0, 2), said
-    (line,) = errors(said)
-    assert line.startswith(f"error: rank 1 on {HOST}: ") and "other view settings" in line
+    own = "view.area_min=0.5"
+    first, second = ranks("tokenize", tiny, *words, *([own] if hosts == 1 else []), second=(own,), hosts=hosts)
+    assert (first[0], second[0]) == (2 if hosts == 1 else 0, 2), first[1] + second[1]
+    (line,) = errors(first[1]) + errors(second[1])
+    assert "other view settings" in line
+    assert line.startswith("error: /" if hosts == 1 else f"error: host {HOST}: ")
