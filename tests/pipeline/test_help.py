@@ -113,11 +113,14 @@ def test_missing_pictures_are_one_line(config):
     assert "Traceback" not in result.stderr
 
 
-def test_a_config_is_refused_once_and_not_by_every_rank(config):
-    """Under a launcher every rank meets the same config; the first says so."""
-    result = command("pipeline", "pretrain", config, "model.heads=7", RANK="1")
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_a_config_is_refused_by_each_host_once(config, local_rank, lines):
+    """Launchers look at it before; so it is this host's own copy, which all its ranks read."""
+    place = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "4"}
+    result = command("pipeline", "pretrain", config, "model.heads=7", **place)
     assert result.returncode == 2
-    assert said(result) == []
+    found = said(result)
+    assert len(found) == lines and all(line.startswith(f"error: host {os.uname().nodename}: ") for line in found)
 
 
 def test_shards_refuse_in_one_line(tmp_path):
