@@ -121,6 +121,17 @@ def copied(profiler: torch.profiler.profile) -> int:
     return sum(event.count * math.prod(event.input_shapes[0]) for event in moved)
 
 
+def example(world: World, shape: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pixels, tokens and mask of a micro batch of this rank's own."""
+    model, vocabulary, masked, micro = SHAPES[shape]
+    generator = torch.Generator().manual_seed(world.rank)
+    pixels = torch.randn(micro, 3, *model.input_size, generator=generator).to(dtype)
+    tokens = torch.randint(vocabulary, (micro, model.num_patches), generator=generator)
+    mask = torch.zeros(micro, model.num_patches, dtype=torch.bool)
+    mask[:, :masked] = True
+    return pixels, tokens, mask
+
+
 def nothing() -> None:
     """What is done between steps unless a benchmark has something to measure there."""
 
@@ -136,14 +147,9 @@ def measured(
     between: Callable[[], None] = nothing,
 ) -> dict:
     """Bytes of this rank's tensors by part, what it sends in a step, and the seconds of each step."""
-    model, vocabulary, masked, micro = SHAPES[shape]
-    before = alive()
+    masked, before = SHAPES[shape][2], alive()
     engine = engine_of(world, stage, shape, precision, accumulation, zero)
-    generator = torch.Generator().manual_seed(world.rank)
-    pixels = torch.randn(micro, 3, *model.input_size, generator=generator).to(engine.dtype)
-    tokens = torch.randint(vocabulary, (micro, model.num_patches), generator=generator)
-    mask = torch.zeros(micro, model.num_patches, dtype=torch.bool)
-    mask[:, :masked] = True
+    pixels, tokens, mask = example(world, shape, engine.dtype)
     before |= storages([pixels, tokens, mask])
 
     def backward(look: Callable[[], None]) -> None:
