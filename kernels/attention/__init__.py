@@ -10,13 +10,13 @@ import torch
 
 from kernels.attention.reference import attention_reference
 from kernels.attention.sdpa import attention_sdpa
-from kernels.choice import runs_fused
+from kernels.dispatch import runs_fused
 
 _LARGEST_HEAD = 128  # numbers a head that the fused kernels take
 
 
 def chosen(implementation: str, device: torch.device, head_size: int = _LARGEST_HEAD) -> str:
-    """What runs on a device: fused, sdpa or reference. auto is fused where kernels.choice.runs_fused, else sdpa.
+    """What runs on a device: fused, sdpa or reference. auto is fused where kernels.dispatch.runs_fused, else sdpa.
 
     Raises ValueError as that does, and for fused with heads it cannot take.
     """

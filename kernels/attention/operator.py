@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention import fused, tiles
-from kernels.attention.plan import Blocks, Plan, choose, padded
-from kernels.choice import interpreted, on_device
+from kernels.attention import bias_tiles, fused
+from kernels.attention.block_sizes import Blocks, Plan, choose, padded
+from kernels.dispatch import interpreted, on_device
 
 REGISTERS = 255  # ptxas gives a kernel that spills far fewer, unless told
 _PROGRAMS = 4 * 132  # of the query kernel: enough chunks of images to fill a large chip
@@ -41,7 +41,7 @@ def plan_of(device: torch.device, positions: int, head_size: int, dtype: torch.d
 @torch.library.custom_op("beitforge::pack_bias", mutates_args=())
 def _pack(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
     plan = plan_of(bias_ASS.device, bias_ASS.shape[1], head_size, dtype)
-    return tiles.pack(bias_ASS, plan, head_size**-0.5, _packed(bias_ASS, head_size, dtype)[1])
+    return bias_tiles.pack(bias_ASS, plan, head_size**-0.5, _packed(bias_ASS, head_size, dtype)[1])
 
 
 @_pack.register_fake
@@ -54,7 +54,7 @@ def _packed(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> tuple[tuple
     """Shape and type of a packed bias: float16 has three more bits than bfloat16, and a bias never needs the range."""
     heads, positions = bias_ASS.shape[0], int(bias_ASS.shape[1])  # the kernels are compiled for one S
     plan = plan_of(bias_ASS.device, positions, head_size, dtype)
-    length = tiles.offsets(positions, plan)[2] + plan.keys_values.size(positions)
+    length = bias_tiles.offsets(positions, plan)[2] + plan.keys_values.size(positions)
     return (heads, length), torch.float32 if dtype == torch.float32 else torch.float16
 
 
@@ -94,7 +94,7 @@ def _backward(
     """Gradients of qkv, and of the bias, float32 [A, S, S] (empty unless needs_bias)."""
     images, positions, _, heads, size = qkv.shape
     plan = plan_of(qkv.device, positions, size, qkv.dtype)
-    _, at_queries, at_keys = tiles.offsets(positions, plan)
+    _, at_queries, at_keys = bias_tiles.offsets(positions, plan)
     to_log2, scale = size**-0.5 * math.log2(math.e), size**-0.5
     read, per_head = (qkv, 0) if packed is None else (packed, packed.shape[1])
     biased, up = packed is not None, _up(qkv)
@@ -118,7 +118,7 @@ def _backward(
         )  # fmt: skip
         if needs_bias and not held:
             _bias_sums(qkv, dout, read[:, at_queries:], lse, delta, partial, chunk, per_head, to_log2, plan)
-    dbias = tiles.unpack(partial, positions, blocks) if needs_bias else lse.new_empty(0)
+    dbias = bias_tiles.unpack(partial, positions, blocks) if needs_bias else lse.new_empty(0)
     return dqkv, dbias
 
 

@@ -7,8 +7,8 @@ gradient in place by a Triton kernel; elsewhere the plain reference that defines
 import torch
 from torch import Tensor
 
-from kernels.choice import runs_fused
 from kernels.cross_entropy.reference import linear_cross_entropy_reference
+from kernels.dispatch import runs_fused
 
 
 def linear_cross_entropy(
@@ -23,7 +23,7 @@ def linear_cross_entropy(
 
     x_TD: [T, D]; tokens_T: i64 [T], each below V; counts_T: [T], what each row counts for (a mask's 0 or 1). Both sums
     are scalars in float32 (float64 for float64); the first is differentiable in x, weight and bias. Raises ValueError
-    for shapes that do not fit, and as kernels.choice.runs_fused.
+    for shapes that do not fit, and as kernels.dispatch.runs_fused.
     """
     rows, width = x_TD.shape
     if weight_VD.shape[1] != width or bias_V.shape != weight_VD.shape[:1]:

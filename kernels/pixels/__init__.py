@@ -7,7 +7,7 @@ what the tokenizer saw.
 import torch
 from torch import Tensor
 
-from kernels.choice import runs_fused
+from kernels.dispatch import runs_fused
 from kernels.pixels.reference import jittered_reference
 
 
@@ -26,7 +26,7 @@ def jittered(
     0-255, of the whole unjittered picture. Every operation blends with a base: black, the mean grey, the pixel's own
     grey. As Pillow does it, each result is clamped and loses its fraction, and greys are whole numbers. normal: mean
     and standard deviation of each channel, for (x − mean) / std. Computed in float32, returned as dtype. Raises
-    ValueError for pixels of another kind, and as kernels.choice.runs_fused.
+    ValueError for pixels of another kind, and as kernels.dispatch.runs_fused.
     """
     if pixels_BCHW.dtype != torch.uint8 or pixels_BCHW.dim() != 4 or pixels_BCHW.shape[1] != 3:
         found = f"{tuple(pixels_BCHW.shape)} {pixels_BCHW.dtype}"

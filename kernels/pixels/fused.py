@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.choice import interpreted, on_device
+from kernels.dispatch import interpreted, on_device
 from kernels.pixels.reference import LUMA
 
 BLOCK = 1024  # pixels of a picture that a program holds

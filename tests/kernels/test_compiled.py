@@ -18,7 +18,7 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[dict]]:
-    yield json.loads(compiling(["-m", "kernels.compiled", "--json"]))
+    yield json.loads(compiling(["-m", "kernels.aot", "--json"]))
 
 
 def compiling(words: list[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, chosen, expand_bias, pack, relative_index
-from kernels.attention.plan import Blocks, Plan, choose
+from kernels.attention.block_sizes import Blocks, Plan, choose
 from kernels.attention.reference import attention_reference
 
 pytest.importorskip("triton")

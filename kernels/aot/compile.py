@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 
 @dataclass(frozen=True)
-class Chip:
+class Target:
     """capability: of CUDA, (0, 0) for any other. shared: bytes of shared memory that a program can have."""
 
     name: str
@@ -25,11 +25,11 @@ class Chip:
     shared: int
 
 
-CHIPS = (
-    Chip("sm_80", (8, 0), 32, 163 << 10),
-    Chip("sm_90", (9, 0), 32, 227 << 10),
-    Chip("sm_100", (10, 0), 32, 227 << 10),
-    Chip("gfx942", (0, 0), 64, 64 << 10),
+TARGETS = (
+    Target("sm_80", (8, 0), 32, 163 << 10),
+    Target("sm_90", (9, 0), 32, 227 << 10),
+    Target("sm_100", (10, 0), 32, 227 << 10),
+    Target("gfx942", (0, 0), 64, 64 << 10),
 )
 
 
@@ -52,7 +52,7 @@ class Build:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def compiled(build: Build, chip: Chip) -> Any:
+def compiled(build: Build, chip: Target) -> Any:
     """Triton's compiled kernel."""
     names = build.function.arg_names
     constants = {name: value for name, value in build.constants.items() if name in names}

@@ -1,4 +1,4 @@
-"""What the fused kernels ask of a chip, without one: `python -m kernels.compiled [--json] [CHIP …]`.
+"""What the fused kernels ask of a chip, without one: `python -m kernels.aot [--json] [CHIP …]`.
 
 Every kernel as the dispatcher can choose it, for the shapes of the published models.
 """
@@ -7,10 +7,10 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from kernels.ahead import CHIPS, Build, Chip, compiled, resources
+from kernels.aot.compile import TARGETS, Build, Target, compiled, resources
 from kernels.attention import fused as attention
+from kernels.attention.block_sizes import Blocks, choose, padded
 from kernels.attention.operator import REGISTERS
-from kernels.attention.plan import Blocks, choose, padded
 from kernels.cross_entropy import fused as cross_entropy
 from kernels.cross_entropy import operator as cross_entropy_operator
 from kernels.pixels import fused as pixels
@@ -41,7 +41,7 @@ class Row:
 def table(names: list[str]) -> list[Row]:
     """Every kernel on the chips named, by default on all of CHIPS."""
     rows = []
-    for chip in CHIPS:
+    for chip in TARGETS:
         for build in builds(chip) if not names or chip.name in names else ():
             made = compiled(build, chip)
             what = (chip.name, build.kernel, build.shape, build.blocks, build.stages, build.warps)
@@ -49,7 +49,7 @@ def table(names: list[str]) -> list[Row]:
     return rows
 
 
-def builds(chip: Chip) -> list[Build]:
+def builds(chip: Target) -> list[Build]:
     """All kernels as a chip gets them."""
     found = []
     for positions, head_size, kind in SHAPES:
@@ -62,7 +62,9 @@ def builds(chip: Chip) -> list[Build]:
     return found + [_pixels(size, kind) for size, kind in PIXELS]
 
 
-def _attention(chip: Chip, kernel: str, blocks: Blocks, positions: int, head_size: int, kind: str, held: bool) -> Build:
+def _attention(
+    chip: Target, kernel: str, blocks: Blocks, positions: int, head_size: int, kind: str, held: bool
+) -> Build:
     constants = {"S": positions, "A": HEADS, "K": head_size, "KP": padded(head_size), "BM": blocks.rows}
     constants |= {"BN": blocks.columns, "BR": blocks.split(positions)[1], "BIAS": True, "UP": False}
     constants |= {"STAGES": blocks.stages, "SUM": held, "WIDTH": blocks.columns, "FIRST": 0}
