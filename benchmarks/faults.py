@@ -33,12 +33,12 @@ from benchmarks.corpus.judge import (
 from benchmarks.corpus.odd import ODD, Odd
 from benchmarks.corpus.sets import Stored, linked, make_set, picture, quiet, write_files, write_tokens
 from benchmarks.results import write
-from shards import codec
-from shards.adopt import adopt
-from shards.codec import PictureError
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.scan import read_samples
+from shards.decode import codec
+from shards.decode.codec import ImageError
+from shards.pack.adopt import adopt
+from shards.pack.pack import pack
+from shards.pack.plan import PackOptions
+from shards.pack.tar_scan import read_samples
 
 SEED, ROUNDS = 0, 50
 _WORKER_ROUNDS = 3
@@ -123,7 +123,7 @@ def read_foreign(folder: Path, pictures: dict[str, tuple[bytes, int]], workers: 
 def _decodes(pictures: dict[str, tuple[bytes, int]], place: tuple[str, str]) -> bool:
     try:
         codec.decode(pictures[place[1]][0])
-    except PictureError:
+    except ImageError:
         return False
     return True
 

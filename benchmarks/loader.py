@@ -24,12 +24,12 @@ from benchmarks.results import write
 from benchmarks.views import draw_photographs
 from pipeline.config import Mask, Model
 from pipeline.streams import sample_draws
-from shards import codec
-from shards.images import ImageSet
-from shards.loader import TORCH, Batch, Stream, cut_into, load
-from shards.order import Order, OrderPolicy, RankBatches
-from shards.pairs import Picked, RecordedViews
-from shards.views import unclipped_limits
+from shards.decode import codec
+from shards.format.views import unclipped_limits
+from shards.stream.image_set import ImageSet
+from shards.stream.loader import TORCH, Batch, Stream, cut_into, load
+from shards.stream.order import Order, OrderPolicy, RankBatches
+from shards.stream.view_sources import RecordedViews, Selection
 
 BATCH, SIZE, WARM, ROUNDS, PREFETCH, BUFFER = 64, 224, 2, 5, 4, 1000
 PICTURES, PICTURES_DRY = 19 * BATCH, 4 * BATCH
@@ -77,7 +77,7 @@ def records(stream: Stream, samples: np.ndarray) -> dict[str, Recorded]:
     def column(name: str) -> np.ndarray:
         return np.array([getattr(index, name)[row] for index, row in zip(indexes, rows, strict=True)])
 
-    picked = Picked(epochs, shards, rows, column("key_hash"), column("width"), column("height"))
+    picked = Selection(epochs, shards, rows, column("key_hash"), column("width"), column("height"))
     views, _ = stream.source.views(picked)
     limits, flags = unclipped_limits(views, column("mean_grey")).tolist(), column("flags").tolist()
     found = {}

@@ -11,14 +11,15 @@ from PIL import Image
 
 from pipeline.photos import photographs
 from pipeline.streams import policy_record
-from shards import codec, draws
-from shards.files import write_text
-from shards.images import ImageSet
-from shards.manifest import TokenManifest, write_manifest
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.tokens import token_path, token_shard_entry, write_token_shard
-from shards.views import FIELDS, ViewPolicy, Views, draw_views
+from shards import counter_rng
+from shards.decode import codec
+from shards.format.manifest import TokenManifest, write_manifest
+from shards.format.tokens import token_path, token_shard_entry, write_token_shard
+from shards.format.views import FIELDS, ViewPolicy, Views, draw_views
+from shards.pack.pack import pack
+from shards.pack.plan import PackOptions
+from shards.storage.files import write_text
+from shards.stream.image_set import ImageSet
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "bench"
 PATCHES, GRID, NUM_VIEWS, VOCABULARY = 196, [14, 14], 4, 8192
@@ -83,7 +84,7 @@ def write_pictures(folder: Path, count: int) -> None:
     noise = pink_noise(_FIELD)
     folder.mkdir(parents=True)
     for number in range(count):
-        u = iter(draws.uniform(_SEED, number, np.arange(32)).tolist())
+        u = iter(counter_rng.uniform(_SEED, number, np.arange(32)).tolist())
         size = _size(u)
         pixels = np.asarray(_part(photos, size, u), np.float32)
         share = 0.3 * next(u)
@@ -101,7 +102,7 @@ def write_pictures(folder: Path, count: int) -> None:
 def write_tiny_pictures(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     for number in range(count):
-        pixels = (256 * draws.uniform(_SEED, number, np.arange(8 * 8 * 3))).astype(np.uint8).reshape(8, 8, 3)
+        pixels = (256 * counter_rng.uniform(_SEED, number, np.arange(8 * 8 * 3))).astype(np.uint8).reshape(8, 8, 3)
         (folder / f"{number:06d}.jpg").write_bytes(codec.encode(codec.resize(pixels, (32, 32), "bicubic"), "jpg", 90))
 
 
@@ -126,7 +127,7 @@ def _part(photos: list[Image.Image], size: tuple[int, int], u: Iterator[float]) 
 
 def pink_noise(side: int) -> np.ndarray:
     """f32 [side, side] of unit variance whose amplitude falls as 1/frequency, as that of photographs does."""
-    white = draws.uniform(_SEED, np.arange(side * side)).reshape(side, side) - 0.5
+    white = counter_rng.uniform(_SEED, np.arange(side * side)).reshape(side, side) - 0.5
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = np.inf
     field = np.fft.irfft2(np.fft.rfft2(white) / frequency, s=(side, side))
@@ -141,7 +142,7 @@ def write_tokens(shards: Path, folder: Path) -> None:
         drawn = [draw_views(policy, index.key_hash, k, index.width, index.height) for k in range(NUM_VIEWS)]
         views = Views(*(np.stack([getattr(view, name) for view in drawn]) for name in FIELDS))
         places = np.arange(NUM_VIEWS * len(index) * PATCHES).reshape(NUM_VIEWS, len(index), PATCHES)
-        tokens = (draws.uniform(_SEED, number, places) * VOCABULARY).astype(np.uint16)
+        tokens = (counter_rng.uniform(_SEED, number, places) * VOCABULARY).astype(np.uint16)
         bad = np.zeros(len(index), np.uint8)
         write_token_shard(token_path(folder, shard.name), tokens, views, index.key_hash, bad, {})
         entries.append(token_shard_entry(folder, shard.name, shard.digest))

@@ -11,10 +11,10 @@ from benchmarks.loader_resume import large_set, large_stream
 from benchmarks.results import write
 from pipeline.config import Mask, Model
 from pipeline.streams import sample_draws
-from shards.images import ImageSet
-from shards.loader import Stream, load
-from shards.order import Order, OrderPolicy, RankBatches
-from shards.pairs import RecordedViews
+from shards.stream.image_set import ImageSet
+from shards.stream.loader import Stream, load
+from shards.stream.order import Order, OrderPolicy, RankBatches
+from shards.stream.view_sources import RecordedViews
 
 PICTURES, PER_SHARD, BATCH, WORKERS = 4000, 100, 16, 2
 AT, AT_DRY = (100, 1000, 2500, 5000, 10_000), (10, 20)

@@ -12,13 +12,13 @@ import numpy as np
 
 from benchmarks.loader_corpus import FOLDER, tiny_corpus
 from benchmarks.results import write
-from shards.images import ImageSet
-from shards.index import index_path
-from shards.loader import Stream, load
-from shards.manifest import read_image_manifest, write_manifest
-from shards.order import Order, OrderPolicy, RankBatches
-from shards.pairs import DrawnViews
-from shards.views import ViewPolicy
+from shards.format.index import index_path
+from shards.format.manifest import read_image_manifest, write_manifest
+from shards.format.views import ViewPolicy
+from shards.stream.image_set import ImageSet
+from shards.stream.loader import Stream, load
+from shards.stream.order import Order, OrderPolicy, RankBatches
+from shards.stream.view_sources import DrawnViews
 
 SHARDS, PER_SHARD, BATCH, ROUNDS = 1420, 10_000, 64, 25
 PLACES = {"0": 0, "5·10⁹": 5_000_000_000}

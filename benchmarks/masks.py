@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.results import write
 from pipeline.config import Mask, Model
 from pipeline.streams import sample_draws
-from shards import draws
+from shards import counter_rng
 
 SAMPLES, GRID, SEED, TRIES = 20_000, 14, 0, 10
 # RECIPE, "Mask": 20,000 draws of the released generator
@@ -58,7 +58,11 @@ def check(most: np.ndarray, exact: np.ndarray) -> float:
     """Refuse masks that are not the published generator's, or completed ones without 75; returns blocks a mask."""
     attempts = 10 * TRIES
     numbers = np.stack(
-        [draws.uniform(draws.MASK, SEED, np.arange(SAMPLES)[:, None], 0, i, np.arange(4)) for i in range(attempts)], 1
+        [
+            counter_rng.uniform(counter_rng.MASK, SEED, np.arange(SAMPLES)[:, None], 0, i, np.arange(4))
+            for i in range(attempts)
+        ],
+        1,
     )
     total = 0
     for sample in range(SAMPLES):

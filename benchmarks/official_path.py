@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from benchmarks.masks import published_mask
 from benchmarks.views import Draw, official_cut, official_jitter
 from pipeline.config import Mask
-from shards.views import JITTER_ORDERS
+from shards.format.views import JITTER_ORDERS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER, AREA, ASPECT, TRIES = 0.4, (0.08, 1.0), (3 / 4, 4 / 3), 10

@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from benchmarks.results import write
-from shards.order import Order, OrderPolicy
+from shards.stream.order import Order, OrderPolicy
 
 SHARDS, PER_SHARD, BATCH, BATCHES = 1280, 1000, 2048, 8
 

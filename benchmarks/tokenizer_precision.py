@@ -16,9 +16,9 @@ from pipeline.pixels import jitter
 from pipeline.precision import computing
 from pipeline.streams import view_policy
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer
-from shards.images import ImageSet
-from shards.loader import InTurn, Stream
-from shards.pairs import DrawnViews
+from shards.stream.image_set import ImageSet
+from shards.stream.loader import SequentialOrder, Stream
+from shards.stream.view_sources import DrawnViews
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "runs" / "demo"
@@ -63,7 +63,7 @@ def row(name: str, tokenizer: VisualTokenizer, pixels: Tensor) -> dict:
 def views(size: tuple[int, int]) -> Tensor:
     """Jittered views f32 [PICTURES, 3, H, W] in [0, 1]."""
     images = ImageSet(DEMO / "shards" / "test")
-    places = InTurn([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
     policy = view_policy(load_config(str(ROOT / "configs" / "demo.yaml"), []).view)
     stream = Stream(images=images, places=places, source=DrawnViews(policy), size=size, resample="lanczos")
     batch = stream.batch(np.linspace(0, places.samples - 1, PICTURES).astype(np.int64))

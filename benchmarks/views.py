@@ -11,9 +11,10 @@ from PIL import Image, ImageEnhance
 from benchmarks.results import write
 from pipeline.photos import photographs
 from pipeline.pixels import jitter
-from shards import codec, draws
-from shards.loader import TORCH, cut_into
-from shards.views import JITTER_ORDERS, ViewPolicy, Views, draw_views, unclipped_limits
+from shards import counter_rng
+from shards.decode import codec
+from shards.format.views import JITTER_ORDERS, ViewPolicy, Views, draw_views, unclipped_limits
+from shards.stream.loader import TORCH, cut_into
 
 DRAWS = 16  # of each photograph
 ENCODER, TOKENIZER = (224, TORCH, Image.Resampling.BICUBIC), (112, "lanczos", Image.Resampling.LANCZOS)
@@ -39,7 +40,7 @@ def draw_photographs(count: int, names: tuple[str, ...] = ()) -> Iterator[Draw]:
         if names and path.stem not in names:
             continue
         picture = codec.decode(path.read_bytes())
-        keys = np.full(count, draws.hash_key(path.stem), np.uint64)
+        keys = np.full(count, counter_rng.hash_key(path.stem), np.uint64)
         sizes = [np.full(count, side) for side in (picture.shape[1], picture.shape[0])]
         views, mean = draw_views(ViewPolicy(), keys, np.arange(count), *sizes), codec.mean_grey(picture)
         for i in range(count):

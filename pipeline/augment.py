@@ -14,7 +14,7 @@ import torch
 from pipeline.config import ConfigError, Finetune
 from pipeline.masking import kept_branches
 from pipeline.stand_in import torchvision
-from shards import draws
+from shards import counter_rng
 
 _TRIES = 10
 _AREA, _ASPECT = (0.02, 1 / 3), 0.3  # of an erased rectangle, as timm and the released code have them
@@ -35,7 +35,7 @@ class RandAugment:
         left as they were found."""
         from PIL import Image
 
-        number = int(draws.bits(draws.AUGMENT, self.seed, sample)[0])
+        number = int(counter_rng.bits(counter_rng.AUGMENT, self.seed, sample)[0])
         python, numpy = random.getstate(), np.random.get_state()
         try:
             random.seed(number)
@@ -76,21 +76,25 @@ def supervised_draws(tune: Finetune, layers: int, seed: int, samples: np.ndarray
 
     keep bool [B, L, 2] with drop path · erase i64 [B, 4] top, left, height, width (0: nothing is erased) and noise i64
     [B], its seed · share, blend f32 [B] and box i64 [B, 4]: how each picture is mixed with its partner
-    (shards.order.RankBatches, paired), the same for both, drawn from the number of the first.
+    (shards.stream.order.RankBatches, paired), the same for both, drawn from the number of the first.
     """
     drawn = {}
     if tune.drop_path > 0:
         drawn["keep"] = kept_branches(
-            tune.drop_path, layers, lambda number: draws.uniform(draws.DROP_PATH, seed, samples[:, None, None], number)
+            tune.drop_path,
+            layers,
+            lambda number: counter_rng.uniform(counter_rng.DROP_PATH, seed, samples[:, None, None], number),
         )
     if tune.erase > 0:
         drawn["erase"] = erased_boxes(
-            tune.input_size, tune.erase, lambda what, attempt: draws.uniform(draws.ERASE, seed, samples, what, attempt)
+            tune.input_size,
+            tune.erase,
+            lambda what, attempt: counter_rng.uniform(counter_rng.ERASE, seed, samples, what, attempt),
         )
-        drawn["noise"] = (draws.bits(draws.ERASE, seed, samples, 9) >> np.uint64(32)).astype(np.int64)
+        drawn["noise"] = (counter_rng.bits(counter_rng.ERASE, seed, samples, 9) >> np.uint64(32)).astype(np.int64)
     if tune.mixes:
         first = samples[: len(samples) // 2]
-        uniform = draws.uniform(draws.MIX, seed, first, np.arange(4)[:, None])
+        uniform = counter_rng.uniform(counter_rng.MIX, seed, first, np.arange(4)[:, None])
         of_pairs = mixing(tune.input_size, tune.mixup, tune.cutmix, uniform)
         drawn |= {name: np.concatenate([drawn_P, drawn_P[::-1]]) for name, drawn_P in of_pairs.items()}
     return drawn

@@ -25,10 +25,10 @@ from pipeline.streams import (
     training_batches,
 )
 from shards.errors import ShardError
-from shards.images import DamagedSample, ImageSet
-from shards.index import index_path
-from shards.pairs import RecordedViews
-from shards.remote import Remote, cache_for, is_url
+from shards.format.index import index_path
+from shards.storage.remote import Remote, cache_for, is_url
+from shards.stream.image_set import DamagedSample, ImageSet
+from shards.stream.view_sources import RecordedViews
 
 _REPACK = "restore it from where the set was copied from, or pack again; `verify` lists every difference"
 _RETOKENIZE = "run `tokenize` with this config and image set, or point data.tokens at the folder made from it"

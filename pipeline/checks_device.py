@@ -32,7 +32,7 @@ from pipeline.optim import parameter_groups
 from pipeline.rendezvous import Place
 from pipeline.sharding import states
 from pipeline.streams import sample_draws
-from shards.loader import Batch
+from shards.stream.loader import Batch
 
 _FIELDS = "uuid,memory.free,memory.total,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.active"
 _SLOWED = (

@@ -22,8 +22,8 @@ from pipeline.objective import encoder_input, online_tokens
 from pipeline.precision import computing
 from pipeline.streams import Source, even_batches, fitting_tokenizer, heldout, new_views, seen_views
 from pipeline.tokenizer import VisualTokenizer, codebook_use
-from shards.loader import Batch
-from shards.manifest import read_token_manifest
+from shards.format.manifest import read_token_manifest
+from shards.stream.loader import Batch
 
 _CHOOSE = 10  # pictures that k-NN chooses from, for each that it is tested on
 

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from shards.draws import TIMELINE, uniform
+from shards.counter_rng import TIMELINE, uniform
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 

@@ -13,7 +13,7 @@ from pipeline.pace import Stopwatch
 
 
 class Batch(Protocol):
-    """What the loop needs of a batch (shards.loader.Batch)."""
+    """What the loop needs of a batch (shards.stream.loader.Batch)."""
 
     @property
     def bad(self) -> list: ...

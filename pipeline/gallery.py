@@ -24,10 +24,10 @@ from pipeline.record import Record, attempt
 from pipeline.saved import State
 from pipeline.streams import Source, evaluation, evaluation_batches, fitting_tokenizer, heldout, pretraining
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer
-from shards import codec
-from shards.index import FLAG_LABELLED
-from shards.loader import Batch
-from shards.manifest import read_token_manifest
+from shards.decode import codec
+from shards.format.index import FLAG_LABELLED
+from shards.format.manifest import read_token_manifest
+from shards.stream.loader import Batch
 
 _TITLE = "What it sees and what it fills in"
 _SHOWN = 8  # pictures of the grid

@@ -12,12 +12,12 @@ import numpy as np
 from pipeline.augment import RandAugment, supervised_draws
 from pipeline.config import Config, ConfigError
 from pipeline.streams import Source, evaluation, image_set, order_of
-from shards.images import ImageSet
-from shards.index import FLAG_LABELLED
-from shards.loader import Places, Stream
-from shards.pairs import DrawnViews
-from shards.subset import Subset, chosen_rows
-from shards.views import ViewPolicy
+from shards.format.index import FLAG_LABELLED
+from shards.format.views import ViewPolicy
+from shards.stream.image_set import ImageSet
+from shards.stream.label_subset import Subset, chosen_rows
+from shards.stream.loader import SampleOrder, Stream
+from shards.stream.view_sources import DrawnViews
 
 
 def supervised(config: Config) -> Source:
@@ -54,7 +54,7 @@ def supervised(config: Config) -> Source:
     return Source(stream, images.manifest.fingerprint, "", paired=tune.mixes)
 
 
-def _labelled_order(config: Config, images: ImageSet) -> Places:
+def _labelled_order(config: Config, images: ImageSet) -> SampleOrder:
     share = config.finetune.label_share
     return order_of(config, images) if share == 1.0 else _chosen(config, images, share, config.data.seed)
 
@@ -113,7 +113,7 @@ def num_classes(images: ImageSet) -> int:
 class _Spread:
     """`samples` of the pictures of a set, evenly spaced: a set may be sorted by class."""
 
-    places: Places
+    places: SampleOrder
     samples: int
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from pipeline.model import Encoder
 from pipeline.pictures import to_bytes
 from pipeline.pixels import normalise
 from pipeline.probe import feature_depth, standardised
-from shards.loader import Batch, Stream, load
+from shards.stream.loader import Batch, Stream, load
 
 _MICRO = 32  # pictures a batch
 _RAW = 32  # pixels a side that raw pictures are compared at

@@ -14,7 +14,7 @@ from pipeline.pixels import jitter, tokenizer_input
 
 
 class Views(Protocol):
-    """The tensors of a batch that objectives read (shards.loader.Batch)."""
+    """The tensors of a batch that objectives read (shards.stream.loader.Batch)."""
 
     @property
     def samples(self) -> Tensor: ...

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import ConfigError
-from shards import codec, draws
+from shards import counter_rng
+from shards.decode import codec
 
 _SKIMAGE = (
     "astronaut",
@@ -66,7 +67,7 @@ def write_tiles(folder: Path, train_tiles: int, test_tiles: int, seed: int) -> i
             out = folder / split / path.stem
             out.mkdir(parents=True, exist_ok=True)
             for tile in range(count):
-                cut = _tile(part, draws.uniform(seed, number, split == "test", tile, np.arange(4)))
+                cut = _tile(part, counter_rng.uniform(seed, number, split == "test", tile, np.arange(4)))
                 (out / f"{path.stem}-{tile:04d}.jpg").write_bytes(codec.encode(cut, "jpg", 92))
     return len(photos)
 

@@ -16,7 +16,7 @@ from pipeline.objective import encoder_input
 from pipeline.pixels import jitter
 from pipeline.streams import Source
 from pipeline.tokenizer import VisualTokenizer
-from shards.loader import Batch
+from shards.stream.loader import Batch
 
 _GREY, _EDGE = 0.5, 0.4  # of a masked patch, and of its edge: a grey picture looks different
 _WORST = 0.5  # a difference of pixels in [0, 1] from which on an error is as bright as can be

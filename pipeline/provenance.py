@@ -12,7 +12,7 @@ from pipeline.config import ONLINE, to_yaml
 from pipeline.record import Record, attempt, json_object
 from pipeline.saved import State
 from pipeline.words import clock, processes
-from shards.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
+from shards.format.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
 
 _BAD_SHOWN = 20
 _DIGITS = 16  # of a fingerprint; the whole one is in the manifest

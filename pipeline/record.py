@@ -15,8 +15,8 @@ import numpy as np
 
 from pipeline.config import ONLINE, Config, ConfigError
 from shards.errors import ShardError
-from shards.remote import cache_for, is_url
-from shards.tokens import TokenSet, token_counts
+from shards.format.tokens import TokenSet, token_counts
+from shards.storage.remote import cache_for, is_url
 
 Value = TypeVar("Value")
 

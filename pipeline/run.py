@@ -164,7 +164,7 @@ class BadSamples:
                     self.known.add((values["shard"], values["key"]))
 
     def add(self, samples: list[Any]) -> None:
-        """Write down the new ones (shards.loader.BadSample)."""
+        """Write down the new ones (shards.stream.loader.BadSample)."""
         with open(self.path, "a", encoding="utf-8") as file:
             for sample in samples:
                 values = asdict(sample) if is_dataclass(sample) and not isinstance(sample, type) else dict(sample)

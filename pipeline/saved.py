@@ -26,7 +26,7 @@ class State:
     images: str
     tokens: str
     config: str
-    order: int = 1  # shards.order.ARITHMETIC of the version that saved it; the first did not say
+    order: int = 1  # shards.stream.order.ARITHMETIC of the version that saved it; the first did not say
     groups: list[list[str]] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
 

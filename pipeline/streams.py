@@ -18,16 +18,16 @@ from pipeline.config import ONLINE, Config, ConfigError, Mask, Model, Size, View
 from pipeline.masking import draw_masks, kept_branches
 from pipeline.rendezvous import place_of
 from pipeline.tokenizer import VisualTokenizer, load_tokenizer, stated_fingerprint
-from shards import draws
-from shards.ahead import fetched_ahead
-from shards.images import ImageSet, Reading
-from shards.loader import Batch, InTurn, Numbers, Places, Stream, load
-from shards.manifest import read_token_manifest
-from shards.order import ARITHMETIC as ORDER_ARITHMETIC
-from shards.order import Order, OrderPolicy, RankBatches, rank_batches
-from shards.pairs import CentralViews, DrawnViews, RecordedViews, ViewSource
-from shards.remote import Remote, cache_for
-from shards.views import ARITHMETIC, ViewPolicy
+from shards import counter_rng
+from shards.format.manifest import read_token_manifest
+from shards.format.views import ARITHMETIC, ViewPolicy
+from shards.storage.remote import Remote, cache_for
+from shards.stream.image_set import ImageSet, Reading
+from shards.stream.loader import Batch, BatchSampler, SampleOrder, SequentialOrder, Stream, load
+from shards.stream.order import ARITHMETIC as ORDER_ARITHMETIC
+from shards.stream.order import Order, OrderPolicy, RankBatches, rank_batches
+from shards.stream.prefetch import fetched_ahead
+from shards.stream.view_sources import CentralViews, DrawnViews, RecordedViews, ViewSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +50,13 @@ def sample_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> di
     """What a pretraining sample draws: mask bool [B, N] and, with drop path, keep bool [B, L, 2]."""
 
     def uniform(attempt: int) -> np.ndarray:
-        return draws.uniform(draws.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
+        return counter_rng.uniform(counter_rng.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
 
     def fill() -> np.ndarray:
-        return draws.uniform(draws.MASK, seed, samples[:, None], 1, 0, np.arange(model.num_patches))
+        return counter_rng.uniform(counter_rng.MASK, seed, samples[:, None], 1, 0, np.arange(model.num_patches))
 
     def branch(number: np.ndarray) -> np.ndarray:
-        return draws.uniform(draws.DROP_PATH, seed, samples[:, None, None], number)
+        return counter_rng.uniform(counter_rng.DROP_PATH, seed, samples[:, None, None], number)
 
     drawn = {"mask": draw_masks(mask, model.grid, len(samples), uniform, fill)}
     if model.drop_path > 0:
@@ -79,7 +79,7 @@ def order_of(config: Config, images: ImageSet) -> Order:
 @dataclass(frozen=True)
 class Source:
     """A stream with the names of what it reads, for checkpoints: fingerprints of the image and token sets. paired: its
-    micro batches hold each sample's partner, too (shards.order.RankBatches)."""
+    micro batches hold each sample's partner, too (shards.stream.order.RankBatches)."""
 
     stream: Stream
     images: str
@@ -113,7 +113,7 @@ def heldout(config: Config) -> Source:
     that no training draws, so that pictures trained on can be held out too."""
     images = image_set(config, config.data.heldout_images)
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
-    places = InTurn([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
     return _pairs(config, images, config.data.heldout_tokens, places, draw, _untrained_views(config))
 
 
@@ -136,7 +136,9 @@ def _untrained_views(config: Config) -> ViewPolicy:
     return dataclasses.replace(view_policy(config.view), seed=~config.view.seed)
 
 
-def _pairs(config: Config, images: ImageSet, tokens: str, places: Places, draw: Draw, online: ViewPolicy) -> Source:
+def _pairs(
+    config: Config, images: ImageSet, tokens: str, places: SampleOrder, draw: Draw, online: ViewPolicy
+) -> Source:
     """Pictures with their recorded tokens or, where `tokens` is online, with the view a tokenizer makes them of."""
     source: ViewSource
     if tokens == ONLINE:
@@ -243,7 +245,7 @@ def tokenizer_training(config: Config) -> Source:
 def evaluation(config: Config, where: str, size: Size | None = None, share: float = 0.875) -> Source:
     """Images in manifest order, central views of the encoder's size, or of `size`; share: of the largest's sides."""
     images, size = image_set(config, where), size or config.model.input_size
-    places = InTurn([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
     source = CentralViews(size.width / size.height, share)
     stream = Stream(images=images, places=places, source=source, size=size, decoder=config.loader.decoder)
     return Source(stream, images.manifest.fingerprint, "")
@@ -312,7 +314,7 @@ def even_batches(
         yield batch, torch.from_numpy(counts).to(batch.samples.device, torch.float32)
 
 
-def _load(config: Config, stream: Stream, numbers: Numbers) -> Iterator[Batch]:
+def _load(config: Config, stream: Stream, numbers: BatchSampler) -> Iterator[Batch]:
     import torch
 
     pin = torch.cuda.is_available()

@@ -22,7 +22,7 @@ from pipeline.objective import encoder_input
 from pipeline.probe import feature_depth, knn_accuracy, standardised
 from pipeline.streams import Source, even_batches
 from pipeline.tokenizer import codebook_use
-from shards.loader import Batch
+from shards.stream.loader import Batch
 
 _AT_ONCE = 16  # pictures whose logits or attention are in memory
 _PREDICTED = 1024  # pictures whose predictions are looked at

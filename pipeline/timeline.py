@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.failures import best_interval, daly, goodput, young
-from shards.draws import TIMELINE, uniform
+from shards.counter_rng import TIMELINE, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,9 @@ from pipeline.positions import Positions
 from pipeline.run import BadSamples, identity_digest, locked, open_folder, write_whole
 from pipeline.streams import Source, training_batches
 from pipeline.watchdog import Watchdog
-from shards import jpeg
-from shards.order import ARITHMETIC
+from shards.decode import jpeg
 from shards.progress import Progress, Silent
+from shards.stream.order import ARITHMETIC
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,9 +122,9 @@ def _splits(texts: list[str]) -> tuple[tuple[str, float], ...]:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from shards.pack import REJECTED, pack
-    from shards.plan import PackOptions
-    from shards.prepare import PictureOptions
+    from shards.pack.encode import EncodeOptions
+    from shards.pack.pack import REJECTED, pack
+    from shards.pack.plan import PackOptions
 
     options = PackOptions(
         name=arguments.name,
@@ -132,7 +132,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         labels=arguments.labels,
         splits=_splits(arguments.split),
         seed=arguments.seed,
-        picture=PictureOptions(
+        picture=EncodeOptions(
             max_side=arguments.max_side,
             short_side=arguments.short_side,
             quality=arguments.quality,
@@ -156,7 +156,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from shards.adopt import adopt
+    from shards.pack.adopt import adopt
 
     adopted = adopt(arguments.shards, _workers(arguments))
     shards = adopted.manifest.shards
@@ -170,9 +170,9 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from shards.manifest import kind_of
-    from shards.verify import verify_images
-    from shards.verify_tokens import verify_tokens
+    from shards.format.manifest import kind_of
+    from shards.inspect.verify import verify_images
+    from shards.inspect.verify_tokens import verify_tokens
 
     findings: list[str] = []
 
@@ -195,8 +195,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from shards.manifest import kind_of
-    from shards.stats import image_stats, table, token_stats
+    from shards.format.manifest import kind_of
+    from shards.inspect.stats import image_stats, table, token_stats
 
     stats = (token_stats if kind_of(arguments.shards) == "tokens" else image_stats)(arguments.shards)
     print(json.dumps(stats, indent=1) if arguments.json else table(stats))
@@ -204,9 +204,9 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    from shards.order import OrderPolicy
-    from shards.simulate import Simulated, simulate
-    from shards.stats import table
+    from shards.inspect.simulate import Simulated, simulate
+    from shards.inspect.stats import table
+    from shards.stream.order import OrderPolicy
 
     policy = {name: getattr(arguments, name) for name in ("seed", "chunk", "window", "lanes")}
     if min(policy["chunk"], policy["window"], policy["lanes"]) < 1:

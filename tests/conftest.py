@@ -26,7 +26,7 @@ TINY = {
 
 def write_pictures(folder: Path, count: int, classes: int, seed: int = 0, size: tuple[int, int] | None = None) -> None:
     """`count` JPEGs of coloured gradients, varied in size unless one is given, one folder per class."""
-    from shards.codec import encode
+    from shards.decode.codec import encode
 
     generator = np.random.default_rng(seed)
     for number in range(count):

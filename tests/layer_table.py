@@ -8,15 +8,15 @@ LEARN = f"{CONFIG} kernels torch numpy pipeline.pixels"
 REPORT = f"{CONFIG} pipeline.chart pipeline.lines pipeline.look pipeline.page pipeline.record pipeline.saved"
 REPORT += " pipeline.words"
 # shards without its two modules that use torch, and what a stage may use
-TORCHLESS = "shards.cache shards.codec shards.draws shards.errors shards.files shards.manifest shards.progress"
-TORCHLESS += " shards.remote shards.tokens"
+TORCHLESS = "shards.storage.cache shards.decode.codec shards.counter_rng shards.errors shards.storage.files shards.format.manifest shards.progress"
+TORCHLESS += " shards.storage.remote shards.format.tokens"
 BELOW = "torch numpy shards pipeline.checkpoint pipeline.metrics pipeline.model pipeline.objective pipeline.optim"
 BELOW += " pipeline.page pipeline.photos pipeline.pictures pipeline.pixels pipeline.probe pipeline.provenance"
 BELOW += " pipeline.record pipeline.sections pipeline.signals pipeline.streams pipeline.tokenizer pipeline.training"
 BELOW += " pipeline.loop pipeline.run pipeline.weights pipeline.dvae pipeline.precision pipeline.peers pipeline.resize"
 PLAN = f"{CONFIG} pipeline.assumptions pipeline.costs pipeline.failures pipeline.forecast pipeline.machines"
 PLAN += " pipeline.sharding pipeline.timeline"
-UNPLANNED = "torch deepspeed shards.loader pipeline.stages"
+UNPLANNED = "torch deepspeed shards.stream.loader pipeline.stages"
 BELOW += " pipeline.labelled pipeline.complaints pipeline.opening"
 BELOW += " pipeline.comparison pipeline.document pipeline.encoders pipeline.gallery pipeline.words pipeline.evaluation"
 BELOW += " pipeline.ending pipeline.rendezvous pipeline.formats pipeline.foreign safetensors kernels"
@@ -33,11 +33,11 @@ class Row:
 
 TABLE = (
     Row("kernels*", "kernels torch triton", "shards pipeline deepspeed"),
-    Row("shards.codec", "shards numpy PIL", "kernels pipeline deepspeed torch"),
-    Row("shards.jpeg", "shards.errors numpy PIL nvidia simplejpeg", "kernels pipeline deepspeed torch"),
-    Row("shards.remote", "shards xxhash fsspec aiohttp", "kernels pipeline deepspeed torch"),
-    Row("shards.loader", "shards numpy torch", "kernels pipeline deepspeed"),
-    Row("shards.cuts", "shards numpy torch", "kernels pipeline deepspeed"),
+    Row("shards.decode.codec", "shards numpy PIL", "kernels pipeline deepspeed torch"),
+    Row("shards.decode.jpeg", "shards.errors numpy PIL nvidia simplejpeg", "kernels pipeline deepspeed torch"),
+    Row("shards.storage.remote", "shards xxhash fsspec aiohttp", "kernels pipeline deepspeed torch"),
+    Row("shards.stream.loader", "shards numpy torch", "kernels pipeline deepspeed"),
+    Row("shards.stream.view_batches", "shards numpy torch", "kernels pipeline deepspeed"),
     Row("shards*", "shards numpy webdataset yaml safetensors xxhash tqdm", "kernels pipeline deepspeed torch"),
     Row("pipeline", ""),
     Row(
@@ -65,7 +65,7 @@ TABLE = (
         "pipeline.checks_device",
         f"{ENGINE} pipeline.findings pipeline.forecast pipeline.sharding pipeline.checks_host pipeline.metrics "
         "pipeline.model pipeline.objective "
-        "pipeline.optim pipeline.rendezvous pipeline.streams kernels shards.loader torch numpy",
+        "pipeline.optim pipeline.rendezvous pipeline.streams kernels shards.stream.loader torch numpy",
         "pipeline.stages",
     ),
     Row("pipeline.checks_network", f"{ENGINE} pipeline.findings torch", "pipeline.model shards pipeline.stages"),
@@ -78,8 +78,8 @@ TABLE = (
     Row("pipeline.model", f"{LEARN} pipeline.blocks", "shards deepspeed pipeline.stages"),
     Row(
         "pipeline.augment",
-        f"{CONFIG} numpy scipy torch PIL timm shards.draws pipeline.masking pipeline.stand_in",
-        "shards.loader deepspeed pipeline.stages pipeline.model",
+        f"{CONFIG} numpy scipy torch PIL timm shards.counter_rng pipeline.masking pipeline.stand_in",
+        "shards.stream.loader deepspeed pipeline.stages pipeline.model",
     ),
     Row("pipeline.masking", LEARN, "shards deepspeed pipeline.stages torch"),
     Row("pipeline.objective", LEARN, "shards deepspeed pipeline.stages pipeline.model"),
@@ -168,7 +168,7 @@ TABLE = (
     Row(
         "pipeline.survey",
         f"{ENGINE} torch pipeline.blocks pipeline.model pipeline.objective pipeline.probe pipeline.streams "
-        "pipeline.tokenizer shards.loader",
+        "pipeline.tokenizer shards.stream.loader",
         "pipeline.stages",
     ),
     Row(
@@ -201,7 +201,7 @@ TABLE = (
     ),
     Row(
         "pipeline.neighbours",
-        f"{LEARN} pipeline.attention_maps pipeline.model pipeline.pictures pipeline.probe shards.loader",
+        f"{LEARN} pipeline.attention_maps pipeline.model pipeline.pictures pipeline.probe shards.stream.loader",
         "deepspeed pipeline.stages",
     ),
     Row("pipeline.encoders", f"{CONFIG} torch pipeline.model pipeline.weights", "shards pipeline.stages"),
@@ -235,17 +235,17 @@ TABLE = (
     Row("pipeline.costs", CONFIG, UNPLANNED),
     Row("pipeline.assumptions", CONFIG, UNPLANNED),
     Row("pipeline.sharding", PLAN, UNPLANNED),
-    Row("pipeline.failures", "numpy shards.draws", UNPLANNED),
-    Row("pipeline.timeline", "numpy pipeline.failures shards.draws", UNPLANNED),
+    Row("pipeline.failures", "numpy shards.counter_rng", UNPLANNED),
+    Row("pipeline.timeline", "numpy pipeline.failures shards.counter_rng", UNPLANNED),
     Row("pipeline.forecast", PLAN, UNPLANNED),
     Row("pipeline.planned", PLAN, UNPLANNED),
     Row("pipeline.stages", ""),
     Row("pipeline.stages.launch", f"{CONFIG} pipeline.carried pipeline.signals", "torch numpy shards"),
-    Row("pipeline.stages.slurm", f"{CONFIG} pipeline.signals shards.__main__ shards.files"),
+    Row("pipeline.stages.slurm", f"{CONFIG} pipeline.signals shards.__main__ shards.storage.files"),
     Row(
         "pipeline.stages.plan",
-        f"{PLAN} pipeline.planned shards.errors shards.manifest",
-        "torch deepspeed shards.loader",
+        f"{PLAN} pipeline.planned shards.errors shards.format.manifest",
+        "torch deepspeed shards.stream.loader",
     ),
     Row(
         "pipeline.stages.watch",

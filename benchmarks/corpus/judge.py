@@ -14,13 +14,13 @@ from types import FrameType
 
 import numpy as np
 
-from shards import codec
+from shards.decode import codec
 from shards.errors import ShardError
-from shards.images import ImageSet
-from shards.loader import BadSample, Batch, Stream, load
-from shards.order import Order, OrderPolicy
-from shards.pairs import CentralViews, RecordedViews
-from shards.views import central_views
+from shards.format.views import central_views
+from shards.stream.image_set import ImageSet
+from shards.stream.loader import BadSample, Batch, Stream, load
+from shards.stream.order import Order, OrderPolicy
+from shards.stream.view_sources import CentralViews, RecordedViews
 
 OUTCOMES = ("mended", "substituted", "refused", "harmless", "as found", "silent", "traceback")
 

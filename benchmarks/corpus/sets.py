@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.images import ImageSet
-from shards.manifest import TokenManifest, write_manifest
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.tokens import token_path, token_shard_entry, write_token_shard
-from shards.views import FIELDS, ViewPolicy, Views, draw_views
+from shards.format.manifest import TokenManifest, write_manifest
+from shards.format.tokens import token_path, token_shard_entry, write_token_shard
+from shards.format.views import FIELDS, ViewPolicy, Views, draw_views
+from shards.pack.pack import pack
+from shards.pack.plan import PackOptions
+from shards.stream.image_set import ImageSet
 
 SHARDS, PER_SHARD = 3, 12
 GRID, VOCABULARY, NUM_VIEWS = (2, 2), 64, 3

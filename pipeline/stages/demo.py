@@ -19,9 +19,9 @@ from pipeline.config import Config, ConfigError, load_config
 from pipeline.metrics import read_metrics, say
 from pipeline.photos import write_tiles
 from pipeline.record import token_use
-from shards.files import write_text
-from shards.manifest import NAME as MANIFEST
-from shards.manifest import read_image_manifest
+from shards.format.manifest import NAME as MANIFEST
+from shards.format.manifest import read_image_manifest
+from shards.storage.files import write_text
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONFIG = _ROOT / "configs" / "demo.yaml"

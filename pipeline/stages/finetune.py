@@ -21,7 +21,7 @@ from pipeline.resize import finetuned_model
 from pipeline.streams import Source, even_batches, fingerprints
 from pipeline.training import Job, run_training
 from pipeline.weights import tune_from
-from shards.loader import Batch
+from shards.stream.loader import Batch
 
 # of `optimizer` and `train` only what fine-tuning takes from them
 _OTHERS = ("train.precision", "optimizer.beta1", "optimizer.beta2", "optimizer.epsilon")

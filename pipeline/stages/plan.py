@@ -14,7 +14,7 @@ from pipeline.forecast import LARGEST_MICRO, Forecast, Machine, forecast, size_o
 from pipeline.machines import CHIPS, NETWORKS, STORAGES, Chip, Network, Storage
 from pipeline.planned import report
 from shards.errors import ShardError
-from shards.manifest import read_image_manifest
+from shards.format.manifest import read_image_manifest
 
 _IMAGENET = 1_281_167
 Known = TypeVar("Known", Chip, Network, Storage)

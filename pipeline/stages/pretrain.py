@@ -19,7 +19,7 @@ from pipeline.optim import parameter_groups
 from pipeline.streams import Source, fingerprints, pretraining, refuse_other_tokenizers
 from pipeline.training import Job, run_training
 from pipeline.weights import start_from
-from shards.loader import Batch
+from shards.stream.loader import Batch
 
 IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
 

@@ -15,7 +15,7 @@ from pipeline.provenance import what_ran
 from pipeline.record import read_record
 from pipeline.weights import run_config
 from pipeline.words import clock
-from shards.files import write_text
+from shards.storage.files import write_text
 
 
 def run(run_folders: list[Path], out: Path | None = None) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.config import ONLINE, Config, ConfigError, load_config, refuse_world, to_yaml, work_folder
 from pipeline.signals import begin
-from shards.files import write_text
+from shards.storage.files import write_text
 
 VERBS = ("pretrain", "finetune", "tokenizer", "tokenize", "pack")
 _ROOT = Path(__file__).resolve().parents[2]

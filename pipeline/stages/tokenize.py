@@ -25,16 +25,16 @@ from pipeline.precision import changed_tokens, computing
 from pipeline.rendezvous import place_of, rank_of
 from pipeline.streams import fitting_tokenizer, image_set, policy_record, view_policy
 from pipeline.tokenizer import VisualTokenizer
-from shards import jpeg
-from shards.cuts import Cuts, ShardCuts, load_cuts
-from shards.files import PARTIAL
-from shards.images import ImageSet
-from shards.index import Index
-from shards.manifest import NAME, ImageShard, TokenManifest, write_manifest
+from shards.decode import jpeg
+from shards.format.index import Index
+from shards.format.manifest import NAME, ImageShard, TokenManifest, write_manifest
+from shards.format.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
+from shards.format.views import FIELDS, ViewPolicy, Views, draw_views
 from shards.progress import Progress, Silent
-from shards.remote import is_url
-from shards.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
-from shards.views import FIELDS, ViewPolicy, Views, draw_views
+from shards.storage.files import PARTIAL
+from shards.storage.remote import is_url
+from shards.stream.image_set import ImageSet
+from shards.stream.view_batches import ShardViews, ViewBatch, load_view_batches
 
 _PICTURES_PER_ITEM = 16
 _COMPARED, _COMPARED_SLOWLY = 16, 4  # pictures tokenized once more at every precision, on a GPU and on a CPU
@@ -234,7 +234,7 @@ def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress 
     tokens = np.zeros((task.num_views, len(index), rows * columns), dtype=np.uint16)
     bad = np.zeros(len(index), dtype=np.uint8)
     cuts = _cuts(task, number, views)
-    for item in load_cuts(cuts, workers=config.loader.workers, prefetch=config.loader.prefetch):
+    for item in load_view_batches(cuts, workers=config.loader.workers, prefetch=config.loader.prefetch):
         at = item.rows.numpy()
         with computing(task.precision, task.device):
             found = task.tokenizer.tokenize(_jittered(task, index, views, item)).cpu().numpy()
@@ -247,9 +247,9 @@ def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress 
     write_token_shard(token_path(task.folder, shard.name), tokens, views, index.key_hash, bad, task.stamp(shard))
 
 
-def _cuts(task: Task, number: int, views: Views) -> ShardCuts:
+def _cuts(task: Task, number: int, views: Views) -> ShardViews:
     height, width = task.identity["input_size"]
-    return ShardCuts(
+    return ShardViews(
         images=task.images,
         shard=number,
         views=views,
@@ -260,7 +260,7 @@ def _cuts(task: Task, number: int, views: Views) -> ShardCuts:
     )
 
 
-def _jittered(task: Task, index: Index, views: Views, item: Cuts) -> torch.Tensor:
+def _jittered(task: Task, index: Index, views: Views, item: ViewBatch) -> torch.Tensor:
     """Pixels f32 [n · K, 3, H, W] in [0, 1] on the task's device, the K views of a picture one after the other."""
     at = item.rows.numpy()
     jitters = torch.from_numpy(views.jitters[:, at]).transpose(0, 1).flatten(0, 1)

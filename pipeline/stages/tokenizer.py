@@ -20,8 +20,9 @@ from pipeline.pixels import jitter
 from pipeline.streams import Source, evaluation_batches, fingerprints, tokenizer_training
 from pipeline.tokenizer import codebook_use, save_dvae
 from pipeline.training import Job, run_training
-from shards import codec, draws
-from shards.loader import Batch
+from shards import counter_rng
+from shards.decode import codec
+from shards.stream.loader import Batch
 
 _MEASURED = 2048  # pictures the codebook use is taken from
 _SHOWN = 8
@@ -92,7 +93,7 @@ def _objective(config: Config, engine: Engine, steps: int) -> Objective:
     def of_batch(model: Callable, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         turn["micro"] = turn["micro"] + 1 if turn["step"] == step else 0
         turn["step"] = step
-        seed = draws.bits(draws.GUMBEL, config.data.seed, step, turn["micro"], engine.world.rank)[0]
+        seed = counter_rng.bits(counter_rng.GUMBEL, config.data.seed, step, turn["micro"], engine.world.rank)[0]
         generator.manual_seed(int(seed >> np.uint64(1)))
         return dvae_loss(config.tokenizer, model, batch, step, steps, generator)
 

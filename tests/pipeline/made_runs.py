@@ -15,9 +15,9 @@ from pipeline.dvae import Dvae
 from pipeline.model import Beit, Classifier
 from pipeline.stages import tokenize
 from pipeline.tokenizer import save_dvae
-from shards import codec
-from shards.pack import pack
-from shards.plan import PackOptions
+from shards.decode import codec
+from shards.pack.pack import pack
+from shards.pack.plan import PackOptions
 
 SHAPE = {
     "view": {"num_views": 2, "area_min": 0.5},

@@ -11,7 +11,7 @@ from pipeline.augment import RandAugment, erased_boxes, mixing, supervised_draws
 from pipeline.config import Config, ConfigError, Finetune, Model, Size
 from pipeline.objective import _smoothed, classified, erased, mixed
 from pipeline.stand_in import torchvision
-from shards import draws
+from shards import counter_rng
 
 torchvision()
 timm_data = pytest.importorskip("timm.data.mixup")
@@ -50,7 +50,7 @@ def test_randaugment_is_timms():
     for sample in range(12):
         ours = picture()
         augment(sample, ours)
-        number = int(draws.bits(draws.AUGMENT, 3, sample)[0])
+        number = int(counter_rng.bits(counter_rng.AUGMENT, 3, sample)[0])
         random.seed(number)
         np.random.seed([number & 0xFFFFFFFF, number >> 32])
         settings = {"translate_const": 10, "img_mean": (128, 128, 128), "interpolation": Image.Resampling.BICUBIC}
@@ -90,7 +90,7 @@ def test_mixing_is_timms(cut, monkeypatch):
 
 def test_shares_are_beta_distributed():
     """Mean and variance of Beta(0.8, 0.8); half of the pairs are cut where both are on."""
-    uniform = draws.uniform(draws.MIX, 0, np.arange(4000), np.arange(4)[:, None])
+    uniform = counter_rng.uniform(counter_rng.MIX, 0, np.arange(4000), np.arange(4)[:, None])
     shares = mixing((24, 32), 0.8, 0.0, uniform)["share"]
     assert shares.mean() == pytest.approx(0.5, abs=0.02)
     assert shares.var() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.05)
@@ -103,7 +103,9 @@ def test_rectangles_are_timms():
     from timm.data.random_erasing import RandomErasing
 
     samples = np.arange(3000)
-    boxes = erased_boxes((32, 48), 0.25, lambda what, attempt: draws.uniform(draws.ERASE, 1, samples, what, attempt))
+    boxes = erased_boxes(
+        (32, 48), 0.25, lambda what, attempt: counter_rng.uniform(counter_rng.ERASE, 1, samples, what, attempt)
+    )
     tall, wide = boxes[:, 2], boxes[:, 3]
     assert (tall < 32).all() and (wide < 48).all() and (boxes[:, 0] + tall <= 32).all()
     assert (boxes[:, 1] + wide <= 48).all() and (boxes[:, :2] >= 0).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.feed import Feed
-from shards.loader import Batch
+from shards.stream.loader import Batch
 
 
 def batch(number: int, pin: bool) -> Batch:

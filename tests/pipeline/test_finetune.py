@@ -38,7 +38,7 @@ TUNE |= {"input_size": 32, "layer_decay": 0.8, "test_every": "6 steps", "head_sc
 
 def write_classes(folder: Path, count: int, seed: int) -> None:
     """Pictures whose colour tells their class, of three of unequal size: a half, a third, a sixth."""
-    from shards.codec import encode
+    from shards.decode.codec import encode
 
     generator = np.random.default_rng(seed)
     colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import Mask, Model
 from pipeline.masking import draw_masks
 from pipeline.streams import sample_draws
-from shards import draws
+from shards import counter_rng
 
 MODEL = Model(drop_path=0.0)
 PUBLISHED, EXACT = Mask(exact=False), Mask()
@@ -21,7 +21,7 @@ def masks_of(mask: Mask, samples: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def uniforms(seed: int, samples: np.ndarray) -> Callable[[int], np.ndarray]:
-    return lambda attempt: draws.uniform(draws.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
+    return lambda attempt: counter_rng.uniform(counter_rng.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
 
 
 def plain_mask(mask: Mask, rows: int, columns: int, numbers: Iterator[np.ndarray]) -> tuple[np.ndarray, int]:

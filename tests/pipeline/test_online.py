@@ -13,7 +13,7 @@ from pipeline.metrics import read_metrics
 from pipeline.objective import online_tokens
 from pipeline.stages import tokenize
 from pipeline.streams import fitting_tokenizer, heldout, pretraining
-from shards.views import draw_views
+from shards.format.views import draw_views
 
 ROOT = Path(__file__).resolve().parents[2]
 ONLINE = "data.tokens=online"
@@ -100,7 +100,7 @@ def test_a_tokenizer_that_does_not_fit_is_one_line(tiny):
 
 def test_drawn_views_take_any_seed():
     """Held-out views are drawn from the complement of the seed, which is negative."""
-    from shards.views import ViewPolicy
+    from shards.format.views import ViewPolicy
 
     keys = np.arange(4, dtype=np.uint64)
     sides = np.full(4, 100)

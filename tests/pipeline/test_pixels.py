@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernels.pixels.reference import ORDERS
 from pipeline.pixels import from_tokenizer, jitter, normalise, tokenizer_input
-from shards.codec import mean_grey
-from shards.views import JITTER_ORDERS
+from shards.decode.codec import mean_grey
+from shards.format.views import JITTER_ORDERS
 
 OPERATIONS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 CROPS = [(0, 0, 256, 256), (50, 150, 100, 80), (0, 0, 45, 60), (175, 15, 75, 150)]  # top, left, height, width

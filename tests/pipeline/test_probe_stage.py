@@ -16,8 +16,8 @@ from pipeline.config import ConfigError, load_config
 from pipeline.model import Beit
 from pipeline.stages.probe import Asked, run
 from pipeline.weights import save_encoder
-from shards.adopt import adopt
-from shards.codec import encode
+from shards.decode.codec import encode
+from shards.pack.adopt import adopt
 from tests.conftest import ROOT, TINY
 
 CLASSES = 4

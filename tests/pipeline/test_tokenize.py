@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import ConfigError, load_config
 from pipeline.stages import tokenize
-from shards.manifest import read_token_manifest
+from shards.format.manifest import read_token_manifest
 from tests.conftest import ROOT
 
 

@@ -14,10 +14,10 @@ from benchmarks.views import Draw, official_cut, official_jitter
 from pipeline.config import ConfigError
 from pipeline.photos import photographs
 from pipeline.pixels import jitter
-from shards.images import ImageSet
-from shards.loader import Batch, Stream
-from shards.pairs import DrawnViews, Picked
-from shards.views import ViewPolicy
+from shards.format.views import ViewPolicy
+from shards.stream.image_set import ImageSet
+from shards.stream.loader import Batch, Stream
+from shards.stream.view_sources import DrawnViews, Selection
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("astronaut", "camera", "chelsea", "china", "coffee", "flower", "ihc", "motorcycle_left")
@@ -60,7 +60,7 @@ def built(images: ImageSet, policy: ViewPolicy) -> tuple[Batch, list[Draw]]:
     samples = np.arange(VIEWS * len(index))
     epochs, shards, rows = places.locate(samples)
     columns = (getattr(index, name)[rows] for name in ("key_hash", "width", "height"))
-    views, _ = source.views(Picked(epochs, shards, rows, *columns))
+    views, _ = source.views(Selection(epochs, shards, rows, *columns))
     paths = {path.stem: path for path in photographs()}
     draws = []
     for i, row in enumerate(rows.tolist()):

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from shards.adopt import Adopted, adopt
 from shards.errors import ShardError
-from shards.files import PARTIAL, file_digest
-from shards.index import index_path, open_index
-from shards.manifest import read_image_manifest
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.scan import scan_tar
-from shards.verify import verify_images
+from shards.format.index import index_path, open_index
+from shards.format.manifest import read_image_manifest
+from shards.inspect.verify import verify_images
+from shards.pack.adopt import Adopted, adopt
+from shards.pack.pack import pack
+from shards.pack.plan import PackOptions
+from shards.pack.tar_scan import scan_tar
+from shards.storage.files import PARTIAL, file_digest
 from tests.shards.pictures_made import jpeg, two_classes
 
 
@@ -89,7 +89,7 @@ def test_finished_tars_are_not_scanned_again(foreign, monkeypatch):
         scanned.append(path.name)
         return scan_tar(path, beat)
 
-    monkeypatch.setattr("shards.adopt.scan_tar", scan)
+    monkeypatch.setattr("shards.pack.adopt.scan_tar", scan)
     adopted = run(foreign)
     assert scanned == ["00003.tar"]
     assert (adopted.kept, adopted.manifest.samples) == (3, 9)
@@ -137,7 +137,7 @@ def test_keys_used_in_two_tars_are_listed(foreign):
 
 def test_keys_of_one_hash_are_listed(foreign, monkeypatch):
     """The token shards could not tell them apart."""
-    monkeypatch.setattr("shards.scan.hash_key", lambda key: int(key) // 6)
+    monkeypatch.setattr("shards.pack.tar_scan.hash_key", lambda key: int(key) // 6)
     with pytest.raises(ShardError, match="keys 00000 and 00001 with the same hash"):
         run(foreign)
 

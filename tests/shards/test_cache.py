@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.cache import Cache
 from shards.errors import ShardError
+from shards.storage.cache import Cache
 
 ONE, OTHER = "0" * 16, "1" * 16
 

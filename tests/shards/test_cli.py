@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shards.__main__ import main
-from shards.manifest import read_image_manifest
+from shards.format.manifest import read_image_manifest
 from tests.shards.pictures_made import encoded, jpeg, photo, two_classes, write_folder
 
 VERBS = ("pack", "index", "verify", "stats")

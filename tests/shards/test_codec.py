@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageStat, JpegImagePlugin
 
-from shards import codec
-from shards.codec import PictureError
+from shards.decode import codec
+from shards.decode.codec import ImageError
 from shards.errors import ShardError
-from shards.index import (
+from shards.format.index import (
     FLAG_ANIMATED,
     FLAG_JPEG,
     FLAG_NOT_RGB,
@@ -144,7 +144,7 @@ def test_damaged_exif_costs_no_picture_and_no_warning():
 )
 def test_unusable_pictures_say_why(data, reason):
     """One exception type, with the reason a person needs; a truncated picture is never half a picture."""
-    with pytest.raises(PictureError, match=reason):
+    with pytest.raises(ImageError, match=reason):
         codec.decode(data)
 
 
@@ -156,15 +156,15 @@ def test_bomb_is_refused_by_its_header_alone(monkeypatch):
 
     monkeypatch.setattr(Image.Image, "convert", never)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", never)
-    for read in (codec.decode, codec.read_header, codec.read_picture):
-        with pytest.raises(PictureError, match=r"20000x20000 is more than 134217728 pixels"):
+    for read in (codec.decode, codec.read_header, codec.read_image):
+        with pytest.raises(ImageError, match=r"20000x20000 is more than 134217728 pixels"):
             read(bomb())
 
 
 def test_the_pixel_limit_is_exact():
     """48 x 32 pixels pass a limit of 1536 and no lower one."""
     assert codec.decode(jpeg(), max_pixels=48 * 32).shape == (32, 48, 3)
-    with pytest.raises(PictureError, match="48x32"):
+    with pytest.raises(ImageError, match="48x32"):
         codec.decode(jpeg(), max_pixels=48 * 32 - 1)
 
 
@@ -182,10 +182,10 @@ def test_damage_never_raises_anything_else(seed):
             data[rng.randrange(min(len(data), rng.choice([64, 100_000])))] = rng.randrange(256)
         data = data[: rng.randrange(len(data))] if rng.random() < 0.3 else data
         try:
-            header, pixels = codec.read_picture(bytes(data), max_pixels=10**6)
+            header, pixels = codec.read_image(bytes(data), max_pixels=10**6)
             assert pixels.shape == (header.height, header.width, 3)
             outcomes["pixels"] += 1
-        except PictureError:
+        except ImageError:
             outcomes["error"] += 1
     assert min(outcomes.values()) > 10, f"the damage is too mild or too wild to test anything: {outcomes}"
 
@@ -216,7 +216,7 @@ def test_png_is_lossless_and_jpeg_keeps_full_chroma():
 
 def test_encode_names_a_size_the_format_cannot_hold():
     """WebP ends at 16383 pixels a side: a reason for the list of rejects, not a crash."""
-    with pytest.raises(PictureError, match="16384x1 cannot be stored as webp"):
+    with pytest.raises(ImageError, match="16384x1 cannot be stored as webp"):
         codec.encode(np.zeros((1, 16384, 3), np.uint8), "webp", 90)
 
 
@@ -224,14 +224,14 @@ def test_encode_names_a_size_the_format_cannot_hold():
 def test_a_jpeg_damaged_before_it_comes_is_refused(mode):
     """No checksum can tell; libjpeg can, mostly, and Pillow does not ask it. What is whole passes."""
     data = encoded(Image.fromarray(photo(256, 320)).convert(mode), "JPEG", quality=90)
-    codec.read_picture(data)
+    codec.read_image(data)
     refused = 0
     for start in range(len(data) // 3, len(data) - 900, len(data) // 40):
         broken = data[:start] + bytes(800) + data[start + 800 :]
         codec.decode(broken)  # to something
         try:
-            codec.read_picture(broken)
-        except PictureError as error:
+            codec.read_image(broken)
+        except ImageError as error:
             assert "is damaged: " in str(error)
             refused += 1
     assert refused >= 20

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from shards import draws
+from shards import counter_rng
 
 WORD = 2**64 - 1
 PURPOSES = range(1, 11)
@@ -28,18 +28,18 @@ def plain_bits(*words: int) -> int:
 def test_the_mixing_function_is_murmurs():
     """fmix64 of 1, from the smhasher test vectors."""
     assert mixed(1) == 0xB456BCFC34C2CB2C
-    assert int(draws._mix(np.array([1], dtype=np.uint64))[0]) == 0xB456BCFC34C2CB2C
+    assert int(counter_rng._mix(np.array([1], dtype=np.uint64))[0]) == 0xB456BCFC34C2CB2C
 
 
 def test_golden_bits():
     """draws.bits(1, 2, np.arange(3, dtype=np.uint64)). If this changes, the order of every run ever made changes."""
     golden = [0xED81310370D7DF00, 0x5078FE677B193C1F, 0xD2C78B85A7A20D0E]
-    assert draws.bits(1, 2, np.arange(3, dtype=np.uint64)).tolist() == golden
+    assert counter_rng.bits(1, 2, np.arange(3, dtype=np.uint64)).tolist() == golden
 
 
 def test_golden_uniform():
     """draws.uniform(draws.VIEW, 0, np.arange(3))"""
-    assert draws.uniform(draws.VIEW, 0, np.arange(3)).tolist() == [
+    assert counter_rng.uniform(counter_rng.VIEW, 0, np.arange(3)).tolist() == [
         0.5337986058191445,
         0.6469080952682563,
         0.7042596887890658,
@@ -48,7 +48,7 @@ def test_golden_uniform():
 
 def test_golden_permutation():
     """draws.permutation(8, draws.CHUNK_ORDER, 0, 1)"""
-    assert draws.permutation(8, draws.CHUNK_ORDER, 0, 1).tolist() == [2, 6, 3, 5, 4, 7, 0, 1]
+    assert counter_rng.permutation(8, counter_rng.CHUNK_ORDER, 0, 1).tolist() == [2, 6, 3, 5, 4, 7, 0, 1]
 
 
 def plain_shuffle(count: int, words: tuple[int, ...], place: int) -> int:
@@ -69,19 +69,19 @@ def plain_shuffle(count: int, words: tuple[int, ...], place: int) -> int:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
 def test_a_shuffle_is_a_permutation_both_ways(count):
-    shuffle, places = draws.Shuffle(count, draws.CHUNK_ORDER, -5, 2), np.arange(count)
+    shuffle, places = counter_rng.Shuffle(count, counter_rng.CHUNK_ORDER, -5, 2), np.arange(count)
     found = shuffle.forward(places)
     assert found.dtype == np.int64
     assert sorted(found.tolist()) == places.tolist()
     assert shuffle.inverse(found).tolist() == places.tolist()
     assert found[:20].tolist() == [
-        plain_shuffle(count, (draws.CHUNK_ORDER, -5, 2), place) for place in range(count)[:20]
+        plain_shuffle(count, (counter_rng.CHUNK_ORDER, -5, 2), place) for place in range(count)[:20]
     ]
 
 
 def test_golden_shuffle():
     """draws.Shuffle(10**9, draws.CHUNK_ORDER, 0, 1).forward(np.arange(4)). If this changes, no run can be continued."""
-    assert draws.Shuffle(10**9, draws.CHUNK_ORDER, 0, 1).forward(np.arange(4)).tolist() == [
+    assert counter_rng.Shuffle(10**9, counter_rng.CHUNK_ORDER, 0, 1).forward(np.arange(4)).tolist() == [
         507640133,
         872119204,
         299688196,
@@ -94,7 +94,7 @@ def test_shuffles_are_uniform(count):
     """Over 4000 seeds every place goes everywhere equally often, and so do the steps between neighbours: chi-square
     within six deviations of its mean."""
     seeds = 4000
-    tables = np.stack([draws.Shuffle(count, seed).forward(np.arange(count)) for seed in range(seeds)])
+    tables = np.stack([counter_rng.Shuffle(count, seed).forward(np.arange(count)) for seed in range(seeds)])
     steps = np.diff(tables, axis=1) % count
     for column in (*tables.T, *(step - 1 for step in steps.T)):
         found = np.bincount(column)
@@ -108,20 +108,20 @@ def test_shuffles_are_uniform(count):
 )
 def test_golden_hash_key(key, golden):
     """draws.hash_key(key): xxh3-64 of the key's utf-8 bytes."""
-    assert draws.hash_key(key) == golden == xxhash.xxh3_64_intdigest(key.encode())
+    assert counter_rng.hash_key(key) == golden == xxhash.xxh3_64_intdigest(key.encode())
 
 
 def test_hash_key_of_bytes_that_are_no_utf8():
     """A file name of any bytes has a hash: that of the bytes."""
     name = b"caf\xe9.jpg"
-    assert draws.hash_key(name.decode("utf-8", "surrogateescape")) == xxhash.xxh3_64_intdigest(name)
+    assert counter_rng.hash_key(name.decode("utf-8", "surrogateescape")) == xxhash.xxh3_64_intdigest(name)
 
 
 def test_golden_purposes():
     """Never renumbered: the numbers are part of every draw."""
     golden = {"CHUNK_ORDER": 1, "WINDOW_ORDER": 2, "VIEW": 3, "MASK": 4, "DROP_PATH": 5, "SUBSTITUTE": 6}
     golden |= {"PACK_ORDER": 7, "SPLIT": 8, "INIT": 9, "GUMBEL": 10}
-    assert {name: getattr(draws, name) for name in golden} == golden
+    assert {name: getattr(counter_rng, name) for name in golden} == golden
 
 
 @pytest.mark.parametrize(
@@ -130,36 +130,36 @@ def test_golden_purposes():
 )
 def test_equals_the_definition(words):
     """Negative and huge words are taken modulo 2**64."""
-    assert draws.bits(*words).tolist() == [plain_bits(*words)]
+    assert counter_rng.bits(*words).tolist() == [plain_bits(*words)]
 
 
 def test_words_of_any_integer_type_agree():
     """A seed of -3 is the same draw as a Python int, a NumPy int and an array of either sign."""
     expected = plain_bits(7, -3)
     for word in (-3, np.int64(-3), np.array([-3]), np.array([2**64 - 3], dtype=np.uint64)):
-        assert draws.bits(7, word).tolist() == [expected]
+        assert counter_rng.bits(7, word).tolist() == [expected]
 
 
 def test_broadcasts_like_one_by_one():
     rows, columns = np.array([0, -1, 9]), np.arange(4)
-    drawn = draws.bits(draws.MASK, 11, rows[:, None], columns)
+    drawn = counter_rng.bits(counter_rng.MASK, 11, rows[:, None], columns)
     assert drawn.shape == (3, 4)
     assert drawn.dtype == np.uint64
-    one_by_one = [[plain_bits(draws.MASK, 11, row, column) for column in range(4)] for row in (0, -1, 9)]
+    one_by_one = [[plain_bits(counter_rng.MASK, 11, row, column) for column in range(4)] for row in (0, -1, 9)]
     assert drawn.tolist() == one_by_one
 
 
 def test_arguments_are_left_alone():
     words = np.arange(4, dtype=np.uint64)
-    draws.bits(words, 1)
+    counter_rng.bits(words, 1)
     assert words.tolist() == [0, 1, 2, 3]
 
 
 def test_uniform_never_reaches_one(monkeypatch):
     """The largest and the smallest word give the ends of [0, 1)."""
     ends = np.array([0, WORD], dtype=np.uint64)
-    monkeypatch.setattr(draws, "bits", lambda *_: ends)
-    assert draws.uniform(1).tolist() == [0.0, 1 - 2**-53]
+    monkeypatch.setattr(counter_rng, "bits", lambda *_: ends)
+    assert counter_rng.uniform(1).tolist() == [0.0, 1 - 2**-53]
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63])
@@ -171,7 +171,7 @@ def test_uniform_is_uniform_over_counters(seed, varied):
     """
     counters = np.arange(100_000)
     words = (counters, 3) if varied == 0 else (3, counters)
-    share = draws.uniform(draws.VIEW, seed, *words)
+    share = counter_rng.uniform(counter_rng.VIEW, seed, *words)
     assert 0 <= share.min() < 1e-4
     assert 1 - 1e-4 < share.max() < 1
     counts = np.bincount((share * 100).astype(int), minlength=100)
@@ -183,7 +183,7 @@ def test_uniform_is_uniform_over_counters(seed, varied):
 
 def test_every_bit_is_fair_and_depends_on_every_bit():
     """Flipping any bit of any word flips half of the bits of the draw (avalanche); each bit is set half the time."""
-    base = (draws.MASK, 12345, 678)
+    base = (counter_rng.MASK, 12345, 678)
     flipped = []
     for place in range(3):
         for bit in range(64):
@@ -193,14 +193,14 @@ def test_every_bit_is_fair_and_depends_on_every_bit():
     counts = np.array([value.bit_count() for value in flipped])
     assert counts.min() >= 12
     assert abs(counts.mean() - 32) < 1
-    drawn = draws.bits(draws.MASK, np.arange(20_000))
+    drawn = counter_rng.bits(counter_rng.MASK, np.arange(20_000))
     ones = [int(((drawn >> np.uint64(bit)) & np.uint64(1)).sum()) for bit in range(64)]
     assert max(abs(count - 10_000) for count in ones) < 300
 
 
 def test_purposes_share_no_stream():
     """Under the same other words, no draw of one purpose occurs in another, and none is correlated with another."""
-    streams = [draws.bits(purpose, 0, np.arange(20_000), 0) for purpose in PURPOSES]
+    streams = [counter_rng.bits(purpose, 0, np.arange(20_000), 0) for purpose in PURPOSES]
     assert len(np.unique(np.concatenate(streams))) == 20_000 * len(PURPOSES)
     correlation = np.corrcoef([(stream >> np.uint64(11)).astype(float) for stream in streams])
     assert np.abs(correlation - np.eye(len(streams))).max() < 0.04
@@ -209,8 +209,8 @@ def test_purposes_share_no_stream():
 def test_draws_of_different_lengths_share_no_stream():
     """The length is mixed into the first word only, and 4 ^ CHUNK_ORDER is 6 ^ VIEW: the draws part all the same."""
     counters = np.arange(20_000)
-    short = draws.bits(draws.CHUNK_ORDER, 0, 3, counters)
-    long = [draws.bits(draws.VIEW, 0, 3, counters, what, 0) for what in range(3)]
+    short = counter_rng.bits(counter_rng.CHUNK_ORDER, 0, 3, counters)
+    long = [counter_rng.bits(counter_rng.VIEW, 0, 3, counters, what, 0) for what in range(3)]
     assert len(np.unique(np.concatenate([short, *long]))) == 80_000
     correlation = np.corrcoef([(stream >> np.uint64(11)).astype(float) for stream in (short, *long)])
     assert np.abs(correlation - np.eye(4)).max() < 0.04
@@ -219,13 +219,13 @@ def test_draws_of_different_lengths_share_no_stream():
 def test_the_number_of_words_counts():
     """Words are not merely run together: (a) (a, 0) and (a, 0, 0) are different draws, as are (a, b) and (b, a)."""
     drawn = [plain_bits(*words) for words in ((1,), (1, 0), (1, 0, 0), (0, 1), (1, 2), (2, 1))]
-    assert [int(draws.bits(*words)[0]) for words in ((1,), (1, 0), (1, 0, 0), (0, 1), (1, 2), (2, 1))] == drawn
+    assert [int(counter_rng.bits(*words)[0]) for words in ((1,), (1, 0), (1, 0, 0), (0, 1), (1, 2), (2, 1))] == drawn
     assert len(set(drawn)) == 6
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000])
 def test_permutation_is_one(count):
-    order = draws.permutation(count, draws.WINDOW_ORDER, 5)
+    order = counter_rng.permutation(count, counter_rng.WINDOW_ORDER, 5)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(count))
 
@@ -233,7 +233,7 @@ def test_permutation_is_one(count):
 def test_permutations_are_all_equally_likely():
     """All 24 orders of 4 over 24,000 seeds: chi-square of 23 degrees of freedom below 60."""
     weights = np.array([64, 16, 4, 1])
-    codes = [int(draws.permutation(4, draws.WINDOW_ORDER, seed) @ weights) for seed in range(24_000)]
+    codes = [int(counter_rng.permutation(4, counter_rng.WINDOW_ORDER, seed) @ weights) for seed in range(24_000)]
     counts = np.unique(codes, return_counts=True)[1]
     assert len(counts) == 24
     assert ((counts - 1000) ** 2 / 1000).sum() < 60
@@ -243,7 +243,7 @@ def test_no_random_state_is_read_or_written():
     """NumPy's own generator neither matters nor moves."""
     np.random.seed(1)
     before = np.random.get_state()[1].tolist()  # type: ignore[union-attr, call-overload]
-    first = draws.bits(1, 2).tolist()
+    first = counter_rng.bits(1, 2).tolist()
     assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr, call-overload]
     np.random.seed(2)
-    assert draws.bits(1, 2).tolist() == first
+    assert counter_rng.bits(1, 2).tolist() == first

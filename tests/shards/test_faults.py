@@ -89,7 +89,7 @@ class _Agreeable(int):
 def test_without_checksums_the_judge_finds_wrong_samples(bases, tmp_path, monkeypatch):
     """The test above can fail: a reader that does not look gives wrong pixels, and is caught."""
     assert {case.verdict.outcome for case in flips(bases, tmp_path)} == {"substituted"}
-    monkeypatch.setattr("shards.images.xxhash", Blind)
+    monkeypatch.setattr("shards.stream.image_set.xxhash", Blind)
     assert Counter(case.verdict.outcome for case in flips(bases, tmp_path))["silent"] > 3
 
 

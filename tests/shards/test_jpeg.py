@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline import settings
-from shards import codec, jpeg
+from shards.decode import codec, jpeg
 from shards.errors import ShardError
-from shards.index import FLAG_JPEG, FLAG_NOT_RGB
+from shards.format.index import FLAG_JPEG, FLAG_NOT_RGB
 from tests.conftest import ROOT
 from tests.shards.pictures_made import photo
 
@@ -101,7 +101,7 @@ def test_damage_that_pillow_decodes_gives_the_same(decoder):
         broken[int(rng.integers(2, len(data)))] ^= 1 << int(rng.integers(8))
         try:
             expected = codec.decode(bytes(broken))
-        except codec.PictureError:
+        except codec.ImageError:
             continue
         if expected.shape != PHOTO.shape:
             continue
@@ -115,9 +115,9 @@ def test_damage_that_pillow_decodes_gives_the_same(decoder):
 @pytest.mark.parametrize("decoder", jpeg.DECODERS)
 def test_what_does_not_decode_is_a_picture_error(decoder):
     data = stored(Image.fromarray(PHOTO), quality=92)
-    with pytest.raises(codec.PictureError):
+    with pytest.raises(codec.ImageError):
         codec.decode_whole(data[: len(data) // 2], FLAG_JPEG, decoder)
-    with pytest.raises(codec.PictureError):
+    with pytest.raises(codec.ImageError):
         codec.decode_view(b"no picture", [0, 0, 1, 1], (WIDTH, HEIGHT), FLAG_JPEG, decoder)
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from shards import codec
-from shards.loader import TORCH, cut_into
-from shards.views import BRIGHTNESS, CONTRAST, JITTER_ORDERS, SATURATION, Views, unclipped_limits
+from shards.decode import codec
+from shards.format.views import BRIGHTNESS, CONTRAST, JITTER_ORDERS, SATURATION, Views, unclipped_limits
+from shards.stream.loader import TORCH, cut_into
 from tests.shards.pictures_made import photo
 
 PHOTO = photo()

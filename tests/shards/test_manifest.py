@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shards.errors import ShardError
-from shards.manifest import (
+from shards.format.manifest import (
     ImageManifest,
     ImageShard,
     TokenManifest,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import draws
+from shards import counter_rng
 from shards.errors import ShardError
-from shards.order import Chunks, Order, OrderPolicy, RankBatches, rank_batches
+from shards.stream.order import Chunks, Order, OrderPolicy, RankBatches, rank_batches
 
 SMALL = OrderPolicy(seed=3, chunk=8, window=2, lanes=4)
 SHARDS = [100, 3, 0, 57]  # uneven, one of them empty
@@ -23,7 +23,7 @@ def plain_order(shard_samples: list[int], policy: OrderPolicy, epoch: int) -> li
         for shard, samples in enumerate(shard_samples)
         for start in range(0, samples, policy.chunk)
     ]
-    shuffle = draws.Shuffle(len(chunks), draws.CHUNK_ORDER, policy.seed, epoch)
+    shuffle = counter_rng.Shuffle(len(chunks), counter_rng.CHUNK_ORDER, policy.seed, epoch)
     order = shuffle.forward(np.arange(len(chunks))).tolist()
     sequence = [place for chunk in order for place in chunks[chunk]]
     lanes, end = [], 0
@@ -32,7 +32,12 @@ def plain_order(shard_samples: list[int], policy: OrderPolicy, epoch: int) -> li
         cut, size = sequence[start:end], policy.chunk * policy.window
         windows = [cut[first : first + size] for first in range(0, len(cut), size)]
         permuted = [
-            [window[i] for i in draws.permutation(len(window), draws.WINDOW_ORDER, policy.seed, epoch, lane, number)]
+            [
+                window[i]
+                for i in counter_rng.permutation(
+                    len(window), counter_rng.WINDOW_ORDER, policy.seed, epoch, lane, number
+                )
+            ]
             for number, window in enumerate(windows)
         ]
         lanes.append([place for window in permuted for place in window])
@@ -121,7 +126,7 @@ def test_any_selection_gives_the_same_as_the_whole(data):
 def test_more_windows_than_the_caches_hold():
     order = Order([400] * 20 + [17], OrderPolicy(chunk=2, window=2, lanes=64))
     whole = order.locate(np.arange(order.samples))
-    asked = draws.permutation(order.samples, 77)[:400]
+    asked = counter_rng.permutation(order.samples, 77)[:400]
     for found, expected in zip(order.locate(asked), whole, strict=True):
         assert found.tolist() == expected[asked].tolist()
 

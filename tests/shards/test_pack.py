@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import draws
+from shards import counter_rng
 from shards.errors import ShardError
-from shards.index import index_path, open_index
-from shards.manifest import read_image_manifest
-from shards.pack import Packed, pack, rejection_limit
-from shards.pack_shard import TooManyRejected, finished_shard
-from shards.plan import PackOptions, make_plan
-from shards.prepare import PictureOptions
-from shards.verify import verify_images
+from shards.format.index import index_path, open_index
+from shards.format.manifest import read_image_manifest
+from shards.inspect.verify import verify_images
+from shards.pack.encode import EncodeOptions
+from shards.pack.pack import Packed, pack, rejection_limit
+from shards.pack.plan import PackOptions, make_plan
+from shards.pack.shard import TooManyRejected, finished_shard
 from tests.shards.pictures_made import (
     bomb,
     contents,
@@ -87,8 +87,8 @@ def test_every_digest_row_and_pixel_is_as_the_manifest_says(packed):
 def test_order_is_a_hash_of_the_key(packed):
     """Neighbours in a folder are not neighbours in a shard, and the order needs no state to repeat."""
     keys = [sample["__key__"] for sample in samples_of(packed)]
-    hashes = np.array([draws.hash_key(key) for key in keys], np.uint64)
-    bits = draws.bits(draws.PACK_ORDER, 0, hashes)
+    hashes = np.array([counter_rng.hash_key(key) for key in keys], np.uint64)
+    bits = counter_rng.bits(counter_rng.PACK_ORDER, 0, hashes)
     assert np.all(bits[1:] > bits[:-1])
     assert keys != sorted(keys)
 
@@ -229,7 +229,9 @@ def test_splits(images, tmp_path):
     assert {name: manifest.samples for name, manifest in packed.manifests.items()} == {
         name: len(members) for name, members in keys.items()
     }
-    uniform = draws.uniform(draws.SPLIT, 0, np.array([draws.hash_key(key) for key in sorted(keys["val"])], np.uint64))
+    uniform = counter_rng.uniform(
+        counter_rng.SPLIT, 0, np.array([counter_rng.hash_key(key) for key in sorted(keys["val"])], np.uint64)
+    )
     assert np.all(uniform < 0.3)
     assert {tuple(read_image_manifest(tmp_path / "out" / name).classes) for name in keys} == {("cat", "dog")}
     more = two_classes(tmp_path / "more", 20)
@@ -248,8 +250,8 @@ def test_an_empty_split_is_refused(images, tmp_path):
     ("options", "message"),
     [
         (PackOptions(samples_per_shard=0), "--samples-per-shard is 0"),
-        (PackOptions(picture=PictureOptions(max_side=-1)), "--max-side is -1"),
-        (PackOptions(picture=PictureOptions(quality=101)), "--quality is 101"),
+        (PackOptions(picture=EncodeOptions(max_side=-1)), "--max-side is -1"),
+        (PackOptions(picture=EncodeOptions(quality=101)), "--quality is 101"),
         (PackOptions(name="a/b"), "--name has the name 'a/b'"),
         (PackOptions(splits=(("train", 0.1),)), "--split names must differ"),
         (PackOptions(splits=(("val", 0.1), ("val", 0.1))), "--split names must differ"),
@@ -286,7 +288,7 @@ def test_a_finished_set_is_left_as_it_is(images, packed, tmp_path):
     ("options", "message"),
     [
         (PackOptions(samples_per_shard=8), "samples_per_shard was 7, is 8"),
-        (PackOptions(samples_per_shard=7, picture=PictureOptions(max_side=20)), "max_side was 0, is 20"),
+        (PackOptions(samples_per_shard=7, picture=EncodeOptions(max_side=20)), "max_side was 0, is 20"),
         (PackOptions(samples_per_shard=7, splits=(("val", 0.5),)), r"splits was \[\], is \[\['val', 0.5\]\]"),
     ],
 )

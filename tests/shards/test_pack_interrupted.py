@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from shards.errors import ShardError
-from shards.files import PARTIAL, write_tensors
-from shards.pack import Packed, pack
-from shards.plan import PackOptions, make_plan
-from shards.prepare import PictureOptions
+from shards.pack.encode import EncodeOptions
+from shards.pack.pack import Packed, pack
+from shards.pack.plan import PackOptions, make_plan
+from shards.storage.files import PARTIAL, write_tensors
 from tests.shards.pictures_made import contents, jpeg, stamps, write_folder
 
 
@@ -70,7 +70,7 @@ def slow_images(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("slow"), {f"{i}.jpg": large for i in range(120)})
 
 
-SLOW = PackOptions(samples_per_shard=10, picture=PictureOptions(max_side=300))
+SLOW = PackOptions(samples_per_shard=10, picture=EncodeOptions(max_side=300))
 SLOW_FLAGS = ("--samples-per-shard", "10", "--max-side", "300")
 
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from shards.errors import ShardError
-from shards.pictures import classes_of, keys_of, list_pictures
+from shards.pack.image_files import classes_of, keys_of, list_images
 from tests.shards.pictures_made import write_folder
 
 
 def listed(folder):
-    pictures = list_pictures(folder, folder / "out")
+    pictures = list_images(folder, folder / "out")
     return dict(zip(pictures.paths, pictures.keys, strict=True))
 
 
@@ -66,7 +66,7 @@ def test_every_picture_is_found_and_others_counted(tmp_path):
     others = ["README", "b/notes.txt", "k.jpg.txt"]
     hidden = [".l.jpg", ".git/m.jpg", "b/._c.jpeg"]
     write_folder(tmp_path, dict.fromkeys(names + others + hidden, b"x"))
-    pictures = list_pictures(tmp_path, tmp_path / "out")
+    pictures = list_images(tmp_path, tmp_path / "out")
     assert sorted(pictures.paths) == sorted(names)
     assert pictures.others == len(others)
     assert pictures.sizes.tolist() == [1] * len(names)
@@ -102,21 +102,21 @@ def test_a_folder_without_pictures(tmp_path, files, message):
     """Said before anything is written."""
     write_folder(tmp_path, files)
     with pytest.raises(ShardError, match=message):
-        list_pictures(tmp_path, tmp_path / "out")
+        list_images(tmp_path, tmp_path / "out")
 
 
 def test_no_folder(tmp_path):
     """A mistyped path is named."""
     with pytest.raises(ShardError, match=r"missing is not a folder"):
-        list_pictures(tmp_path / "missing", tmp_path / "out")
+        list_images(tmp_path / "missing", tmp_path / "out")
 
 
 def test_equal_hashes_are_refused(tmp_path, monkeypatch):
     """Token shards pair by 64-bit hash; two keys sharing one would be mixed up in silence."""
     write_folder(tmp_path, {"a.jpg": b"x", "b.jpg": b"x"})
-    monkeypatch.setattr("shards.pictures.hash_key", lambda key: 7)
+    monkeypatch.setattr("shards.pack.image_files.hash_key", lambda key: 7)
     with pytest.raises(ShardError, match="the keys a and b have the same 64-bit hash"):
-        list_pictures(tmp_path, tmp_path / "out")
+        list_images(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

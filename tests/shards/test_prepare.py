@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from shards import codec
-from shards.codec import PictureError
-from shards.index import FLAG_ANIMATED, FLAG_ROTATED
-from shards.prepare import PictureOptions, prepare, read_file, shrunk_size
+from shards.decode import codec
+from shards.decode.codec import ImageError
+from shards.format.index import FLAG_ANIMATED, FLAG_ROTATED
+from shards.pack.encode import EncodeOptions, encode, read_file, shrunk_size
 from tests.shards.pictures_made import encoded, exif, jpeg, photo, png_16_bit
 
 PHOTO = photo()
 IMAGE = Image.fromarray(PHOTO)
-PLAIN = PictureOptions()
+PLAIN = EncodeOptions()
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ PLAIN = PictureOptions()
 )
 def test_bytes_stay_where_nothing_must_change(data, extension):
     """Packing is lossless by default; the extension follows the content, so a PNG named .jpg becomes .png."""
-    prepared = prepare(data, PLAIN)
+    prepared = encode(data, PLAIN)
     assert prepared.data == data
     assert prepared.extension == extension
 
@@ -40,13 +40,13 @@ def test_exif_turn_is_applied_exactly_once(orientation, format):
     """The stored picture is upright, says so, and preparing it again changes nothing."""
     source = encoded(PHOTO, format, exif=exif(orientation))
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(source))).convert("RGB"))
-    prepared = prepare(source, PLAIN)
-    header, pixels = codec.read_picture(prepared.data)
+    prepared = encode(source, PLAIN)
+    header, pixels = codec.read_image(prepared.data)
     assert header.orientation == 1 and not header.flags & FLAG_ROTATED
     assert (prepared.facts.height, prepared.facts.width) == upright.shape[:2] == pixels.shape[:2]
     difference = np.abs(pixels.astype(int) - upright).mean()
     assert difference == 0 if format == "PNG" else difference < 3
-    assert prepare(prepared.data, PLAIN).data == prepared.data
+    assert encode(prepared.data, PLAIN).data == prepared.data
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_exif_turn_is_applied_exactly_once(orientation, format):
 )
 def test_what_must_change_becomes_a_lossless_8_bit_png(data, expected):
     """These had no loss, so they get none; and any reader downstream, not only ours, sees the same pixels."""
-    prepared = prepare(data, PLAIN)
-    header, pixels = codec.read_picture(prepared.data)
+    prepared = encode(data, PLAIN)
+    header, pixels = codec.read_image(prepared.data)
     assert (prepared.extension, header.format, header.bits) == ("png", "png", 8)
     assert not header.flags & FLAG_ANIMATED
     np.testing.assert_array_equal(pixels, expected)
@@ -70,8 +70,8 @@ def test_what_must_change_becomes_a_lossless_8_bit_png(data, expected):
 
 def test_facts_describe_the_stored_bytes():
     """The index must speak of what is in the tar, not of the source file."""
-    prepared = prepare(jpeg(width=200, height=100), PictureOptions(max_side=50))
-    header, pixels = codec.read_picture(prepared.data)
+    prepared = encode(jpeg(width=200, height=100), EncodeOptions(max_side=50))
+    header, pixels = codec.read_image(prepared.data)
     facts = prepared.facts
     assert (facts.width, facts.height, facts.flags) == (50, 25, header.flags)
     assert facts.mean_grey == codec.mean_grey(pixels)
@@ -93,24 +93,24 @@ def test_facts_describe_the_stored_bytes():
 )
 def test_side_limits(size, limits, expected):
     """The limited side is hit to the pixel, aspect kept, nothing enlarged, no side vanishes."""
-    assert shrunk_size(size[0], size[1], PictureOptions(max_side=limits[0], short_side=limits[1])) == expected
+    assert shrunk_size(size[0], size[1], EncodeOptions(max_side=limits[0], short_side=limits[1])) == expected
 
 
 def test_shrinking_is_lanczos_and_keeps_the_format():
     """A shrunk PNG is Pillow's Lanczos bit for bit; JPEG stays JPEG and WebP WebP, lossless WebP becomes PNG."""
-    options = PictureOptions(max_side=24)
-    shrunk = prepare(encoded(PHOTO, "PNG"), options)
+    options = EncodeOptions(max_side=24)
+    shrunk = encode(encoded(PHOTO, "PNG"), options)
     expected = np.asarray(IMAGE.resize((24, 16), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(codec.decode(shrunk.data), expected)
     kinds = {"JPEG": "jpg", "WEBP": "webp", "PNG": "png", "BMP": "png"}
-    assert {format: prepare(encoded(PHOTO, format), options).extension for format in kinds} == kinds
-    assert prepare(encoded(PHOTO, "WEBP", lossless=True), options).extension == "png"
+    assert {format: encode(encoded(PHOTO, format), options).extension for format in kinds} == kinds
+    assert encode(encoded(PHOTO, "WEBP", lossless=True), options).extension == "png"
 
 
 def test_turned_and_shrunk_picture_meets_the_limits_as_seen():
     """Side limits apply to the upright picture."""
     source = encoded(PHOTO, "JPEG", exif=exif(6))
-    facts = prepare(source, PictureOptions(max_side=24)).facts
+    facts = encode(source, EncodeOptions(max_side=24)).facts
     assert (facts.width, facts.height) == (16, 24)
 
 
@@ -118,9 +118,9 @@ def test_turned_and_shrunk_picture_meets_the_limits_as_seen():
 def test_reencode_makes_every_picture_that_format(format):
     """One decoder path for a whole set, if that is wanted; quality counts."""
     for data in (jpeg(), encoded(PHOTO, "PNG"), encoded(IMAGE, "GIF")):
-        prepared = prepare(data, PictureOptions(reencode=format))
+        prepared = encode(data, EncodeOptions(reencode=format))
         assert (prepared.extension, codec.read_header(prepared.data).format) == (format, format)
-    sizes = [len(prepare(jpeg(), PictureOptions(reencode=format, quality=quality)).data) for quality in (30, 95)]
+    sizes = [len(encode(jpeg(), EncodeOptions(reencode=format, quality=quality)).data) for quality in (30, 95)]
     assert sizes[0] == sizes[1] if format == "png" else sizes[0] < sizes[1]
 
 
@@ -129,7 +129,7 @@ def test_files_that_cannot_be_read_are_pictures_that_cannot_be_used(tmp_path):
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     for name in ("gone.jpg", "loop.jpg"):
-        with pytest.raises(PictureError, match="cannot be read"):
+        with pytest.raises(ImageError, match="cannot be read"):
             read_file(tmp_path / name)
 
 

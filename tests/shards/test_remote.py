@@ -19,13 +19,13 @@ from fsspec.config import conf
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.stages import tokenize
 from pipeline.streams import Source, evaluation, evaluation_batches, pretraining, training_batches
-from shards import remote
-from shards.cache import Cache
 from shards.errors import ShardError
-from shards.images import DamagedSample, ImageSet, Reading
-from shards.manifest import read_token_manifest
-from shards.order import Order, OrderPolicy
-from shards.remote import Missing, Remote
+from shards.format.manifest import read_token_manifest
+from shards.storage import remote
+from shards.storage.cache import Cache
+from shards.storage.remote import Missing, Remote
+from shards.stream.image_set import DamagedSample, ImageSet, Reading
+from shards.stream.order import Order, OrderPolicy
 from tests.conftest import ROOT
 from tests.shards.servers import Faults, faulty, http_server, s3_server
 from tests.shards.test_stream import split

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from shards import codec
-from shards.draws import hash_key
+from shards.counter_rng import hash_key
+from shards.decode import codec
 from shards.errors import ShardError
-from shards.index import FLAG_BAD, FLAG_JPEG, FLAG_LABELLED, FLAG_NOT_RGB, FLAG_PNG, open_index, write_index
-from shards.scan import read_samples, scan_tar, split_name
+from shards.format.index import FLAG_BAD, FLAG_JPEG, FLAG_LABELLED, FLAG_NOT_RGB, FLAG_PNG, open_index, write_index
+from shards.pack.tar_scan import read_samples, scan_tar, split_name
 from tests.shards.pictures_made import encoded, jpeg, photo, read_with_webdataset
 
 Members = list[tuple[str, bytes]]

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from shards import order as order_module
 from shards.errors import ShardError
-from shards.order import Order, OrderPolicy
-from shards.simulate import Simulated, simulate
+from shards.inspect.simulate import Simulated, simulate
+from shards.stream import order as order_module
+from shards.stream.order import Order, OrderPolicy
 from tests.conftest import ROOT
 
 SMALL = Simulated(

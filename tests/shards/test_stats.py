@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from shards.files import file_digest
-from shards.manifest import TokenManifest, TokenShard, write_manifest
-from shards.stats import table, token_stats
-from shards.tokens import token_path, write_token_shard
-from shards.views import Views
+from shards.format.manifest import TokenManifest, TokenShard, write_manifest
+from shards.format.tokens import token_path, write_token_shard
+from shards.format.views import Views
+from shards.inspect.stats import table, token_stats
+from shards.storage.files import file_digest
 
 
 @pytest.fixture

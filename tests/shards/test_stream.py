@@ -14,13 +14,13 @@ from pipeline.config import Config, load_config
 from pipeline.pixels import jitter
 from pipeline.streams import Source, pretraining, refuse_other_tokenizers, training_batches
 from pipeline.tokenizer import load_tokenizer
+from shards.decode.jpeg import DECODERS
 from shards.errors import ShardError
-from shards.images import ImageSet
-from shards.jpeg import DECODERS
-from shards.loader import Batch, Stream, load
-from shards.manifest import read_image_manifest, read_token_manifest
-from shards.order import RankBatches
-from shards.pairs import RecordedViews
+from shards.format.manifest import read_image_manifest, read_token_manifest
+from shards.stream.image_set import ImageSet
+from shards.stream.loader import Batch, Stream, load
+from shards.stream.order import RankBatches
+from shards.stream.view_sources import RecordedViews
 
 GLOBAL = 12
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from shards.images import ImageSet
-from shards.order import OrderPolicy
-from shards.subset import Subset, chosen_rows
+from shards.stream.image_set import ImageSet
+from shards.stream.label_subset import Subset, chosen_rows
+from shards.stream.order import OrderPolicy
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import files
 from shards.errors import ShardError
-from shards.files import open_tensors, write_tensors
-from shards.manifest import TokenManifest, read_token_manifest, write_manifest
-from shards.tokens import TokenSet, open_token_shard, token_path, token_shard_entry, write_token_shard
-from shards.views import ViewPolicy, draw_views
+from shards.format.manifest import TokenManifest, read_token_manifest, write_manifest
+from shards.format.tokens import TokenSet, open_token_shard, token_path, token_shard_entry, write_token_shard
+from shards.format.views import ViewPolicy, draw_views
+from shards.storage import files
+from shards.storage.files import open_tensors, write_tensors
 
 KEYS = np.arange(5, dtype=np.uint64)
 SIDES = np.full(5, 40)
@@ -72,7 +72,7 @@ def test_a_file_of_an_earlier_version_is_read_through_once_a_process(folder, mon
     tokens = TokenSet(folder)
     tokens.shard(0, KEYS)
     tokens._open.clear()
-    monkeypatch.setattr("shards.tokens.file_digest", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("shards.format.tokens.file_digest", lambda path: pytest.fail("read again"))
     tokens.shard(0, KEYS)
 
 
@@ -86,7 +86,7 @@ def test_an_io_error_is_tried_again(folder, monkeypatch):
             raise error
         return files.file_digest(path)
 
-    monkeypatch.setattr("shards.tokens.file_digest", digest)
+    monkeypatch.setattr("shards.format.tokens.file_digest", digest)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert len(TokenSet(folder).shard(0, KEYS).keys) == 5
 

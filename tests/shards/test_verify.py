@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from shards.errors import ShardError
-from shards.files import file_digest, open_tensors, write_tensors
-from shards.index import COLUMNS, index_path, open_index
-from shards.manifest import TokenManifest, TokenShard, read_image_manifest, write_manifest
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.tokens import token_path, write_token_shard
-from shards.verify import verify_images
-from shards.verify_tokens import verify_tokens
-from shards.views import ViewPolicy, Views, draw_views
+from shards.format.index import COLUMNS, index_path, open_index
+from shards.format.manifest import TokenManifest, TokenShard, read_image_manifest, write_manifest
+from shards.format.tokens import token_path, write_token_shard
+from shards.format.views import ViewPolicy, Views, draw_views
+from shards.inspect.verify import verify_images
+from shards.inspect.verify_tokens import verify_tokens
+from shards.pack.pack import pack
+from shards.pack.plan import PackOptions
+from shards.storage.files import file_digest, open_tensors, write_tensors
 from tests.shards.pictures_made import two_classes
 
 VOCABULARY, GRID, NUM_VIEWS = 50, (2, 3), 2

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from shards import draws
-from shards.views import FIELDS, JITTER_ORDERS, ViewPolicy, Views, central_views, draw_views
+from shards import counter_rng
+from shards.format.views import FIELDS, JITTER_ORDERS, ViewPolicy, Views, central_views, draw_views
 
 SIZES = [(1, 1), (1, 2), (2, 1), (3, 5000), (5000, 3), (7, 7), (64, 48), (500, 375), (375, 500), (65_500, 60_000)]
 
@@ -44,13 +44,13 @@ def test_types_are_those_of_the_record():
 def test_a_view_depends_on_its_picture_alone():
     """Together, one by one, or in another order: the same records."""
     count = 40
-    keys = draws.bits(99, np.arange(count))
+    keys = counter_rng.bits(99, np.arange(count))
     numbers, widths, heights = np.arange(count) % 5, 1 + 13 * np.arange(count), 1 + 700 // (1 + np.arange(count))
 
     def views(rows: np.ndarray) -> Views:
         return draw_views(ViewPolicy(seed=3), keys[rows], numbers[rows], widths[rows], heights[rows])
 
-    together, shuffle = views(np.arange(count)), draws.permutation(count, 1)
+    together, shuffle = views(np.arange(count)), counter_rng.permutation(count, 1)
     shuffled, alone = views(shuffle), [views(np.array([row])) for row in range(count)]
     for name in FIELDS:
         assert np.array_equal(getattr(together, name)[shuffle], getattr(shuffled, name))
@@ -77,7 +77,7 @@ def plain_box(policy: ViewPolicy, key: int, number: int, width: int, height: int
     """torchvision's RandomResizedCrop.get_params, one picture at a time, driven by the same uniform numbers."""
 
     def uniform(what: int, attempt: int) -> float:
-        return float(draws.uniform(draws.VIEW, policy.seed, key, number, what, attempt)[0])
+        return float(counter_rng.uniform(counter_rng.VIEW, policy.seed, key, number, what, attempt)[0])
 
     for attempt in range(10):
         area = width * height * (policy.area_min + (policy.area_max - policy.area_min) * uniform(0, attempt))

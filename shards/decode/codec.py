@@ -1,0 +1,237 @@
+"""Bytes to pixels and back: all that Pillow does here; shards.decode.jpeg has faster ways to the same pixels of a JPEG.
+
+Pixels are uint8 [H, W, 3] RGB. Everyone who decodes a picture decodes it here, so tokenizer and encoder see the same
+values. What is not in the pixels is ignored: EXIF turns (packing applies them once), alpha (dropped, as
+`convert("RGB")` does, not composited), colour profiles, every frame but the first.
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from shards.decode import jpeg
+from shards.errors import ShardError
+from shards.format.index import (
+    FLAG_ANIMATED,
+    FLAG_JPEG,
+    FLAG_NOT_RGB,
+    FLAG_PNG,
+    FLAG_PROGRESSIVE,
+    FLAG_ROTATED,
+    FLAG_WEBP,
+)
+
+MAX_PIXELS = 2**27
+
+_REGION_SHARE = 0.9  # of a picture; a larger crop is cut from the whole
+
+# Plug-ins that are asked, and no others: some of Pillow's run programs (EPS) or read what is no picture.
+_READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_ORIENTATION = 0x0112
+# Pillow reads a PNG to its end to look for EXIF; one that holds none of these has none.
+_PNG_EXIF_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
+# What Pillow's parsers raise on damaged input, found by fuzzing each format.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    EOFError,
+    IndexError,
+    TypeError,
+    ArithmeticError,
+    Image.DecompressionBombError,
+)
+
+
+class ImageError(ShardError):
+    """A picture that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture says of itself. Width and height are in pixels as stored, before any EXIF turn.
+
+    `format` is jpg, png, webp, or Pillow's name in lower case; `flags` are FLAG_* of shards.format.index; `orientation` is
+    EXIF's 1-8; `bits` is 8, or 16 where `decode` has to drop the lower byte.
+    """
+
+    format: str
+    width: int
+    height: int
+    flags: int
+    orientation: int
+    bits: int
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """Open a picture, refuse a bomb before any pixel is decoded, and turn every parser's complaint into PictureError.
+
+    Sets two process-wide things, because Pillow offers no narrower way: its own bomb check is off (ours replaces it),
+    and its warnings about odd metadata, which never change pixels, are silent.
+    """
+    Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    if not data:
+        raise ImageError("the file is empty (zero bytes)")
+    try:
+        with Image.open(io.BytesIO(data), formats=_READ) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(f"{width}x{height} is more than {max_pixels} pixels (a decompression bomb?)")
+            yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("not a picture that is read here (JPEG, PNG, WebP, GIF, BMP, TIFF), or damaged") from error
+    except _DAMAGE as error:
+        raise ImageError(f"does not decode: {str(error).strip() or type(error).__name__}") from error
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF's orientation, 1 (upright) when there is none or the EXIF block is damaged: its pixels are still good."""
+    if image.format == "PNG" and "exif" not in image.info and not any(mark in data for mark in _PNG_EXIF_MARKS):
+        return 1
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGE:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _header(image: Image.Image, data: bytes) -> Header:
+    kind = {"JPEG": "jpg", "MPO": "jpg"}.get(image.format or "", (image.format or "").lower())
+    flags = {"jpg": FLAG_JPEG, "png": FLAG_PNG, "webp": FLAG_WEBP}.get(kind, 0)
+    bits = 16 if (kind == "png" and data[24:25] == b"\x10") or image.mode.startswith("I") else 8
+    orientation = _orientation(image, data)
+    # An MPO is a JPEG followed by others (a preview, the other eye); every JPEG decoder reads the first and stops.
+    animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    for flag, holds in (
+        (FLAG_PROGRESSIVE, bool(image.info.get("progressive"))),
+        (FLAG_NOT_RGB, image.mode != "RGB" or bits != 8),
+        (FLAG_ROTATED, orientation != 1),
+        (FLAG_ANIMATED, animated),
+    ):
+        flags |= flag if holds else 0
+    return Header(kind, image.width, image.height, flags, orientation, bits)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Decode. 16-bit grey keeps its upper byte, which is what Pillow does for 16-bit colour; its own convert clips."""
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ImageError("32-bit pixels have no defined white: convert the picture to 8 or 16 bits first")
+    return np.array(image.convert("RGB"))
+
+
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """What the picture says of itself, without decoding it. Raises PictureError: empty, no picture, too large."""
+    with _opened(data, max_pixels) as image:
+        return _header(image, data)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [H, W, 3] RGB, as stored (EXIF turn not applied), writable. Raises PictureError: read_header's, damaged."""
+    with _opened(data, max_pixels) as image:
+        return _pixels(image)
+
+
+def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, decoder: str = "auto") -> np.ndarray:
+    """uint8 [height, width, 3]: `decode` cut to a box x, y, width, height, by the decoder of that name (jpeg.DECODERS),
+    which may decode no more than it needs. size (width, height) and flags: the picture's in its index.
+
+    Raises PictureError as `decode` does, ShardError when the box leaves the picture.
+    """
+    check_box(box, size)
+    fast = jpeg.decoder(decoder)
+    if fast.region and _plain_jpeg(flags) and box[2] * box[3] < _REGION_SHARE * size[0] * size[1]:
+        found = fast.region(data, box)
+        if found is not None and found.shape == (box[3], box[2], 3):
+            return found
+    return crop(decode_whole(data, flags, decoder), box)
+
+
+def decode_whole(data: bytes, flags: int, decoder: str = "auto") -> np.ndarray:
+    """`decode` by the decoder of that name."""
+    fast = jpeg.decoder(decoder)
+    found = fast.whole(data) if fast.whole and _plain_jpeg(flags) else None
+    return decode(data) if found is None else found
+
+
+def _plain_jpeg(flags: int) -> bool:
+    return bool(flags & FLAG_JPEG) and not flags & FLAG_NOT_RGB
+
+
+def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, np.ndarray]:
+    """`read_header` and `decode` of a picture that comes into a set: a JPEG of which libjpeg says that it is damaged is
+    refused, too, though it decodes to something."""
+    with _opened(data, max_pixels) as image:
+        header, pixels = _header(image, data), _pixels(image)
+        if header.format == "jpg" and (complaint := jpeg.libjpeg_warning(data)):
+            raise ImageError(f"is damaged: {complaint}")
+        return header, pixels
+
+
+def mean_grey(pixels: np.ndarray) -> float:
+    """Mean ITU-R 601 luma (0-255) of uint8 [H, W, 3]: that of Pillow's convert("L"), rounded per pixel as there."""
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    return int(grey.sum(dtype=np.uint64)) / grey.size
+
+
+def _resample(name: str) -> Image.Resampling:
+    assert name in ("bicubic", "lanczos"), f"resample is bicubic or lanczos, not {name}"
+    return Image.Resampling.BICUBIC if name == "bicubic" else Image.Resampling.LANCZOS
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [h, w, 3], size = (h, w); Pillow's antialiased 'bicubic' or 'lanczos'."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.array(image.resize((size[1], size[0]), _resample(resample)))
+
+
+def crop(pixels: np.ndarray, box: list[int]) -> np.ndarray:
+    """The part of u8 [H, W, 3] in a box x, y, width, height; not copied. Raises ShardError when the box leaves it."""
+    check_box(box, (pixels.shape[1], pixels.shape[0]))
+    x, y, width, height = box
+    return pixels[y : y + height, x : x + width]
+
+
+def check_box(box: list[int], size: tuple[int, int]) -> None:
+    """Raise ShardError when a box x, y, width, height leaves a picture of size (width, height)."""
+    x, y, width, height = box
+    if min(x, y) < 0 or min(width, height) < 1 or x + width > size[0] or y + height > size[1]:
+        raise ShardError(
+            f"view box {tuple(box)} (x, y, width, height) leaves a picture of {size[0]}x{size[1]}: view and picture do "
+            "not belong together; run `verify`"
+        )
+
+
+def encode(pixels: np.ndarray, format: str, quality: int) -> bytes:
+    """Encode uint8 [H, W, 3] as jpg, png (lossless, `quality` unused) or webp. Raises PictureError: too large for it.
+
+    JPEG keeps chroma at full resolution (4:4:4): the picture was decoded once already, and halving its chroma again
+    would lose what a shrunk picture still has. It costs about a fifth more bytes.
+    """
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    try:
+        if format == "jpg":
+            image.save(file, "JPEG", quality=quality, subsampling=0)
+        elif format == "webp":
+            image.save(file, "WEBP", quality=quality, method=4)
+        else:
+            assert format == "png", f"format is jpg, png or webp, not {format}"
+            image.save(file, "PNG")
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{image.width}x{image.height} cannot be stored as {format}: {error}") from error
+    return file.getvalue()

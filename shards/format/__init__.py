@@ -1,0 +1,1 @@
+"""What lies on disk: the index of a tar, manifests, token files, the records of views."""

@@ -1,0 +1,172 @@
+"""Foreign WebDataset tars become an image shard set where they lie: an index beside each, a manifest, nothing moved."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import ShardError
+from shards.format.index import FLAG_BAD, FLAG_LABELLED, Index, index_path, open_index, write_index
+from shards.format.manifest import NAME, ImageManifest, ImageShard, read_image_manifest, write_manifest
+from shards.pack.pack import MARKER
+from shards.pack.tar_scan import scan_tar
+from shards.progress import Progress
+from shards.storage.files import PARTIAL, file_digest
+from shards.workers import Beat, each_shard, in_megabytes
+
+_SHOWN = 10
+_MOST_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """One tar to index. `index_digest` is what an earlier manifest says of its index, "" where there is none."""
+
+    folder: Path
+    name: str
+    index_digest: str
+
+    @property
+    def tar(self) -> Path:
+        return self.folder / f"{self.name}.tar"
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """One tar's manifest entry, and whether its index was there already."""
+
+    entry: ImageShard
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What `adopt` found. `kept` counts tars whose index was already right, `empty` names tars without any sample."""
+
+    manifest: ImageManifest
+    kept: int
+    num_bad: int
+    empty: list[str]
+
+
+def adopt(folder: Path, num_workers: int) -> Adopted:
+    """Index every `*.tar` in `folder` and write the manifest. A tar whose index fits it is not scanned again.
+
+    Raises ShardError for a damaged tar, for a key (or its 64-bit hash) that occurs twice in the set, and when the
+    folder holds no tar, no sample, or an unfinished packing.
+    """
+    before = _manifest_before(folder)
+    jobs = _jobs(folder, before)
+    for leftover in folder.glob(f"*{PARTIAL}*"):
+        leftover.unlink(missing_ok=True)
+    megabytes = sum(job.tar.stat().st_size >> 20 for job in jobs)
+    results: list[Indexed] = []
+    with (
+        Progress("index", megabytes, "MB") as progress,
+        contextlib.closing(each_shard(index_tar, jobs, min(num_workers, len(jobs)), progress)) as indexed,
+    ):
+        results.extend(indexed)
+    entries = sorted((result.entry for result in results), key=lambda entry: entry.name)
+    shards = [entry for entry in entries if entry.samples]
+    if not shards:
+        raise ShardError(f"the {len(jobs)} tars in {folder} hold no sample: give the folder of an image set")
+    indexes = [open_index(index_path(folder, entry.name)) for entry in shards]
+    twins = find_twins(indexes)
+    if twins:
+        raise ShardError(f"{folder}: every sample must have a key of its own; {_first(twins)}: make the tars again")
+    manifest = ImageManifest(
+        shards=shards,
+        classes=before.classes if before else _classes(indexes),
+        made_by=before.made_by if before else {"verb": "index"},
+    )
+    write_manifest(folder, manifest)
+    return Adopted(
+        manifest,
+        kept=sum(result.kept for result in results),
+        num_bad=sum(int(np.count_nonzero(index.flags & FLAG_BAD)) for index in indexes),
+        empty=[entry.name for entry in entries if not entry.samples],
+    )
+
+
+def _manifest_before(folder: Path) -> ImageManifest | None:
+    """The manifest a folder already has, if it is a whole one; its class names are worth keeping."""
+    if not (folder / NAME).exists():
+        return None
+    try:
+        return read_image_manifest(folder)
+    except ShardError:
+        return None
+
+
+def _jobs(folder: Path, before: ImageManifest | None) -> list[ScanJob]:
+    if not folder.is_dir():
+        raise ShardError(f"{folder} is not a folder; give the folder that holds the tars")
+    if (folder / MARKER).exists():
+        raise ShardError(f"{folder} holds an unfinished packing: finish it with `pack` (the same command again)")
+    digests = {shard.name: shard.index_digest for shard in before.shards} if before else {}
+    names = sorted(path.stem for path in folder.glob("*.tar") if path.is_file())
+    if not names:
+        raise ShardError(f"{folder} holds no .tar: give the folder of the tars, or make some with `pack`")
+    return [ScanJob(folder, name, digests.get(name, "")) for name in names]
+
+
+def index_tar(job: ScanJob, beat: Beat) -> Indexed:
+    """Index one tar, unless its index fits it already. Raises ShardError when the tar is damaged."""
+    size, path = job.tar.stat().st_size, index_path(job.folder, job.name)
+    digest = file_digest(job.tar)
+    kept = _fits(path, digest, job.index_digest)
+    with in_megabytes(beat, size) as tell:
+        if not kept:
+            rows = scan_tar(job.tar, tell)
+            write_index(path, rows, {"tar_bytes": str(size), "tar_digest": digest})
+    entry = ImageShard(
+        name=job.name,
+        samples=len(open_index(path)),
+        bytes=size,
+        digest=digest,
+        index_digest=file_digest(path),
+    )
+    return Indexed(entry, kept)
+
+
+def _fits(path: Path, tar_digest: str, index_digest: str) -> bool:
+    """Whether an index is there, whole, made from this very tar, and the one an earlier manifest lists, if one does."""
+    try:
+        index = open_index(path)
+    except ShardError:
+        return False
+    made_from_it = index.whole and index.metadata.get("tar_digest") == tar_digest
+    return made_from_it and index_digest in ("", file_digest(path))
+
+
+def find_twins(indexes: list[Index]) -> list[str]:
+    """A line for every pair of samples of the set that share a key, or only its 64-bit hash."""
+    hashes = np.concatenate([index.key_hash for index in indexes])
+    ends = np.cumsum([len(index) for index in indexes])
+    order = np.argsort(hashes, kind="stable")
+    lines = []
+    for same in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
+        names, keys = [], []
+        for sample in order[same : same + 2].tolist():
+            shard = int(np.searchsorted(ends, sample, side="right"))
+            row = sample - int(ends[shard - 1] if shard else 0)
+            names.append(f"{indexes[shard].path.name.split('.index.')[0]} row {row}")
+            keys.append(indexes[shard].key(row))
+        what = f"key {keys[0]}" if keys[0] == keys[1] else f"keys {keys[0]} and {keys[1]} with the same hash"
+        lines.append(f"{what} in {names[0]} and {names[1]}")
+    return lines
+
+
+def _first(twins: list[str]) -> str:
+    more = f"; and {len(twins) - _SHOWN} more" if len(twins) > _SHOWN else ""
+    return f"{len(twins)} pairs do not: {'; '.join(twins[:_SHOWN])}{more}"
+
+
+def _classes(indexes: list[Index]) -> list[str]:
+    """The labels themselves as class names, 0 … largest; none unless every sample has a label from 0 on."""
+    flags = np.concatenate([index.flags for index in indexes])
+    labels = np.concatenate([index.label for index in indexes])
+    if not np.all(flags & FLAG_LABELLED) or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
+        return []
+    return [str(label) for label in range(int(labels.max()) + 1)]

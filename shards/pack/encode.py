@@ -1,0 +1,113 @@
+"""A picture file as it goes into a tar: its own bytes where they will do, encoded anew where they will not."""
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from shards.decode import codec
+from shards.decode.codec import Header, ImageError
+from shards.format.index import FLAG_ANIMATED
+from shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts
+
+_MAX_FILE_BYTES = 2**30
+# The file's own fault; any other error is the disk's, and leaving pictures out would hide it.
+_THIS_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """What packing does to a picture. Sides are in pixels, 0: no limit; a picture is never enlarged.
+
+    `max_side` bounds the longest side, `short_side` the shortest; with both, the smaller result. `reencode` is never,
+    or the format (jpg, png, webp) every picture is encoded in anew. `quality` is JPEG's and WebP's, 1-100.
+    """
+
+    max_side: int = 0
+    short_side: int = 0
+    quality: int = 95
+    reencode: str = "never"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The bytes to store, the extension that names their format, and their facts for the index."""
+
+    data: bytes
+    extension: str
+    facts: Facts
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a picture file. Raises PictureError when this file cannot be read; OSError when the disk fails."""
+    try:
+        size = path.stat().st_size
+        if size > _MAX_FILE_BYTES:
+            raise ImageError(f"the file has {size} bytes, more than the {_MAX_FILE_BYTES} a picture may have")
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno not in _THIS_FILE:
+            raise
+        raise ImageError(f"the file cannot be read ({error.strerror})") from error
+
+
+def encode(data: bytes, options: EncodeOptions) -> Prepared:
+    """Bytes of a picture file to bytes for the tar. Raises PictureError when it cannot be used.
+
+    The bytes stay as they are if they are 8-bit JPEG, PNG or WebP with one frame, upright, within the side limits.
+    Otherwise the picture is turned upright, shrunk (Lanczos), and stored without metadata: JPEG as JPEG and lossy
+    WebP as WebP at `quality`, all else as PNG, so that what had no loss gets none.
+    """
+    header, pixels = codec.read_image(data)
+    upright = _turn(pixels, header.orientation)
+    size = shrunk_size(upright.shape[1], upright.shape[0], options)
+    if _may_stay(header, options) and size == (upright.shape[1], upright.shape[0]):
+        return Prepared(data, header.format, _facts(data, header, pixels))
+    if size != (upright.shape[1], upright.shape[0]):
+        upright = codec.resize(upright, (size[1], size[0]), "lanczos")
+    extension = _new_format(data, header, options)
+    stored = codec.encode(np.ascontiguousarray(upright), extension, options.quality)
+    return Prepared(stored, extension, _facts(stored, *codec.read_image(stored)))
+
+
+def _facts(data: bytes, header: Header, pixels: np.ndarray) -> Facts:
+    digest = xxhash.xxh3_64_intdigest(data)
+    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags)
+
+
+def _may_stay(header: Header, options: EncodeOptions) -> bool:
+    plain = header.format in IMAGE_EXTENSIONS and header.bits == 8 and header.orientation == 1
+    return plain and not header.flags & FLAG_ANIMATED and options.reencode == "never"
+
+
+def _new_format(data: bytes, header: Header, options: EncodeOptions) -> str:
+    if options.reencode != "never":
+        return options.reencode
+    lossy_webp = header.format == "webp" and b"VP8L" not in data
+    return header.format if header.format == "jpg" or lossy_webp else "png"
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply EXIF's orientation 1-8 (TIFF 6.0, tag 274): the stored row 0 and column 0 go where the tag says."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def shrunk_size(width: int, height: int, options: EncodeOptions) -> tuple[int, int]:
+    """Width and height within the side limits, aspect kept (rounded to whole pixels, at least 1), never larger."""
+    limits = []
+    if options.max_side:
+        limits.append((options.max_side, max(width, height)))
+    if options.short_side:
+        limits.append((options.short_side, min(width, height)))
+    new, old = min(limits, key=lambda limit: limit[0] / limit[1], default=(1, 1))
+    if new >= old:
+        return width, height
+    return max(1, (2 * width * new + old) // (2 * old)), max(1, (2 * height * new + old) // (2 * old))

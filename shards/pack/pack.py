@@ -1,0 +1,205 @@
+"""Pictures in, image shard set out. A shard is finished when its index exists; the set when its manifest does."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from shards.errors import ShardError
+from shards.format.index import SUFFIX, open_index
+from shards.format.manifest import NAME, ImageManifest, read_image_manifest, write_manifest
+from shards.pack.plan import PackOptions, Plan, make_plan
+from shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
+from shards.progress import Progress
+from shards.storage.files import PARTIAL, write_text
+from shards.workers import each_shard
+
+MARKER = "packing.json"
+REJECTED = "rejected.jsonl"
+
+_LEAST_LIMIT = 10
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A finished packing: a manifest per folder below the target ("": the target itself), and what was left out.
+
+    `kept` counts the shards that an earlier run had finished, `shards` all of them.
+    """
+
+    plan: Plan
+    manifests: dict[str, ImageManifest]
+    rejected: list[dict]
+    kept: int
+    shards: int
+
+
+def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, num_workers: int) -> Packed:
+    """Pack the pictures below `images` into the shard set `target` (with splits: one set per split below it).
+
+    max_rejected: how many pictures may be unusable, a count ("25") or a share ("1%", but never fewer than 10).
+    Goes on where an earlier run of the same options and pictures was killed. Raises ShardError when `target` holds
+    something else, when too many pictures are unusable, and for what `make_plan` forbids.
+    """
+    plan = make_plan(images, target, options)
+    limit = rejection_limit(max_rejected, len(plan.pictures))
+    _refuse_others(plan)
+    finished = [shard for job in plan.jobs(limit) if (shard := finished_shard(job))]
+    kept = len(finished)
+    rejected = [row for shard in finished for row in shard.rejected]
+    if kept == plan.num_shards and (manifests := _closed(plan)):
+        return Packed(plan, manifests, _by_path(rejected), kept, kept)
+    _begin(plan)
+    try:
+        check_rejected(rejected, limit)
+        _run(plan, limit, num_workers, finished)
+    except TooManyRejected as error:
+        known = [row for shard in finished for row in shard.rejected] + error.rejected
+        _write_rejected(target, list({row["path"]: row for row in known}.values()))
+        raise
+    return _close(plan, finished, kept)
+
+
+def rejection_limit(text: str, num_pictures: int) -> int:
+    """The count that "25" or "1%" of the pictures stand for. Raises ShardError when the text is neither."""
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1])
+            limit = max(_LEAST_LIMIT, int(num_pictures * share / 100))
+        else:
+            share = limit = int(text)
+        if share >= 0:
+            return limit
+    except (ValueError, OverflowError):
+        pass
+    raise ShardError(f"--max-rejected is {text!r}, it must be a count such as 25 or a share such as 1%")
+
+
+def _run(plan: Plan, limit: int, num_workers: int, finished: list[PackedShard]) -> None:
+    """Pack the shards that are not in `finished`, adding them to it."""
+    known = {(shard.folder, shard.entry.name) for shard in finished}
+    jobs = (job for job in plan.jobs(limit) if (job.folder, job.name) not in known)
+    done = sum(shard.entry.samples + len(shard.rejected) for shard in finished)
+    rejected = [row for shard in finished for row in shard.rejected]
+    if done == len(plan.pictures):
+        return
+    with (
+        Progress("pack", len(plan.pictures), "pictures", done=done) as progress,
+        contextlib.closing(
+            each_shard(pack_shard, jobs, min(num_workers, plan.num_shards - len(known)), progress)
+        ) as shards,
+    ):
+        for shard in shards:
+            finished.append(shard)
+            rejected += shard.rejected
+            check_rejected(rejected, limit)
+
+
+def _folders(plan: Plan) -> list[Path]:
+    return list(dict.fromkeys([plan.target, *(plan.folder(split) for split in plan.orders)]))
+
+
+def _refuse_others(plan: Plan) -> None:
+    """Raises ShardError when the target holds what this plan did not make."""
+    folders = _folders(plan)
+    makers = _makers(plan.target, folders)
+    for made_by in makers:
+        if made_by.get("plan") != plan.fingerprint:
+            raise ShardError(f"{plan.target} holds shards of another packing: {_difference(plan, made_by)}")
+    for folder in folders:
+        strangers = [] if makers else sorted([*folder.glob("*.tar"), *folder.glob(f"*{SUFFIX}")])
+        if strangers:
+            raise ShardError(
+                f"{folder} holds {strangers[0].name} but nothing says which packing made it: choose another folder, "
+                "or adopt the tars with `index`"
+            )
+
+
+def _makers(target: Path, folders: list[Path]) -> list[dict]:
+    """What the folders say of how they were made: the marker, else their manifests, else their indexes."""
+    marker = _read_json(target / MARKER)
+    if marker:
+        return [marker]
+    manifests = [content for folder in folders if (content := _read_json(folder / NAME))]
+    if manifests:
+        return [manifest.get("made_by", {}) for manifest in manifests]
+    indexes = [path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))[:1]]
+    return [{"plan": plan} for path in indexes if (plan := open_index(path).metadata.get("plan"))]
+
+
+def _closed(plan: Plan) -> dict[str, ImageManifest]:
+    """The manifests of a finished set, or {}."""
+    folders = {split: plan.folder(split) for split in plan.orders}
+    if (plan.target / MARKER).exists() or not all(_read_json(folder / NAME) for folder in folders.values()):
+        return {}
+    return {split: read_image_manifest(folder) for split, folder in folders.items()}
+
+
+def _begin(plan: Plan) -> None:
+    """Mark the set as unfinished, and sweep what a killed run left."""
+    write_text(plan.target / MARKER, json.dumps(plan.describe(), indent=1) + "\n")
+    for folder in _folders(plan):
+        for leftover in folder.glob(f"*{PARTIAL}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def _difference(plan: Plan, made_by: dict) -> str:
+    """What differs between this plan and the one found, and the cure."""
+    cure = "choose another folder, or delete this one to pack anew"
+    theirs, ours = made_by.get("options"), json.loads(json.dumps(plan.describe()["options"]))
+    if not isinstance(theirs, dict):
+        return f"{'other options or pictures' if 'plan' in made_by else 'it was not made by `pack`'}; {cure}"
+    flat_theirs, flat_ours = {**theirs, **theirs.get("picture", {})}, {**ours, **ours["picture"]}
+    differing = [
+        f"{name} was {flat_theirs.get(name)}, is {value}"
+        for name, value in flat_ours.items()
+        if name != "picture" and flat_theirs.get(name) != value
+    ]
+    what = ", ".join(differing) or (
+        f"the pictures differ (names, sizes or times; {made_by.get('pictures')} then, {len(plan.pictures)} now)"
+    )
+    return f"{what}; give the same options and pictures to go on with it, or {cure}"
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object, or {} where there is no whole one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _by_path(rejected: list[dict]) -> list[dict]:
+    return sorted(rejected, key=lambda row: row["path"])
+
+
+def _write_rejected(target: Path, rejected: list[dict]) -> None:
+    """The list of the pictures left out; no file when there are none."""
+    if rejected:
+        write_text(target / REJECTED, "".join(json.dumps(row) + "\n" for row in _by_path(rejected)))
+    else:
+        (target / REJECTED).unlink(missing_ok=True)
+
+
+def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
+    """Write the list of rejected pictures, then the manifests; then the set is finished."""
+    rejected = [row for shard in finished for row in shard.rejected]
+    made_by = {**plan.describe(), "rejected": len(rejected)}
+    made_by["versions"] = {name: version(name) for name in ("webdataset", "pillow")}
+    _write_rejected(plan.target, rejected)
+    manifests = {}
+    for split in plan.orders:
+        mine = [shard.entry for shard in finished if shard.folder == plan.folder(split) and shard.entry.samples]
+        if not mine:
+            raise ShardError(
+                f"none of the {len(plan.orders[split])} pictures for {plan.folder(split)} can be used: see "
+                f"{plan.target / REJECTED} for the reasons"
+            )
+        shards = sorted(mine, key=lambda entry: entry.name)
+        manifests[split] = ImageManifest(shards=shards, classes=plan.classes, made_by=made_by)
+    for split, manifest in manifests.items():
+        write_manifest(plan.folder(split), manifest)
+    (plan.target / MARKER).unlink()
+    return Packed(plan, manifests, _by_path(rejected), kept, len(finished))

@@ -1,0 +1,171 @@
+"""Which picture goes into which shard: decided before any is read, so that a killed packing goes on as it began."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from shards import counter_rng
+from shards.errors import ShardError
+from shards.pack.encode import EncodeOptions
+from shards.pack.image_files import ImageFiles, classes_of, list_images
+
+REST = "train"
+
+# Part of every plan: raise it when the same options no longer give the same bytes.
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """Everything that decides what a packed set holds. `splits` are (name, fraction); the rest goes to `train`."""
+
+    name: str = "shard"
+    samples_per_shard: int = 1000
+    labels: str = "auto"
+    splits: tuple[tuple[str, float], ...] = ()
+    seed: int = 0
+    picture: EncodeOptions = field(default_factory=EncodeOptions)
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """One picture on its way into a tar. label -1: the set has no classes."""
+
+    path: str
+    key: str
+    label: int
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All a worker needs to pack one shard. At most `max_rejected` of its pictures may be unreadable."""
+
+    images: Path
+    folder: Path
+    name: str
+    pictures: list[PlannedImage]
+    options: EncodeOptions
+    plan: str
+    max_rejected: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A packing decided.
+
+    `orders` has the numbers of the pictures, in shard order, for each folder below the target ("": the target itself).
+    """
+
+    images: Path
+    target: Path
+    options: PackOptions
+    pictures: ImageFiles
+    classes: list[str]
+    labels: list[int]
+    orders: dict[str, np.ndarray]
+    fingerprint: str
+
+    @property
+    def num_shards(self) -> int:
+        return sum(-(-len(order) // self.options.samples_per_shard) for order in self.orders.values())
+
+    def folder(self, split: str) -> Path:
+        return self.target / split if split else self.target
+
+    def describe(self) -> dict:
+        """What manifests and the marker of an unfinished packing keep of the plan."""
+        options = dataclasses.asdict(self.options)
+        return {"verb": "pack", "plan": self.fingerprint, "options": options, "pictures": len(self.pictures)}
+
+    def jobs(self, max_rejected: int) -> Iterator[ShardJob]:
+        """Every shard of every split, in order."""
+        step = self.options.samples_per_shard
+        for split, order in self.orders.items():
+            for number, start in enumerate(range(0, len(order), step)):
+                yield ShardJob(
+                    images=self.images,
+                    folder=self.folder(split),
+                    name=f"{self.options.name}-{number:06d}",
+                    pictures=[self._planned(i) for i in order[start : start + step].tolist()],
+                    options=self.options.picture,
+                    plan=self.fingerprint,
+                    max_rejected=max_rejected,
+                )
+
+    def _planned(self, i: int) -> PlannedImage:
+        label = self.labels[i] if self.labels else -1
+        return PlannedImage(self.pictures.paths[i], self.pictures.keys[i], label)
+
+
+def make_plan(images: Path, target: Path, options: PackOptions) -> Plan:
+    """List the pictures and decide where each goes. Raises ShardError for what pictures or options forbid."""
+    check_options(options)
+    inner, outer = images.resolve(), target.resolve()
+    if inner == outer or outer in inner.parents:
+        raise ShardError(f"the pictures in {images} lie inside the shard folder {target}: choose another shard folder")
+    pictures = list_images(images, target)
+    classes, labels = classes_of(pictures.paths, options.labels)
+    order = np.argsort(counter_rng.bits(counter_rng.PACK_ORDER, options.seed, pictures.hashes), kind="stable")
+    return Plan(
+        images=images,
+        target=target,
+        options=options,
+        pictures=pictures,
+        classes=classes,
+        labels=labels,
+        orders=_split(order, pictures, options),
+        fingerprint=_fingerprint(pictures, options),
+    )
+
+
+def _split(order: np.ndarray, pictures: ImageFiles, options: PackOptions) -> dict[str, np.ndarray]:
+    if not options.splits:
+        return {"": order}
+    draw = counter_rng.uniform(counter_rng.SPLIT, options.seed, pictures.hashes)[order]
+    orders: dict[str, np.ndarray] = {}
+    low = 0.0
+    for name, fraction in options.splits:
+        orders[name] = order[(draw >= low) & (draw < low + fraction)]
+        low += fraction
+    orders[REST] = order[draw >= low]
+    for name, members in orders.items():
+        if not len(members):
+            raise ShardError(f"split {name} would get none of the {len(order)} pictures: give it a larger fraction")
+    return orders
+
+
+def _fingerprint(pictures: ImageFiles, options: PackOptions) -> str:
+    state = xxhash.xxh3_128(json.dumps([_FORMAT, dataclasses.asdict(options)], sort_keys=True).encode())
+    for path in pictures.paths:
+        state.update(path.encode("utf-8", "surrogateescape") + b"\0")
+    state.update(pictures.sizes.tobytes())
+    state.update(pictures.times.tobytes())
+    return state.hexdigest()
+
+
+def check_options(options: PackOptions) -> None:
+    """Raises ShardError naming the option, its value and the rule."""
+    picture = options.picture
+    for name, value, least in (
+        ("--samples-per-shard", options.samples_per_shard, 1),
+        ("--max-side", picture.max_side, 0),
+        ("--short-side", picture.short_side, 0),
+    ):
+        if value < least:
+            raise ShardError(f"{name} is {value}, it must be at least {least}")
+    if not 1 <= picture.quality <= 100:
+        raise ShardError(f"--quality is {picture.quality}, it must be from 1 to 100")
+    names = [name for name, _ in options.splits]
+    for flag, name in [("--name", options.name), *(("--split", name) for name in names)]:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+            raise ShardError(f"{flag} has the name {name!r}: letters, digits, - and _ only, so that every reader copes")
+    if len({REST, *names}) != len(names) + 1:
+        raise ShardError(f"--split names must differ from each other and from {REST}, which gets the rest: {names}")
+    if any(not 0 < fraction < 1 for _, fraction in options.splits) or sum(f for _, f in options.splits) >= 1:
+        raise ShardError(f"--split fractions must each be above 0 and together below 1: {dict(options.splits)}")

@@ -1,0 +1,120 @@
+"""One shard of a packing: written by a worker, recognised again by a later run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.decode.codec import ImageError
+from shards.errors import ShardError
+from shards.format.index import IndexRow, index_path, open_index, write_index
+from shards.format.manifest import ImageShard
+from shards.pack.encode import encode, read_file
+from shards.pack.plan import ShardJob
+from shards.pack.tar_scan import Facts, index_row, read_samples
+from shards.storage.files import atomic_path, file_digest
+from shards.workers import Beat
+
+# Any fixed time will do, but 0 makes GNU tar warn: 2020-01-01.
+_MTIME = 1577836800
+_SHOWN = 3
+
+
+class TooManyRejected(ShardError):
+    """More pictures cannot be used than the limit allows; `rejected` has those known, each {path, reason}."""
+
+    def __init__(self, message: str, rejected: list[dict]):
+        super().__init__(message, rejected)
+        self.rejected = rejected
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """A finished shard: its folder, its manifest entry, and the pictures left out of it, each {path, reason}."""
+
+    folder: Path
+    entry: ImageShard
+    rejected: list[dict]
+
+
+def check_rejected(rejected: list[dict], limit: int) -> None:
+    """Raises TooManyRejected past the limit."""
+    if len(rejected) > limit:
+        first = "; ".join(f"{row['path']}: {row['reason']}" for row in rejected[:_SHOWN])
+        raise TooManyRejected(
+            f"more than {limit} pictures cannot be used ({first}; …): mend or remove them (rejected.jsonl lists those "
+            "found so far), or allow more with --max-rejected and run the same command again",
+            rejected,
+        )
+
+
+def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
+    """Write one tar, then its index. A shard all of whose pictures are rejected leaves an index of no rows, no tar.
+
+    Raises TooManyRejected when this shard alone passes the limit, OSError when the disk fails.
+    """
+    tar = job.folder / f"{job.name}.tar"
+    rejected: list[dict] = []
+    with atomic_path(tar) as partial:
+        facts = _write_tar(partial, job, rejected, beat)
+        labels = {picture.key: picture.label for picture in job.pictures}
+        samples = read_samples(partial)
+        rows: list[IndexRow] = [
+            index_row(sample, described, labels[sample.key]) for sample, described in zip(samples, facts, strict=True)
+        ]
+        metadata = {"plan": job.plan, "tar_bytes": str(partial.stat().st_size), "tar_digest": file_digest(partial)}
+    if not rows:
+        tar.unlink()
+    write_index(index_path(job.folder, job.name), rows, {**metadata, "rejected": json.dumps(rejected)})
+    shard = finished_shard(job)
+    assert shard is not None, f"{tar} was just finished"
+    return shard
+
+
+def _write_tar(path: Path, job: ShardJob, rejected: list[dict], beat: Beat) -> list[Facts]:
+    """Write the pictures that can be used, in the job's order; their facts. The others are added to `rejected`."""
+    from webdataset.writer import TarWriter
+
+    facts = []
+    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=_MTIME) as writer:
+        for picture in job.pictures:
+            try:
+                prepared = encode(read_file(job.images / picture.path), job.options)
+            except ImageError as error:
+                rejected.append({"path": picture.path, "reason": str(error)})
+                check_rejected(rejected, job.max_rejected)
+                continue
+            finally:
+                beat(1)
+            about = {"source": picture.path, "width": prepared.facts.width, "height": prepared.facts.height}
+            sample = {"__key__": picture.key, prepared.extension: prepared.data, "json": json.dumps(about).encode()}
+            if picture.label >= 0:
+                sample["cls"] = str(picture.label).encode()
+            writer.write(sample)
+            facts.append(prepared.facts)
+    return facts
+
+
+def finished_shard(job: ShardJob) -> PackedShard | None:
+    """The shard as this or an earlier run of the same plan finished it, or None."""
+    path, tar = index_path(job.folder, job.name), job.folder / f"{job.name}.tar"
+    try:
+        index = open_index(path)
+    except ShardError:
+        return None
+    metadata = index.metadata
+    if metadata.get("plan") != job.plan or not index.whole:
+        return None
+    size = int(metadata["tar_bytes"])
+    if len(index) and not (tar.is_file() and tar.stat().st_size == size):
+        return None
+    entry = ImageShard(
+        name=job.name,
+        samples=len(index),
+        bytes=size,
+        digest=metadata["tar_digest"],
+        index_digest=file_digest(path),
+    )
+    return PackedShard(job.folder, entry, json.loads(metadata["rejected"]))

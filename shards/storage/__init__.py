@@ -1,0 +1,1 @@
+"""Bytes, wherever they are: files of this machine, URLs, and the cache between them."""

@@ -1,0 +1,158 @@
+"""A folder behind a URL: whole files and ranges of them, by any scheme fsspec knows. The one file that knows fsspec.
+
+Credentials, endpoints and the like are fsspec's own: its configuration files and environment, or those of the store's
+library. A request that fails is made again with growing pauses and is then fatal; nothing is ever left out.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+
+from shards.errors import ShardError
+from shards.storage.cache import Cache, Uses
+from shards.storage.files import RETRY_SECONDS, file_digest
+
+Value = TypeVar("Value")
+
+PAUSES = RETRY_SECONDS  # up to half of it more by chance
+
+FETCHES = 4  # of what comes damaged
+
+_STALLED_SECONDS = 60
+_CURE = "check the address, the credentials and the store, then start again"
+_log = logging.getLogger(__name__)
+
+
+def is_url(where: object) -> bool:
+    """Whether a place is a URL, and no path of this machine."""
+    return "://" in str(where)
+
+
+def cache_for(where: str, folder: str, gigabytes: float) -> Cache | None:
+    """The cache that a set is read through; None for a folder of this machine. folder: empty for one in $TMPDIR."""
+    if not is_url(where):
+        return None
+    return Cache(Path(folder or f"{tempfile.gettempdir()}/beitforge-cache-{os.getuid()}"), int(gigabytes * 1e9))
+
+
+class Missing(ShardError):
+    """The store says that there is no such file."""
+
+
+class Remote:
+    """What lies below a URL. May be handed to worker processes: each makes its own connections."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def whole(self, name: str) -> bytes:
+        """A whole file. Raises Missing when the store says there is none, ShardError when it cannot be read."""
+        return self._tried(name, lambda system, path: system.cat_file(path))
+
+    def part(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start … stop - 1 of a file, all of them. Raises as `whole` does."""
+        if start == stop:
+            return b""
+
+        def read(system: Any, path: str) -> bytes:
+            data = system.cat_file(path, start=start, end=stop)
+            if len(data) != stop - start:
+                raise EOFError(f"bytes {start} to {stop} were asked for, {len(data)} came")
+            return data
+
+        return self._tried(name, read)
+
+    def _tried(self, name: str, read: Callable[[Any, str], bytes]) -> bytes:
+        where = f"{self.url}/{name}"
+        for pause in (*PAUSES, None):
+            try:
+                system, root = _system(self.url, os.getpid())
+                return read(system, f"{root}/{name}")
+            except FileNotFoundError as error:
+                raise Missing(f"{where} is not there: {_CURE}") from error
+            except ShardError:
+                raise
+            # Every store's library has errors of its own, few of them OSErrors, and none may be taken for the data's.
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if pause is None or isinstance(error, PermissionError):
+                    raise ShardError(f"cannot read {where} ({reason[:300]}): {_CURE}") from error
+                time.sleep(pause * random.uniform(1.0, 1.5))
+        raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whole files of a remote set, kept in the cache under the name of the set."""
+
+    remote: Remote
+    cache: Cache
+    owner: str
+
+    def open(self, name: str, digest: str, open_: Callable[[Path], Value], uses: Uses | None = None) -> Value:
+        """What `open_` makes of a file that has the digest (xxh3-128) its manifest lists. One that is damaged in the
+        cache is fetched again. Raises ShardError when the store's own copy has another digest."""
+        for _ in range(FETCHES):
+            path = self.cache.keep_whole(f"{self.owner}/{name}", lambda: self._fetched(name, digest), uses)
+            with contextlib.suppress(FileNotFoundError):  # another process needed its room
+                if file_digest(path) == digest:
+                    opened = open_(path)
+                    if path.exists():
+                        return opened
+                else:
+                    self.again(name)
+        raise ShardError(f"{self.cache.folder} does not keep {self.remote}/{name}: raise data.cache_gb")
+
+    def again(self, name: str) -> None:
+        """Have a file fetched anew when it is opened next."""
+        _log.warning("%s/%s is damaged in the cache; fetching it again", self.remote, name)
+        self.cache.drop(f"{self.owner}/{name}")
+
+    def _fetched(self, name: str, digest: str) -> bytes:
+        for _ in range(FETCHES):
+            data = self.remote.whole(name)
+            if xxhash.xxh3_128_hexdigest(data) == digest:
+                return data
+            _log.warning("%s/%s came damaged; fetching it again", self.remote, name)
+        raise ShardError(
+            f"{self.remote}/{name} is not the file its manifest lists (digest differs): upload the set again"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _system(url: str, _: int) -> tuple[Any, str]:
+    """This process's connection to the store, and the path of the URL within it."""
+    try:
+        import fsspec
+        from fsspec.config import conf
+    except ImportError as error:
+        raise ShardError(f"{url} is read by fsspec, which is not installed: pip install '.[remote]'") from error
+    scheme = url.partition("://")[0]
+    try:
+        options = _http_options(dict(conf.get(scheme, {}))) if scheme in ("http", "https") else {}
+        system, root = fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise ShardError(f"{url} cannot be read by fsspec: {error}") from error
+    return system, root.rstrip("/")
+
+
+def _http_options(known: dict) -> dict:
+    """The files as they are, and not what a server keeps compressed beside them; a dead connection does not last."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_STALLED_SECONDS, sock_read=_STALLED_SECONDS)
+    headers = {"Accept-Encoding": "identity", **known.get("headers", {})}
+    return {"headers": headers, "client_kwargs": {"timeout": timeout, **known.get("client_kwargs", {})}}

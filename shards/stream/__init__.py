@@ -1,0 +1,1 @@
+"""Shards in, batches out: random access, the order of samples, views, and the loader."""

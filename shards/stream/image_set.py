@@ -1,0 +1,201 @@
+"""Random access to an image shard set: bytes by (shard, row), every read checked against the index.
+
+A set is a folder, or lies behind a URL: then what is read of it comes in chunks of samples, kept in this node's cache.
+"""
+
+import functools
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from shards.errors import ShardError
+from shards.format.index import FLAG_BAD, Index, index_path, open_index
+from shards.format.manifest import ImageManifest, read_image_manifest
+from shards.storage.cache import ALWAYS, PART, Cache
+from shards.storage.files import file_digest, open_files
+from shards.storage.remote import FETCHES, Kept, Remote, is_url
+from shards.storage.retry import retry
+from shards.stream.order import Chunks, Order
+
+_CURE = "restore it, or pack again; `verify` lists every difference"
+_log = logging.getLogger(__name__)
+
+
+class DamagedSample(ShardError):
+    """One sample whose bytes are not what was packed, or do not decode. The stream substitutes it and counts it."""
+
+
+@dataclass
+class _OpenShard:
+    """`descriptor` of the tar; -1 where it is remote."""
+
+    descriptor: int
+    index: Index
+
+
+@dataclass
+class Reading:
+    """Who reads a set on this node and how far they are, so that what they use last makes room in the cache.
+
+    ranks: of this node, in a world of so many. sample: the one that is read now.
+    """
+
+    order: Order
+    ranks: range
+    world: int
+    sample: int
+
+
+class ImageSet:
+    """The tars and indexes of one set. Keeps the latest used shards open; may be handed to worker processes."""
+
+    def __init__(self, where: Path | str, cache: Cache | None = None, chunk: int = 64):
+        """where: a folder or a URL. cache: of this node, for a URL. chunk: samples that are fetched together."""
+        self.folder: Path | Remote = Remote(str(where)) if is_url(where) else Path(where)
+        self.manifest: ImageManifest = read_image_manifest(where)
+        self.chunk = chunk
+        self.reading: Reading | None = None
+        self._cache = cache
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        if isinstance(self.folder, Remote) and cache is None:
+            raise ShardError(f"{where} is a URL, which is read through a cache on this machine only")
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_open": OrderedDict()}
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def index(self, shard: int) -> Index:
+        """The index of shard number `shard`, checked against the manifest when first opened."""
+        return self._shard(shard).index
+
+    def read(self, shard: int, row: int) -> bytes:
+        """The encoded picture. Raises DamagedSample when its checksum or flags say it cannot be used."""
+        opened = self._shard(shard)
+        index, name = opened.index, self.manifest.shards[shard].name
+        columns = index.columns
+        if int(columns["flags"][row]) & FLAG_BAD:
+            raise DamagedSample(f"{name} {index.key(row)}: does not decode (known since it was indexed)")
+        size, offset, digest = (int(columns[column][row]) for column in ("image_size", "image_offset", "image_xxh3"))
+        if isinstance(self.folder, Remote):
+            data = self._read_remote(self.folder, shard, row, digest)
+        else:
+            data = retry(lambda: os.pread(opened.descriptor, size, offset), f"{name}.tar in {self.folder}")
+        if xxhash.xxh3_64_intdigest(data) != digest:
+            raise DamagedSample(f"{name} {index.key(row)}: the bytes differ from what was packed (checksum)")
+        return data
+
+    def _read_remote(self, remote: Remote, shard: int, row: int, digest: int) -> bytes:
+        """A picture out of the cache, or past it where it has no room. When it is not what was packed, its chunk is
+        fetched once more, which mends the cache, and then the picture alone: processes that share a chunk may each
+        drop what another has just fetched anew."""
+        index, entry, now = self.index(shard), self._entry(shard, row // self.chunk), ALWAYS
+        if self.reading is not None:
+            now = self.reading.sample
+        offset, size = int(index.columns["image_offset"][row]), int(index.columns["image_size"][row])
+        within = offset - self._span(shard, row // self.chunk)[0]
+        for tries in range(1, FETCHES + 1):
+            data = None
+            if tries <= 2:
+                data = self._kept().read(entry, within, size)
+                if data is None and self.fetcher(shard, row // self.chunk)(now):
+                    data = self._kept().read(entry, within, size)
+            if data is None:
+                data = remote.part(f"{self.manifest.shards[shard].name}.tar", offset, offset + size)
+            if tries == FETCHES or xxhash.xxh3_64_intdigest(data) == digest:
+                return data
+            if tries == 1:
+                self._kept().drop(entry)
+            _log.warning("%s: %s came damaged, or is so in the cache; fetching it again", remote, index.key(row))
+        raise AssertionError("unreachable")
+
+    def fetcher(self, shard: int, number: int) -> Callable[[float], bool]:
+        """What sees to it that a chunk of a remote set is in the cache; given a sample, it answers False where there is
+        no room among what is used before that. It may be called by any thread."""
+        remote, (start, stop) = self.folder, self._span(shard, number)
+        assert isinstance(remote, Remote), "a set of this machine is read where it lies"
+        tar, entry = f"{self.manifest.shards[shard].name}.tar", self._entry(shard, number)
+        uses = self._uses if self.reading else None
+
+        def fetch(before: float) -> bool:
+            return self._kept().keep_part(entry, stop - start, lambda: remote.part(tar, start, stop), uses, before)
+
+        return fetch
+
+    def _kept(self) -> Cache:
+        assert self._cache is not None, "a remote set has a cache"
+        return self._cache
+
+    def _entry(self, shard: int, number: int) -> str:
+        name = self.manifest.shards[shard].name
+        return f"{self._owner}/{name}.{self.chunk}x{number:06d}{PART}"
+
+    @functools.cached_property
+    def _owner(self) -> str:
+        """The set's folder in the cache."""
+        return self.manifest.fingerprint[:16]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {shard.name: number for number, shard in enumerate(self.manifest.shards)}
+
+    def _span(self, shard: int, number: int) -> tuple[int, int]:
+        """The bytes of the tar from the first picture of a chunk to the end of its last."""
+        columns = self.index(shard).columns
+        first, last = number * self.chunk, min((number + 1) * self.chunk, len(columns["key_hash"])) - 1
+        return int(columns["image_offset"][first]), int(columns["image_offset"][last] + columns["image_size"][last])
+
+    def _uses(self, entries: list[str]) -> np.ndarray:
+        """cache.Uses of this set's parts; those of another chunk size are not used."""
+        reading, numbers = self.reading, self._numbers
+        assert reading is not None, "asked for only while it is read in an order"
+        shards, chunks = np.zeros(len(entries), np.int64), np.zeros(len(entries), np.int64)
+        known = np.zeros(len(entries), bool)
+        for i, entry in enumerate(entries):
+            name, part = entry.partition("/")[2].removesuffix(PART).rsplit(".", 1)
+            chunk, _, number = part.partition("x")
+            known[i] = int(chunk) == self.chunk and name in numbers
+            shards[i], chunks[i] = numbers.get(name, 0), int(number) if known[i] else 0
+        used = reading.order.next_use(Chunks(shards, chunks), reading.sample, reading.ranks, reading.world)
+        return np.where(known, used, 2**62).astype(np.float64)
+
+    def _shard(self, shard: int) -> _OpenShard:
+        opened = self._open.get(shard)
+        if opened is None:
+            opened = retry(lambda: self._open_shard(shard), f"{self.manifest.shards[shard].name} in {self.folder}")
+            self._open[shard] = opened
+            if len(self._open) > open_files(each=4):  # a tar and its index, and half for tokens
+                oldest = self._open.popitem(last=False)[1]
+                if oldest.descriptor >= 0:
+                    os.close(oldest.descriptor)
+        self._open.move_to_end(shard)
+        return opened
+
+    def _open_shard(self, shard: int) -> _OpenShard:
+        entry = self.manifest.shards[shard]
+        if isinstance(self.folder, Remote):
+            name, uses = index_path(Path(), entry.name).name, self._uses if self.reading else None
+            kept = Kept(self.folder, self._kept(), self._owner)
+            index, descriptor, size = kept.open(name, entry.index_digest, open_index, uses), -1, entry.bytes
+        else:
+            tar, path = self.folder / f"{entry.name}.tar", index_path(self.folder, entry.name)
+            if file_digest(path) != entry.index_digest:
+                raise ShardError(f"{path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
+            index = open_index(path)
+            descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+            size = os.fstat(descriptor).st_size
+        if size != entry.bytes or len(index) != entry.samples:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise ShardError(
+                f"{self.folder}/{entry.name}.tar has {size} bytes and {len(index)} indexed samples; the manifest says "
+                f"{entry.bytes} bytes and {entry.samples} samples: {_CURE}"
+            )
+        return _OpenShard(descriptor, index)

@@ -1,0 +1,78 @@
+"""Many views of each picture of a shard, built in the worker: for `tokenize`. Uses torch, as shards.stream.loader does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shards.decode import codec
+from shards.format.views import Views, unclipped_limits
+from shards.stream.image_set import DamagedSample, ImageSet
+from shards.stream.loader import cut_into, start_worker
+
+
+class ViewBatch(NamedTuple):
+    """K views of n pictures of one shard: rows i64 [n] · pixels u8 [n, K, 3, H, W] · bad u8 [n] (1: unreadable)."""
+
+    rows: torch.Tensor
+    pixels: torch.Tensor
+    bad: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardViews(Dataset):
+    """Item i is `per_item` pictures of a shard from row i · per_item on, each decoded once and cut by K records.
+
+    `views` are those of the whole shard, with leading [K, samples]; `resample` is the tokenizer's filter.
+    """
+
+    images: ImageSet
+    shard: int
+    views: Views
+    size: tuple[int, int]
+    resample: str
+    per_item: int
+    decoder: str = "auto"
+
+    def __len__(self) -> int:
+        return -(-self.views.flips.shape[1] // self.per_item)
+
+    def __getitem__(self, i: int) -> ViewBatch:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        views = self.views
+        rows = np.arange(i * self.per_item, min((i + 1) * self.per_item, views.flips.shape[1]), dtype=np.int64)
+        limits = unclipped_limits(
+            Views(views.boxes[:, rows], views.flips[:, rows], views.jitters[:, rows], views.orders[:, rows]),
+            self.images.index(self.shard).mean_grey[rows],
+        )
+        pixels = torch.zeros((len(rows), len(views.flips), 3, *self.size), dtype=torch.uint8)
+        bad = np.zeros(len(rows), dtype=np.uint8)
+        for n, row in enumerate(rows.tolist()):
+            picture = self._picture(row)
+            if picture is None:
+                bad[n] = 1
+                continue
+            for k, box in enumerate(views.boxes[:, row].tolist()):
+                how = bool(views.flips[k, row]), limits[k, n].tolist()
+                cut_into(pixels[n, k], codec.crop(picture, box), *how, self.resample)
+        return ViewBatch(torch.from_numpy(rows), pixels, torch.from_numpy(bad))
+
+    def _picture(self, row: int) -> np.ndarray | None:
+        try:
+            flags = int(self.images.index(self.shard).flags[row])
+            return codec.decode_whole(self.images.read(self.shard, row), flags, self.decoder)
+        except (DamagedSample, codec.ImageError):
+            return None
+
+
+def load_view_batches(cuts: ShardViews, *, workers: int, prefetch: int) -> Iterator[ViewBatch]:
+    """Iterate over the items in row order, decoded by `workers` processes (0: here)."""
+    prefetched = prefetch if workers else None
+    loader = DataLoader(
+        cuts, batch_size=None, num_workers=workers, prefetch_factor=prefetched, worker_init_fn=start_worker
+    )
+    return iter(loader)

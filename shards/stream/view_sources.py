@@ -1,0 +1,90 @@
+"""Where a stream's views come from: recorded beside their tokens, drawn afresh, or the plain central ones.
+
+Each source answers one question for n pictures at once: which view of each, and which tokens belong to it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from shards.format.tokens import TokenSet, check_pairing
+from shards.format.views import ViewPolicy, Views, central_views, draw_views
+from shards.storage.cache import Cache
+from shards.stream.image_set import ImageSet
+
+
+@dataclass(frozen=True)
+class Selection:
+    """n pictures by place, with what the index says of them (all [n])."""
+
+    epochs: np.ndarray
+    shards: np.ndarray
+    rows: np.ndarray
+    key_hashes: np.ndarray
+    widths: np.ndarray
+    heights: np.ndarray
+
+
+class ViewSource(Protocol):
+    """Views (leading dimension n) and tokens u16 [n, patches] of n pictures; tokens are empty where there are none."""
+
+    def views(self, picked: Selection) -> tuple[Views, np.ndarray]: ...
+
+    def usable(self, shard: int, row: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class DrawnViews:
+    """A fresh view every epoch: tokenizer training, online tokens, fine-tuning."""
+
+    policy: ViewPolicy
+
+    def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
+        """View number = epoch."""
+        drawn = draw_views(self.policy, picked.key_hashes, picked.epochs, picked.widths, picked.heights)
+        return drawn, np.zeros((len(picked.rows), 0), np.uint16)
+
+    def usable(self, shard: int, row: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class CentralViews:
+    """The same central part every time, of `aspect` = width / height and with `share` of the largest one's sides; for
+    probes and tests."""
+
+    aspect: float = 1.0
+    share: float = 0.875
+
+    def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
+        views = central_views(picked.widths, picked.heights, self.aspect, self.share)
+        return views, np.zeros((len(picked.rows), 0), np.uint16)
+
+    def usable(self, shard: int, row: int) -> bool:
+        return True
+
+
+class RecordedViews:
+    """The views `tokenize` recorded, with their tokens: view (epoch + hash(key)) mod K of each picture."""
+
+    def __init__(self, images: ImageSet, where: Path | str, cache: Cache | None = None):
+        """where: a folder, or a URL with a cache. Raises ShardError when the token set there was not made from
+        `images`."""
+        self.tokens = TokenSet(where, cache)
+        self.images = images
+        check_pairing(images.manifest, self.tokens.manifest, where)
+
+    def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
+        """Reads one row per picture from the mapped token files."""
+        numbers = (picked.key_hashes + picked.epochs.astype(np.uint64)) % np.uint64(self.tokens.manifest.num_views)
+        places = list(zip(picked.shards.tolist(), numbers.tolist(), picked.rows.tolist(), strict=True))
+        opened = [self.tokens.shard(shard, self.images.index(shard).key_hash) for shard, _, _ in places]
+        rows = [shard.row(k, row) for shard, (_, k, row) in zip(opened, places, strict=True)]
+        tokens, *records = (np.stack(column) for column in zip(*rows, strict=True))
+        return Views(*records), tokens
+
+    def usable(self, shard: int, row: int) -> bool:
+        """False where `tokenize` could not read the picture."""
+        return not self.tokens.shard(shard, self.images.index(shard).key_hash).bad[row]
