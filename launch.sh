@@ -1,38 +1,23 @@
 #!/usr/bin/env bash
-# The one front door: ./launch.sh VERB [CONFIG] [section.key=value …]
+# Makes the environment, then runs `beitforge VERB …` in it (./launch.sh --help lists the verbs). Its own verbs:
 #
-#   demo [DIR]                 the whole job on this machine, on sample photographs or your own folder
-#   pack · index · verify · stats · simulate    pictures and shards (python -m shards VERB --help)
-#   tokenizer · tokenize · pretrain · finetune CONFIG   under the deepspeed launcher, here or on HOSTFILE's hosts
-#   doctor CONFIG [--json] [--seconds N]     the same processes look at hosts, data, devices and network, and end: go (0),
-#                              go with warnings (1) or stop (2), with a cure for everything found
-#   plan CONFIG --gpus 8,64,512 [--gpu h200] [--days 3] …   memory, time and cost of a training, without a GPU
-#   slurm [pretrain|finetune|tokenizer|tokenize] CONFIG … --nodes N --gpus-per-node G [--time …] [--no-doctor]
-#                              [--dry-run] [-- sbatch options]
-#   slurm pack IMAGES SHARDS … [--cpus-per-task C]    writes a batch script into the run folder and submits it
-#   stop RUN                   a run finishes its step, saves and ends, under whatever launcher
-#   export · probe · report · watch   a run, finished or going (python -m pipeline VERB --help)
-#   import · import-tokenizer  published weights come in (python -m pipeline VERB --help)
-#   test [pytest options] · check · bench    the project's own checks and benchmarks
-#   setup [peers]              only make the environment; with transformers, timm and DALL-E for `export --to` and parity
+#   test [pytest options] · check · bench [NAME …]    the project's tests, static checks and benchmarks
+#   setup [peers]     only make the environment; peers: with transformers, timm and DALL-E for `export --to` and parity
 #
 # Environment:
-#   NPROC=2           processes on this machine (default: one per GPU, 2 without a GPU)
-#   HOSTFILE=hosts    DeepSpeed hostfile ("host slots=8" per line): start on many hosts over ssh, with this environment's
-#                     PYTHON*, NCCL_*, OMP_*, HF_HOME and the like (pipeline/carried.py), over them NAME=VALUE lines of
-#                     ~/.deepspeed_env, ./.deepspeed_env or DS_ENV_FILE
-#   MASTER_ADDR, MASTER_PORT   where the processes meet (default: the first host, and a port made from the process id;
-#                     under SLURM both follow from the job)
 #   BEITFORGE_PYTHON  a Python that already has everything installed; otherwise .venv is made from constraints.txt
 #   PYTHON=python3    the Python (3.10-3.12) that .venv is made with
 set -euo pipefail
-# Paths are the caller's: the working folder stays, the packages are found by name.
+# Paths are the caller's: the working folder stays, the package is found by name.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-
-usage() { sed -n '2,27s/^# \{0,1\}//p' "$root/launch.sh"; }
-
 fail() { echo "error: $*" >&2; exit 2; }
+
+[ -d "$root/src/beitforge/pipeline" ] ||
+    fail "src/beitforge/pipeline is no link to a folder: this copy lost its symbolic links (git: core.symlinks=true; else unpack with tar or unzip)"
+export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH}
+export BEITFORGE_COMMAND=${BEITFORGE_COMMAND:-./launch.sh}
+
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 # .venv holds the pinned versions; its stamp is the digest of what it was made from, so a changed pin makes it anew.
 setup() {
@@ -89,20 +74,10 @@ augment() {
 verb=${1:-}
 [ $# -eq 0 ] || shift
 case $verb in
-    "" | -h | --help | help) usage; exit 0 ;;
     setup)
         [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
         setup
         [ $# -eq 0 ] || peers ;;
-    slurm) setup; [ "${1:-}" != finetune ] || augment; exec "$python" -m pipeline "$verb" "$@" ;;
-    demo | plan | stop | export | probe | report | watch | import | import-tokenizer) setup; exec "$python" -m pipeline "$verb" "$@" ;;
-    pack | index | verify | stats | simulate) setup; exec "$python" -m shards "$verb" "$@" ;;
-    tokenizer | tokenize | pretrain | finetune | doctor)
-        [ $# -gt 0 ] || fail "$verb needs a config: ./launch.sh $verb configs/NAME.yaml [section.key=value …]"
-        setup
-        case " $* " in *" -h "* | *" --help "*) exec "$python" -m pipeline "$verb" --help ;; esac
-        [ "$verb" != finetune ] || augment
-        exec "$python" -m pipeline launch "$verb" "$@" ;;
     test) setup; cd "$root"; exec "$python" -m pytest "$@" ;;
     check)
         setup
@@ -115,9 +90,14 @@ case $verb in
         [ -n "${BEITFORGE_PYTHON:-}" ] || peers
         cd "$root"
         for name in ${*:-order loader loader_resume loader_memory faults demo zero_parity elastic masks views view_tokens tokenizer_precision online_tokens view_ablation evaluations}; do
-            [ -f "benchmarks/$name.py" ] || fail "there is no benchmarks/$name.py"
+            file=$(echo benchmarks/*/"$name".py)
+            [ -f "$file" ] || fail "there is no benchmarks/*/$name.py"
             echo "== $name" >&2
-            "$python" -m "benchmarks.$name"
+            "$python" -m "$(echo "${file%.py}" | tr / .)"
         done ;;
-    *) usage >&2; fail "there is no verb '$verb'" ;;
+    "" | -h | --help | help) usage; echo; setup; exec "$python" -m beitforge --help ;;
+    *)
+        setup
+        [ "$verb" != finetune ] && [ "$verb ${1:-}" != "slurm finetune" ] || augment
+        exec "$python" -m beitforge "$verb" "$@" ;;
 esac

@@ -1,1 +1,1 @@
-"""config · model · tokenizer · masking · objective · optim · engine · loop · checkpoint · metrics, and the stages."""
+"""What knows a model: configuration, training, evaluation, reports, and the commands."""

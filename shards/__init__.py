@@ -1,1 +1,1 @@
-"""Pictures, tars, views, order, pairs, loader. Knows no model; torch is imported by the loader alone."""
+"""The data format and the stream: images, tars, views, order, batches. Knows no model; no torch but in stream."""

@@ -12,8 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
-from shards.errors import ShardError
-from shards.progress import Progress
+from beitforge.shards.errors import ShardError
+from beitforge.shards.progress import Progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

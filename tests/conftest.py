@@ -24,9 +24,9 @@ TINY = {
 }
 
 
-def write_pictures(folder: Path, count: int, classes: int, seed: int = 0, size: tuple[int, int] | None = None) -> None:
+def write_images(folder: Path, count: int, classes: int, seed: int = 0, size: tuple[int, int] | None = None) -> None:
     """`count` JPEGs of coloured gradients, varied in size unless one is given, one folder per class."""
-    from shards.decode.codec import encode
+    from beitforge.shards.decode.codec import encode
 
     generator = np.random.default_rng(seed)
     for number in range(count):
@@ -65,11 +65,11 @@ def one_thread() -> Iterator[None]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
     """50 training and 10 held-out pictures, packed and tokenized through the real commands."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_pictures(folder / "pictures" / "train", 50, 5)
-    write_pictures(folder / "pictures" / "test", 10, 5, seed=1)
+    write_images(folder / "pictures" / "train", 50, 5)
+    write_images(folder / "pictures" / "test", 10, 5, seed=1)
     for part in ("train", "test"):
         where = [str(folder / "pictures" / part), str(folder / "shards" / part)]
-        command = [sys.executable, "-m", "shards", "pack", *where, "--samples-per-shard", "16", "--workers", "1"]
+        command = [sys.executable, "-m", "beitforge", "pack", *where, "--samples-per-shard", "16", "--workers", "1"]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     data = {"images": "shards/train", "tokens": "tokens/train", "tokenizer": "tokenizer"}
     data |= {"heldout_images": "shards/test", "heldout_tokens": "tokens/test"}
@@ -77,10 +77,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(tree))
 
-    from pipeline.config import load_config
-    from pipeline.dvae import Dvae
-    from pipeline.stages import tokenize
-    from pipeline.tokenizer import save_dvae
+    from beitforge.pipeline.config.loading import load_config
+    from beitforge.pipeline.stages import tokenize
+    from beitforge.pipeline.tokenizers.dvae import Dvae
+    from beitforge.pipeline.tokenizers.storage import save_dvae
 
     loaded = load_config(str(config), [])
     save_dvae(folder / "tokenizer", Dvae(loaded.tokenizer, seed=3), loaded.tokenizer)

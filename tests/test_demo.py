@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages import demo as stage
-from tests.conftest import ROOT, write_pictures
+from beitforge.pipeline.stages import demo as stage
+from tests.conftest import ROOT, write_images
 
 SMALL = [
     "tokenizer.duration=12 steps",
@@ -53,7 +53,7 @@ def members(group: int) -> list[str]:
 
 def test_demo_of_a_folder_killed_and_continued(tmp_path):
     """kill -9 of the demo alone, in the middle of pretraining: nothing runs on; the same command ends the job."""
-    write_pictures(tmp_path / "pictures", 120, 3)
+    write_images(tmp_path / "pictures", 120, 3)
     out = tmp_path / "out"
     first = demo(tmp_path / "pictures", out)
     deadline = time.monotonic() + 240
@@ -86,9 +86,9 @@ def test_demo_of_a_folder_killed_and_continued(tmp_path):
 
 @pytest.mark.parametrize("labels", ["auto", "none"])
 def test_labelled_sets_are_given_where_pictures_have_classes(tmp_path, labels):
-    write_pictures(tmp_path / "pictures", 20, 2)
+    write_images(tmp_path / "pictures", 20, 2)
     where = [str(tmp_path / "pictures"), str(tmp_path / "shards"), "--split", "test=0.3", "--labels", labels]
-    command = [sys.executable, "-m", "shards", "pack", *where, "--workers", "1"]
+    command = [sys.executable, "-m", "beitforge", "pack", *where, "--workers", "1"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     settings = stage._settings(tmp_path, [])
     labelled = [

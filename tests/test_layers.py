@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layer_table import TABLE
+from tests.folder_rules import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "shards", "pipeline")
@@ -113,38 +113,42 @@ def tree(tmp_path: Path) -> Path:
 
 
 PLANTED = [
-    ("kernels/attention/sdpa.py", "import pipeline.config", "imports pipeline.config"),
+    ("kernels/attention/sdpa.py", "import pipeline.config.loading", "imports pipeline.config.loading"),
     ("kernels/attention/reference.py", "from shards import draws", "imports shards.counter_rng"),
     ("shards/stream/order.py", "import torch", "imports torch"),
     ("shards/pack/pack.py", "def late():\n    from PIL import Image", "imports PIL"),
     ("shards/inspect/stats.py", "from shards.stream.loader import Batch", "must never know torch"),
-    ("shards/decode/codec.py", "import pipeline.config", "imports pipeline.config"),
+    ("shards/decode/codec.py", "import pipeline.config.loading", "imports pipeline.config.loading"),
     ("shards/stream/loader.py", "from kernels.attention import attention", "imports kernels.attention"),
-    ("pipeline/config.py", "def late():\n    import numpy as np", "imports numpy"),
-    ("pipeline/settings.py", "import yaml", "imports yaml"),
-    ("pipeline/config.py", "from pipeline.metrics import say", "must never know torch"),
-    ("pipeline/model.py", "if False:\n    from shards import draws", "imports shards.counter_rng"),
-    ("pipeline/masking.py", "from shards.counter_rng import bits", "imports shards.counter_rng"),
-    ("pipeline/objective.py", "from . import model", "imports pipeline.model"),
-    ("pipeline/optim.py", "from .streams import Source", "imports pipeline.streams"),
-    ("pipeline/engine.py", "from pipeline.model import Beit", "imports pipeline.model"),
-    ("pipeline/loop.py", "import deepspeed", "imports deepspeed"),
-    ("pipeline/loop.py", "from pipeline import training", "must never know shards"),
+    ("pipeline/config/loading.py", "def late():\n    import numpy as np", "imports numpy"),
+    ("pipeline/config/settings.py", "import yaml", "imports yaml"),
+    ("pipeline/config/loading.py", "from pipeline.training.metrics import say", "must never know torch"),
+    ("pipeline/model/beit.py", "if False:\n    from shards import draws", "imports shards.counter_rng"),
+    ("pipeline/model/masking.py", "from shards.counter_rng import bits", "imports shards.counter_rng"),
+    ("pipeline/training/objectives.py", "from . import model", "imports pipeline.model.beit"),
+    ("pipeline/training/optim.py", "from .streams import Source", "imports pipeline.data.pretraining"),
+    ("pipeline/distributed/engine.py", "from pipeline.model.beit import Beit", "imports pipeline.model.beit"),
+    ("pipeline/training/loop.py", "import deepspeed", "imports deepspeed"),
+    ("pipeline/training/loop.py", "from pipeline import training", "must never know shards"),
     (
-        "pipeline/checkpoint.py",
+        "pipeline/checkpoints/saver.py",
         "import importlib\nimportlib.import_module('shards.stream.image_set')",
         "imports shards.stream.image_set",
     ),
-    ("pipeline/photos.py", "from shards import loader", "imports shards.stream.loader"),
-    ("pipeline/page.py", "import torch", "imports torch"),
-    ("pipeline/training.py", "from pipeline.weights import load_encoder", "must never know pipeline.model"),
+    ("pipeline/data/demo_images.py", "from shards import loader", "imports shards.stream.loader"),
+    ("pipeline/reports/components.py", "import torch", "imports torch"),
+    (
+        "pipeline/training/trainer.py",
+        "from pipeline.weights.encoder import load_encoder",
+        "must never know pipeline.model.beit",
+    ),
     ("pipeline/stages/export.py", "from pipeline.stages import probe", "imports pipeline.stages.probe"),
-    ("pipeline/stages/report.py", "from . import tokenize", "imports pipeline.stages.tokenize"),
-    ("pipeline/stages/demo.py", "import pipeline.stages.export", "imports pipeline.stages.export"),
+    ("pipeline/commands/report.py", "from . import tokenize", "imports pipeline.stages.tokenize"),
+    ("pipeline/commands/demo.py", "import pipeline.stages.export", "imports pipeline.stages.export"),
     ("pipeline/stages/pretrain.py", "import deepspeed", "imports deepspeed"),
     ("pipeline/stages/pretrain.py", "import transformers", "imports transformers"),
-    ("pipeline/forecast.py", "from pipeline.model import training_flops", "must never know torch"),
-    ("pipeline/stages/plan.py", "from shards import loader", "must never know torch"),
+    ("pipeline/plan/estimate.py", "from pipeline.model.beit import training_flops", "must never know torch"),
+    ("pipeline/commands/plan.py", "from shards import loader", "must never know torch"),
     ("pipeline/helpers.py", "import os", "has no row in the table"),
 ]
 

@@ -1,4 +1,4 @@
-"""What the fused kernels ask of a chip, without one: `python -m kernels.aot [--json] [CHIP …]`.
+"""What the fused kernels ask of a chip, without one: `python -m beitforge.kernels.aot [--json] [CHIP …]`.
 
 Every kernel as the dispatcher can choose it, for the shapes of the published models.
 """
@@ -7,13 +7,13 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from kernels.aot.compile import TARGETS, Build, Target, compiled, resources
-from kernels.attention import fused as attention
-from kernels.attention.block_sizes import Blocks, choose, padded
-from kernels.attention.operator import REGISTERS
-from kernels.cross_entropy import fused as cross_entropy
-from kernels.cross_entropy import operator as cross_entropy_operator
-from kernels.pixels import fused as pixels
+from beitforge.kernels.aot.compile import TARGETS, Build, Target, compiled, resources
+from beitforge.kernels.attention import fused as attention
+from beitforge.kernels.attention.block_sizes import Blocks, choose, padded
+from beitforge.kernels.attention.operator import REGISTERS
+from beitforge.kernels.cross_entropy import fused as cross_entropy
+from beitforge.kernels.cross_entropy import operator as cross_entropy_operator
+from beitforge.kernels.pixels import fused as pixels
 
 # positions, head size and type: base and large at 224, giant at 224, base at 384, and float32
 SHAPES = ((197, 64, "bf16"), (257, 88, "bf16"), (577, 64, "bf16"), (197, 64, "fp32"))

@@ -8,9 +8,9 @@ share it.
 
 import torch
 
-from kernels.attention.reference import attention_reference
-from kernels.attention.sdpa import attention_sdpa
-from kernels.dispatch import runs_fused
+from beitforge.kernels.attention.reference import attention_reference
+from beitforge.kernels.attention.sdpa import attention_sdpa
+from beitforge.kernels.dispatch import runs_fused
 
 _LARGEST_HEAD = 128  # numbers a head that the fused kernels take
 
@@ -33,7 +33,7 @@ def pack(
     """What the fused kernels read of a bias, for qkv of this head size and dtype; None where they do not run."""
     if bias_ASS is None or chosen(implementation, bias_ASS.device, head_size) != "fused":
         return None
-    from kernels.attention.operator import pack_bias
+    from beitforge.kernels.attention.operator import pack_bias
 
     return pack_bias(bias_ASS, head_size, dtype)
 
@@ -56,7 +56,7 @@ def attention(
         raise ValueError(f"bias has shape {tuple(bias_ASS.shape)}; for this qkv it must be {(a, s, s)}")
     runs = chosen(implementation, qkv_BS3AK.device, k)
     if runs == "fused":
-        from kernels.attention.operator import attention_fused
+        from beitforge.kernels.attention.operator import attention_fused
 
         return attention_fused(qkv_BS3AK, bias_ASS, packed_AT)
     if runs == "reference":

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels.attention.block_sizes import Blocks, Plan
+from beitforge.kernels.attention.block_sizes import Blocks, Plan
 
 
 def pack(bias_ASS: Tensor, plan: Plan, scale: float, dtype: torch.dtype) -> Tensor:

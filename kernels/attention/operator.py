@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.attention import bias_tiles, fused
-from kernels.attention.block_sizes import Blocks, Plan, choose, padded
-from kernels.dispatch import interpreted, on_device
+from beitforge.kernels.attention import bias_tiles, fused
+from beitforge.kernels.attention.block_sizes import Blocks, Plan, choose, padded
+from beitforge.kernels.dispatch import interpreted, on_device
 
 REGISTERS = 255  # ptxas gives a kernel that spills far fewer, unless told
 _PROGRAMS = 4 * 132  # of the query kernel: enough chunks of images to fill a large chip

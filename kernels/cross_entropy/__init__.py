@@ -7,8 +7,8 @@ gradient in place by a Triton kernel; elsewhere the plain reference that defines
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy.reference import linear_cross_entropy_reference
-from kernels.dispatch import runs_fused
+from beitforge.kernels.cross_entropy.reference import linear_cross_entropy_reference
+from beitforge.kernels.dispatch import runs_fused
 
 
 def linear_cross_entropy(
@@ -34,7 +34,7 @@ def linear_cross_entropy(
         raise ValueError(f"{shapes} do not fit {rows} rows; both are [T]")
     if not runs_fused(implementation, x_TD.device) or x_TD.dtype == torch.float64:
         return linear_cross_entropy_reference(x_TD, weight_VD, bias_V, tokens_T, counts_T)
-    from kernels.cross_entropy.operator import linear_cross_entropy_fused
+    from beitforge.kernels.cross_entropy.operator import linear_cross_entropy_fused
 
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TD, weight_VD, bias_V))
     return linear_cross_entropy_fused(x_TD, weight_VD, bias_V, tokens_T, counts_T, needed)

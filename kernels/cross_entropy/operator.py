@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy import fused
-from kernels.dispatch import on_device
+from beitforge.kernels.cross_entropy import fused
+from beitforge.kernels.dispatch import on_device
 
 _LOGITS = 1 << 25  # numbers in the logits that exist at a time: 64 MiB in 16 bits
 _BLOCK = 8192  # logits of a row that a program holds at a time

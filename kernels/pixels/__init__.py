@@ -7,8 +7,8 @@ what the tokenizer saw.
 import torch
 from torch import Tensor
 
-from kernels.dispatch import runs_fused
-from kernels.pixels.reference import jittered_reference
+from beitforge.kernels.dispatch import runs_fused
+from beitforge.kernels.pixels.reference import jittered_reference
 
 
 def jittered(
@@ -33,7 +33,7 @@ def jittered(
         raise ValueError(f"pixels are {found}; jittered takes uint8 [B, 3, H, W]")
     views = (pixels_BCHW, jitters_B3, orders_B, mean_greys_B)
     if runs_fused(implementation, pixels_BCHW.device):
-        from kernels.pixels.fused import jittered_fused
+        from beitforge.kernels.pixels.fused import jittered_fused
 
         return jittered_fused(*views, normal, dtype)
     return jittered_reference(*views, normal, dtype)

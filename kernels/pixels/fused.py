@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import interpreted, on_device
-from kernels.pixels.reference import LUMA
+from beitforge.kernels.dispatch import interpreted, on_device
+from beitforge.kernels.pixels.reference import LUMA
 
 BLOCK = 1024  # pixels of a picture that a program holds
 WARPS = 4

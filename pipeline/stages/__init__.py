@@ -1,1 +1,4 @@
-"""One verb a file, `run(…)`. A stage may import everything below it and no other stage: stages meet only on disk."""
+"""What a verb does: each stage reads folders and writes a folder that a manifest or marker closes.
+
+Stages never import each other: they meet on disk, so every one can be killed, repeated and run alone.
+"""

@@ -5,7 +5,6 @@ Every step ends in files that say it is finished, so the same command goes on wh
 
 import ctypes
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,17 +13,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoint import newest
-from pipeline.config import Config, ConfigError, load_config
-from pipeline.metrics import read_metrics, say
-from pipeline.photos import write_tiles
-from pipeline.record import token_use
-from shards.format.manifest import NAME as MANIFEST
-from shards.format.manifest import read_image_manifest
-from shards.storage.files import write_text
+import beitforge
+from beitforge.pipeline.config.loading import load_config
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.console import program_name, say
+from beitforge.pipeline.data.demo_images import write_tiles
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.runs.checkpoints import newest
+from beitforge.pipeline.runs.jsonl import read_metrics
+from beitforge.pipeline.runs.record import token_use
+from beitforge.shards.format.manifest import NAME as MANIFEST
+from beitforge.shards.format.manifest import read_image_manifest
+from beitforge.shards.storage.files import write_text
 
-_ROOT = Path(__file__).resolve().parents[2]
-_CONFIG = _ROOT / "configs" / "demo.yaml"
+_CONFIG = Path(beitforge.__file__).parent / "configs" / "demo.yaml"
 _TRAIN_TILES, _TEST_TILES = 150, 30  # of each photograph
 _TEST_SHARE = 0.1  # of the user's own pictures
 
@@ -151,9 +153,9 @@ def _do(step: Step) -> None:
     if step.finished():
         say(f"== {step.label}: finished before")
         return
-    say(f"== ./launch.sh {' '.join(step.command)}")
-    environment = {**os.environ, "BEITFORGE_PYTHON": sys.executable}
-    process = subprocess.Popen([str(_ROOT / "launch.sh"), *step.command], env=environment, preexec_fn=_die_with_parent)
+    say(f"== {program_name()} {' '.join(step.command)}")
+    command = [sys.executable, "-W", "ignore", "-m", "beitforge", *step.command]
+    process = subprocess.Popen(command, preexec_fn=_die_with_parent)
     try:
         code = process.wait()
     except KeyboardInterrupt:

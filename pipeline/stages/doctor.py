@@ -1,6 +1,6 @@
 """`doctor CONFIG`: every rank looks at its host, data, device and network before a training does; one verdict.
 
-Each rank's own checks need no other rank; their findings go to the first through a store (pipeline.gathering), which
+Each rank's own checks need no other rank; their findings go to the first through a store (pipeline.doctor.collect), which
 names whoever does not report in time. Only when all have, they meet in a process group for the network and a dry step.
 """
 
@@ -20,18 +20,37 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline import checks_data, checks_device, checks_host, checks_network
-from pipeline.checks_host import Arrivals, started_by_srun
-from pipeline.config import Config, ConfigError, micro_batch
-from pipeline.engine import own_device, start_world
-from pipeline.findings import END, LINES, MARK, OK, STOP, WARNING, Finding, Local, to_json, to_line, to_text, worst
-from pipeline.forecast import sharding_of
-from pipeline.gathering import FAR, LOCAL, Listener, Post, Taken, connect_again
-from pipeline.model import Beit, num_parameters
-from pipeline.rendezvous import Place, meeting, place_of
-from pipeline.sharding import checkpoint_bytes
-from pipeline.streams import Source
-from shards.errors import ShardError
+from beitforge.pipeline.cluster.environment import RankInfo, rank_info, rendezvous_variables
+from beitforge.pipeline.config.derived import micro_batch
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.data import pretraining
+from beitforge.pipeline.data.pretraining import DataSource
+from beitforge.pipeline.distributed.device import own_device
+from beitforge.pipeline.distributed.process_group import start_world
+from beitforge.pipeline.doctor import data, network
+from beitforge.pipeline.doctor import device as checks_device
+from beitforge.pipeline.doctor import host as checks_host
+from beitforge.pipeline.doctor.collect import FAR, LOCAL, Collector, PortInUse, RankReporter, connect_again
+from beitforge.pipeline.doctor.findings import (
+    END,
+    LINES,
+    MARK,
+    OK,
+    STOP,
+    WARNING,
+    Finding,
+    Local,
+    to_json,
+    to_line,
+    to_text,
+    worst,
+)
+from beitforge.pipeline.doctor.host import Arrivals, started_by_srun
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.model.beit import Beit, num_parameters
+from beitforge.pipeline.plan.estimate import sharding_of
+from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
+from beitforge.shards.errors import ShardError
 
 _FAULTS = (ConfigError, ShardError, OSError, RuntimeError, ValueError)  # whatever a check meets is a finding
 _CLOCK_UNSURE = 0.7
@@ -44,13 +63,13 @@ class _Me:
     """One rank at its checks. `until`: of time.monotonic(), when its own must be over."""
 
     config: Config
-    place: Place
+    place: RankInfo
     host: str
     seconds: float
     arrivals: Arrivals
-    post: Post
+    post: RankReporter
     local: Local
-    source: Source | None = None
+    source: DataSource | None = None
     module: nn.Module | None = None
     rates: dict[str, float] = field(default_factory=dict)
 
@@ -61,14 +80,14 @@ class _Me:
 def run(config: Config, seconds: float, json: bool, arrivals: Arrivals) -> int:
     """Look, and on the first rank say what was found; the exit code, 0, 1 or 2. `seconds`: for everything."""
     started = time.monotonic()
-    place = place_of(os.environ)
-    meet = meeting(os.environ)
+    place = rank_info(os.environ)
+    meet = rendezvous_variables(os.environ)
     address, port = meet["MASTER_ADDR"], int(meet["MASTER_PORT"])
     say = _Said(started, json)
     local = Local(checks_host.host_label(os.environ, place), place.rank)
     try:
-        post = Post(place, local.host, address, port, started + seconds, say.exit_code)
-    except Taken:
+        post = RankReporter(place, local.host, address, port, started + seconds, say.exit_code)
+    except PortInUse:
         checks_host.port_taken(port, checks_host.port_in_use(port), local)
         return say.report(local.found)
     except RuntimeError as error:
@@ -79,7 +98,7 @@ def run(config: Config, seconds: float, json: bool, arrivals: Arrivals) -> int:
     if place.rank == 0:
         _leave(token)
         post.store.set("token", token.name)
-        listener = Listener(
+        listener = Collector(
             connect_again(place, address, port, started + seconds),
             checks_host.hosts_by_rank(os.environ, place.size),
             started + 0.45 * seconds,
@@ -142,11 +161,11 @@ def _alone(me: _Me) -> None:
     if first:
         checks += [("storage", lambda: _storage(me))]
     for name, check in [*checks, ("loader", lambda: _loader(me))]:
-        me.post.at(name)
+        me.post.set_phase(name)
         _guarded(me.local, name, check)
     content = {"found": [asdict(finding) for finding in me.local.found], "signals": me.arrivals.count}
     if first:
-        me.post.at("facts")
+        me.post.set_phase("facts")
         content["facts"] = checks_host.facts(me.config)
     me.post.send(LOCAL, content)
     me.local.found.clear()
@@ -170,7 +189,7 @@ def _host(me: _Me, device: torch.device) -> None:
     checks_host.shared_memory(me.place.local_size, device.type == "cuda", me.local)
     checks_host.limits(os.environ, me.local)
     run = Path(me.config.train.run)
-    token = run / me.post.told("token")
+    token = run / me.post.wait_for("token")
     if several and not (run.is_dir() and token.name in os.listdir(run)):
         cure = "put train.run on a file system that all hosts share, at the same path"
         what = f"{run} here is not the folder that the first rank's host has there"
@@ -178,13 +197,13 @@ def _host(me: _Me, device: torch.device) -> None:
 
 
 def _data(me: _Me) -> None:
-    me.source = checks_data.sets(me.config, me.share(0.12), me.local)
+    me.source = data.sets(me.config, me.share(0.12), me.local)
 
 
 def _open(me: _Me) -> None:
     """Faults of the sets are named once a host, by its first rank."""
     try:
-        me.source = checks_data.pretraining(me.config)
+        me.source = pretraining.pretraining(me.config)
     except (ShardError, ConfigError):
         me.source = None
 
@@ -201,7 +220,7 @@ def _memory(me: _Me, device: torch.device, first: bool) -> None:
     if first:
         sharding = sharding_of(me.config, me.place.size, me.config.train.zero_stage, 1)
         size = checkpoint_bytes(sharding.total, sharding.stage, sharding.number)
-        checks_data.room(me.config, size, me.local)
+        data.check_disk_space(me.config, size, me.local)
     micro, cost = _micro(me), checks_device.cost(me.config, beit, device, me.place.size)
     free = checks_device.free_memory(me.place, device)
     per_process = me.config.train.global_batch // me.place.size
@@ -220,17 +239,17 @@ def _well(me: _Me, *checks: str) -> bool:
 
 def _storage(me: _Me) -> None:
     if me.source is not None and _well(me, "images"):
-        me.rates["storage"] = checks_data.reading(me.config, me.source, me.share(0.04), me.local)
+        me.rates["storage"] = data.measure_read(me.config, me.source, me.share(0.04), me.local)
 
 
 def _loader(me: _Me) -> None:
     if me.source is not None and _well(me, "images", "tokens", "digests", "memory", "storage"):
-        me.rates["loader"] = checks_data.loading(me.config, me.source, _micro(me), me.place, me.share(0.06))
+        me.rates["loader"] = data.measure_loader(me.config, me.source, _micro(me), me.place, me.share(0.06))
 
 
 def _together(me: _Me) -> None:
     """What all do at once, after every rank has reported."""
-    go = me.post.told("go")
+    go = me.post.wait_for("go")
     if go == NOTHING:
         return
     found: dict = {}
@@ -239,7 +258,7 @@ def _together(me: _Me) -> None:
     def at(phase: str) -> None:
         nonlocal name
         name = phase
-        me.post.at(phase)
+        me.post.set_phase(phase)
 
     try:
         if started_by_srun(os.environ):
@@ -256,9 +275,9 @@ def _together(me: _Me) -> None:
             timeout=limit,
         )
         world = start_world(me.seconds)
-        hosts = me.post.told("hosts").split(",")
+        hosts = me.post.wait_for("hosts").split(",")
         if world.size > 1:
-            found["speeds"] = asdict(checks_network.measure(world, hosts, me.share(0.1), at))
+            found["speeds"] = asdict(network.measure(world, hosts, me.share(0.1), at))
         if go == ALL and me.module is not None:
             seconds, images = checks_device.dry_step(me.config, world, me.module, _micro(me), me.local, at)
             found["step"] = seconds
@@ -268,7 +287,7 @@ def _together(me: _Me) -> None:
         line = " ".join(str(error).split())[:400] or type(error).__name__
         check = "step" if "step" in name or "DeepSpeed" in name else "network"
         me.local.add(STOP, check, f"{name}: {line}", "see which other rank or host is named here, and its output")
-    me.post.at("done")
+    me.post.set_phase("done")
     me.post.send(FAR, {**found, "found": [asdict(finding) for finding in me.local.found]})
 
 
@@ -281,7 +300,7 @@ def _slurm_signals(me: _Me) -> None:
         while me.post.store.add("listening", 0) < me.place.size and time.monotonic() < until:
             time.sleep(0.05)
         me.post.store.set("signalled", checks_host.signal_step(os.environ))
-    hindered = me.post.told("signalled")
+    hindered = me.post.wait_for("signalled")
     if hindered:
         me.local.add(OK, "signals", f"not tried through SLURM: {hindered}")
     elif me.arrivals.wait(before + 1, 5.0):
@@ -311,18 +330,18 @@ def _feeding(me: _Me, eaten: float) -> None:
         me.local.add(WARNING, "storage", what, cure, whole_host=True)
 
 
-def _listen(me: _Me, listener: Listener, say: _Said, token: Path) -> NoReturn:
+def _listen(me: _Me, listener: Collector, say: _Said, token: Path) -> NoReturn:
     """On the first rank, beside its own checks: gather, judge, report, and end all processes."""
     found = _gathered(me, listener)
     with contextlib.suppress(OSError):
         token.unlink()
     code = say.report(found)
     sys.stdout.flush()
-    listener.dismiss(worst(found), {finding.rank for finding in found if finding.check == "rank"})
+    listener.release_ranks(worst(found), {finding.rank for finding in found if finding.check == "rank"})
     os._exit(code)
 
 
-def _gathered(me: _Me, listener: Listener) -> list[Finding]:
+def _gathered(me: _Me, listener: Collector) -> list[Finding]:
     """Everybody's findings, and what follows from all of them together."""
     store = listener.store
     lost = listener.gather(LOCAL)
@@ -342,30 +361,30 @@ def _gathered(me: _Me, listener: Listener) -> list[Finding]:
     parts = [rank.parts.get(FAR, {}) for rank in listener.ranks]
     if all("speeds" in part for part in parts):
         speeds = [_speeds(part["speeds"]) for part in parts]
-        found += checks_network.judged(speeds, hosts)
+        found += network.assess(speeds, hosts)
         if all("step" in part for part in parts):
             item = 4 if me.config.train.precision == "fp32" else 2
             step, size = max(part["step"] for part in parts), float(parts[0]["numbers"] * item)
             accumulation = me.config.train.global_batch // (_micro(me) * me.place.size)
             stage = me.config.train.zero_stage
-            found.append(checks_network.share_of_step(speeds, hosts, size, stage, accumulation, step))
+            found.append(network.share_of_step(speeds, hosts, size, stage, accumulation, step))
     return found
 
 
-def _sent(listener: Listener, part: str) -> list[Finding]:
+def _sent(listener: Collector, part: str) -> list[Finding]:
     return [Finding(**each) for rank in listener.ranks for each in rank.parts.get(part, {}).get("found", [])]
 
 
-def _compared(listener: Listener) -> list[Finding]:
+def _compared(listener: Collector) -> list[Finding]:
     """What must be the same on every host, and their clocks."""
     facts, offsets = {}, {}
     for rank in listener.ranks:
         if "facts" in rank.parts.get(LOCAL, {}):
             facts[rank.host] = rank.parts[LOCAL]["facts"]
             offsets[rank.host] = (rank.ahead - listener.ranks[0].ahead, _CLOCK_UNSURE)
-    return [*checks_host.compared(facts), *checks_host.clocks(offsets)]
+    return [*checks_host.compare_hosts(facts), *checks_host.clocks(offsets)]
 
 
-def _speeds(content: dict) -> checks_network.Speeds:
-    pairs = [checks_network.Pair(**pair) for pair in content["pairs"]]
-    return checks_network.Speeds(content["reduce"], content["gather"], pairs)
+def _speeds(content: dict) -> network.Speeds:
+    pairs = [network.Pair(**pair) for pair in content["pairs"]]
+    return network.Speeds(content["reduce"], content["gather"], pairs)

@@ -13,20 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import peers
-from pipeline.config import Config, ConfigError, Model, Size
-from pipeline.metrics import say
-from pipeline.model import Classifier
-from pipeline.resize import finetuned_model, for_finetuning
-from pipeline.weights import (
+from beitforge.pipeline.config.settings import Config, Model, Size
+from beitforge.pipeline.console import say
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.model.beit import Classifier
+from beitforge.pipeline.model.resize import finetuned_model, for_finetuning
+from beitforge.pipeline.weights import export_formats
+from beitforge.pipeline.weights.encoder import (
     Trained,
+    build_encoder,
     class_names,
     fine_tuned,
     refuse_others,
     run_config,
     stream_encoder,
     trained_weights,
-    with_weights,
     written_as_read,
 )
 
@@ -98,7 +99,7 @@ def _refuse_others(out: Path, source: Path) -> None:
     """An earlier export is replaced; the source, and a folder that holds anything else, are left alone."""
     if out == source:
         raise ConfigError(f"{out} is what is exported: give another folder to write to")
-    known = {"model.safetensors", "config.json", "preprocessor_config.json", peers.UNILM_FILE}
+    known = {"model.safetensors", "config.json", "preprocessor_config.json", export_formats.UNILM_FILE}
     strangers = sorted(path.name for path in out.iterdir() if path.name not in known) if out.is_dir() else []
     if strangers or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} holds {strangers[0] if strangers else 'a file'}: give an empty or a new folder")
@@ -108,17 +109,17 @@ def _refuse_others(out: Path, source: Path) -> None:
 def _write_encoder(folder: Path, to: str, found: Trained, config: Config, source: Path) -> float:
     """Write the pretraining encoder; returns the largest difference of its logits, a share of the largest."""
     model, vocabulary, weights = config.model, config.tokenizer.vocabulary, found.all()
-    ours = with_weights(config, weights, source)
+    ours = build_encoder(config, weights, source)
     pixels, mask = _example(model)
     if to == "hf":
-        peers.write_hf(folder, weights, model, vocabulary)
-        return _difference(ours.all_logits(pixels, mask), peers.hf_forward(folder)(pixels, mask))
+        export_formats.write_hf(folder, weights, model, vocabulary)
+        return _difference(ours.all_logits(pixels, mask), export_formats.hf_forward(folder)(pixels, mask))
     if to == "timm":
-        peers.write_timm(folder, weights, model, vocabulary)
-        theirs = peers.timm_forward(folder)
+        export_formats.write_timm(folder, weights, model, vocabulary)
+        theirs = export_formats.timm_forward(folder)
     else:
-        peers.write_unilm(folder, weights, model)
-        theirs = peers.unilm_forward(folder, model, vocabulary)
+        export_formats.write_unilm(folder, weights, model)
+        theirs = export_formats.unilm_forward(folder, model, vocabulary)
     return _difference(ours.all_logits(pixels, None), theirs(pixels, None))
 
 
@@ -127,7 +128,7 @@ def _write_classifier(folder: Path, to: str, weights: Trained, model: Model, siz
     if any(side % model.patch_size for side in size):
         raise ConfigError(f"--input-size {size} is not a multiple of the patch size {model.patch_size}")
     ready, target = for_finetuning(weights.all(), model, size)
-    return _write_peer(folder, to, ready, target, peers.Head())
+    return _write_peer(folder, to, ready, target, export_formats.ClassifierHead())
 
 
 def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names: tuple[str, ...]) -> float:
@@ -135,21 +136,23 @@ def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names:
     model = dataclasses.replace(
         finetuned_model(config.model, config.finetune.input_size), drop_path=config.finetune.drop_path
     )
-    head = peers.Head(weights.shapes["head.weight"][0], names, config.finetune.test_crop)
+    head = export_formats.ClassifierHead(weights.shapes["head.weight"][0], names, config.finetune.test_crop)
     return _write_peer(folder, to, weights.all(), model, head)
 
 
 @torch.no_grad()
-def _write_peer(folder: Path, to: str, weights: dict[str, Tensor], model: Model, head: peers.Head) -> float:
+def _write_peer(
+    folder: Path, to: str, weights: dict[str, Tensor], model: Model, head: export_formats.ClassifierHead
+) -> float:
     ours = Classifier(dataclasses.replace(model, kernels="auto"), head.classes)
     ours.load_state_dict(weights)
     pixels, _ = _example(model)
     if to == "hf":
-        peers.write_hf(folder, weights, model, 0, head)
-        theirs = peers.hf_forward(folder)
+        export_formats.write_hf(folder, weights, model, 0, head)
+        theirs = export_formats.hf_forward(folder)
     else:
-        peers.write_timm(folder, weights, model, 0, head)
-        theirs = peers.timm_forward(folder)
+        export_formats.write_timm(folder, weights, model, 0, head)
+        theirs = export_formats.timm_forward(folder)
     return _difference(ours.eval()(pixels), theirs(pixels, None))
 
 

@@ -7,21 +7,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import newest
-from pipeline.config import Config, ConfigError, tuning_micro_batch
-from pipeline.ending import end
-from pipeline.engine import Engine, Setup, World, from_first, setup_from, sums
-from pipeline.labelled import num_classes, supervised, supervised_test
-from pipeline.metrics import say
-from pipeline.model import Classifier, initialise, training_flops
-from pipeline.objective import classification_loss, classified, encoder_input
-from pipeline.opening import on_every_rank, start_with
-from pipeline.optim import layer_groups
-from pipeline.resize import finetuned_model
-from pipeline.streams import Source, even_batches, fingerprints
-from pipeline.training import Job, run_training
-from pipeline.weights import tune_from
-from shards.stream.loader import Batch
+from beitforge.pipeline.config.derived import tuning_micro_batch
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.console import say
+from beitforge.pipeline.data.batches import even_batches
+from beitforge.pipeline.data.labelled import num_classes, supervised, supervised_test
+from beitforge.pipeline.data.pretraining import DataSource, fingerprints
+from beitforge.pipeline.distributed.collectives import World, all_sum, broadcast_object
+from beitforge.pipeline.distributed.deepspeed_config import Setup, setup_from
+from beitforge.pipeline.distributed.engine import Engine
+from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ranks
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.model.beit import Classifier, initialise, training_flops
+from beitforge.pipeline.model.resize import finetuned_model
+from beitforge.pipeline.runs.checkpoints import newest
+from beitforge.pipeline.training.objectives import classification_loss, classified, encoder_input
+from beitforge.pipeline.training.optim import layer_groups
+from beitforge.pipeline.training.shutdown import shut_down
+from beitforge.pipeline.training.trainer import Job, run_training
+from beitforge.pipeline.weights.encoder import initialise_classifier_from
+from beitforge.shards.stream.loader import Batch
 
 # of `optimizer` and `train` only what fine-tuning takes from them
 _OTHERS = ("train.precision", "optimizer.beta1", "optimizer.beta2", "optimizer.epsilon")
@@ -31,8 +36,8 @@ IDENTITY = ("data", "model", "finetune", "loader", *_OTHERS)
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Fine-tune; returns the exit code. `stop` says why to stop, or ''."""
     tune = config.finetune
-    world, (source, test, classes) = start_with(config, lambda: _opened(config), _facts)
-    setup = on_every_rank(lambda: tuning_setup(config, world), world)
+    world, (source, test, classes) = open_and_join(config, lambda: _opened(config), _fingerprints)
+    setup = run_on_all_ranks(lambda: tuning_setup(config, world), world)
     run_folder = Path(tune.run)
     classifier = new_classifier(config, classes)
     line = _start(config, classifier, run_folder, world)
@@ -73,7 +78,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         classes=tuple(source.stream.images.manifest.classes),
     )
     _, finished = run_training(config, job, world, stop)
-    return end(run_folder, finished, stop, world)
+    return shut_down(run_folder, finished, stop, world)
 
 
 def _refuse(config: Config) -> None:
@@ -89,20 +94,20 @@ def _refuse(config: Config) -> None:
         raise ConfigError(f"finetune.init and finetune.run are both {tune.run}: give the run a folder of its own")
 
 
-def _opened(config: Config) -> tuple[Source, Source | None, int]:
+def _opened(config: Config) -> tuple[DataSource, DataSource | None, int]:
     """What the run reads: pictures to train on, to test on, and how many classes they have."""
     _refuse(config)
     source, test = supervised(config), supervised_test(config)
     return source, test, _classes(config, source, test)
 
 
-def _facts(opened: tuple[Source, Source | None, int]) -> dict[str, str]:
+def _fingerprints(opened: tuple[DataSource, DataSource | None, int]) -> dict[str, str]:
     """What has to be the same on every host."""
     source, test, _ = opened
     return fingerprints({"labelled ": source, "test ": test})
 
 
-def _classes(config: Config, source: Source, test: Source | None) -> int:
+def _classes(config: Config, source: DataSource, test: DataSource | None) -> int:
     """How many there are to learn. Raises ConfigError for fewer than two, and for a test with others."""
     classes = num_classes(source.stream.images)
     if classes < 2:
@@ -132,12 +137,12 @@ def new_classifier(config: Config, classes: int) -> Classifier:
 
 def _start(config: Config, classifier: Classifier, run_folder: Path, world: World) -> str:
     """Load finetune.init unless there is a checkpoint to go on from; returns the line that says so, or ''."""
-    if from_first(newest(run_folder, lambda _: None) is not None, world):
+    if broadcast_object(newest(run_folder, lambda _: None) is not None, world):
         return ""
     if not config.finetune.init:
         return "finetune.init is empty: the encoder starts as drawn from data.seed"
     init = Path(config.finetune.init)
-    return on_every_rank(lambda: tune_from(init, classifier, config.model), world)
+    return run_on_all_ranks(lambda: initialise_classifier_from(init, classifier, config.model), world)
 
 
 def tuning_setup(config: Config, world: World) -> Setup:
@@ -153,7 +158,7 @@ def tuning_setup(config: Config, world: World) -> Setup:
 
 
 @torch.no_grad()
-def tested(config: Config, engine: Engine, test: Source) -> dict[str, float]:
+def tested(config: Config, engine: Engine, test: DataSource) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy on the test set, each of its samples counted once over all ranks."""
     world, totals = engine.world, torch.zeros(4, dtype=torch.float64, device=engine.world.device)
     micro = engine.setup.micro_batch
@@ -163,5 +168,5 @@ def tested(config: Config, engine: Engine, test: Source) -> dict[str, float]:
         moved = batch.to(world.device)
         logits = engine.model(encoder_input(config, moved, engine.dtype), None)
         totals += classified(logits, moved.labels, weights.to(world.device))
-    loss, first, five, count = sums(totals).tolist()
+    loss, first, five, count = all_sum(totals).tolist()
     return {"loss": loss / count, "accuracy": first / count, "top5": five / count, "samples": count}

@@ -12,13 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.checkpoint import State
-from pipeline.config import Config, ConfigError, load_tree
-from pipeline.foreign import read_pickle
-from pipeline.formats import from_hf, from_unilm
-from pipeline.metrics import say
-from pipeline.model import Beit
-from pipeline.weights import refuse_full, save_encoder
+from beitforge.pipeline.config.loading import load_dict
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.console import say
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.tokenizers.safe_pickle import read_pickle
+from beitforge.pipeline.weights.conversion import from_hf, from_unilm
+from beitforge.pipeline.weights.encoder import refuse_full, save_encoder
 
 Weights = dict[str, Tensor]
 
@@ -35,7 +37,7 @@ def run(source: Path, out: Path, overrides: list[str]) -> int:
     left_out = [name for name in weights if name.startswith(_DOWNSTREAM)]
     weights = {name: tensor.float() for name, tensor in weights.items() if name not in left_out}
     tree = described(weights, content)
-    config = load_tree(tree, overrides, str(source))
+    config = load_dict(tree, overrides, str(source))
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     absent = [name for name in beit.state_dict() if name not in weights]
     fresh = [name for name in absent if name.startswith(("head.", "norm.", "mask_embedding"))]

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.config import ConfigError, Size
-from pipeline.foreign import read_dalle_pickles, read_flava_codebook, read_vqkd
-from pipeline.metrics import say
-from pipeline.tokenizer import build, load_tokenizer, save_tokenizer
-from pipeline.weights import refuse_full
+from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.console import say
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.tokenizers.published import read_dalle_pickles, read_flava_codebook, read_vqkd
+from beitforge.pipeline.tokenizers.storage import build, load_tokenizer, save_tokenizer
+from beitforge.pipeline.weights.encoder import refuse_full
 
 _DALLE_SIZE = Size(112, 112)
 _OURS = "tokenizer.json"

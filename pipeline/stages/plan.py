@@ -7,21 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.assumptions import load_assumptions
-from pipeline.config import Config, ConfigError, load_config
-from pipeline.costs import training_flops
-from pipeline.forecast import LARGEST_MICRO, Forecast, Machine, forecast, size_of, tokenizations
-from pipeline.machines import CHIPS, NETWORKS, STORAGES, Chip, Network, Storage
-from pipeline.planned import report
-from shards.errors import ShardError
-from shards.format.manifest import read_image_manifest
+from beitforge.pipeline.config.loading import load_config
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.plan.assumptions import load_assumptions
+from beitforge.pipeline.plan.costs import training_flops
+from beitforge.pipeline.plan.estimate import Estimate, Machine, estimate, size_of, tokenizations
+from beitforge.pipeline.plan.hardware import CHIPS, NETWORKS, STORAGES, Chip, Network, Storage
+from beitforge.pipeline.plan.search import cheapest
+from beitforge.pipeline.plan.tables import render
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.manifest import read_image_manifest
 
 _IMAGENET = 1_281_167
 Known = TypeVar("Known", Chip, Network, Storage)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class PlanOptions:
     """The command line."""
 
     gpus: str
@@ -36,7 +39,7 @@ class Asked:
     json: bool
 
 
-def run(words: list[str], asked: Asked) -> int:
+def run(words: list[str], asked: PlanOptions) -> int:
     """Print the plan; returns the exit code. Raises ConfigError with one line."""
     if not words:
         raise ConfigError("plan needs a CONFIG, a YAML file such as configs/beit_base.yaml")
@@ -60,7 +63,7 @@ def run(words: list[str], asked: Asked) -> int:
     if asked.json:
         print(json.dumps(_tree(config, machine, images, rows, refused, best), indent=1))
     else:
-        print(report(config, machine, images, origin, rows, refused, best, asked.days))
+        print(render(config, machine, images, origin, rows, refused, best, asked.days))
     return 0
 
 
@@ -96,13 +99,13 @@ def _images(config: Config, given: int) -> tuple[int, str]:
 
 def _rows(
     config: Config, machine: Machine, counts: list[int], stages: list[int], images: int
-) -> tuple[list[Forecast], list[str]]:
+) -> tuple[list[Estimate], list[str]]:
     """A forecast for each count and stage, and a line for each count that cannot be."""
-    rows: list[Forecast] = []
+    rows: list[Estimate] = []
     refused = []
     for gpus in counts:
         try:
-            rows += [forecast(config, machine, gpus, stage, images=images) for stage in stages]
+            rows += [estimate(config, machine, gpus, stage, images=images) for stage in stages]
         except ConfigError as error:
             refused.append(str(error))
     if not rows:
@@ -110,40 +113,13 @@ def _rows(
     return rows, refused
 
 
-def cheapest(
-    config: Config, machine: Machine, counts: list[int], *, images: int, days: float
-) -> tuple[Forecast | None, Forecast | None]:
-    """Of all stages, with and without checkpointing, at the largest micro batch: the fewest GPU-hours that meet the
-    deadline (or None), and the fastest (or None where nothing fits)."""
-    fitting = []
-    for gpus in counts:
-        if config.train.global_batch % gpus:
-            continue
-        for stage in (0, 1, 2, 3):
-            for checkpointing in (False, True):
-                row = forecast(
-                    config,
-                    machine,
-                    gpus,
-                    stage,
-                    images=images,
-                    checkpointing=checkpointing,
-                    at_most=LARGEST_MICRO,
-                    steps=20,
-                )
-                fitting += [row] if row.memory.fits(checkpointing) else []
-    meeting = [row for row in fitting if row.days <= days]
-    best = min(meeting, key=lambda row: row.gpu_hours, default=None)
-    return best, min(fitting, key=lambda row: row.days, default=None)
-
-
 def _tree(
     config: Config,
     machine: Machine,
     images: int,
-    rows: list[Forecast],
+    rows: list[Estimate],
     refused: list[str],
-    best: tuple[Forecast | None, Forecast | None] | None,
+    best: tuple[Estimate | None, Estimate | None] | None,
 ) -> dict:
     """Everything for programs."""
     parts = [dataclasses.asdict(machine.chip), dataclasses.asdict(machine.network), dataclasses.asdict(machine.storage)]
@@ -163,7 +139,7 @@ def _tree(
     return found
 
 
-def _row(row: Forecast) -> dict:
+def _row(row: Estimate) -> dict:
     """A forecast with what follows from it; JSON knows no infinity."""
     tree = dataclasses.asdict(row)
     tree["memory"] |= {"total": row.memory.total(row.checkpointing), "fits": row.memory.fits(row.checkpointing)}

@@ -5,37 +5,41 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kernels.attention import chosen
-from pipeline.checkpoint import newest
-from pipeline.config import Config, ConfigError, micro_batch
-from pipeline.ending import end
-from pipeline.engine import Engine, World, from_first, setup_from
-from pipeline.evaluation import Evaluations, Judged, judged, with_tokens
-from pipeline.metrics import say
-from pipeline.model import Beit, training_flops
-from pipeline.objective import masked_token_loss
-from pipeline.opening import on_every_rank, start_with
-from pipeline.optim import parameter_groups
-from pipeline.streams import Source, fingerprints, pretraining, refuse_other_tokenizers
-from pipeline.training import Job, run_training
-from pipeline.weights import start_from
-from shards.stream.loader import Batch
+from beitforge.kernels.attention import chosen
+from beitforge.pipeline.config.derived import micro_batch
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.console import say
+from beitforge.pipeline.data.pretraining import DataSource, fingerprints, pretraining, refuse_other_tokenizers
+from beitforge.pipeline.distributed.collectives import World, broadcast_object
+from beitforge.pipeline.distributed.deepspeed_config import setup_from
+from beitforge.pipeline.distributed.engine import Engine
+from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ranks
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.evaluation.evaluations import Evaluations, EvaluationSets, open_evaluation_sets, with_tokens
+from beitforge.pipeline.model.beit import Beit, training_flops
+from beitforge.pipeline.runs.checkpoints import newest
+from beitforge.pipeline.training.objectives import masked_token_loss
+from beitforge.pipeline.training.optim import parameter_groups
+from beitforge.pipeline.training.shutdown import shut_down
+from beitforge.pipeline.training.trainer import Job, run_training
+from beitforge.pipeline.weights.encoder import initialise_from
+from beitforge.shards.stream.loader import Batch
 
 IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
 
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Pretrain; returns the exit code. `stop` says why to stop, or ''."""
-    world, (source, sets) = start_with(config, lambda: _opened(config), _facts)
+    world, (source, sets) = open_and_join(config, lambda: _opened(config), _fingerprints)
     batch = config.train.global_batch, config.train.micro_batch
-    micro = on_every_rank(lambda: micro_batch(*batch, world.size, "train.global_batch"), world)
+    micro = run_on_all_ranks(lambda: micro_batch(*batch, world.size, "train.global_batch"), world)
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     beit.checkpointing = config.train.activation_checkpointing
     run_folder = Path(config.train.run)
-    lines = [f"attention: {on_every_rank(lambda: _kernels(config, world), world)}"]
-    if config.train.init and from_first(newest(run_folder, lambda _: None) is None, world):
+    lines = [f"attention: {run_on_all_ranks(lambda: _kernels(config, world), world)}"]
+    if config.train.init and broadcast_object(newest(run_folder, lambda _: None) is None, world):
         init = Path(config.train.init)
-        lines.append(on_every_rank(lambda: start_from(init, beit, config.tokenizer.vocabulary), world))
+        lines.append(run_on_all_ranks(lambda: initialise_from(init, beit, config.tokenizer.vocabulary), world))
     for line in lines if world.first else ():
         say(line)
     steps = config.train.duration.steps(source.samples, config.train.global_batch)
@@ -62,17 +66,17 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         flops=training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches),
     )
     _, finished = run_training(config, job, world, stop)
-    return end(run_folder, finished, stop, world)
+    return shut_down(run_folder, finished, stop, world)
 
 
-def _opened(config: Config) -> tuple[Source, Judged]:
+def _opened(config: Config) -> tuple[DataSource, EvaluationSets]:
     """What the run reads: the stream, and what it is judged on."""
     source = pretraining(config)
     refuse_other_tokenizers(config)
-    return source, judged(config)
+    return source, open_evaluation_sets(config)
 
 
-def _facts(opened: tuple[Source, Judged]) -> dict[str, str]:
+def _fingerprints(opened: tuple[DataSource, EvaluationSets]) -> dict[str, str]:
     """What has to be the same on every host. New views need a tokenizer, without which they are left out."""
     source, sets = opened
     labelled, test = (*sets.labelled, None, None)[:2]

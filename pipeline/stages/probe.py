@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import Config, ConfigError
-from pipeline.labelled import refuse_other_classes, require_labels, share_of, spread_over
-from pipeline.metrics import say
-from pipeline.model import Beit
-from pipeline.pixels import normalise
-from pipeline.probe import EPOCHS, Verdict, feature_depth, judge, sweeps
-from pipeline.run import write_whole
-from pipeline.streams import Source, evaluation, evaluation_batches
-from pipeline.weights import run_config, trained_weights, with_weights
-from shards.progress import Progress
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.console import say
+from beitforge.pipeline.data.batches import evaluation_batches
+from beitforge.pipeline.data.labelled import refuse_other_classes, require_labels, share_of, subsample
+from beitforge.pipeline.data.pretraining import DataSource, evaluation
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.evaluation.probe import EPOCHS, ProbeResult, feature_depth, probe, sweeps
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.model.pixels import normalise
+from beitforge.pipeline.runs.folder import write_whole
+from beitforge.pipeline.weights.encoder import build_encoder, run_config, trained_weights
+from beitforge.shards.progress import Progress
 
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
 
@@ -26,7 +28,7 @@ Features = tuple[dict[str, dict[str, Tensor]], Tensor]  # f32 [n, D] by model an
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ProbeOptions:
     """samples: at most so many of each set, from all over it. label_share: of each class's pictures, chosen by `seed`.
     epochs: of the linear probes."""
 
@@ -55,21 +57,21 @@ class Asked:
         return "probe.json" if self.label_share == 1 else f"probe-{self.label_share:g}-{self.seed}.json"
 
 
-def run(run_folder: Path, shards: str, test: str | None, asked: Asked) -> int:
+def run(run_folder: Path, shards: str, test: str | None, asked: ProbeOptions) -> int:
     """Print the table and write it into the run folder; returns the exit code."""
     asked.refuse(test is not None)
     config = run_config(run_folder)
     source = trained_weights(run_folder)
     weights, state = source.all(), source.state
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = with_weights(config, weights, run_folder)
+    trained = build_encoder(config, weights, run_folder)
     untrained = Beit(trained.model, config.tokenizer.vocabulary, config.data.seed)
     models = {"trained": trained.to(device), "untrained": untrained.to(device).eval()}
     (train, train_labels), (tests, test_labels) = _sets(config, models, shards, test, asked, device)
     verdicts = {}
     with Progress("linear probes", len(train) * sweeps(train_labels), "sweep") as progress:
         for who in train:
-            verdicts[who] = judge(
+            verdicts[who] = probe(
                 train[who],
                 train_labels,
                 tests[who],
@@ -91,7 +93,7 @@ def run(run_folder: Path, shards: str, test: str | None, asked: Asked) -> int:
     return 0
 
 
-def _say_table(verdicts: dict[str, Verdict]) -> None:
+def _say_table(verdicts: dict[str, ProbeResult]) -> None:
     chosen = all(verdict.chosen for verdict in verdicts.values())
     how = "chosen on folds of the fitting set" if chosen else "as given: too few pictures of a class to choose by"
     say(f"{'':12}{'k-NN':>8}{'linear':>8}   features and learning rate {how}")
@@ -108,7 +110,7 @@ def _default(who: str, config: Config) -> str:
 
 
 def _sets(
-    config: Config, models: dict[str, Beit], shards: str, test: str | None, asked: Asked, device: torch.device
+    config: Config, models: dict[str, Beit], shards: str, test: str | None, asked: ProbeOptions, device: torch.device
 ) -> tuple[Features, Features]:
     """What to fit on and what to test on: sets of their own, or four fifths and a fifth of one."""
     fitting = _labelled(config, shards)
@@ -117,14 +119,14 @@ def _sets(
         refuse_other_classes(fitting.stream.images, testing.stream.images, shards, str(test))
     if asked.label_share < 1:
         fitting = share_of(config, fitting, asked.label_share, asked.seed)
-    train, train_labels = _features(config, models, spread_over(fitting, asked.samples), device)
+    train, train_labels = _features(config, models, subsample(fitting, asked.samples), device)
     if testing is None:
         part = torch.arange(len(train_labels)) % 5 == 4
         test_labels, train_labels = train_labels[part], train_labels[~part]
         tests = {who: {n: f[part] for n, f in sets.items()} for who, sets in train.items()}
         train = {who: {n: f[~part] for n, f in sets.items()} for who, sets in train.items()}
     else:
-        tests, test_labels = _features(config, models, spread_over(testing, asked.samples), device)
+        tests, test_labels = _features(config, models, subsample(testing, asked.samples), device)
     if len(train_labels.unique()) < 2 or not len(test_labels):
         raise ConfigError(
             f"{shards} has fewer than two classes, or too few pictures; a probe needs labels to tell apart"
@@ -133,7 +135,7 @@ def _sets(
 
 
 @torch.no_grad()
-def _features(config: Config, models: dict[str, Beit], source: Source, device: torch.device) -> Features:
+def _features(config: Config, models: dict[str, Beit], source: DataSource, device: torch.device) -> Features:
     """The mean over patches after each block, and pixels."""
     count = source.samples
     gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}
@@ -155,7 +157,7 @@ def _features(config: Config, models: dict[str, Beit], source: Source, device: t
     )
 
 
-def _labelled(config: Config, where: str) -> Source:
+def _labelled(config: Config, where: str) -> DataSource:
     """Central views of a set's pictures."""
     source = evaluation(config, where)
     require_labels(source.stream.images, "the set", "a probe")

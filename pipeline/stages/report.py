@@ -6,16 +6,16 @@
 import time
 from pathlib import Path
 
-from pipeline import comparison, gallery, page
-from pipeline.checkpoint import newest
-from pipeline.config import ConfigError
-from pipeline.document import body
-from pipeline.metrics import say
-from pipeline.provenance import what_ran
-from pipeline.record import read_record
-from pipeline.weights import run_config
-from pipeline.words import clock
-from shards.storage.files import write_text
+from beitforge.pipeline.console import say
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.reports import comparison, components, gallery
+from beitforge.pipeline.reports.provenance import what_ran
+from beitforge.pipeline.reports.report import body
+from beitforge.pipeline.runs.checkpoints import newest
+from beitforge.pipeline.runs.formatting import utc_time
+from beitforge.pipeline.runs.record import read_record
+from beitforge.pipeline.weights.encoder import run_config
+from beitforge.shards.storage.files import write_text
 
 
 def run(run_folders: list[Path], out: Path | None = None) -> int:
@@ -28,9 +28,9 @@ def _report(run_folder: Path, out: Path | None) -> int:
     passed_over: list[str] = []
     found = newest(run_folder, passed_over.append)
     state = found[1] if found else None
-    html = body(record, gallery.pictures(record, state), what_ran(record, state, passed_over))
+    html = body(record, gallery.render_gallery(record, state), what_ran(record, state, passed_over))
     path = out or run_folder / "report.html"
-    write_text(path, page.page(f"{run_folder.resolve().name} · beitforge", html))
+    write_text(path, components.page(f"{run_folder.resolve().name} · beitforge", html))
     say(f"report of step {record.step}: {path}")
     return 0
 
@@ -39,8 +39,8 @@ def _compare(run_folders: list[Path], out: Path | None) -> int:
     if len({folder.resolve() for folder in run_folders}) < len(run_folders):
         raise ConfigError(f"a run is given twice in {' '.join(map(str, run_folders))}; give each once")
     records = [read_record(folder, run_config(folder)) for folder in run_folders]
-    html = comparison.body(records) + page.footer(f"Written {clock(time.time())} by beitforge.")
+    html = comparison.body(records) + components.footer(f"Written {utc_time(time.time())} by beitforge.")
     path = out or Path("comparison.html")
-    write_text(path, page.page("comparison · beitforge", html))
+    write_text(path, components.page("comparison · beitforge", html))
     say(f"comparison of {len(records)} runs: {path}")
     return 0

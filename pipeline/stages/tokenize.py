@@ -17,24 +17,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.complaints import of_host
-from pipeline.config import ONLINE, Config, ConfigError
-from pipeline.metrics import say
-from pipeline.pixels import jitter
-from pipeline.precision import changed_tokens, computing
-from pipeline.rendezvous import place_of, rank_of
-from pipeline.streams import fitting_tokenizer, image_set, policy_record, view_policy
-from pipeline.tokenizer import VisualTokenizer
-from shards.decode import jpeg
-from shards.format.index import Index
-from shards.format.manifest import NAME, ImageShard, TokenManifest, write_manifest
-from shards.format.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
-from shards.format.views import FIELDS, ViewPolicy, Views, draw_views
-from shards.progress import Progress, Silent
-from shards.storage.files import PARTIAL
-from shards.storage.remote import is_url
-from shards.stream.image_set import ImageSet
-from shards.stream.view_batches import ShardViews, ViewBatch, load_view_batches
+from beitforge.pipeline.cluster.environment import rank_info, rank_of
+from beitforge.pipeline.cluster.error_reporting import as_host_error
+from beitforge.pipeline.config.settings import ONLINE, Config
+from beitforge.pipeline.console import say
+from beitforge.pipeline.data.pretraining import fitting_tokenizer, image_set, policy_record, view_policy
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.model.pixels import jitter
+from beitforge.pipeline.tokenizers.precision import autocast_as, changed_tokens
+from beitforge.pipeline.tokenizers.storage import VisualTokenizer
+from beitforge.shards.decode import jpeg
+from beitforge.shards.format.index import Index
+from beitforge.shards.format.manifest import NAME, ImageShard, TokenManifest, write_manifest
+from beitforge.shards.format.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
+from beitforge.shards.format.views import FIELDS, ViewPolicy, Views, draw_views
+from beitforge.shards.progress import Progress, Silent
+from beitforge.shards.storage.files import PARTIAL
+from beitforge.shards.storage.remote import is_url
+from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.stream.view_batches import ShardViews, ViewBatch, load_view_batches
 
 _PICTURES_PER_ITEM = 16
 _COMPARED, _COMPARED_SLOWLY = 16, 4  # pictures tokenized once more at every precision, on a GPU and on a CPU
@@ -65,7 +66,7 @@ class Task:
 
 def run(config: Config) -> int:
     """Tokenize data.images, and data.heldout_images when given; returns the exit code."""
-    with of_host():  # the processes don't meet: what a host lacks, it says itself
+    with as_host_error():  # the processes don't meet: what a host lacks, it says itself
         watched = [_Finished(task) for task in _tasks(config)]
         for watch in watched:
             watch.views()
@@ -104,7 +105,7 @@ def _tasks(config: Config) -> list[Task]:
 
 
 def _device() -> torch.device:
-    place = place_of(os.environ)
+    place = rank_info(os.environ)
     if torch.cuda.is_available():
         return torch.device("cuda", place.local_rank % torch.cuda.device_count())
     torch.set_num_threads(place.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size))
@@ -146,7 +147,7 @@ def _tokenize_set(config: Config, watch: "_Finished") -> None:
 
 def _turn(num_shards: int) -> int:
     """Processes begin at different shards: by their rank, and by their element of a job array."""
-    place = place_of(os.environ)
+    place = rank_info(os.environ)
     first, last = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "0")) for name in ("MIN", "MAX"))
     element = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - first
     return (element * place.size + place.rank) * num_shards // ((last - first + 1) * place.size)
@@ -236,7 +237,7 @@ def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress 
     cuts = _cuts(task, number, views)
     for item in load_view_batches(cuts, workers=config.loader.workers, prefetch=config.loader.prefetch):
         at = item.rows.numpy()
-        with computing(task.precision, task.device):
+        with autocast_as(task.precision, task.device):
             found = task.tokenizer.tokenize(_jittered(task, index, views, item)).cpu().numpy()
         tokens[:, at] = found.reshape(len(at), task.num_views, -1).swapaxes(0, 1)
         bad[at] = item.bad.numpy()

@@ -8,21 +8,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import DVAE_STRIDE, Config, ConfigError, micro_batch
-from pipeline.dvae import Dvae
-from pipeline.ending import end
-from pipeline.engine import Engine, Setup, World
-from pipeline.loop import Objective
-from pipeline.metrics import say
-from pipeline.objective import dvae_loss
-from pipeline.opening import on_every_rank, start_with
-from pipeline.pixels import jitter
-from pipeline.streams import Source, evaluation_batches, fingerprints, tokenizer_training
-from pipeline.tokenizer import codebook_use, save_dvae
-from pipeline.training import Job, run_training
-from shards import counter_rng
-from shards.decode import codec
-from shards.stream.loader import Batch
+from beitforge.pipeline.config.derived import micro_batch
+from beitforge.pipeline.config.settings import DVAE_STRIDE, Config
+from beitforge.pipeline.console import say
+from beitforge.pipeline.data.batches import evaluation_batches
+from beitforge.pipeline.data.pretraining import DataSource, fingerprints, tokenizer_training
+from beitforge.pipeline.distributed.collectives import World
+from beitforge.pipeline.distributed.deepspeed_config import Setup
+from beitforge.pipeline.distributed.engine import Engine
+from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ranks
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.model.pixels import jitter
+from beitforge.pipeline.tokenizers.dvae import Dvae
+from beitforge.pipeline.tokenizers.storage import codebook_use, save_dvae
+from beitforge.pipeline.training.loop import Objective
+from beitforge.pipeline.training.objectives import dvae_loss
+from beitforge.pipeline.training.shutdown import shut_down
+from beitforge.pipeline.training.trainer import Job, run_training
+from beitforge.shards import counter_rng
+from beitforge.shards.decode import codec
+from beitforge.shards.stream.loader import Batch
 
 _MEASURED = 2048  # pictures the codebook use is taken from
 _SHOWN = 8
@@ -30,10 +35,10 @@ _SHOWN = 8
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Train and write the tokenizer; returns the exit code."""
-    world, source = start_with(config, lambda: _opened(config), lambda source: fingerprints({"": source}))
+    world, source = open_and_join(config, lambda: _opened(config), lambda source: fingerprints({"": source}))
     settings = config.tokenizer
     batch = settings.global_batch, settings.micro_batch
-    micro = on_every_rank(lambda: micro_batch(*batch, world.size, "tokenizer.global_batch"), world)
+    micro = run_on_all_ranks(lambda: micro_batch(*batch, world.size, "tokenizer.global_batch"), world)
     folder = Path(config.data.tokenizer)
     dvae = Dvae(settings, config.data.seed)
     job = Job(
@@ -54,10 +59,10 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     engine, finished = run_training(config, job, world, stop)
     if finished and world.first:
         _finish(config, engine, source, folder)
-    return end(job.run, finished, stop, world)
+    return shut_down(job.run, finished, stop, world)
 
 
-def _opened(config: Config) -> Source:
+def _opened(config: Config) -> DataSource:
     """What the run reads."""
     if config.tokenizer.stride != DVAE_STRIDE:
         raise ConfigError(
@@ -101,7 +106,7 @@ def _objective(config: Config, engine: Engine, steps: int) -> Objective:
 
 
 @torch.no_grad()
-def _finish(config: Config, engine: Engine, source: Source, folder: Path) -> None:
+def _finish(config: Config, engine: Engine, source: DataSource, folder: Path) -> None:
     """Measure what the argmax tokenizer does, show some of it, and write it; tokenizer.json comes last."""
     dvae = engine.module.eval()
     assert isinstance(dvae, Dvae), "the tokenizer stage trains a Dvae"

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shards.decode import jpeg
-from shards.errors import ShardError
-from shards.format.index import (
+from beitforge.shards.decode import jpeg
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import (
     FLAG_ANIMATED,
     FLAG_JPEG,
     FLAG_NOT_RGB,

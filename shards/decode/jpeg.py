@@ -20,7 +20,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from shards.errors import ShardError
+from beitforge.shards.errors import ShardError
 
 DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.errors import ShardError
-from shards.storage.files import open_tensors, write_tensors
+from beitforge.shards.errors import ShardError
+from beitforge.shards.storage.files import open_tensors, write_tensors
 
 SUFFIX = ".index.safetensors"
 DIGEST = "digest"

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import xxhash
 
-from shards.errors import ShardError
-from shards.storage.files import write_text
-from shards.storage.remote import FETCHES, Missing, Remote, is_url
+from beitforge.shards.errors import ShardError
+from beitforge.shards.storage.files import write_text
+from beitforge.shards.storage.remote import FETCHES, Missing, Remote, is_url
 
 SCHEMA = 1
 NAME = "manifest.json"

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from shards.errors import ShardError
-from shards.format.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
-from shards.format.views import FIELDS, Views
-from shards.storage.cache import Cache
-from shards.storage.files import file_digest, open_files, open_tensors, write_tensors
-from shards.storage.remote import Kept, Remote, is_url
-from shards.storage.retry import retry
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
+from beitforge.shards.format.views import FIELDS, Views
+from beitforge.shards.storage.cache import Cache
+from beitforge.shards.storage.files import file_digest, open_files, open_tensors, write_tensors
+from beitforge.shards.storage.remote import Kept, Remote, is_url
+from beitforge.shards.storage.retry import retry
 
 _CURE = "run `tokenize` again with this image set, or point data.tokens at the folder made from it"
 _DTYPES = {

@@ -11,7 +11,7 @@ from itertools import permutations
 
 import numpy as np
 
-from shards import counter_rng
+from beitforge.shards import counter_rng
 
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 JITTER_ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION))), dtype=np.int64)
@@ -111,7 +111,7 @@ def unclipped_limits(views: Views, mean_greys: np.ndarray) -> np.ndarray:
         line = counts & (operation != SATURATION) & (factor > 0)
         base = np.where(operation == CONTRAST, np.floor(mean + 0.5), 0.0)
         mean = np.where(operation == BRIGHTNESS, mean * factor, mean)
-        mean = (mean - 0.5 * (factor != 1)).clip(0, 255)  # as pipeline.pixels.jitter has it
+        mean = (mean - 0.5 * (factor != 1)).clip(0, 255)  # as pipeline.model.pixels.jitter has it
         offset = np.where(line, offset * factor + base * (1 - factor), offset)
         slope = np.where(line, slope * factor, slope)
         low = np.where(line, np.maximum(low, -offset / slope), low)

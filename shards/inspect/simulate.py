@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shards.errors import ShardError
-from shards.progress import Progress, Silent
-from shards.stream.order import Order, OrderPolicy
+from beitforge.shards.errors import ShardError
+from beitforge.shards.progress import Progress, Silent
+from beitforge.shards.stream.order import Order, OrderPolicy
 
 WALKED = 10**8  # samples of an epoch that are all walked unless told otherwise
 

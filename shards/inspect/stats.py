@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.format.index import (
+from beitforge.shards.format.index import (
     FLAG_ANIMATED,
     FLAG_BAD,
     FLAG_JPEG,
@@ -17,8 +17,8 @@ from shards.format.index import (
     index_path,
     open_index,
 )
-from shards.format.manifest import read_image_manifest, read_token_manifest
-from shards.format.tokens import open_token_shard, token_path
+from beitforge.shards.format.manifest import read_image_manifest, read_token_manifest
+from beitforge.shards.format.tokens import open_token_shard, token_path
 
 _FORMATS = {"jpeg": FLAG_JPEG, "png": FLAG_PNG, "webp": FLAG_WEBP}
 _FLAGS = {

@@ -8,15 +8,24 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.counter_rng import hash_key
-from shards.errors import ShardError
-from shards.format.index import FLAG_LABELLED, Index, index_path, open_index
-from shards.format.manifest import ImageManifest, ImageShard, read_image_manifest
-from shards.pack.adopt import find_twins
-from shards.pack.tar_scan import JSON, LABEL, Sample, TarMember, describe, read_label, read_member, read_samples
-from shards.progress import Progress
-from shards.storage.files import file_digest
-from shards.workers import Beat, each_shard, in_megabytes
+from beitforge.shards.counter_rng import hash_key
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import FLAG_LABELLED, Index, index_path, open_index
+from beitforge.shards.format.manifest import ImageManifest, ImageShard, read_image_manifest
+from beitforge.shards.pack.adopt import find_twins
+from beitforge.shards.pack.tar_scan import (
+    JSON,
+    LABEL,
+    Sample,
+    TarMember,
+    describe,
+    read_label,
+    read_member,
+    read_samples,
+)
+from beitforge.shards.progress import Progress
+from beitforge.shards.storage.files import file_digest
+from beitforge.shards.workers import Beat, each_shard, in_megabytes
 
 Report = Callable[[str], None]
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.errors import ShardError
-from shards.format.index import Index, index_path, open_index
-from shards.format.manifest import TokenManifest, TokenShard, read_token_manifest
-from shards.format.tokens import OpenTokenShard, check_pairing, check_rows, open_token_shard, token_path
-from shards.format.views import JITTER_ORDERS
-from shards.inspect.verify import Report
-from shards.progress import Progress
-from shards.storage.files import file_digest
-from shards.stream.image_set import ImageSet
-from shards.workers import Beat, each_shard
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import Index, index_path, open_index
+from beitforge.shards.format.manifest import TokenManifest, TokenShard, read_token_manifest
+from beitforge.shards.format.tokens import OpenTokenShard, check_pairing, check_rows, open_token_shard, token_path
+from beitforge.shards.format.views import JITTER_ORDERS
+from beitforge.shards.inspect.verify import Report
+from beitforge.shards.progress import Progress
+from beitforge.shards.storage.files import file_digest
+from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.workers import Beat, each_shard
 
 
 @dataclass(frozen=True)

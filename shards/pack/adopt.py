@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.errors import ShardError
-from shards.format.index import FLAG_BAD, FLAG_LABELLED, Index, index_path, open_index, write_index
-from shards.format.manifest import NAME, ImageManifest, ImageShard, read_image_manifest, write_manifest
-from shards.pack.pack import MARKER
-from shards.pack.tar_scan import scan_tar
-from shards.progress import Progress
-from shards.storage.files import PARTIAL, file_digest
-from shards.workers import Beat, each_shard, in_megabytes
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import FLAG_BAD, FLAG_LABELLED, Index, index_path, open_index, write_index
+from beitforge.shards.format.manifest import NAME, ImageManifest, ImageShard, read_image_manifest, write_manifest
+from beitforge.shards.pack.pack import MARKER
+from beitforge.shards.pack.tar_scan import scan_tar
+from beitforge.shards.progress import Progress
+from beitforge.shards.storage.files import PARTIAL, file_digest
+from beitforge.shards.workers import Beat, each_shard, in_megabytes
 
 _SHOWN = 10
 _MOST_CLASSES = 100_000

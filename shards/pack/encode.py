@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.decode import codec
-from shards.decode.codec import Header, ImageError
-from shards.format.index import FLAG_ANIMATED
-from shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts
+from beitforge.shards.decode import codec
+from beitforge.shards.decode.codec import Header, ImageError
+from beitforge.shards.format.index import FLAG_ANIMATED
+from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts
 
 _MAX_FILE_BYTES = 2**30
 # The file's own fault; any other error is the disk's, and leaving pictures out would hide it.

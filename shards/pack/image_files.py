@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.counter_rng import hash_key
-from shards.errors import ShardError
+from beitforge.shards.counter_rng import hash_key
+from beitforge.shards.errors import ShardError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 

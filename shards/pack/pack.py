@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from shards.errors import ShardError
-from shards.format.index import SUFFIX, open_index
-from shards.format.manifest import NAME, ImageManifest, read_image_manifest, write_manifest
-from shards.pack.plan import PackOptions, Plan, make_plan
-from shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
-from shards.progress import Progress
-from shards.storage.files import PARTIAL, write_text
-from shards.workers import each_shard
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import SUFFIX, open_index
+from beitforge.shards.format.manifest import NAME, ImageManifest, read_image_manifest, write_manifest
+from beitforge.shards.pack.plan import PackOptions, Plan, make_plan
+from beitforge.shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
+from beitforge.shards.progress import Progress
+from beitforge.shards.storage.files import PARTIAL, write_text
+from beitforge.shards.workers import each_shard
 
 MARKER = "packing.json"
 REJECTED = "rejected.jsonl"

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards import counter_rng
-from shards.errors import ShardError
-from shards.pack.encode import EncodeOptions
-from shards.pack.image_files import ImageFiles, classes_of, list_images
+from beitforge.shards import counter_rng
+from beitforge.shards.errors import ShardError
+from beitforge.shards.pack.encode import EncodeOptions
+from beitforge.shards.pack.image_files import ImageFiles, classes_of, list_images
 
 REST = "train"
 

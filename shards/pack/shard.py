@@ -4,15 +4,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.decode.codec import ImageError
-from shards.errors import ShardError
-from shards.format.index import IndexRow, index_path, open_index, write_index
-from shards.format.manifest import ImageShard
-from shards.pack.encode import encode, read_file
-from shards.pack.plan import ShardJob
-from shards.pack.tar_scan import Facts, index_row, read_samples
-from shards.storage.files import atomic_path, file_digest
-from shards.workers import Beat
+from beitforge.shards.decode.codec import ImageError
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import IndexRow, index_path, open_index, write_index
+from beitforge.shards.format.manifest import ImageShard
+from beitforge.shards.pack.encode import encode, read_file
+from beitforge.shards.pack.plan import ShardJob
+from beitforge.shards.pack.tar_scan import Facts, index_row, read_samples
+from beitforge.shards.storage.files import atomic_path, file_digest
+from beitforge.shards.workers import Beat
 
 # Any fixed time will do, but 0 makes GNU tar warn: 2020-01-01.
 _MTIME = 1577836800

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import xxhash
 
-from shards.counter_rng import hash_key
-from shards.decode import codec
-from shards.errors import ShardError
-from shards.format.index import FLAG_BAD, FLAG_LABELLED, IndexRow
+from beitforge.shards.counter_rng import hash_key
+from beitforge.shards.decode import codec
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import FLAG_BAD, FLAG_LABELLED, IndexRow
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL, JSON = "cls", "json"

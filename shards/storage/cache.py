@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.errors import ShardError
-from shards.storage.files import PARTIAL
+from beitforge.shards.errors import ShardError
+from beitforge.shards.storage.files import PARTIAL
 
 PART = ".part"  # an entry that is a part of a tar; others are whole files
 ALWAYS = float("-inf")  # in use before anything else

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.errors import ShardError
+from beitforge.shards.errors import ShardError
 
 PARTIAL = ".partial-"
 RETRY_SECONDS = (0.2, 1.0, 5.0, 20.0)  # before each further try of something that may pass

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from shards.errors import ShardError
-from shards.storage.cache import Cache, Uses
-from shards.storage.files import RETRY_SECONDS, file_digest
+from beitforge.shards.errors import ShardError
+from beitforge.shards.storage.cache import Cache, Uses
+from beitforge.shards.storage.files import RETRY_SECONDS, file_digest
 
 Value = TypeVar("Value")
 

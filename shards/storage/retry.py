@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from shards.errors import ShardError
-from shards.storage.files import RETRY_SECONDS
+from beitforge.shards.errors import ShardError
+from beitforge.shards.storage.files import RETRY_SECONDS
 
 Value = TypeVar("Value")
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.errors import ShardError
-from shards.format.index import FLAG_BAD, Index, index_path, open_index
-from shards.format.manifest import ImageManifest, read_image_manifest
-from shards.storage.cache import ALWAYS, PART, Cache
-from shards.storage.files import file_digest, open_files
-from shards.storage.remote import FETCHES, Kept, Remote, is_url
-from shards.storage.retry import retry
-from shards.stream.order import Chunks, Order
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import FLAG_BAD, Index, index_path, open_index
+from beitforge.shards.format.manifest import ImageManifest, read_image_manifest
+from beitforge.shards.storage.cache import ALWAYS, PART, Cache
+from beitforge.shards.storage.files import file_digest, open_files
+from beitforge.shards.storage.remote import FETCHES, Kept, Remote, is_url
+from beitforge.shards.storage.retry import retry
+from beitforge.shards.stream.order import Chunks, Order
 
 _CURE = "restore it, or pack again; `verify` lists every difference"
 _log = logging.getLogger(__name__)

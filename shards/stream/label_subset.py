@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from shards import counter_rng
-from shards.stream.image_set import ImageSet
-from shards.stream.order import Order, OrderPolicy
+from beitforge.shards import counter_rng
+from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.stream.order import Order, OrderPolicy
 
 
 class Subset:

@@ -16,12 +16,12 @@ import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from shards import counter_rng
-from shards.decode import codec
-from shards.errors import ShardError
-from shards.format.views import unclipped_limits
-from shards.stream.image_set import DamagedSample, ImageSet
-from shards.stream.view_sources import Selection, ViewSource
+from beitforge.shards import counter_rng
+from beitforge.shards.decode import codec
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.views import unclipped_limits
+from beitforge.shards.stream.image_set import DamagedSample, ImageSet
+from beitforge.shards.stream.view_sources import Selection, ViewSource
 
 _SUBSTITUTES = 32
 TORCH = "torch bicubic"

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shards import counter_rng
-from shards.errors import ShardError
+from beitforge.shards import counter_rng
+from beitforge.shards.errors import ShardError
 
 # The number of the order's arithmetic, which checkpoints carry: a change of it makes another sequence of samples.
 ARITHMETIC = 2

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from shards.errors import ShardError
-from shards.stream.image_set import ImageSet, Reading
+from beitforge.shards.errors import ShardError
+from beitforge.shards.stream.image_set import ImageSet, Reading
 
 _AT_ONCE = 8  # fetches of one rank
 _POLL_SECONDS = 0.2

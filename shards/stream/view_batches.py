@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards.decode import codec
-from shards.format.views import Views, unclipped_limits
-from shards.stream.image_set import DamagedSample, ImageSet
-from shards.stream.loader import cut_into, start_worker
+from beitforge.shards.decode import codec
+from beitforge.shards.format.views import Views, unclipped_limits
+from beitforge.shards.stream.image_set import DamagedSample, ImageSet
+from beitforge.shards.stream.loader import cut_into, start_worker
 
 
 class ViewBatch(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from shards.format.tokens import TokenSet, check_pairing
-from shards.format.views import ViewPolicy, Views, central_views, draw_views
-from shards.storage.cache import Cache
-from shards.stream.image_set import ImageSet
+from beitforge.shards.format.tokens import TokenSet, check_pairing
+from beitforge.shards.format.views import ViewPolicy, Views, central_views, draw_views
+from beitforge.shards.storage.cache import Cache
+from beitforge.shards.stream.image_set import ImageSet
 
 
 @dataclass(frozen=True)

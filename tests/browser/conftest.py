@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages import report
-from tests.pipeline.made_runs import (
+from beitforge.pipeline.stages import report
+from tests.pipeline.runs.made_runs import (
     config_of,
     lines_of,
     make_sets,

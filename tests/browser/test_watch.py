@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.watching import Watch, append, lines_of, train_line, watching, write_run
+from tests.pipeline.watch.watching import Watch, append, lines_of, train_line, watching, write_run
 
 SECONDS = 60.0  # that a change may take to be seen; three are usual, and other tests share the machine
 
@@ -189,7 +189,7 @@ def ready_in(browser, watch: Watch) -> float:
 
 
 def test_ten_thousand_steps(browser, tmp_path, capsys):
-    """Every chart is bound, at once and again; the times are said here and stated by benchmarks/watch.py."""
+    """Every chart is bound, at once and again; the times are said here and stated by benchmarks/training/watch.py."""
     with watching(write_run(tmp_path, lines_of(200_000, 300_000, every=20, seconds=0.5))) as watch:
         first, again = ready_in(browser, watch), ready_in(browser, watch)
     with capsys.disabled():

@@ -50,7 +50,7 @@ class Process:
     @property
     def rank(self) -> int:
         """Of a training process; -1 for what has none."""
-        if "-m pipeline" not in self.command:
+        if " --rank" not in self.command:
             return -1
         return int(self.environment.get("RANK", self.environment.get("SLURM_PROCID", "-1")))
 

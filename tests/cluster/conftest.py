@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import zero
-from pipeline.checkpoint import newest
-from pipeline.metrics import read_metrics
+from beitforge.pipeline.checkpoints import zero_layout
+from beitforge.pipeline.runs.checkpoints import newest
+from beitforge.pipeline.runs.jsonl import read_metrics
 from tests.cluster.cluster import Cluster, forbidden, missing, until
 
 STEPS = 120  # some six seconds: long enough to be met in the middle
@@ -77,7 +77,7 @@ class Run:
         found = newest(self.folder, lambda _: None)
         assert found is not None
         assert found[1].step == STEPS
-        return dict(zero.saved(found[0], found[1].zero_stage, found[1].groups).weights())
+        return dict(zero_layout.open_checkpoint(found[0], found[1].zero_stage, found[1].groups).weights())
 
     def reaches(self, step: int, seconds: float = 90) -> None:
         until(lambda: self.step() >= step, seconds, lambda: f"step {self.step()} of {step}\n{self.log()}")

@@ -17,7 +17,7 @@ import yaml
 
 from tests.cluster.cluster import Cluster, until
 from tests.cluster.conftest import hosts
-from tests.conftest import ROOT, TINY, TinySet, write_pictures
+from tests.conftest import ROOT, TINY, TinySet, write_images
 
 THREE = ("train.global_batch=12", "data.heldout_images=", "data.heldout_tokens=")
 BOUND_SECONDS = 120
@@ -25,7 +25,7 @@ NAN_KERNEL = """
 import importlib.abc, importlib.machinery, sys
 class Planted(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "kernels.attention.sdpa":
+        if name != "beitforge.kernels.attention.sdpa":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         whole = spec.loader.exec_module
@@ -189,7 +189,7 @@ def test_hosts_that_cannot_take_part_are_named_before_any_rank_is_started(lab, t
     assert "python" in said
     for check, host in (("ssh", "10.77.0.99"), ("versions", "node2"), ("host name", "node3"), ("clock", "node3")):
         found.only_on(check, host)
-    assert not [process for process in lab.pythons() if "pipeline" in process.command]
+    assert not [process for process in lab.pythons() if "-m beitforge" in process.command]
 
 
 def copied(source: Path, target: Path) -> Path:
@@ -271,14 +271,23 @@ def test_a_dead_rank_is_named_and_not_waited_for(lab, tiny, tmp_path):
 @pytest.fixture(scope="module")
 def large_pictures(tmp_path_factory) -> TinySet:
     """Pictures of four megapixels for a model that eats hundreds a second: no decoder keeps up."""
-    from pipeline.config import load_config
-    from pipeline.dvae import Dvae
-    from pipeline.stages import tokenize
-    from pipeline.tokenizer import save_dvae
+    from beitforge.pipeline.config.loading import load_config
+    from beitforge.pipeline.stages import tokenize
+    from beitforge.pipeline.tokenizers.dvae import Dvae
+    from beitforge.pipeline.tokenizers.storage import save_dvae
 
     made = tmp_path_factory.mktemp("large")
-    write_pictures(made / "pictures", 4, 2, size=(1800, 2400))
-    command = [sys.executable, "-m", "shards", "pack", str(made / "pictures"), str(made / "shards"), "--workers", "1"]
+    write_images(made / "pictures", 4, 2, size=(1800, 2400))
+    command = [
+        sys.executable,
+        "-m",
+        "beitforge",
+        "pack",
+        str(made / "pictures"),
+        str(made / "shards"),
+        "--workers",
+        "1",
+    ]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     data = {"images": str(made / "shards"), "tokens": str(made / "tokens"), "tokenizer": str(made / "tokenizer")}
     config = made / "large.yaml"
@@ -300,7 +309,7 @@ def test_hosts_that_are_well_under_srun(lab, tiny, tmp_path):
     """Nothing to stop for; a real SLURM's SIGUSR1 arrives at every rank."""
     began = time.monotonic()
     words = (*THREE, f"train.run={tmp_path}/run", "--json")
-    srun = ("srun", "-N3", "--ntasks-per-node=1", sys.executable, "-m", "pipeline", "doctor", tiny.config)
+    srun = ("srun", "-N3", "--ntasks-per-node=1", sys.executable, "-m", "beitforge", "doctor", "--rank", tiny.config)
     found = report(lab.popen(*srun, *words), began)
     assert found.code < 2, found.output
     unwell = {f["check"] for f in found.found if f["level"] != "ok"}

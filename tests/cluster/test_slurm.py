@@ -5,8 +5,8 @@ import os
 import re
 import signal
 
-from pipeline.metrics import read_metrics
-from pipeline.signals import read_ended
+from beitforge.pipeline.cluster.signals import read_ended
+from beitforge.pipeline.runs.jsonl import read_metrics
 from tests.cluster.cluster import Cluster, until
 from tests.cluster.conftest import FOUR, NO_HELDOUT, SETTINGS, STEPS, TWO, Run, nightly, same, submit
 
@@ -106,7 +106,7 @@ def test_two_jobs_on_one_node_do_not_meet(cluster, tiny, tmp_path):
     short = ("train.duration=24 steps", *NO_HELDOUT)
     run = submit(cluster, tiny.config, tmp_path / "one", "--tasks-per-node", "2", *short, "--", "-w", "node1")
     plain = Run(tmp_path / "two")
-    words = ["srun", "-w", "node1", "-n2", cluster.python, "-m", "pipeline", "pretrain", str(tiny.config)]
+    words = ["srun", "-w", "node1", "-n2", cluster.python, "-m", "beitforge", "pretrain", "--rank", str(tiny.config)]
     said = cluster.run(*words, f"train.run={plain.folder}", *SETTINGS, *short)
     assert cluster.ended(run.job)["JobState"] == "COMPLETED", run.log()
     assert "2 processes" in said
@@ -135,7 +135,7 @@ def test_tokenize_as_a_job_array(cluster, tiny, tmp_path):
 
 def test_the_first_host_is_slurms(cluster):
     """rendezvous reads SLURM's short lists of hosts by itself; `scontrol show hostnames` says what they mean."""
-    from pipeline.rendezvous import first_host
+    from beitforge.pipeline.cluster.environment import first_host
 
     for nodes in ("node1", "node[1-2]", "n[07-12,15],login", "a1,b[03-05]", "r[1-2]n[3-4]", "g-[001]"):
         said = cluster.run("scontrol", "show", "hostnames", nodes).split()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.signals import EXIT_STOPPED, read_ended
+from beitforge.pipeline.cluster.signals import EXIT_STOPPED, read_ended
 from tests.cluster.cluster import Cluster, until
 from tests.cluster.conftest import NO_HELDOUT, SETTINGS, STEPS, Run, nightly, same
 from tests.conftest import ROOT
@@ -52,7 +52,9 @@ def nothing_runs(cluster: Cluster, seconds: float = 5) -> None:
 
 def supervisor(cluster: Cluster) -> int:
     """The process that the user started, and would send signals to."""
-    (found,) = [process for process in cluster.pythons() if "-m pipeline launch" in process.command]
+    (found,) = [
+        process for process in cluster.pythons() if re.search(r"-m beitforge pretrain (?!--rank)", process.command)
+    ]
     return found.pid
 
 
@@ -100,7 +102,9 @@ def test_a_killed_rank_and_ctrl_c_on_two_hosts(cluster, tiny, whole, hostfile, t
 def test_a_host_name_that_others_cannot_reach_is_refused(cluster, tiny, tmp_path):
     """Debian's 127.0.1.1 in /etc/hosts: else gloo fails after a minute and names neither file nor cure."""
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n127.0.1.1 node2\n10.77.0.1 node1\n")
-    words = f"mount --bind {tmp_path}/hosts /etc/hosts; exec {cluster.python} -m pipeline pretrain {tiny.config}"
+    words = (
+        f"mount --bind {tmp_path}/hosts /etc/hosts; exec {cluster.python} -m beitforge pretrain --rank {tiny.config}"
+    )
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     meeting = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
     said = cluster.run("unshare", "--mount", "bash", "-c", words, host="node2", code=2, **place, **meeting)
@@ -111,7 +115,8 @@ def test_a_host_name_that_others_cannot_reach_is_refused(cluster, tiny, tmp_path
 
 @nightly
 @pytest.mark.parametrize(
-    "victim", ["-m pipeline launch", "launcher.runner", "^pdsh -S", "^[^ ]+python.* -m deepspeed.launcher.launch"]
+    "victim",
+    [r"-m beitforge pretrain (?!--rank)", "launcher.runner", "^pdsh -S", "^[^ ]+python.* -m deepspeed.launcher.launch"],
 )
 def test_a_killed_launcher_ends_the_run_everywhere(cluster, tiny, hostfile, tmp_path, victim):
     """Whichever of its processes: the ranks notice, save at the next step and end; the exit code is not 0."""

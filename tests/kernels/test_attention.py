@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import attention, expand_bias, relative_index
+from beitforge.kernels.attention import attention, expand_bias, relative_index
 
 IMPLEMENTATIONS = ["sdpa", "reference"]
 # rows, columns, A, K, B: S = rows · columns + 1, from a single patch to BEiT-Base; grids that are not square

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy import linear_cross_entropy
+from beitforge.kernels.cross_entropy import linear_cross_entropy
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +49,7 @@ def test_loss_and_gradients(shape, dtype):
 
 @pytest.mark.parametrize("at_a_time", [1, 4, 37, 64])
 def test_any_number_of_rows_at_a_time(at_a_time, monkeypatch):
-    from kernels.cross_entropy import operator
+    from beitforge.kernels.cross_entropy import operator
 
     tensors = inputs(37, 16, 50, torch.float32)
     whole = results(tensors, "fused")
@@ -60,7 +60,7 @@ def test_any_number_of_rows_at_a_time(at_a_time, monkeypatch):
 
 def test_no_logits_are_kept(monkeypatch):
     """What autograd saves: gradients of the sizes of x, weight and bias, nothing of T · V numbers."""
-    from kernels.cross_entropy import operator
+    from beitforge.kernels.cross_entropy import operator
 
     monkeypatch.setattr(operator, "_LOGITS", 16 * 300)
     tensors = inputs(128, 8, 300, torch.float32)
@@ -115,7 +115,7 @@ def test_without_gradients_none_are_made():
 
 
 def test_the_operator_is_whole():
-    from kernels.cross_entropy.operator import _sums
+    from beitforge.kernels.cross_entropy.operator import _sums
 
     x, weight, bias, tokens, counts = inputs(6, 8, 20, torch.float32)
     for needed in (True, False):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import attention, chosen, expand_bias, pack, relative_index
-from kernels.attention.block_sizes import Blocks, Plan, choose
-from kernels.attention.reference import attention_reference
+from beitforge.kernels.attention import attention, chosen, expand_bias, pack, relative_index
+from beitforge.kernels.attention.block_sizes import Blocks, Plan, choose
+from beitforge.kernels.attention.reference import attention_reference
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, a long row in float32's small blocks takes minutes: above 64 positions it gets those of 16 bits."""
-    from kernels.attention import operator
+    from beitforge.kernels.attention import operator
 
     def plan(capability: tuple[int, int], positions: int, head_size: int, float32: bool) -> Plan:
         return choose(capability, positions, head_size, float32 and (DEVICE == "cuda" or positions <= 64))
@@ -118,7 +118,7 @@ def test_without_a_bias(s):
 @pytest.mark.parametrize("images", [1, 2, 5, 7])
 def test_the_bias_gradient_is_summed_over_chunks_of_images(images, monkeypatch):
     """Whatever the chunks, whole or not, every image counts once."""
-    from kernels.attention import operator
+    from beitforge.kernels.attention import operator
 
     monkeypatch.setattr(operator, "_PROGRAMS", 4)
     qkv, bias, weight = inputs(34, 2, 32, images, torch.float32)
@@ -129,7 +129,7 @@ def test_the_bias_gradient_is_summed_over_chunks_of_images(images, monkeypatch):
 @pytest.mark.parametrize("blocks", [Blocks(16, 16, 1), Blocks(32, 64, 2), Blocks(64, 32, 3)], ids=str)
 def test_any_blocks_give_the_same(blocks, held, monkeypatch):
     """What a chip is given is a matter of speed."""
-    from kernels.attention import operator
+    from beitforge.kernels.attention import operator
 
     other = dataclasses.replace(blocks, columns=32)
     monkeypatch.setattr(operator, "choose", lambda *_: Plan(blocks, other, blocks, held))
@@ -171,7 +171,7 @@ def test_the_table_of_any_grid_gets_its_gradient(grid):
 
 def test_operators_are_whole():
     """Schema, fake tensors, autograd registration, tracing: PyTorch's own check of each operator."""
-    from kernels.attention import operator
+    from beitforge.kernels.attention import operator
 
     qkv, bias, weight = inputs(20, 2, 16, 2, torch.float32)
     packed = operator.pack_bias(bias, 16, torch.float32)

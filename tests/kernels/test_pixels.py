@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.pixels import jittered
-from kernels.pixels.reference import ORDERS
+from beitforge.kernels.pixels import jittered
+from beitforge.kernels.pixels.reference import ORDERS
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

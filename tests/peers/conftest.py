@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from pipeline.stand_in import torchvision
+from beitforge.pipeline.torchvision_stub import install
 
 REQUIRED = os.environ.get("BEITFORGE_PEERS") == "1"
 
 
 def pytest_configure() -> None:
-    torchvision()
+    install()
     for name in ("transformers", "timm", "dall_e", "triton") if REQUIRED else ():
         try:
             importlib.import_module(name)

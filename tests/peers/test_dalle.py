@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.dalle import Dalle
-from pipeline.foreign import read_dalle_pickles, read_flava_codebook
-from pipeline.pixels import tokenizer_input
+from beitforge.pipeline.model.pixels import tokenizer_input
+from beitforge.pipeline.tokenizers.dalle import Dalle
+from beitforge.pipeline.tokenizers.published import read_dalle_pickles, read_flava_codebook
 
 dall_e = pytest.importorskip("dall_e")
 transformers = pytest.importorskip("transformers")

@@ -14,13 +14,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from pipeline import peers
-from pipeline.checkpoint import State
-from pipeline.config import ConfigError, Size, load_config
-from pipeline.formats import to_unilm
-from pipeline.model import Beit
-from pipeline.stages import export, import_encoder, probe, report
-from pipeline.weights import load_encoder, save_encoder
+from beitforge.pipeline.config.loading import load_config
+from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.stages import export, import_encoder, probe, report
+from beitforge.pipeline.weights import conversion, export_formats
+from beitforge.pipeline.weights.conversion import to_unilm
+from beitforge.pipeline.weights.encoder import load_encoder, save_encoder
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -53,7 +55,7 @@ def test_out_and_in_again(encoder, tmp_path, capfd, to):
     assert export.run(encoder, out, to, finetune=False, size=None) == 0
     compared = "it is the checkpoint's weights bit for bit" if to == "safetensors" else "its logits differ by at most"
     assert f"loaded back, {compared}" in capfd.readouterr().err
-    source = out / peers.UNILM_FILE if to == "unilm" else out
+    source = out / export_formats.UNILM_FILE if to == "unilm" else out
     mean = ["model.mean=[0.5, 0.5, 0.5]"]
     assert import_encoder.run(source, back, mean + (["model.heads=2"] if to == "unilm" else [])) == 0
     ours, config = load_encoder(encoder)
@@ -71,14 +73,14 @@ def test_an_export_that_computes_something_else_is_refused(encoder, tmp_path, mo
     out = tmp_path / "out"
     assert export.run(encoder, out, "hf", finetune=False, size=None) == 0
     before = (out / "model.safetensors").read_bytes()
-    written = peers.to_hf
+    written = conversion.to_hf
 
     def wrong(weights, model):
         renamed = written(weights, model)
         renamed["beit.encoder.layer.1.lambda_2"] = renamed["beit.encoder.layer.1.lambda_2"] * 1.001
         return renamed
 
-    monkeypatch.setattr(peers, "to_hf", wrong)
+    monkeypatch.setattr(export_formats, "to_hf", wrong)
     with pytest.raises(ConfigError, match="not exported"):
         export.run(encoder, out, "hf", finetune=False, size=None)
     assert (out / "model.safetensors").read_bytes() == before
@@ -97,7 +99,7 @@ def test_fine_tuning_export(encoder, tmp_path, to, size):
 def test_the_command_itself_finds_timm(tiny, tmp_path, to):
     """In a process of its own, without what this suite puts in place; and a run that asked for fused kernels."""
     folder = made(tiny, tmp_path / "encoder", "model.kernels=fused")
-    command = [sys.executable, "-m", "pipeline", "export", str(folder), str(tmp_path / "out"), "--to", to]
+    command = [sys.executable, "-m", "beitforge", "export", str(folder), str(tmp_path / "out"), "--to", to]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -182,7 +184,10 @@ def test_an_imported_encoder_is_pretrained_further_probed_and_reported(tiny, tmp
     settings = [f"data.{name}={path}" for name, path in data.items()]
     settings += ["view.num_views=3", "mask.num_patches=6", "mask.min_block=2", "loader.workers=0"]
     assert import_encoder.run(tmp_path / "hf", tmp_path / "encoder2", settings) == 0
-    assert probe.run(tmp_path / "encoder2", str(tiny.folder / "shards" / "train"), None, probe.Asked(samples=50)) == 0
+    assert (
+        probe.run(tmp_path / "encoder2", str(tiny.folder / "shards" / "train"), None, probe.ProbeOptions(samples=50))
+        == 0
+    )
     assert report.run([tmp_path / "encoder2"]) == 0
     page = (tmp_path / "encoder2" / "report.html").read_text()
     assert page.count(">masked<") == page.count(">predicted<") == 8
@@ -198,8 +203,9 @@ def test_an_imported_encoder_is_pretrained_further_probed_and_reported(tiny, tmp
 
 
 def first_loss(config, beit: Beit) -> float:
-    from pipeline.objective import masked_token_loss
-    from pipeline.streams import pretraining, training_batches
+    from beitforge.pipeline.data.batches import training_batches
+    from beitforge.pipeline.data.pretraining import pretraining
+    from beitforge.pipeline.training.objectives import masked_token_loss
 
     size = config.train.global_batch
     batches = training_batches(
@@ -209,13 +215,13 @@ def first_loss(config, beit: Beit) -> float:
 
 
 def in_a_process(config, folder: Path) -> float:
-    """The first loss of `python -m pipeline pretrain`, which wants a process of its own."""
-    from pipeline.config import to_yaml
-    from pipeline.metrics import read_metrics
+    """The first loss of `beitforge pretrain --rank`, which wants a process of its own."""
+    from beitforge.pipeline.config.loading import to_yaml
+    from beitforge.pipeline.runs.jsonl import read_metrics
 
     path = folder / "config.yaml"
     path.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "pipeline", "pretrain", str(path)]
+    command = [sys.executable, "-m", "beitforge", "pretrain", "--rank", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     return read_metrics(Path(config.train.run), "train")[0]["loss"]
 
@@ -224,7 +230,7 @@ def test_a_run_goes_on_without_what_it_began_with(tiny, tmp_path):
     """The encoder of train.init may be gone once there is a checkpoint."""
     folder = made(tiny, tmp_path / "encoder")
     words = [f"train.init={folder}", f"train.run={tmp_path / 'run'}", "train.duration=8 steps"]
-    command = [sys.executable, "-m", "pipeline", "pretrain", str(tiny.config), *words]
+    command = [sys.executable, "-m", "beitforge", "pretrain", "--rank", str(tiny.config), *words]
     for first in (True, False):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -234,33 +240,33 @@ def test_a_run_goes_on_without_what_it_began_with(tiny, tmp_path):
 
 def test_other_normalisation_does_not_start_a_run(tiny, tmp_path):
     """Weights made for other inputs: refused, not trained on wrong ones."""
-    from pipeline.weights import start_from
+    from beitforge.pipeline.weights.encoder import initialise_from
 
     folder = made(tiny, tmp_path / "encoder", "model.mean=[0.4, 0.4, 0.4]")
     with pytest.raises(ConfigError, match=r"has model\.mean"):
-        start_from(folder, Beit(load_config(str(tiny.config), []).model, 64, seed=0), 64)
+        initialise_from(folder, Beit(load_config(str(tiny.config), []).model, 64, seed=0), 64)
 
 
 def test_another_shape_does_not_start_a_run(tiny, tmp_path):
     folder = made(tiny, tmp_path / "encoder", "model.layers=3")
-    from pipeline.weights import start_from
+    from beitforge.pipeline.weights.encoder import initialise_from
 
     config = load_config(str(tiny.config), [])
     with pytest.raises(ConfigError, match=r"model\.layers 3, this config says 2"):
-        start_from(folder, Beit(config.model, 64, seed=0), 64)
+        initialise_from(folder, Beit(config.model, 64, seed=0), 64)
 
 
 def test_another_grid_and_vocabulary_start_a_run(tiny, tmp_path):
     """Tables are fitted to the larger grid; a head over other tokens is drawn anew, and said so."""
     folder = made(tiny, tmp_path / "encoder")
-    from pipeline.weights import start_from
+    from beitforge.pipeline.weights.encoder import initialise_from
 
     config = load_config(
         str(tiny.config), ["model.input_size=48", "tokenizer.input_size=48", "tokenizer.vocabulary=99"]
     )
     beit = Beit(config.model, 99, seed=0)
     head = beit.head.weight.clone()
-    assert "new head over 99" in start_from(folder, beit, 99)
+    assert "new head over 99" in initialise_from(folder, beit, 99)
     theirs, _ = load_encoder(folder)
     assert torch.equal(beit.head.weight, head)
     assert torch.equal(beit.blocks[0].fc1.weight, theirs.blocks[0].fc1.weight)

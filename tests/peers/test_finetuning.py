@@ -11,19 +11,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pipeline.checkpoint import State
-from pipeline.config import ConfigError, load_config
-from pipeline.formats import from_hf
-from pipeline.labelled import num_classes, supervised
-from pipeline.metrics import read_metrics
-from pipeline.model import Beit
-from pipeline.objective import encoder_input
-from pipeline.stages import export
-from pipeline.stages.finetune import new_classifier
-from pipeline.streams import image_set, training_batches
-from pipeline.weights import save_encoder
+from beitforge.pipeline.config.loading import load_config
+from beitforge.pipeline.data.batches import training_batches
+from beitforge.pipeline.data.labelled import num_classes, supervised
+from beitforge.pipeline.data.pretraining import image_set
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.runs.jsonl import read_metrics
+from beitforge.pipeline.stages import export
+from beitforge.pipeline.stages.finetune import new_classifier
+from beitforge.pipeline.training.objectives import encoder_input
+from beitforge.pipeline.weights.conversion import from_hf
+from beitforge.pipeline.weights.encoder import save_encoder
 from tests.peers.test_training import published_schedule
-from tests.pipeline.test_training import finished, launch, weights
+from tests.pipeline.training.test_trainer import finished, launch, weights
 
 transformers = pytest.importorskip("transformers")
 BeitImageProcessorPil = transformers.models.beit.image_processing_pil_beit.BeitImageProcessorPil

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import ConfigError, Size, load_config
-from pipeline.metrics import read_metrics
-from pipeline.stages import import_tokenizer, report, tokenize
-from pipeline.streams import pretraining
-from pipeline.tokenizer import load_tokenizer
+from beitforge.pipeline.config.loading import load_config
+from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.data.pretraining import pretraining
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.runs.jsonl import read_metrics
+from beitforge.pipeline.stages import import_tokenizer, report, tokenize
+from beitforge.pipeline.tokenizers.storage import load_tokenizer
 from tests.peers import test_dalle, test_vqkd
 
 dall_e = pytest.importorskip("dall_e")
@@ -62,7 +64,7 @@ def test_from_its_file_to_a_run(tiny, tmp_path, capfd, kind):
     assert tokenize.run(config) == 0
     tokens = pretraining(config).stream.batch(torch.arange(50).numpy()).tokens
     assert tokens.shape == (50, 16) and 0 <= tokens.min() <= tokens.max() < vocabulary
-    command = [sys.executable, "-m", "pipeline", "pretrain", str(tiny.config), *settings]
+    command = [sys.executable, "-m", "beitforge", "pretrain", "--rank", str(tiny.config), *settings]
     done = subprocess.run([*command, f"train.run={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert read_metrics(tmp_path / "run", "train")[-1]["step"] == 3

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline import peers
-from pipeline.config import Model, Size
-from pipeline.formats import from_hf, from_unilm, to_hf, to_unilm
-from pipeline.model import Beit, Classifier
-from pipeline.resize import for_finetuning
+from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.model.beit import Beit, Classifier
+from beitforge.pipeline.model.resize import for_finetuning
+from beitforge.pipeline.weights import export_formats
+from beitforge.pipeline.weights.conversion import from_hf, from_unilm, to_hf, to_unilm
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -52,7 +52,7 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_logits_loss_and_every_gradient_are_transformers(tmp_path, model, positions, layer_scale):
     model = dataclasses.replace(model, positions=positions, layer_scale=layer_scale)
     beit = randomised(model)
-    peers.write_hf(tmp_path, beit.state_dict(), model, V)
+    export_formats.write_hf(tmp_path, beit.state_dict(), model, V)
     from transformers import BeitForMaskedImageModeling
 
     peer = BeitForMaskedImageModeling.from_pretrained(tmp_path, attn_implementation="eager").train()
@@ -89,16 +89,16 @@ def test_features_are_timms_on_any_grid(tmp_path, positions, size):
     """timm takes pictures that are not square; transformers' interpolation is wrong for them, and write_hf says so."""
     model = dataclasses.replace(BASE, positions=positions, input_size=size)
     beit = randomised(model)
-    peers.write_timm(tmp_path, beit.state_dict(), model, V)
+    export_formats.write_timm(tmp_path, beit.state_dict(), model, V)
     pixels, _, _ = batch(model)
     with torch.no_grad():
-        assert apart(beit.all_logits(pixels, None), peers.timm_forward(tmp_path)(pixels, None)) < CLOSE
+        assert apart(beit.all_logits(pixels, None), export_formats.timm_forward(tmp_path)(pixels, None)) < CLOSE
 
 
 def test_transformers_is_not_given_what_it_gets_wrong(tmp_path):
     model = dataclasses.replace(BASE, input_size=Size(32, 48))
     with pytest.raises(ValueError, match="not square"):
-        peers.write_hf(tmp_path, randomised(model).state_dict(), model, V)
+        export_formats.write_hf(tmp_path, randomised(model).state_dict(), model, V)
 
 
 @pytest.mark.parametrize("positions", MODES)
@@ -119,7 +119,11 @@ def test_the_fine_tuning_form_is_theirs(tmp_path, peer, positions, size):
     weights, target = for_finetuning(randomised(model).state_dict(), model, size)
     ours = Classifier(target, classes=0).eval()
     ours.load_state_dict(weights)
-    write, forward = (peers.write_hf, peers.hf_forward) if peer == "hf" else (peers.write_timm, peers.timm_forward)
+    write, forward = (
+        (export_formats.write_hf, export_formats.hf_forward)
+        if peer == "hf"
+        else (export_formats.write_timm, export_formats.timm_forward)
+    )
     write(tmp_path, weights, target, 0)
     pixels, _, _ = batch(target)
     with torch.no_grad():
@@ -133,7 +137,7 @@ def test_a_resized_table_lies_where_timms_does(old, new):
     places is the same by either; what is not, passes through the same points."""
     from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
-    from pipeline.resize import _places, resize_table
+    from beitforge.pipeline.model.resize import _places, resize_table
 
     down, across = (torch.tensor(_places(2 * a - 1, 2 * b - 1)) for a, b in zip(old, new, strict=True))
     plane = 0.3 * down[:, None] - 0.7 * across[None, :]

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import peers
-from pipeline.config import load_config
-from pipeline.metrics import read_metrics
-from pipeline.model import Beit
-from pipeline.objective import encoder_input
-from pipeline.streams import pretraining, training_batches
-from tests.pipeline.test_training import finished, launch
+from beitforge.pipeline.config.loading import load_config
+from beitforge.pipeline.data.batches import training_batches
+from beitforge.pipeline.data.pretraining import pretraining
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.runs.jsonl import read_metrics
+from beitforge.pipeline.training.objectives import encoder_input
+from beitforge.pipeline.weights import export_formats
+from tests.pipeline.training.test_trainer import finished, launch
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -49,7 +50,7 @@ def published_groups(peer: torch.nn.Module) -> list[dict]:
 
 def peer_losses(config, folder: Path) -> list[float]:
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
-    peers.write_hf(folder, beit.state_dict(), config.model, config.tokenizer.vocabulary)
+    export_formats.write_hf(folder, beit.state_dict(), config.model, config.tokenizer.vocabulary)
     peer = transformers.BeitForMaskedImageModeling.from_pretrained(
         folder, attn_implementation="eager", drop_path_rate=0.0
     ).train()

@@ -1,4 +1,4 @@
-"""`python -m shards`: every user's error is one line and exit code 2; help is instant; no torch needed."""
+"""The verbs of shards: every user's error is one line and exit code 2; help is instant; no torch needed."""
 
 import io
 import json
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from shards.__main__ import main
-from shards.format.manifest import read_image_manifest
-from tests.shards.pictures_made import encoded, jpeg, photo, two_classes, write_folder
+from beitforge.pipeline.cli import main
+from beitforge.shards.format.manifest import read_image_manifest
+from tests.shards.made_images import encoded, jpeg, photo, two_classes, write_folder
 
 VERBS = ("pack", "index", "verify", "stats")
 
@@ -45,7 +45,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_help_is_instant(arguments):
     """No heavy import stands before --help: not even NumPy, let alone torch."""
     code = (
-        "import sys; from shards.__main__ import main\n"
+        "import sys; from beitforge.pipeline.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert not {'numpy', 'torch', 'PIL', 'webdataset'} & set(sys.modules), sys.modules\n"
@@ -53,7 +53,7 @@ def test_help_is_instant(arguments):
     started = time.monotonic()
     done = python(code, *arguments, "--help")
     assert done.returncode == 0, done.stderr
-    assert "usage: python -m shards" in done.stdout
+    assert "usage: beitforge" in done.stdout
     assert time.monotonic() - started < 5
 
 
@@ -61,7 +61,7 @@ def test_everything_runs_without_torch(images, tmp_path):
     """Preprocessing nodes have neither torch nor deepspeed."""
     code = (
         "import sys; sys.modules['torch'] = sys.modules['deepspeed'] = None\n"
-        "from shards.__main__ import main\n"
+        "from beitforge.pipeline.cli import main\n"
         "pictures, folder = sys.argv[1:]\n"
         "assert main(['pack', pictures, folder, '--workers', '1']) == 0\n"
         "for verb in ('index', 'verify', 'stats'): assert main([verb, folder]) == 0, verb\n"
@@ -186,7 +186,7 @@ def test_names_that_are_no_text_are_printed(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[700] ^= 1
     path.write_bytes(raw)
-    command = [sys.executable, "-m", "shards", "verify", str(tmp_path), "--workers", "1"]
+    command = [sys.executable, "-m", "beitforge", "verify", str(tmp_path), "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert r"row 0 (caf\udce9): the picture's bytes are not what was packed" in done.stdout

@@ -1,6 +1,6 @@
 """Every fault of a generated corpus is mended, substituted and counted, or one clear error: never a wrong sample.
 
-The corpus and its judge are benchmarks/faults.py; `python -m benchmarks.faults NUMBER` runs one case of seed 0 again.
+The corpus and its judge are benchmarks/faults/faults.py; `python -m benchmarks.faults.faults NUMBER` runs one case of seed 0 again.
 """
 
 import functools
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.corpus.judge import Verdict, ended
-from benchmarks.faults import KINDS, SEED, Bases, Ended, make_bases, run, table
-from shards.errors import ShardError
+from beitforge.shards.errors import ShardError
+from benchmarks.faults.corpus.judge import Verdict, ended
+from benchmarks.faults.faults import KINDS, SEED, Bases, Ended, make_bases, run, table
 
 CASES = 20 * len(KINDS)
 FLIPPED = [name for name, _ in KINDS].index("packed set: bits flipped in pictures")
@@ -89,7 +89,7 @@ class _Agreeable(int):
 def test_without_checksums_the_judge_finds_wrong_samples(bases, tmp_path, monkeypatch):
     """The test above can fail: a reader that does not look gives wrong pixels, and is caught."""
     assert {case.verdict.outcome for case in flips(bases, tmp_path)} == {"substituted"}
-    monkeypatch.setattr("shards.stream.image_set.xxhash", Blind)
+    monkeypatch.setattr("beitforge.shards.stream.image_set.xxhash", Blind)
     assert Counter(case.verdict.outcome for case in flips(bases, tmp_path))["silent"] > 3
 
 
@@ -113,7 +113,7 @@ def test_only_a_line_that_names_what_is_wrong_is_a_refusal(error, outcome):
 
 def test_a_hang_is_found(monkeypatch):
     """Also where what hangs takes every error for the disk's."""
-    monkeypatch.setattr("benchmarks.corpus.judge._SECONDS", 0.1)
+    monkeypatch.setattr("benchmarks.faults.corpus.judge._SECONDS", 0.1)
 
     def hang() -> Verdict:
         while True:

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from shards.errors import ShardError
-from shards.progress import Progress
-from shards.workers import each_shard, in_megabytes
+from beitforge.shards.errors import ShardError
+from beitforge.shards.progress import Progress
+from beitforge.shards.workers import each_shard, in_megabytes
 
 
 def double(job, beat):

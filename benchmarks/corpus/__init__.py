@@ -1,1 +1,0 @@
-"""The corpus of damaged shard sets that benchmarks/faults.py and tests/shards/test_faults.py judge the reader by."""

@@ -1,0 +1,1 @@
+"""What plan says against what was measured and published."""

@@ -1,0 +1,1 @@
+"""A training: against peers, elastic, watched, evaluated."""

@@ -1,0 +1,18 @@
+"""`finetune CONFIG`: supervised training of a pretrained encoder."""
+
+import argparse
+
+from beitforge.pipeline.cluster import launching
+from beitforge.pipeline.cluster.launching import add_arguments as add_arguments
+
+HELP = "train a classifier from finetune.init on data.labelled_images; resumes like pretrain"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start the ranks, or with --rank be one of them."""
+    if not arguments.rank:
+        return launching.launch(arguments)
+    config, stop = launching.start_rank(arguments)
+    from beitforge.pipeline.stages import finetune
+
+    return finetune.run(config, stop)

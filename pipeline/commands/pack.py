@@ -1,0 +1,76 @@
+"""`pack IMAGES SHARDS`: a folder of images becomes an image shard set."""
+
+import argparse
+
+from beitforge.shards.errors import ShardError
+from beitforge.shards.options import add_workers, local_folder, num_workers
+
+HELP = "pack a folder of images into WebDataset shards; if interrupted, run it again"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to pack and how."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("images", metavar="IMAGES", help="folder of images, nested in any way")
+    parser.add_argument("shards", metavar="SHARDS", help="folder for the shard set")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="images in a tar")
+    parser.add_argument("--name", default="shard", help="tars are called NAME-000000.tar and so on")
+    text = "folder: the first sub-folder is the class; auto: so if all images lie in sub-folders, at least two"
+    parser.add_argument("--labels", choices=("auto", "folder", "none"), default="auto", help=text)
+    text = "put this share of the images into SHARDS/NAME and the rest into SHARDS/train; may be repeated"
+    parser.add_argument("--split", action="append", default=[], metavar="NAME=FRACTION", help=text)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle and the split")
+    text = "shrink the longest side to this many pixels; 0: no"
+    parser.add_argument("--max-side", type=int, default=0, metavar="PIXELS", help=text)
+    text = "shrink the shortest side to this many pixels; 0: no"
+    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help=text)
+    text = "of JPEG and WebP, 1 to 100, where an image is encoded again"
+    parser.add_argument("--quality", type=int, default=95, metavar="Q", help=text)
+    text = "encode every image again in this format; never: only those that must change"
+    parser.add_argument("--reencode", choices=("never", "jpg", "png", "webp"), default="never", help=text)
+    text = "stop after this many unusable images; for a share, 10 are always allowed"
+    parser.add_argument("--max-rejected", default="1%", metavar="N|N%%", help=text)
+    add_workers(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write SHARDS, and say what became of every image."""
+    images, shards = local_folder(arguments.images), local_folder(arguments.shards)
+    from beitforge.shards.pack.encode import EncodeOptions
+    from beitforge.shards.pack.pack import REJECTED, pack
+    from beitforge.shards.pack.plan import PackOptions
+
+    encoding = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
+    options = PackOptions(
+        name=arguments.name,
+        samples_per_shard=arguments.samples_per_shard,
+        labels=arguments.labels,
+        splits=_splits(arguments.split),
+        seed=arguments.seed,
+        picture=EncodeOptions(**encoding),
+    )
+    packed = pack(images, shards, options, arguments.max_rejected, num_workers(arguments))
+    if packed.plan.pictures.others:
+        print(f"files passed over, no pictures by their extension: {packed.plan.pictures.others}")
+    if packed.rejected:
+        print(f"pictures that cannot be used: {len(packed.rejected)}, with reasons in {shards / REJECTED}")
+    for split, manifest in packed.manifests.items():
+        size = sum(shard.bytes for shard in manifest.shards) / 1e6
+        classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
+        folder = packed.plan.folder(split)
+        print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, {size:.1f} MB{classes}")
+    if packed.kept:
+        finished = "all of them" if packed.kept == packed.shards else f"{packed.kept} of {packed.shards}"
+        print(f"an earlier run had finished {finished}" + ("; nothing to do" if packed.kept == packed.shards else ""))
+    return 0
+
+
+def _splits(texts: list[str]) -> tuple[tuple[str, float], ...]:
+    splits = []
+    for text in texts:
+        name, _, fraction = text.partition("=")
+        try:
+            splits.append((name, float(fraction)))
+        except ValueError as error:
+            raise ShardError(f"--split is {text!r}, it must be NAME=FRACTION such as val=0.02") from error
+    return tuple(splits)

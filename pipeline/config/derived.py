@@ -1,0 +1,54 @@
+"""What follows from the settings and the number of processes: micro batches and folders. Must not know torch."""
+
+from pathlib import Path
+
+from beitforge.pipeline.config.settings import Config, Finetune
+from beitforge.pipeline.errors import ConfigError
+
+
+def micro_batch(global_batch: int, at_most: int, world: int, where: str) -> int:
+    """The largest micro batch ≤ `at_most` that `world` processes can build `global_batch` from."""
+    if global_batch % world:
+        raise ConfigError(
+            f"{where} {global_batch} does not divide over {world} processes; choose a multiple of {world}"
+        )
+    per_process = global_batch // world
+    return max(size for size in range(1, min(at_most, per_process) + 1) if per_process % size == 0)
+
+
+def tuning_micro_batch(tune: Finetune, world: int) -> int:
+    """The micro batch of a fine-tuning on `world` processes: of whole pairs where pictures are mixed."""
+    where = "finetune.global_batch"
+    if not tune.mixes:
+        return micro_batch(tune.global_batch, tune.micro_batch, world, where)
+    if tune.global_batch % (2 * world) or tune.micro_batch < 2:
+        raise ConfigError(
+            f"{where} {tune.global_batch}, finetune.micro_batch {tune.micro_batch}: mixup and cutmix mix pairs, which "
+            f"these do not divide into over {world} processes; choose a multiple of {2 * world} and at least 2, or set "
+            f"finetune.mixup=0 finetune.cutmix=0"
+        )
+    return 2 * micro_batch(tune.global_batch // 2, tune.micro_batch // 2, world, where)
+
+
+def work_folder(verb: str, config: Config) -> Path:
+    """Where the work of a verb stands: a run folder, or the token shards of tokenize."""
+    folders = {
+        "pretrain": config.train.run,
+        "finetune": config.finetune.run,
+        "doctor": config.train.run,
+        "tokenizer": f"{config.data.tokenizer}/training",
+        "tokenize": config.data.tokens,
+    }
+    if "://" in folders[verb]:
+        raise ConfigError(f"{folders[verb]} is a URL: `{verb}` writes into a folder; upload that when it is whole")
+    return Path(folders[verb])
+
+
+def refuse_world(verb: str, config: Config, world: int) -> None:
+    """Raise ConfigError when so many processes cannot build the verb's global batch."""
+    if verb in ("pretrain", "doctor"):
+        micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
+    if verb == "finetune":
+        tuning_micro_batch(config.finetune, world)
+    if verb == "tokenizer":
+        micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")

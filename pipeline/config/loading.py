@@ -1,0 +1,205 @@
+"""Settings from YAML and `section.key=value` overrides, and back. The settings themselves are pipeline.config.settings.
+
+A wrong word gets one line: where, the value, the rule, the nearest name. Imports nothing heavy. Must not know torch,
+shards or any stage.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from beitforge.pipeline.config.settings import (
+    UNITS,
+    Config,
+    Duration,
+    Size,
+)
+from beitforge.pipeline.config.validation import validate
+from beitforge.pipeline.errors import ConfigError
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check. Raises ConfigError with one line."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; give a config such as configs/demo.yaml") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a YAML file: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path} must hold sections (data:, model:, …), not a {type(content).__name__}")
+    return load_dict(content or {}, overrides, path)
+
+
+def load_dict(tree: dict, overrides: list[str], where: str) -> Config:
+    """Nested dicts with `section.key=value` overrides, checked. `where` names the source in errors."""
+    for override in overrides:
+        _override(tree, override)
+    return from_dict(tree, where)
+
+
+def _override(tree: dict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"override {override!r}: write section.key=value, for example train.zero_stage=3")
+    _known(keys[0], Config, f"override {override!r}: section")
+    if keys[0] != "deepspeed":
+        _known(keys[1], _field_types(Config)[keys[0]], f"override {override!r}:")
+    for key in keys[:-1]:
+        tree[key] = {} if tree.get(key) is None else tree[key]
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+    tree[keys[-1]] = _yaml_value(text, override) if keys[0] == "deepspeed" else _Typed(text)
+
+
+class _Typed(str):
+    """The text of an override as it was typed: a text setting takes it as it is, any other as YAML."""
+
+
+def _yaml_value(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {text!r} is not a YAML value") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader takes the last of two equal keys without a word; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def from_dict(tree: dict, where: str) -> Config:
+    """A checked Config from nested dicts, as read from YAML or JSON. `where` names the source in errors."""
+    sections: dict[str, Any] = {}
+    for name, value in tree.items():
+        _known(name, Config, f"{where}: section")
+        if name == "deepspeed":
+            if not isinstance(value, dict | None):
+                raise ConfigError(f"{where}: deepspeed must be a mapping as in DeepSpeed's own JSON, not {value!r}")
+            sections[name] = value or {}
+            continue
+        if not isinstance(value, dict | None):
+            raise ConfigError(f"{where}: {name} is a section of settings, not {value!r}")
+        sections[name] = _section(_field_types(Config)[name], value or {}, f"{where}: {name}")
+    config = Config(**sections)
+    validate(config, where)
+    return config
+
+
+def _field_types(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
+def _known(name: object, section: type, where: str) -> None:
+    names = list(_field_types(section))
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise ConfigError(f"{where} {name!r} is unknown; {hint}")
+
+
+def _section(section: type, values: dict, where: str) -> Any:
+    types = _field_types(section)
+    converted = {}
+    for name, value in values.items():
+        _known(name, section, f"{where}:")
+        converted[name] = _convert(value, types[name], f"{where}.{name}")
+    return section(**converted)
+
+
+def _convert(value: object, kind: Any, where: str) -> Any:
+    """`value` as the field's type. PyYAML reads 3e-4 as a string, so numbers are parsed here."""
+    if kind is str and isinstance(value, str | None):
+        return str(value or "")  # YAML reads `name:` with nothing behind it as null
+    if isinstance(value, _Typed):
+        value = _yaml_value(value, where)
+    if kind is Duration:
+        return _duration(value, where)
+    if kind is Size:
+        return to_size(value, where)
+    if typing.get_origin(kind) is tuple:
+        length = len(typing.get_args(kind))
+        if not isinstance(value, list | tuple) or len(value) != length:
+            raise ConfigError(f"{where} is {value!r}; it takes a list of {length} numbers")
+        return tuple(_convert(item, float, where) for item in value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        number = _number(value)
+        if kind is float and number is not None:
+            return float(number)
+        if kind is int and number is not None and number == int(number):
+            return int(number)
+    names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+    raise ConfigError(f"{where} is {value!r}; it takes {names[kind]}")
+
+
+def _number(value: int | float | str) -> int | float | None:
+    """A finite number, whole ones to the last digit; None for anything else."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            number = kind(value) if isinstance(value, str) else value
+            return number if math.isfinite(number) else None
+    return None
+
+
+def _duration(value: object, where: str) -> Duration:
+    words = value.split() if isinstance(value, str) else []
+    if isinstance(value, Duration):
+        return value
+    if len(words) == 2 and words[1].rstrip("s") + "s" in UNITS:
+        count = _convert(words[0], float, where)
+        if count >= 0:
+            return Duration(count, words[1].rstrip("s") + "s")
+    raise ConfigError(f"{where} is {value!r}; write a number and a unit, such as 300 epochs or 10000 steps")
+
+
+def to_size(value: object, where: str) -> Size:
+    """224, "224" or "224x288" as a Size. Raises ConfigError for anything else."""
+    sides = str(value).split("x") if isinstance(value, int | str) and not isinstance(value, bool) else []
+    if isinstance(value, Size):
+        return value
+    if len(sides) in (1, 2) and all(side.strip().isdecimal() for side in sides):
+        return Size(int(sides[0]), int(sides[-1]))
+    raise ConfigError(f"{where} is {value!r}; write pixels, such as 224, or height and width, such as 224x288")
+
+
+def to_dict(config: Config) -> dict:
+    """Nested plain values, as YAML and JSON write them; from_tree reads them back."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Duration):
+            return str(value)
+        if isinstance(value, Size):
+            return value.height if value.height == value.width else str(value)
+        if isinstance(value, tuple):
+            return list(value)
+        return value
+
+    return {
+        section: values
+        if section == "deepspeed"
+        else {name: plain(getattr(getattr(config, section), name)) for name in values}
+        for section, values in dataclasses.asdict(config).items()
+    }
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

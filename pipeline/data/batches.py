@@ -1,0 +1,89 @@
+"""A rank's batches of a stream: of training from any sample on, and of evaluation, each sample once."""
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from beitforge.pipeline.cluster.environment import rank_info
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.data.pretraining import DataSource
+from beitforge.shards.storage.remote import Remote
+from beitforge.shards.stream.image_set import Reading
+from beitforge.shards.stream.loader import Batch, BatchSampler, Stream, load
+from beitforge.shards.stream.order import Order, RankBatches, rank_batches
+from beitforge.shards.stream.prefetch import fetched_ahead
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def training_batches(
+    config: Config,
+    source: DataSource,
+    *,
+    first_sample: int,
+    global_batch: int,
+    micro: int,
+    rank: int,
+    world: int,
+    steps: int,
+) -> Iterator[Batch]:
+    """A rank's micro batches of `steps` steps from sample `first_sample` on; restart it anywhere."""
+    numbers = rank_batches(
+        first_sample=first_sample,
+        global_batch=global_batch,
+        micro_batch=micro,
+        rank=rank,
+        world=world,
+        steps=steps,
+        paired=source.paired,
+    )
+    if not isinstance(source.stream.images.folder, Remote) or not isinstance(source.stream.places, Order):
+        return _load(config, source.stream, numbers)
+    return _load_ahead(config, source.stream, numbers)
+
+
+def _load_ahead(config: Config, stream: Stream, numbers: RankBatches) -> Iterator[Batch]:
+    """The batches of a remote set, their chunks fetched before they are asked for."""
+    place, rank, world = rank_info(os.environ), numbers.rank, numbers.world
+    first = rank - place.local_rank
+    assert isinstance(stream.places, Order), "training reads in an order"
+    reading = Reading(stream.places, range(first, first + place.local_size), world, numbers.first_sample)
+    end = numbers.first_sample + numbers.steps * numbers.global_batch
+    with fetched_ahead(stream.images, reading, rank, end) as tell:
+        for batch in _load(config, stream, numbers):
+            tell(int(batch.samples[0]))
+            yield batch
+
+
+def evaluation_batches(
+    config: Config, source: DataSource, *, samples: int, micro: int, rank: int, world: int
+) -> Iterator[Batch]:
+    """A rank's share of samples 0 … samples - 1, each once over all ranks; the last batch may be short."""
+    mine = np.arange(rank, samples, world, dtype=np.int64)
+    return _load(config, source.stream, [mine[i : i + micro] for i in range(0, len(mine), micro)])
+
+
+def even_batches(
+    config: Config, source: DataSource, *, samples: int, micro: int, rank: int, world: int
+) -> Iterator[tuple[Batch, "Tensor"]]:
+    """A rank's share of samples 0 … samples - 1 in as many batches of the same sizes as every other rank's, which
+    ZeRO-3 needs: each forward gathers weights from all. With each comes weight f32 [B]: 1 for a sample of this rank,
+    each once over all ranks, 0 for one that fills up."""
+    import torch
+
+    places = np.arange(rank, -(-samples // world) * world, world, dtype=np.int64)
+    mine = np.minimum(places, samples - 1)
+    batches = _load(config, source.stream, [mine[i : i + micro] for i in range(0, len(mine), micro)])
+    for number, batch in enumerate(batches):
+        counts = places[number * micro : (number + 1) * micro] < samples
+        yield batch, torch.from_numpy(counts).to(batch.samples.device, torch.float32)
+
+
+def _load(config: Config, stream: Stream, numbers: BatchSampler) -> Iterator[Batch]:
+    import torch
+
+    pin = torch.cuda.is_available()
+    return load(stream, numbers, workers=config.loader.workers, prefetch=config.loader.prefetch, pin=pin)

@@ -1,0 +1,1 @@
+"""Ranks: the process group, collectives, and DeepSpeed's engine. Only this folder and checkpoints import deepspeed."""

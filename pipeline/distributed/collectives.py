@@ -1,0 +1,74 @@
+"""This process among all, and what ranks tell each other. The names are those of torch.distributed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def all_max(values: list[float], world: World) -> list[float]:
+    """The largest of each value over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks."""
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def all_gather_values(values: list[float], world: World) -> list[list[float]]:
+    """Every rank's few numbers, in rank order."""
+    mine = torch.tensor(values, dtype=torch.float64, device=world.device)
+    everyone = [torch.empty_like(mine) for _ in range(world.size)]
+    dist.all_gather(everyone, mine)
+    return [theirs.tolist() for theirs in everyone]
+
+
+def all_gather_rows(rows: Tensor, world: World) -> Tensor:
+    """The rows [n, …] of every rank, of as many each as it has, end to end in rank order."""
+    counts = [int(count) for (count,) in all_gather_values([float(len(rows))], world)]
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(everyone, padded)
+    return torch.cat([theirs[:count] for theirs, count in zip(everyone, counts, strict=True)])
+
+
+def all_gather_objects(item: object, world: World) -> list:
+    """Every rank's small picklable object, in rank order; only between processes of one run."""
+    items: list = [None] * world.size
+    dist.all_gather_object(items, item)
+    return items
+
+
+def broadcast_object(item: object, world: World) -> Any:
+    """Rank 0's object, on every rank."""
+    if world.size == 1:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items, src=0, device=world.device)
+    return items[0]
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()

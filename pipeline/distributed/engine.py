@@ -1,0 +1,96 @@
+"""DeepSpeed: start-up, configuration, and the few calls the loop needs. Must not know model, shards or stages."""
+
+import math
+import socket
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from beitforge.pipeline.distributed.collectives import World
+from beitforge.pipeline.distributed.deepspeed_config import Setup, deepspeed_config
+from beitforge.pipeline.distributed.process_group import quiet_deepspeed
+from beitforge.pipeline.errors import HostError
+from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
+
+
+class Engine:
+    """A model under DeepSpeed. `model` is what objectives call; parameters live wherever ZeRO put them."""
+
+    def __init__(self, module: nn.Module, groups: list[dict], setup: Setup, world: World):
+        """groups: AdamW parameter groups. Raises HostError for fp16 without a GPU."""
+        if setup.precision == "fp16" and world.device.type == "cpu":
+            host = socket.gethostname()
+            raise HostError(f"train.precision fp16 needs a GPU, and {host} shows none; on a CPU use bf16 or fp32")
+        self.world, self.setup = world, setup
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[setup.precision]
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+        deepspeed = quiet_deepspeed()
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, model_parameters=groups, config=deepspeed_config(setup)
+        )
+        for state in getattr(self.optimizer, "optimizer", self.optimizer).state.values():
+            state["step"].zero_()  # DeepSpeed's optimizer without ZeRO warms up with a step that AdamW counts
+        from beitforge.pipeline.distributed.file_writer import Writer
+
+        self.writer = self.deepspeed.checkpoint_engine = Writer()
+        if setup.compile:
+            self.deepspeed.compile()
+
+    @property
+    def model(self) -> Callable:
+        return self.deepspeed
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes on disk."""
+        numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
+        return checkpoint_bytes(numbers, self.setup.zero_stage, self.dtype.itemsize)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; DeepSpeed divides by the number of accumulation steps.
+
+        A loss that is not finite is given gradients that are not, so that `step` leaves the update out on every rank.
+        """
+        finite = torch.isfinite(loss.detach())
+        self.deepspeed.backward(loss * torch.where(finite, 1.0, math.nan))
+
+    def step(self, learning_rate: float) -> tuple[Tensor | float, bool]:
+        """After the last micro batch: clip, update, clear; a group's rate is learning_rate times its `lr_scale`, if it
+        has one. Returns the gradient norm before clipping, and whether the update was made: not where the norm, which
+        is over all ranks, is not finite. Then nothing has changed."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        norm = self._plain_norm()
+        if norm is None:
+            self.deepspeed.step()
+            return self.deepspeed.get_global_grad_norm(), not bool(getattr(self.optimizer, "overflow", False))
+        made = bool(torch.isfinite(norm))
+        if made:
+            self.deepspeed.step()
+        else:  # what DeepSpeed does with ZeRO and in half precision
+            self.deepspeed.zero_grad()
+            self.deepspeed.micro_steps += 1
+            self.deepspeed.global_steps += 1
+            self.deepspeed.skipped_steps += 1
+        return norm, made
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients beyond the range are part of the search for a loss scale (fp16), and no fault."""
+        return self.dtype == torch.float16
+
+    def accumulate(self) -> None:
+        """After a micro batch that is not the last: DeepSpeed counts it."""
+        self.deepspeed.step()
+
+    def _plain_norm(self) -> Tensor | None:
+        """Without ZeRO and in fp32 DeepSpeed keeps no norm: take it from the reduced gradients."""
+        if self.setup.zero_stage > 0 or self.setup.precision != "fp32":
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.stack([gradient.norm() for gradient in gradients]).norm()

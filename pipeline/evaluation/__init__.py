@@ -1,0 +1,1 @@
+"""What an encoder has learned: losses on held-out views, k-NN, probes, reconstructions, attention. Arrays, no HTML."""

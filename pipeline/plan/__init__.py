@@ -1,0 +1,1 @@
+"""Memory, bytes, time and cost of a training, from arithmetic. No torch."""

@@ -1,0 +1,387 @@
+"""A training on machines that need not exist: memory, bytes, time, loader and energy for one number of GPUs.
+
+Puts together pipeline.plan.costs, sharding, timeline and failures. Must not know torch.
+"""
+
+import math
+from dataclasses import dataclass
+
+from beitforge.pipeline.config.derived import micro_batch
+from beitforge.pipeline.config.settings import ONLINE, Config
+from beitforge.pipeline.plan.assumptions import Assumptions
+from beitforge.pipeline.plan.costs import (
+    activations,
+    computed_flops,
+    launches,
+    moved_bytes,
+    num_parameters,
+    parameters,
+    tokenizer_macs,
+    training_flops,
+    update_bytes,
+)
+from beitforge.pipeline.plan.hardware import Chip, Network, Storage
+from beitforge.pipeline.plan.simulation import (
+    Cluster,
+    RunEstimate,
+    Step,
+    StepWork,
+    all_reduce_seconds,
+    half_seconds,
+    simulate,
+    simulate_step,
+)
+from beitforge.pipeline.plan.zero_model import (
+    Sharding,
+    States,
+    copied_bytes,
+    exchanges,
+    kept_whole,
+    states,
+    zero_settings,
+)
+from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
+
+_TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
+LARGEST_MICRO = 4096
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training runs on, and what is assumed of it."""
+
+    chip: Chip
+    network: Network
+    storage: Storage
+    assumed: Assumptions
+
+    @property
+    def matrix_flops(self) -> float:
+        return self.assumed.matrix_flops or self.chip.flops16 * self.assumed.matrix_share
+
+    @property
+    def memory_bandwidth(self) -> float:
+        return self.assumed.memory_bandwidth or self.chip.memory_bandwidth * self.assumed.memory_share
+
+    @property
+    def intra(self) -> float:
+        return self.assumed.intra_bandwidth or self.chip.link * self.assumed.link_share
+
+    @property
+    def inter(self) -> float:
+        return self.assumed.inter_bandwidth or self.network.node_bandwidth * self.assumed.link_share
+
+    @property
+    def usable(self) -> float:
+        return self.chip.memory * self.assumed.memory_usable
+
+    def product_flops(self, precision: str) -> float:
+        """Of a tokenizer's or an fp32 model's products. TF32 runs at half the 16-bit rate (NVIDIA data sheets)."""
+        if precision == "fp32":
+            return self.chip.flops32 * self.assumed.matrix_share
+        return self.matrix_flops / (2 if precision == "tf32" else 1)
+
+    def nodes(self, gpus: int) -> int:
+        return -(-gpus // self.chip.per_node)
+
+    def read(self, gpus: int) -> float:
+        """Bytes a second that one node may read while all do."""
+        rate = self.assumed.node_read or self.storage.node_read
+        return min(rate, self.storage.total / self.nodes(gpus)) if self.storage.total else rate
+
+    def write(self, gpus: int) -> float:
+        """Bytes a second that one node may write while all do."""
+        rate = self.assumed.node_write or self.storage.node_write
+        return min(rate, self.storage.total / self.nodes(gpus)) if self.storage.total else rate
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU. activations: of the micro batch, as configured, without and with checkpointing."""
+
+    states: States
+    micro: int
+    plain: float
+    checkpointed: float
+    largest_plain: int
+    largest_checkpointed: int
+    usable: float
+
+    def total(self, checkpointing: bool) -> float:
+        return self.states.device + (self.checkpointed if checkpointing else self.plain)
+
+    def fits(self, checkpointing: bool) -> bool:
+        return self.total(checkpointing) <= self.usable
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What must come in. Rates over all GPUs, cores of one node."""
+
+    images: float
+    bytes_read: float
+    bytes_to_gpus: float
+    cores_per_node: float
+    node_read: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way to run a config on so many GPUs."""
+
+    gpus: int
+    stage: int
+    checkpointing: bool
+    micro: int
+    accumulation: int
+    memory: Memory
+    sent: float  # bytes by one process in a step
+    step: Step
+    life: RunEstimate
+    images_per_second: float
+    mfu: float
+    loading: Loading
+    days: float
+    gpu_hours: float
+    kwh: float
+    checkpoint_bytes: float
+    stall: float  # seconds of a checkpoint
+    mtbf: float  # seconds between failures
+
+
+def number_bytes(config: Config) -> int:
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def kernels_of(config: Config) -> str:
+    """Of attention on a GPU: pipeline.config.settings, model.kernels; fused takes heads of up to 128."""
+    asked = config.model.kernels
+    if asked == "auto":
+        return "fused" if config.model.width // config.model.heads <= 128 else "sdpa"
+    return asked
+
+
+def sharding_of(config: Config, gpus: int, stage: int, accumulation: int) -> Sharding:
+    return Sharding(
+        parameters=parameters(config.model, config.tokenizer.vocabulary),
+        stage=stage,
+        world=gpus,
+        number=number_bytes(config),
+        accumulation=accumulation,
+        offload=config.train.offload_optimizer and stage > 0,
+        settings=zero_settings(config, stage),
+    )
+
+
+def memory_of(config: Config, sharding: Sharding, micro: int, usable: float) -> Memory:
+    """States, and activations at `micro` and at most."""
+    kept, used, largest = states(sharding), [], []
+    for checkpointing in (False, True):
+        each = activations(
+            config.model,
+            config.tokenizer.vocabulary,
+            config.mask.num_patches,
+            sharding.number,
+            checkpointing,
+            kernels_of(config),
+        )
+        per_image = each.per_image + each.working
+        used.append(each.fixed + micro * per_image)
+        largest.append(min(LARGEST_MICRO, max(0, int((usable - kept.device - each.fixed) // per_image))))
+    return Memory(kept, micro, used[0], used[1], largest[0], largest[1], usable)
+
+
+def seconds_per_image(config: Config, machine: Machine, checkpointing: bool) -> tuple[float, float]:
+    """Forward and backward on one GPU: products at the matrix rate, then everything else at the memory's (the two sides
+    of Williams et al.'s roofline, Comm. ACM 52(4), 2009, one after the other, since they are different kernels)."""
+    model, vocabulary, masked = config.model, config.tokenizer.vocabulary, config.mask.num_patches
+    computed = computed_flops(model, vocabulary, masked, checkpointing)
+    plain = computed_flops(model, vocabulary, masked, False)
+    if machine.assumed.achieved_flops:
+        seconds = training_flops(model, vocabulary, masked) / machine.assumed.achieved_flops * computed / plain
+    else:
+        precision = "fp32" if config.train.precision == "fp32" else "bf16"
+        moved = moved_bytes(model, number_bytes(config), config.train.compile, kernels_of(config))
+        seconds = computed / machine.product_flops(precision)
+        seconds += moved * (4 / 3 if checkpointing else 1) / machine.memory_bandwidth
+    forward = seconds * (0.25 if checkpointing else 1 / 3)
+    tokens = 0.0
+    if config.data.tokens == ONLINE:
+        macs = machine.assumed.tokenizer_macs or tokenizer_macs(config.tokenizer, False)
+        tokens = 2 * macs / machine.product_flops(config.tokenizer.precision)
+    return forward + tokens, seconds - forward
+
+
+def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, checkpointing: bool) -> StepWork:
+    """The step of one process as pipeline.plan.simulation takes it."""
+    forward, backward = seconds_per_image(config, machine, checkpointing)
+    short = 0.0 if machine.assumed.achieved_flops else machine.assumed.launch_seconds
+    least = short * launches(config.model, config.train.compile) / (micro * (forward + backward))
+    forward, backward = (part * max(1.0, least) for part in (forward, backward))  # the launching is the slower side
+    world, settings = sharding.world, sharding.settings
+    seconds = {"gather": 0.0, "regather": 0.0, "backward": 0.0, "end": 0.0}
+    ahead = max(1, min(config.model.layers, int(settings.prefetch / (sharding.total / config.model.layers))))
+    calls = dict.fromkeys(("gather", "regather"), math.ceil(config.model.layers / ahead))
+    calls["end"] = 2 if sharding.stage < 3 else kept_whole(sharding)
+    calls["backward"] = buckets = max(1, math.ceil(sharding.total / settings.bucket))
+    for each in exchanges(sharding):
+        timed = all_reduce_seconds if each.kind == "all_reduce" else half_seconds
+        link = (machine.chip.per_node, machine.intra, machine.inter)
+        once = timed(each.message, world, *link, 0.0) + calls[each.when] * timed(
+            0.0, world, *link, machine.network.latency
+        )
+        seconds[each.when] += once
+    share = sharding.total / (world if sharding.stage else 1)
+    update = update_bytes(share) / (machine.assumed.update_bandwidth or machine.memory_bandwidth)
+    if sharding.offload:
+        update = 2 * sharding.number * share / machine.assumed.host_copy
+    update += copied_bytes(sharding) / machine.memory_bandwidth
+    return StepWork(
+        blocks=config.model.layers,
+        turns=sharding.accumulation,
+        forward=micro * forward,
+        backward=micro * backward,
+        update=update,
+        gather=seconds["gather"],
+        regather=seconds["regather"],
+        reduce=seconds["backward"],
+        buckets=min(buckets, config.model.layers),
+        every_turn=sharding.stage > 1,
+        end=seconds["end"],
+        overlap=settings.overlap,
+        ahead=ahead,
+    )
+
+
+def checkpoint_of(config: Config, machine: Machine, sharding: Sharding) -> tuple[float, float]:
+    """Bytes of a checkpoint, and how long the training stands still."""
+    size = float(checkpoint_bytes(sharding.total, sharding.stage, sharding.number))
+    nodes = machine.nodes(sharding.world) if sharding.stage else 1
+    if config.checkpoint.asynchronous:
+        return size, size / (sharding.world if sharding.stage else 1) / machine.assumed.host_copy
+    return size, machine.assumed.save_seconds + size / nodes / machine.write(sharding.world)
+
+
+def loading_of(config: Config, machine: Machine, gpus: int, images_per_second: float) -> Loading:
+    """Rates at which pictures and tokens must come in, and what decodes them."""
+    assumed, nodes = machine.assumed, machine.nodes(gpus)
+    row = config.model.num_patches * 2 + _TOKEN_ROW
+    read = images_per_second * (assumed.image_bytes + (0 if config.data.tokens == ONLINE else row))
+    height, width = config.model.input_size
+    pixels = 3 * height * width
+    if config.data.tokens == ONLINE:
+        pixels += 3 * config.tokenizer.input_size.height * config.tokenizer.input_size.width
+    return Loading(
+        images=images_per_second,
+        bytes_read=read,
+        bytes_to_gpus=images_per_second * pixels,
+        cores_per_node=images_per_second / nodes / assumed.loader_images_per_second_per_core,
+        node_read=read / nodes,
+    )
+
+
+def loader_seconds(config: Config, machine: Machine, gpus: int) -> float:
+    """Of one image in the loader of one process: its cores decode, its share of the node's storage brings bytes."""
+    here = min(gpus, machine.chip.per_node)
+    cores = min(max(1, config.loader.workers), machine.chip.cores_per_node / machine.chip.per_node)
+    decoding = 1 / (cores * machine.assumed.loader_images_per_second_per_core)
+    return max(decoding, machine.assumed.image_bytes * here / machine.read(gpus))
+
+
+def cluster_of(config: Config, machine: Machine, sharding: Sharding, one: Step, images: int) -> Cluster:
+    """All processes, and what befalls them."""
+    assumed, gpus = machine.assumed, sharding.world
+    every = max(1, config.checkpoint.every.steps(images, config.train.global_batch))
+    rate = assumed.failures_per_gpu_day * gpus
+    return Cluster(
+        ranks=gpus,
+        load=config.train.global_batch // gpus * loader_seconds(config, machine, gpus),
+        ready=max(1, config.loader.workers * config.loader.prefetch // sharding.accumulation),
+        straggler_cv=assumed.straggler_cv,
+        loader_cv=assumed.loader_cv,
+        save=checkpoint_of(config, machine, sharding)[1],
+        save_every=every * one.seconds,
+        restart=assumed.restart_seconds,
+        mtbf=86400 / rate if rate else math.inf,
+    )
+
+
+def estimate(
+    config: Config,
+    machine: Machine,
+    gpus: int,
+    stage: int,
+    *,
+    images: int,
+    checkpointing: bool | None = None,
+    at_most: int = 0,
+    steps: int = 60,
+) -> Estimate:
+    """One row. checkpointing: as configured. at_most: images of a micro batch, 0 as configured; less where memory asks.
+
+    Raises ConfigError when the global batch does not divide over so many GPUs.
+    """
+    train = config.train
+    checkpointing = train.activation_checkpointing if checkpointing is None else checkpointing
+    wanted = at_most or train.micro_batch
+    micro = micro_batch(train.global_batch, wanted, gpus, "train.global_batch")
+    sharding = sharding_of(config, gpus, stage, train.global_batch // (micro * gpus))
+    memory = memory_of(config, sharding, micro, machine.usable)
+    largest = memory.largest_checkpointed if checkpointing else memory.largest_plain
+    if 0 < largest < micro:
+        micro = micro_batch(train.global_batch, largest, gpus, "train.global_batch")
+        sharding = sharding_of(config, gpus, stage, train.global_batch // (micro * gpus))
+        memory = memory_of(config, sharding, micro, machine.usable)
+    one = simulate_step(work_of(config, machine, sharding, micro, checkpointing))
+    cluster = cluster_of(config, machine, sharding, one, images)
+    life = simulate(one, cluster, steps=steps, seed=config.data.seed)
+    seconds = train.duration.steps(images, train.global_batch) * life.step / max(life.survived, 1e-9)
+    speed = train.global_batch / life.step
+    flops = training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches)
+    peak = machine.chip.flops32 if train.precision == "fp32" else machine.chip.flops16
+    hours = gpus * seconds / 3600
+    return Estimate(
+        gpus=gpus,
+        stage=stage,
+        checkpointing=checkpointing,
+        micro=micro,
+        accumulation=sharding.accumulation,
+        memory=memory,
+        sent=sum(each.sent(gpus) for each in exchanges(sharding)),
+        step=one,
+        life=life,
+        images_per_second=speed,
+        mfu=speed * flops / (peak * gpus),
+        loading=loading_of(config, machine, gpus, speed),
+        days=seconds / 86400,
+        gpu_hours=hours,
+        kwh=hours * machine.chip.watts * machine.assumed.node_power / 1000,
+        checkpoint_bytes=checkpoint_of(config, machine, sharding)[0],
+        stall=cluster.save,
+        mtbf=cluster.mtbf,
+    )
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """Of all views of all pictures, once."""
+
+    tokenizer: str
+    gpu_hours: float
+    disk: float
+
+
+def tokenizations(config: Config, machine: Machine, images: int) -> list[Tokenization]:
+    """With the own dVAE and with DALL-E's encoder: 2 operations a multiply-add, `tokenizer.precision`, all K views."""
+    views = config.view.num_views
+    disk = float(images * views * (2 * config.model.num_patches + _TOKEN_ROW) + 9 * images)
+    rate = machine.product_flops(config.tokenizer.precision)
+    found = []
+    for name, dalle in (("own dVAE", False), ("DALL-E", True)):
+        seconds = images * views * 2 * tokenizer_macs(config.tokenizer, dalle) / rate
+        found.append(Tokenization(name, seconds / 3600, disk))
+    return found
+
+
+def size_of(config: Config) -> int:
+    return num_parameters(config.model, config.tokenizer.vocabulary)

@@ -1,0 +1,142 @@
+"""The run folder: config.yaml, environment.json, bad_samples.jsonl, and the lock that keeps a second run out.
+
+Must not know model, shards or any stage.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from beitforge.pipeline.config.identity import identity
+from beitforge.pipeline.config.loading import load_config, to_yaml
+from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.runs.jsonl import end_cut_line
+
+_LOCK_SECONDS = 120
+_PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "numpy", "pillow", "safetensors")
+
+
+def claim(run: Path, config: Config, sections: tuple[str, ...], world: int, job: str, device: str) -> None:
+    """Write config.yaml and environment.json; refuse a folder that holds a run of another identity.
+
+    job: what runs; device: what on, by name.
+    """
+    path = run / "config.yaml"
+    if path.exists():
+        # read as a config, so that a setting that came later has its default
+        before = identity(load_config(str(path), []), sections)
+        for section, values in identity(config, sections).items():
+            for name, value in values.items():
+                old = before[section][name]
+                if old != value:
+                    raise ConfigError(
+                        f"{run} holds a run with {section}.{name}={old}, this config says {section}.{name}={value}; "
+                        f"choose another run folder, or set it back"
+                    )
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(path, to_yaml(config))
+    write_whole(run / "environment.json", json.dumps({"job": job, **environment(world, device)}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by rename: whoever reads it finds the old one or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def environment(world: int, device: str) -> dict:
+    """Versions, host, device and command: what someone needs to see the same numbers again."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "command": sys.argv,
+        "world": world,
+        "device": device,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "versions": versions,
+        "commit": commit,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@contextlib.contextmanager
+def lock(run: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the run folder. Waits a while for a process that is just saving, then raises ConfigError."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip()
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{run} is in use by {holder}; wait for it, end it, or choose another train.run")
+            if not told:
+                say(f"{run} is in use by {holder}; waiting for it to end")
+                told = True
+            time.sleep(1.0)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+class BadSamples:
+    """bad_samples.jsonl: each sample that was ever replaced, once, against a budget. Kept by the first rank."""
+
+    def __init__(self, run: Path, epoch_samples: int, budget: float):
+        """`budget`: distinct bad samples as a share of the set, rounded up."""
+        self.path = run / "bad_samples.jsonl"
+        self.limit = -int(-(epoch_samples * budget) // 1)
+        self.known: set[tuple[str, str]] = set()
+        end_cut_line(self.path)
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    values = json.loads(line)
+                    self.known.add((values["shard"], values["key"]))
+
+    def add(self, samples: list[Any]) -> None:
+        """Write down the new ones (shards.stream.loader.BadSample)."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            for sample in samples:
+                values = asdict(sample) if is_dataclass(sample) and not isinstance(sample, type) else dict(sample)
+                if (values["shard"], values["key"]) not in self.known:
+                    self.known.add((values["shard"], values["key"]))
+                    file.write(json.dumps(values) + "\n")
+
+    @property
+    def exhausted(self) -> bool:
+        return len(self.known) > self.limit
+
+    def over_budget(self) -> str:
+        """The line that ends a run whose budget is spent."""
+        return (
+            f"{len(self.known)} samples could not be used, more than the {self.limit} of data.bad_sample_budget; "
+            f"they are listed in {self.path}; mend the shards (`verify` finds them all) or raise the budget"
+        )

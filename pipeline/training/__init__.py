@@ -1,0 +1,1 @@
+"""One loop for tokenizer, encoder and classifier; losses, schedule, metrics and recovery."""

@@ -1,0 +1,135 @@
+"""What a run does about a loss or a gradient that is not finite: leave the update out, go back, or give up.
+
+Decides from what all ranks have agreed on, and from skipped.jsonl in the run folder, so a restarted run decides the
+same. A step whose update is left out counts like any other: its samples are seen, the schedule moves on. Must not know
+torch, model, shards or any stage.
+"""
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from beitforge.pipeline.config.settings import Faults
+from beitforge.pipeline.errors import SharedError
+from beitforge.pipeline.runs.jsonl import end_cut_line
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """The run went back to the checkpoint of step `to`, and on with step `on`: what lies between is stepped over."""
+
+    to: int
+    on: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was not finite at a step (loss, gradient or weights) and of which ranks, as far as one can tell: a gradient
+    is known only summed over all of them."""
+
+    step: int
+    what: str
+    ranks: list[tuple[int, str]]  # with their hosts
+
+    def __str__(self) -> str:
+        who = [f"the {self.what} of rank {rank} on {host} is not finite" for rank, host in self.ranks]
+        return ", ".join(who) or f"the {self.what} is not finite"
+
+
+class Recovery:
+    """Counts updates left out in a row. The same on every rank; rank 0 writes."""
+
+    def __init__(self, run: Path, faults: Faults, *, first: bool, save_every: int, global_batch: int):
+        """save_every: steps between checkpoints, the progress after which earlier returns are forgotten."""
+        self.path, self.faults, self.first = run / "skipped.jsonl", faults, first
+        self.save_every, self.global_batch = save_every, global_batch
+        self.rollbacks = read_rollbacks(run)
+        self.consecutive: list[Fault] = []
+        self.weights_corrupted = False  # by an update that was made: the weights themselves are not finite
+        if first:
+            end_cut_line(self.path)
+
+    def update_applied(self) -> None:
+        """An update was made."""
+        self.consecutive.clear()
+
+    def skipped(self, fault: Fault) -> str:
+        """The update of a step was left out, or has ruined the weights; returns a line that says so."""
+        self.consecutive.append(fault)
+        self.weights_corrupted = fault.what == "weights"
+        first, last = fault.step * self.global_batch, (fault.step + 1) * self.global_batch - 1
+        ranks = [{"rank": rank, "host": host} for rank, host in fault.ranks]
+        self._write({"kind": "skip", "step": fault.step, "samples": [first, last], "what": fault.what, "ranks": ranks})
+        return f"step {fault.step} left out, samples {first}–{last}: {fault}"
+
+    @property
+    def must_roll_back(self) -> bool:
+        return self.weights_corrupted or len(self.consecutive) >= self.faults.max_skipped
+
+    def rollback_before(self) -> int:
+        """The checkpoint to go back to is the newest of a step less than this: one with other weights than those that
+        failed, or, where the last return brought nothing, an older one. Raises SharedError when enough were made."""
+        start = self.consecutive[0].step + (self.weights_corrupted and len(self.consecutive) == 1)
+        idle, on = 0, start
+        for made in reversed(self.rollbacks):
+            if on - made.on >= self.save_every:
+                break
+            idle, on = idle + 1, made.to
+        if idle >= self.faults.max_returns:
+            raise SharedError(self.report(f"going back {idle} times did not help"))
+        return min([start, *(made.to for made in self.rollbacks[len(self.rollbacks) - idle :])])
+
+    def record_rollback(self, to: int) -> Rollback:
+        """Write down a return to the checkpoint of step `to`; the run goes on behind the last step left out."""
+        made = Rollback(to, self.consecutive[-1].step + 1)
+        samples = [to * self.global_batch, made.on * self.global_batch - 1]
+        self._write({"kind": "return", "to": to, "on": made.on, "samples": samples})
+        self.rollbacks.append(made)
+        self.consecutive.clear()
+        self.weights_corrupted = False
+        return made
+
+    def report(self, why: str) -> str:
+        """The line that ends the run."""
+        start = self.consecutive[0].step
+        samples = f"samples {start * self.global_batch}–{(self.consecutive[-1].step + 1) * self.global_batch - 1}"
+        return (
+            f"{self.consecutive[0]} at step {start}, the first of {len(self.consecutive)} in a row ({samples}): {why}; look at "
+            f"these samples (see {self.path}), or begin a new train.run folder with a lower optimizer.lr, from an "
+            f"export of this run (train.init) or anew"
+        )
+
+    def _write(self, values: dict) -> None:
+        if self.first:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def read_rollbacks(run: Path) -> list[Rollback]:
+    """The returns a run has made, in their order."""
+    path, found = run / "skipped.jsonl", []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                values = json.loads(line)
+                if values["kind"] == "return":
+                    found.append(Rollback(values["to"], values["on"]))
+    return found
+
+
+def usable(returns: list[Rollback], step: int) -> bool:
+    """Whether a checkpoint of this step belongs to the run: not one that a return left behind."""
+    return not any(made.to < step < made.on for made in returns)
+
+
+def resume_step(returns: list[Rollback], step: int) -> int:
+    """The step a run goes on with from a checkpoint of `step`: behind what a return stepped over."""
+    for made in returns:
+        if made.to <= step < made.on:
+            step = made.on
+    return step

@@ -1,0 +1,43 @@
+"""What each rank really read: positions/rank-R.jsonl in the run folder, with `log.positions`.
+
+For whoever wants to check that no sample was lost or repeated. Must not know torch, model, shards or any stage.
+"""
+
+import contextlib
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from beitforge.pipeline.runs.jsonl import end_cut_line
+
+
+class SampleLog:
+    """One line a step: {"session", "step", "samples"}, written after the update of the step."""
+
+    def __init__(self, run: Path, rank: int, session: int):
+        """session: a number that grows with every start of the run, the same on all ranks."""
+        folder = run / "positions"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank-{rank}.jsonl"
+        end_cut_line(path)
+        self.session, self.file = session, open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
+
+    def write(self, step: int, samples: list[int]) -> None:
+        """The samples this rank took for a step."""
+        self.file.write(json.dumps({"session": self.session, "step": step, "samples": samples}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_sample_log(run: Path) -> dict[int, list[int]]:
+    """Samples of every step, of all ranks together, sorted. Of a step done again after a restart the last doing counts;
+    a line that a kill cut short is left out."""
+    done: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((run / "positions").glob("rank-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                values = json.loads(line)
+                done[values["step"]][values["session"]] += values["samples"]
+    return {step: sorted(sessions[max(sessions)]) for step, sessions in sorted(done.items())}

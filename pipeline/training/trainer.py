@@ -1,0 +1,240 @@
+"""One training run from its folder to its last step: lock, resume, stream, loop, checkpoints.
+
+What `tokenizer` and `pretrain` share; what differs comes in as a Job. Must not know the model or any stage.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from beitforge.pipeline.checkpoints import saver as checkpoint
+from beitforge.pipeline.cluster.watchdog import Watchdog
+from beitforge.pipeline.config.identity import identity_digest
+from beitforge.pipeline.config.settings import Config, Duration
+from beitforge.pipeline.console import say
+from beitforge.pipeline.data.batches import training_batches
+from beitforge.pipeline.data.pretraining import DataSource
+from beitforge.pipeline.distributed.collectives import World, all_gather_objects, barrier, broadcast_object
+from beitforge.pipeline.distributed.deepspeed_config import Setup
+from beitforge.pipeline.distributed.device import device_name, peak_flops
+from beitforge.pipeline.distributed.engine import Engine
+from beitforge.pipeline.distributed.startup import run_on_all_ranks
+from beitforge.pipeline.errors import SharedError
+from beitforge.pipeline.runs import checkpoints
+from beitforge.pipeline.runs.folder import BadSamples, claim, lock, write_whole
+from beitforge.pipeline.training.loop import Components, Objective, Schedule, train
+from beitforge.pipeline.training.metrics import Metrics, Reporter
+from beitforge.pipeline.training.monitor import Monitor
+from beitforge.pipeline.training.optim import learning_rate
+from beitforge.pipeline.training.recovery import Recovery, resume_step, usable
+from beitforge.pipeline.training.sample_log import SampleLog
+from beitforge.shards.decode import jpeg
+from beitforge.shards.progress import Progress, Silent
+from beitforge.shards.stream.order import ARITHMETIC
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training. `sections`: the config sections of its identity. `evaluate(engine, done)`: values by kind of line
+    after step `done`, or {}. classes: what the labels are called, where that is known."""
+
+    label: str
+    run: Path
+    sections: tuple[str, ...]
+    source: DataSource
+    module: nn.Module
+    groups: list[dict]
+    setup: Setup
+    duration: Duration
+    warmup: Duration
+    peak_lr: float
+    end_lr: float
+    save_every: Duration
+    objective: Callable[[Engine, int], Objective]
+    evaluate: Callable[[Engine, int], dict[str, dict[str, float]]] | None = None
+    heldout_every: Duration | None = None
+    flops: float = 0.0
+    classes: tuple[str, ...] = ()
+
+
+def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]) -> tuple[Engine, bool]:
+    """Train to the end or until asked to stop; returns the engine and whether the run is finished.
+
+    Raises ConfigError or ShardError for anything a user or a disk can cause.
+    """
+    tell = say if world.first else lambda _: None
+    with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, world.rank))
+        run_on_all_ranks(lambda: _claim(config, job, world, stack), world)
+        engine = Engine(job.module, job.groups, job.setup, world)
+        steps = job.duration.steps(job.source.samples, job.setup.global_batch)
+        plan = _plan(config, job, 0, steps, world)
+        recovery = Recovery(
+            job.run, config.faults, first=world.first, save_every=plan.save_every, global_batch=job.setup.global_batch
+        )
+        expected = _state(config, job, engine, 0)
+        state = checkpoint.resume(engine, job.run, expected, tell, lambda step: usable(recovery.rollbacks, step))
+        first = resume_step(recovery.rollbacks, state.step) if state else 0
+        if first >= steps:
+            tell(f"{job.run} is finished: step {first} of {steps}; `report {job.run}` shows it")
+            return engine, True
+        if job.warmup.steps(job.source.samples, job.setup.global_batch) >= steps:
+            tell(f"the warm-up ({job.warmup}) is as long as the run: the learning rate never reaches its peak")
+        metrics = run_on_all_ranks(lambda: Metrics(job.run, world.first, config), world)
+        stack.enter_context(contextlib.closing(metrics))
+        metrics.write(first, "start", {"world": world.size, "steps": steps, "epoch_samples": job.source.samples})
+        plan = replace(plan, first_step=first)
+        parts = _components(config, job, engine, plan, recovery, metrics, watchdog, stop, stack)
+        while True:
+            done = _train(config, job, engine, replace(plan, first_step=first), parts)
+            if not recovery.must_roll_back:
+                break
+            first = _go_back(job, engine, recovery, parts, expected, tell)
+        parts.saving.finish()
+        if done < steps:
+            tell(f"stopped after step {done} of {steps} ({stop() or 'another rank was asked'}); run again to go on")
+        return engine, done == steps
+
+
+def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) -> None:
+    """Hold and open the run folder: the first rank for all, while the stack is open."""
+    if not world.first:
+        return
+    stack.enter_context(lock(job.run, say))
+    claim(job.run, config, job.sections, world.size, job.label, device_name(world.device))
+    if job.classes:
+        write_whole(job.run / "classes.json", json.dumps(job.classes) + "\n")
+
+
+def _components(
+    config: Config,
+    job: Job,
+    engine: Engine,
+    plan: Schedule,
+    recovery: Recovery,
+    metrics: Metrics,
+    watchdog: Watchdog,
+    stop: Callable[[], str],
+    stack: contextlib.ExitStack,
+) -> Components:
+    """What the loop works with; closed with the stack."""
+    world, setup, first = engine.world, job.setup, engine.world.first
+    warmup = job.warmup.steps(job.source.samples, setup.global_batch)
+    settings = config.checkpoint
+    keep_every = settings.keep_every.steps(job.source.samples, setup.global_batch)
+    saver = checkpoint.Saver(
+        engine, job.run, keep=settings.keep, keep_every=keep_every, asynchronous=settings.asynchronous
+    )
+
+    def rate(step: int) -> float:
+        return learning_rate(step, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=plan.steps)
+
+    def evaluate(done: int) -> None:
+        if job.evaluate is not None:
+            for kind, values in job.evaluate(engine, done).items():
+                metrics.write(done, kind, values)
+
+    session = broadcast_object(time.time_ns(), world)
+    hosts = all_gather_objects(socket.gethostname(), world)
+    bar = Progress(job.label, plan.steps, "step", done=plan.first_step)
+    progress: Reporter = stack.enter_context(bar) if first else Silent()
+    positions = None
+    if config.log.positions:
+        positions = stack.enter_context(contextlib.closing(SampleLog(job.run, world.rank, session)))
+    return Components(
+        objective=job.objective(engine, plan.steps),
+        rate=rate,
+        metrics=metrics,
+        progress=progress,
+        hosts=hosts,
+        recovery=recovery,
+        monitor=Monitor(config.faults, hosts, say) if first else None,
+        bad_samples=BadSamples(job.run, job.source.samples, config.data.bad_sample_budget) if first else None,
+        positions=positions,
+        evaluate=evaluate,
+        save=lambda done: saver.save(_state(config, job, engine, done)),
+        saving=saver,
+        stop=stop,
+        beat=watchdog.beat,
+    )
+
+
+def _train(config: Config, job: Job, engine: Engine, plan: Schedule, parts: Components) -> int:
+    """Train on the stream from plan.first_step on."""
+    world, setup, first = engine.world, job.setup, plan.first_step
+    batches = training_batches(
+        config,
+        job.source,
+        first_sample=first * setup.global_batch,
+        global_batch=setup.global_batch,
+        micro=setup.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        steps=plan.steps - first,
+    )
+    if world.first:
+        micro = f"{setup.micro_batch} × {world.size} processes × {setup.accumulation} accumulation"
+        decoder = jpeg.decoder(config.loader.decoder).name
+        line = f"{job.label}: {plan.steps} steps of {setup.global_batch} ({micro}), from step {first}, in {job.run}"
+        say(f"{line}; JPEGs by {decoder}")
+    return train(engine, batches, plan, parts)
+
+
+def _go_back(
+    job: Job,
+    engine: Engine,
+    recovery: Recovery,
+    parts: Components,
+    expected: checkpoints.State,
+    tell: Callable[[str], None],
+) -> int:
+    """Take the weights of an earlier checkpoint and return the step to go on with, behind those left out."""
+    parts.beat("going back")
+    parts.saving.finish()
+    before, returns = recovery.rollback_before(), list(recovery.rollbacks)
+    state = checkpoint.resume(engine, job.run, expected, tell, lambda s: s < before and usable(returns, s))
+    if state is None:
+        raise SharedError(recovery.report(f"there is no checkpoint before step {before} to go back to"))
+    made = recovery.record_rollback(state.step)
+    if engine.world.first:
+        checkpoint.remove_between(job.run, made.to, made.on)
+    barrier()
+    parts.metrics.write(made.on, "return", {"to": float(made.to)})
+    tell(f"went back to the weights of step {made.to}; going on with step {made.on}, samples between are stepped over")
+    return made.on
+
+
+def _plan(config: Config, job: Job, first: int, steps: int, world: World) -> Schedule:
+    def every(duration: Duration | None) -> int:
+        return max(1, duration.steps(job.source.samples, job.setup.global_batch)) if duration else 0
+
+    return Schedule(
+        first_step=first,
+        steps=steps,
+        log_every=config.log.every_steps,
+        save_every=every(job.save_every),
+        heldout_every=every(job.heldout_every),
+        flops=job.flops,
+        peak=peak_flops(world.device, config.log.peak_tflops),
+    )
+
+
+def _state(config: Config, job: Job, engine: Engine, step: int) -> checkpoints.State:
+    return checkpoints.State(
+        step=step,
+        samples_seen=step * job.setup.global_batch,
+        world=engine.world.size,
+        zero_stage=job.setup.zero_stage,
+        precision=job.setup.precision,
+        images=job.source.images,
+        tokens=job.source.tokens,
+        config=identity_digest(config, job.sections),
+        order=ARITHMETIC,
+        groups=engine.groups,
+    )

@@ -1,0 +1,243 @@
+"""Folders that `transformers`, timm and the released code read, and what those libraries then compute.
+
+The peers are imported inside the functions: only who exports to one needs it. Must not know shards, deepspeed or any
+stage.
+"""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from beitforge.pipeline.config.settings import Model
+from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.torchvision_stub import install
+from beitforge.pipeline.weights.conversion import to_hf, to_unilm
+
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+UNILM_FILE = "beit.pth"
+Weights = dict[str, Tensor]
+Forward = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class ClassifierHead:
+    """Of a classifier: how many classes, 0 for none; what they are called, where that is known; and the central view it
+    was tested on, its side as a share of the picture's shorter side."""
+
+    classes: int = 0
+    names: tuple[str, ...] = ()
+    test_crop: float = 1.0
+
+
+def write_hf(
+    folder: Path, weights: Weights, model: Model, vocabulary: int, head: ClassifierHead = ClassifierHead()
+) -> None:
+    """A folder for from_pretrained: BeitForMaskedImageModeling, or with vocabulary 0 BeitForImageClassification with
+    this head.
+
+    Every field whose default differs from BEiT's own is written. Raises ConfigError for what the peer cannot do.
+    """
+    height, width = model.input_size
+    if height != width:
+        raise ConfigError(
+            f"model.input_size is {model.input_size}; transformers' BEiT interpolates bias and positions of pictures "
+            f"that are not square as if they were: export --to timm, or train on square views"
+        )
+    config = {
+        "architectures": ["BeitForMaskedImageModeling" if vocabulary else "BeitForImageClassification"],
+        "model_type": "beit",
+        "vocab_size": vocabulary or 8192,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "intermediate_size": int(model.width * model.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "image_size": height,
+        "patch_size": model.patch_size,
+        "num_channels": 3,
+        "use_mask_token": bool(vocabulary),
+        "use_absolute_position_embeddings": model.positions == "absolute",
+        "use_relative_position_bias": model.positions == "relative",
+        "use_shared_relative_position_bias": model.positions == "relative_shared",
+        "layer_scale_init_value": model.layer_scale_init if model.layer_scale else 0.0,
+        "drop_path_rate": model.drop_path,
+        "use_mean_pooling": True,  # false would put a second LayerNorm under the pretraining head
+        "num_labels": head.classes,
+    }
+    if vocabulary:
+        del config["num_labels"]
+    if head.names:
+        config["id2label"] = dict(enumerate(head.names))
+        config["label2id"] = {name: label for label, name in enumerate(head.names)}
+    renamed = to_hf(weights, model)
+    if not vocabulary:
+        renamed = {
+            name.replace("layernorm.", "beit.pooler.layernorm.", 1)
+            if name.startswith("layernorm.")
+            else name.replace("lm_head.", "classifier."): w
+            for name, w in renamed.items()
+        }
+    _write(folder, renamed, config)
+    preprocessor = _preprocessor(model, head.test_crop)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n", encoding="utf-8")
+
+
+def _preprocessor(model: Model, share: float) -> dict:
+    """transformers' words for normalising a picture, the whole of it or the central square of so large a share of its
+    shorter side."""
+    height, width = model.input_size
+    whole = {"height": height, "width": width}
+    return {
+        "image_processor_type": "BeitImageProcessor",
+        "do_resize": True,
+        "size": whole if share == 1.0 else {"shortest_edge": round(height / share)},
+        "resample": 3,
+        "do_center_crop": share != 1.0,
+        "crop_size": whole,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(model.mean),
+        "image_std": list(model.std),
+    }
+
+
+def hf_forward(folder: Path) -> Forward:
+    """What transformers computes from a folder of write_hf: logits of every patch, or a classifier's logits
+    [B, classes], without a head its features [B, D]."""
+    transformers = _peer("transformers", "hf")
+    transformers.utils.logging.disable_progress_bar()
+    pretraining = "MaskedImageModeling" in json.loads((folder / _CONFIG).read_text())["architectures"][0]
+    kind = transformers.BeitForMaskedImageModeling if pretraining else transformers.BeitForImageClassification
+    peer, found = kind.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    _all_loaded("transformers", found["missing_keys"], found["unexpected_keys"])
+    peer = peer.eval()
+
+    def forward(pixels_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
+        return peer(pixels_BCHW, bool_masked_pos=mask_BN).logits if pretraining else peer(pixels_BCHW).logits
+
+    return forward
+
+
+def write_timm(
+    folder: Path, weights: Weights, model: Model, vocabulary: int, head: ClassifierHead = ClassifierHead()
+) -> None:
+    """A folder for timm.create_model("local-dir:FOLDER", pretrained=True): logits of every position over the
+    vocabulary, or with vocabulary 0 a classifier's of this head, without classes its pooled features. timm has no mask
+    embedding.
+    """
+    outputs = vocabulary or head.classes
+    arguments = {**_timm_arguments(model), "num_classes": outputs, "global_pool": "" if vocabulary else "avg"}
+    described = {
+        "num_classes": outputs,
+        "input_size": [3, *model.input_size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": head.test_crop,
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    config = {"architecture": "beit_base_patch16_224", "num_classes": outputs, "num_features": model.width}
+    names = {"label_names": list(head.names)} if head.names else {}
+    _write(
+        folder,
+        timm_weights(weights, model, vocabulary),
+        {**config, **names, "model_args": arguments, "pretrained_cfg": described},
+    )
+
+
+def _timm_arguments(model: Model) -> dict[str, Any]:
+    """What timm's Beit is built from."""
+    return {
+        "img_size": list(model.input_size),
+        "patch_size": model.patch_size,
+        "embed_dim": model.width,
+        "depth": model.layers,
+        "num_heads": model.heads,
+        "mlp_ratio": model.mlp_ratio,
+        "init_values": model.layer_scale_init if model.layer_scale else None,
+        "use_abs_pos_emb": model.positions == "absolute",
+        "use_rel_pos_bias": model.positions == "relative",
+        "use_shared_rel_pos_bias": model.positions == "relative_shared",
+    }
+
+
+def timm_weights(weights: Weights, model: Model, vocabulary: int) -> Weights:
+    """The released code's names with timm's for head and pooled norm, and without the mask embedding."""
+    renamed = {name.replace("lm_head.", "head."): w for name, w in to_unilm(weights, model).items()}
+    renamed.pop("mask_token", None)
+    if not vocabulary:
+        renamed = {f"fc_{name}" if name.startswith("norm.") else name: w for name, w in renamed.items()}
+    return renamed
+
+
+def timm_forward(folder: Path) -> Forward:
+    """What timm computes from a folder of write_timm: logits of every patch, or features [B, D]."""
+    timm = _peer("timm", "timm")
+    peer = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return _without_cls(peer)
+
+
+def _without_cls(peer: Any) -> Forward:
+    def forward(pixels_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
+        assert mask_BN is None, "timm's BEiT takes no mask"
+        found = peer(pixels_BCHW)
+        return found[:, 1:] if found.dim() == 3 else found
+
+    return forward
+
+
+def write_unilm(folder: Path, weights: Weights, model: Model) -> None:
+    """FOLDER/beit.pth as the released code saves and loads it: {"model": tensors}. The one place that writes a pickle,
+    since that code reads nothing else; it holds tensors and names only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": to_unilm(weights, model)}, folder / UNILM_FILE)
+
+
+def unilm_forward(folder: Path, model: Model, vocabulary: int) -> Forward:
+    """What timm's model, which is the released one under the same names, computes from write_unilm's file."""
+    timm_beit = _peer("timm.models.beit", "unilm")
+    weights = torch.load(folder / UNILM_FILE, weights_only=True)["model"]
+    weights = {name.replace("lm_head.", "head."): w for name, w in weights.items() if name != "mask_token"}
+    peer = timm_beit.Beit(**_timm_arguments(model), num_classes=vocabulary, global_pool="")
+    found = peer.load_state_dict(weights, strict=False)
+    _all_loaded("timm", found.missing_keys, found.unexpected_keys)
+    return _without_cls(peer.eval())
+
+
+def _write(folder: Path, weights: Weights, config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # save_file would leave the file to its owner alone, whatever the umask
+    (folder / _WEIGHTS).write_bytes(save({name: w.contiguous() for name, w in weights.items()}, {"format": "pt"}))
+    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _peer(name: str, format: str) -> Any:
+    package = name.split(".")[0]
+    if package == "timm":
+        install()
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"--to {format} is checked by {package} itself, which cannot be imported ({error}): install it with "
+            f"`./launch.sh setup peers`, or `pip install {package}`"
+        ) from error
+
+
+def _all_loaded(peer: str, missing: Any, unexpected: Any) -> None:
+    if missing or unexpected:
+        raise ConfigError(
+            f"{peer} does not take the weights as they are (missing {sorted(missing)[:3]}, unknown "
+            f"{sorted(unexpected)[:3]}): its version names them otherwise; please report it"
+        )

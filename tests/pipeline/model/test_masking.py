@@ -1,0 +1,188 @@
+"""Masks: RECIPE's statistics, the released algorithm sample by sample, and a function of the sample alone."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from beitforge.pipeline.config.settings import Mask, Model
+from beitforge.pipeline.data.pretraining import sample_draws
+from beitforge.pipeline.model.masking import draw_masks
+from beitforge.shards import counter_rng
+
+MODEL = Model(drop_path=0.0)
+PUBLISHED, EXACT = Mask(exact=False), Mask()
+
+
+def masks_of(mask: Mask, samples: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Masks bool [samples, 14, 14] as the stream draws them."""
+    return sample_draws(mask, MODEL, seed, samples)["mask"].reshape(-1, 14, 14)
+
+
+def uniforms(seed: int, samples: np.ndarray) -> Callable[[int], np.ndarray]:
+    return lambda attempt: counter_rng.uniform(counter_rng.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
+
+
+def plain_mask(mask: Mask, rows: int, columns: int, numbers: Iterator[np.ndarray]) -> tuple[np.ndarray, int]:
+    """RECIPE "Mask", and BEiT's released MaskingGenerator, in loops: the mask and its number of blocks. `numbers`
+    gives (area, aspect, top, left) of each try in turn, as uniforms in [0, 1)."""
+    masked, blocks = np.zeros((rows, columns), dtype=bool), 0
+    low, high = math.log(mask.aspect_min), math.log(1 / mask.aspect_min)
+    while masked.sum() < mask.num_patches:
+        left = mask.num_patches - int(masked.sum())
+        added = 0
+        for _ in range(10):
+            u = next(numbers)
+            area = mask.min_block + (left - mask.min_block) * u[0]
+            aspect = math.exp(low + (high - low) * u[1])
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height < rows and width < columns:
+                top, start = int(u[2] * (rows - height + 1)), int(u[3] * (columns - width + 1))
+                new = 0
+                for row in range(top, top + height):
+                    for column in range(start, start + width):
+                        new += not masked[row, column]
+                if 0 < new <= left:
+                    masked[top : top + height, start : start + width] = True
+                    added, blocks = new, blocks + 1
+            if added:
+                break
+        if not added:
+            break
+    return masked, blocks
+
+
+@pytest.mark.parametrize(
+    ("mask", "grid"),
+    [
+        (PUBLISHED, (14, 14)),
+        (Mask(exact=False, num_patches=25, min_block=4), (8, 8)),
+        (Mask(exact=False, num_patches=40, min_block=9, aspect_min=0.5), (6, 12)),
+        (Mask(exact=False, num_patches=6, min_block=2, aspect_min=1.0), (4, 4)),
+        (Mask(exact=False, num_patches=6, min_block=6), (3, 3)),
+    ],
+)
+def test_equals_the_released_algorithm(mask, grid):
+    """Driven by the same uniform numbers, each sample's mask is that of the plain algorithm."""
+    samples = np.arange(300)
+    uniform = uniforms(5, samples)
+    found = draw_masks(mask, grid, len(samples), uniform, lambda: np.zeros(0))
+    tries = np.stack([uniform(attempt) for attempt in range(120)])
+    for sample in samples:
+        expected, _ = plain_mask(mask, *grid, iter(tries[:, sample]))
+        assert np.array_equal(found[sample].reshape(grid), expected), f"sample {sample}"
+
+
+@pytest.fixture(scope="module")
+def many() -> np.ndarray:
+    return masks_of(PUBLISHED, np.arange(20_000))
+
+
+def test_published_statistics(many):
+    """RECIPE: 20,000 draws, mean 74.47, exactly 75 in 66.6 %, least 64. Draws are fixed, so this never flakes."""
+    counts = many.sum(axis=(1, 2))
+    assert counts.mean() == pytest.approx(74.47, abs=0.05)
+    assert (counts == 75).mean() == pytest.approx(0.666, abs=0.01)
+    assert counts.max() == 75
+    assert counts.min() >= 60
+
+
+def test_published_places(many):
+    """RECIPE: masked with probability 0.040 in a corner, 0.189 in the middle of an edge, 0.716 in the centre; the same
+    on all sides."""
+    share = many.mean(axis=0)
+    corners = [share[0, 0], share[0, -1], share[-1, 0], share[-1, -1]]
+    edges = [share[0, 6:8], share[-1, 6:8], share[6:8, 0], share[6:8, -1]]
+    assert np.mean(corners) == pytest.approx(0.040, abs=0.003)
+    assert np.mean(edges) == pytest.approx(0.189, abs=0.006)
+    assert share[6:8, 6:8].mean() == pytest.approx(0.716, abs=0.01)
+    for turned in (share[::-1], share[:, ::-1], share.T):
+        assert np.abs(share - turned).max() < 0.025
+
+
+def test_published_blocks():
+    """RECIPE: 4.1 blocks a mask, as the plain algorithm counts them."""
+    tries = np.stack([uniforms(0, np.arange(2000))(attempt) for attempt in range(120)])
+    blocks = [plain_mask(PUBLISHED, 14, 14, iter(tries[:, sample]))[1] for sample in range(2000)]
+    assert np.mean(blocks) == pytest.approx(4.1, abs=0.1)
+
+
+def test_exact_masks_have_exactly_that_many():
+    """The default: always 75, which fixed shapes need."""
+    counts = masks_of(EXACT, np.arange(20_000)).sum(axis=(1, 2))
+    assert counts.tolist() == [75] * 20_000
+
+
+def test_exact_only_adds_to_the_published_mask(many):
+    """BEiT v2's completion: whatever the blocks left open is filled with patches anywhere, all alike."""
+    exact = masks_of(EXACT, np.arange(20_000))
+    assert (exact | ~many).all()
+    added = (exact & ~many).sum(axis=0)
+    open_patches = (~many[many.sum(axis=(1, 2)) < 75]).mean(axis=0)
+    share = added / added.sum() / (open_patches / open_patches.sum())
+    assert added.sum() == (75 - many.sum(axis=(1, 2))).sum()
+    assert share[:4].mean() == pytest.approx(1, abs=0.1)
+    assert share[5:9, 5:9].mean() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("mask", [PUBLISHED, EXACT])
+def test_a_mask_depends_on_its_sample_alone(mask):
+    """Alone, in any batch, in any order, next to anything: the same mask."""
+    samples = np.array([0, 7, 2**40, 12, 3])
+    together = masks_of(mask, samples)
+    assert np.array_equal(masks_of(mask, samples[::-1])[::-1], together)
+    for place, sample in enumerate(samples):
+        assert np.array_equal(masks_of(mask, np.array([sample]))[0], together[place])
+    assert len({row.tobytes() for row in together}) == len(samples)
+    assert not np.array_equal(masks_of(mask, samples, seed=1), together)
+
+
+def test_golden_masks():
+    """sample_draws(Mask(), Model(), 0, np.array([0, 2**40]))["mask"], packed. A change breaks every run's resume."""
+    found = sample_draws(Mask(), Model(), 0, np.array([0, 2**40]))["mask"]
+    assert [np.packbits(row).tobytes().hex() for row in found] == [
+        "000000000000000f003c00ffc3ff0ffc0ff03fc07f01fc07f0",
+        "00000007811e007801e7879e1e7879e1e787861e187861e000",
+    ]
+
+
+def test_completion_is_not_drawn_where_it_is_not_needed():
+    """fill() is asked once, and only when masks are to be exact."""
+    asked = []
+
+    def fill() -> np.ndarray:
+        asked.append(1)
+        return np.zeros((3, 196))
+
+    draw_masks(PUBLISHED, (14, 14), 3, uniforms(0, np.arange(3)), fill)
+    assert not asked
+    draw_masks(EXACT, (14, 14), 3, uniforms(0, np.arange(3)), fill)
+    assert asked == [1]
+
+
+def test_held_out_masks_are_apart_from_those_of_training():
+    from beitforge.pipeline.data.pretraining import _heldout_draws
+
+    samples = np.arange(50)
+    drawn = _heldout_draws(EXACT, Model(), 3, samples)
+    assert drawn.keys() == {"mask"}
+    same = (drawn["mask"] == sample_draws(EXACT, Model(), 3, samples)["mask"]).all(axis=1)
+    assert not same.any()
+    assert np.array_equal(drawn["mask"], _heldout_draws(EXACT, Model(), 3, samples)["mask"])
+
+
+def test_drop_path_keeps_as_the_model_divides():
+    """keep [B, L, 2]: layer l drops a branch with probability drop_path · l / (L - 1), drawn from (seed, sample)."""
+    model, samples = Model(drop_path=0.3, layers=4), np.arange(20_000)
+    keep = sample_draws(EXACT, model, 1, samples)["keep"]
+    assert keep.shape == (20_000, 4, 2)
+    assert keep.dtype == bool
+    assert keep[:, 0].all()
+    assert keep.mean(axis=0) == pytest.approx(np.array([1, 0.9, 0.8, 0.7])[:, None].repeat(2, 1), abs=0.01)
+    flat = keep[:, 1:].reshape(20_000, 6)
+    assert np.abs(np.corrcoef(flat.T) - np.eye(6)).max() < 0.03
+    again = sample_draws(EXACT, model, 1, samples[::-1][:7])["keep"]
+    assert np.array_equal(again, keep[::-1][:7])
+    assert "keep" not in sample_draws(EXACT, Model(drop_path=0.0), 1, samples[:2])
+    assert sample_draws(EXACT, Model(drop_path=0.3, layers=1), 1, samples[:99])["keep"].all()

@@ -1,0 +1,140 @@
+"""Listing pictures: nothing missed, nothing twice, and keys that WebDataset takes as they are."""
+
+import os
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
+
+from beitforge.shards.errors import ShardError
+from beitforge.shards.pack.image_files import classes_of, keys_of, list_images
+from tests.shards.made_images import write_folder
+
+
+def listed(folder):
+    pictures = list_images(folder, folder / "out")
+    return dict(zip(pictures.paths, pictures.keys, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("cat/a.jpg", "cat/a"),
+        ("a b/ü – 猫.png", "a b/ü – 猫"),
+        ("a.b.c.jpg", "a%2Eb%2Ec"),
+        ("v1.2/a.jpg", "v1%2E2/a"),
+        ("100%.jpg", "100%25"),
+        ("a\nb\tc\x7f.jpg", "a%0Ab%09c%7F"),
+        (os.fsdecode(b"\xff\xe9.jpg"), "%FF%E9"),
+        ("\x85.jpg", "%C2%85"),
+        ("__x__/a.jpg", "%5F_x__/a"),
+    ],
+)
+def test_keys(path, key):
+    """Spaces and every script stay; what cuts a key, breaks a line or is no text is percent-encoded."""
+    assert keys_of([path]) == [key]
+
+
+def test_shared_stems_keep_their_extensions():
+    """a.jpg and a.png are two samples; even a file that is named like another's long key gets one of its own."""
+    paths = ["d/a.jpg", "d/a.png", "d/b.jpg", "e/a.jpg", "d/a.jpg.png", "d/A.jpg"]
+    keys = keys_of(paths)
+    assert keys == ["d/a%2Ejpg", "d/a%2Epng", "d/b", "e/a", "d/a%2Ejpg%2Epng", "d/A"]
+
+
+PART = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=6).filter(lambda t: t not in (".", ".."))
+PATH = st.builds("/".join, st.lists(PART | st.sampled_from(["a", "a.jpg", "__m__", "%2E"]), min_size=1, max_size=3))
+NAMES = st.builds(str.__add__, PATH, st.sampled_from([".jpg", ".JPG", ".png", ".tar.gif"]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(NAMES, unique=True, min_size=1, max_size=8))
+def test_keys_are_distinct_and_webdatasets_own(paths):
+    """Whatever the names: distinct keys, each exactly what webdataset cuts from KEY.jpg, none that it skips."""
+    keys = keys_of(paths)
+    assert len(set(keys)) == len(paths)
+    for key in keys:
+        assert base_plus_ext(f"{key}.jpg") == (key, "jpg")
+        assert not re.match(r"__[^/]*__($|/)", key)
+
+
+def test_every_picture_is_found_and_others_counted(tmp_path):
+    """Any case of the extension, any depth; hidden files ignored; files that are no pictures are counted, not lost."""
+    names = ["a.JPG", "b/c.jpeg", "b/d/e.Tif", "f.webp", "g.gif", "h.bmp", "i.png", "j.tiff"]
+    others = ["README", "b/notes.txt", "k.jpg.txt"]
+    hidden = [".l.jpg", ".git/m.jpg", "b/._c.jpeg"]
+    write_folder(tmp_path, dict.fromkeys(names + others + hidden, b"x"))
+    pictures = list_images(tmp_path, tmp_path / "out")
+    assert sorted(pictures.paths) == sorted(names)
+    assert pictures.others == len(others)
+    assert pictures.sizes.tolist() == [1] * len(names)
+    assert pictures.keys == sorted(pictures.keys)
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    """Picture folders are often linked together; a loop must end."""
+    write_folder(tmp_path, {"in/a/x.jpg": b"x", "far/y.jpg": b"y"})
+    (tmp_path / "in/a/up").symlink_to(tmp_path / "in")
+    (tmp_path / "in/far").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "in/a")
+    (tmp_path / "in/gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "in/pipe.jpg")
+    assert set(listed(tmp_path / "in")) == {"a/x.jpg", "far/y.jpg", "far/back/x.jpg", "gone.jpg"}
+
+
+def test_the_shard_folder_inside_the_pictures_is_left_out(tmp_path):
+    """Shards may lie below the pictures they are made of."""
+    write_folder(tmp_path, {"a.jpg": b"x", "out/b.jpg": b"x"})
+    assert set(listed(tmp_path)) == {"a.jpg"}
+
+
+def test_undecodable_names_are_read(tmp_path):
+    """A Latin-1 file name from an old disk is a picture like any other."""
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as file:
+        file.write(b"x")
+    assert list(listed(tmp_path).values()) == ["caf%E9"]
+
+
+@pytest.mark.parametrize(("files", "message"), [({}, "holds no picture"), ({"a.txt": b"x"}, "it holds 1 other files")])
+def test_a_folder_without_pictures(tmp_path, files, message):
+    """Said before anything is written."""
+    write_folder(tmp_path, files)
+    with pytest.raises(ShardError, match=message):
+        list_images(tmp_path, tmp_path / "out")
+
+
+def test_no_folder(tmp_path):
+    """A mistyped path is named."""
+    with pytest.raises(ShardError, match=r"missing is not a folder"):
+        list_images(tmp_path / "missing", tmp_path / "out")
+
+
+def test_equal_hashes_are_refused(tmp_path, monkeypatch):
+    """Token shards pair by 64-bit hash; two keys sharing one would be mixed up in silence."""
+    write_folder(tmp_path, {"a.jpg": b"x", "b.jpg": b"x"})
+    monkeypatch.setattr("beitforge.shards.pack.image_files.hash_key", lambda key: 7)
+    with pytest.raises(ShardError, match="the keys a and b have the same 64-bit hash"):
+        list_images(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels", "expected"),
+    [
+        (["b/1.jpg", "a/x/2.jpg", "b/3.jpg"], "auto", (["a", "b"], [1, 0, 1])),
+        (["a/1.jpg", "a/2.jpg"], "auto", ([], [])),
+        (["a/1.jpg", "a/2.jpg"], "folder", (["a"], [0, 0])),
+        (["a/1.jpg", "b/2.jpg", "3.jpg"], "auto", ([], [])),
+        (["a/1.jpg", "b/2.jpg"], "none", ([], [])),
+    ],
+)
+def test_classes(paths, labels, expected):
+    """The first folder is the class, when that is unambiguous or asked for; class numbers follow sorted names."""
+    assert classes_of(paths, labels) == expected
+
+
+def test_folder_labels_refuse_a_stray_picture():
+    """Asked for classes, a picture without one is an error and not class 0."""
+    with pytest.raises(ShardError, match=r"3\.jpg lies in no sub-folder"):
+        classes_of(["a/1.jpg", "3.jpg"], "folder")

@@ -1,0 +1,66 @@
+"""How a worker cuts a view: crop, clamp, resize, flip."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from beitforge.shards.decode import codec
+from beitforge.shards.format.views import BRIGHTNESS, CONTRAST, JITTER_ORDERS, SATURATION, Views, unclipped_limits
+from beitforge.shards.stream.loader import TORCH, cut_into
+from tests.shards.made_images import photo
+
+PHOTO = photo()
+HEIGHT, WIDTH = PHOTO.shape[:2]
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+EVERYTHING = [0, 255]
+
+
+@pytest.mark.parametrize("limits", [EVERYTHING, [30, 180]], ids=str)
+@pytest.mark.parametrize("resample", FILTERS)
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("box", [[0, 0, WIDTH, HEIGHT], [5, 3, 30, 20], [WIDTH - 1, HEIGHT - 1, 1, 1]], ids=str)
+def test_a_view_is_pillows_crop_resize_mirror(box, flip, resample, limits):
+    """The official transform's order and filters, bit for bit."""
+    x, y, width, height = box
+    image = Image.fromarray(PHOTO.clip(*limits))
+    expected = image.crop((x, y, x + width, y + height)).resize((14, 16), FILTERS[resample])
+    expected = ImageOps.mirror(expected) if flip else expected
+    before, view = PHOTO.copy(), torch.empty((3, 16, 14), dtype=torch.uint8)
+    cut_into(view, codec.crop(PHOTO, box), flip, limits, resample)
+    np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert np.array_equal(PHOTO, before), "other views are cut from the same picture"
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_torchs_bicubic_is_pillows_to_a_level(flip):
+    ours, theirs = (torch.empty((3, 24, 20), dtype=torch.uint8) for _ in range(2))
+    crop = codec.crop(PHOTO, [2, 1, 40, 28])
+    cut_into(ours, crop, flip, EVERYTHING, TORCH)
+    cut_into(theirs, crop, flip, EVERYTHING, "bicubic")
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+def views(factors: tuple[float, float, float], first: int, second: int) -> Views:
+    order = [list(turns) for turns in JITTER_ORDERS].index([first, second, 3 - first - second])
+    one = np.zeros(1, np.uint8)
+    return Views(np.zeros((1, 4), np.uint32), one, np.array([factors], np.float32), np.array([order], np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("factors", "turns", "limits"),
+    [
+        ((1.0, 1.0, 1.0), (BRIGHTNESS, CONTRAST), [0, 255]),
+        ((0.6, 1.0, 1.3), (BRIGHTNESS, CONTRAST), [0, 255]),
+        ((1.25, 1.0, 1.0), (BRIGHTNESS, CONTRAST), [0, 204]),  # 255 / 1.25
+        ((1.25, 1.0, 0.8), (SATURATION, BRIGHTNESS), [0, 255]),  # a colour drawn back first may not clip
+        ((1.25, 1.0, 1.2), (SATURATION, BRIGHTNESS), [0, 204]),
+        ((1.0, 1.5, 1.0), (CONTRAST, BRIGHTNESS), [33, 204]),  # 100 + 1.5 (x - 100) in [0, 255]: 33.3 … 203.3
+        ((1.2, 1.5, 1.0), (CONTRAST, BRIGHTNESS), [33, 175]),  # 1.2 times that: 175
+        ((1.2, 1.5, 1.0), (BRIGHTNESS, CONTRAST), [33, 175]),  # 1.2 x; 120 + 1.5 (1.2 x - 120)
+        ((0.0, 1.0, 1.0), (BRIGHTNESS, CONTRAST), [0, 255]),
+    ],
+)
+def test_limits_are_where_the_jitter_clips(factors, turns, limits):
+    """A picture of mean grey 100. Rounded outwards, so that nothing that would not clip is touched."""
+    assert unclipped_limits(views(factors, *turns), np.array([100.0], np.float32)).tolist() == [limits]
