@@ -1,6 +1,5 @@
-"""The tests, and how their processes find the packages: `beitforge` by src/, and of the checkout's top folders only
-`tests` and `benchmarks`. `python -m pytest` puts the top on the path, where `kernels` or `shards` would hide packages of
-these names.
+"""The tests, and how their processes find packages: `beitforge` in src/; of the checkout's top folders only `tests` and
+`benchmarks`. `python -m pytest` puts the top on the path, where `kernels` would hide an installed package of that name.
 """
 
 import os

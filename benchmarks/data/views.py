@@ -138,12 +138,11 @@ def main() -> None:
         rows.append({"stage": stage, "squared error": float(np.mean(errors))} | dict(zip(columns, values, strict=True)))
     views = [row["pooled dB"] for row in rows if row["stage"].endswith("full view")]
     assert len(views) == 2 and min(views) >= 45, f"the views are not BEiT's: {views} dB"
-    note = f"{len(find_photographs())} photographs, {DRAWS} views each; squared errors in levels² of 255, mean over views, "
+    note = f"{len(find_photographs())} photographs, {DRAWS} views each; squared errors in levels² of 255, mean over "
+    note += "views, pooled dB from that mean. Official: Pillow's jitter of the whole picture, then flip, crop, resize. "
     note += (
-        "pooled dB from that mean. Official: Pillow's jitter of the whole picture, then flip, crop, resize. Ours: the "
-    )
-    note += (
-        "crop is clamped to what the jitter does not clip, cut by the record, and jittered afterwards on the device. "
+        "Ours: the crop is clamped to what the jitter does not clip, cut by the record, and jittered afterwards on the "
+        "device. "
     )
     note += "What is left is a saturation that draws clipped colours back, and the rounding of the two orders."
     write("views", "is our view BEiT's?", rows, {}, [note])

@@ -1,4 +1,5 @@
-"""Does a tokenizer give our view the tokens of BEiT's? `python -m benchmarks.learning.view_tokens [TOKENIZER_FOLDER]`."""
+"""Does a tokenizer give our view the tokens of BEiT's? `python -m benchmarks.learning.view_tokens
+[TOKENIZER_FOLDER]`."""
 
 import sys
 from collections.abc import Iterator

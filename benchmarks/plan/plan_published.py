@@ -163,9 +163,9 @@ def deit(name: str, model: Model, published: float) -> Row:
 
 
 NOTES = [
-    "Operations and bytes are `plan`'s own (pipeline/plan/costs.py), rates its defaults, but where `assumed` names what "
-    "another publication reached on the same chip. One default was set with this table in view: matrix_share, 0.60, "
-    "for all chips.",
+    "Operations and bytes are `plan`'s own (pipeline/plan/costs.py), rates its defaults, but where `assumed` names "
+    "what another publication reached on the same chip. One default was set with this table in view: matrix_share, "
+    "0.60, for all chips.",
     "NeMo went 2.06 times as fast on H100 as on A100, where products' peak is 3.17 and the memory's 1.64 times as "
     "much: one share for both leaves H100 too fast, A100 right.",
     "V100: what real trainings of 2021 reached on it is less than half of what the defaults, which are for an "

@@ -5,7 +5,8 @@ With pieces of both sides a checkpoint of any ZeRO stage and number of processes
 weights come out one tensor at a time. DeepSpeed's own universal checkpoint does not serve: under ZeRO-3 it gives every
 parameter group the first one's settings and one step counter, and it takes 1, 2 and 3 for different things.
 
-Knows the insides of DeepSpeed 0.19, held by tests/pipeline/checkpoints/test_elastic.py. Must not know model, shards or any stage.
+Knows the insides of DeepSpeed 0.19, held by tests/pipeline/checkpoints/test_elastic.py. Must not know model, shards or
+any stage.
 """
 
 import math

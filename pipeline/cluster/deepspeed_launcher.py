@@ -34,7 +34,8 @@ _SSH_KEEPALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
 
 def run(verb: str, words: list[str], folder: Path, finished: Callable[[], bool] | None, hosts: dict[str, int]) -> int:
-    """Start `python -m beitforge VERB --rank WORDS…` on all hosts ({}: on this machine) and see it to its end; the exit code.
+    """Start `python -m beitforge VERB --rank WORDS…` on all hosts ({}: on this machine) and see it to its end; the exit
+    code.
 
     `folder`: of the run, which says how it ended; where `finished` is given, that says whether the work is done, and
     nothing needs to be saved when it is stopped. Raises ConfigError for hosts that cannot be used.

@@ -69,7 +69,8 @@ class SlurmJob:
 
 
 def run(words: list[str], wanted: SlurmRequest, dry_run: bool, shards_of: Callable[[list[str]], Path]) -> int:
-    """Write and submit; returns the exit code. shards_of: the folder that `pack` with these words writes. Raises ConfigError before anything is written or submitted."""
+    """Write and submit; returns the exit code. shards_of: the folder that `pack` with these words writes. Raises
+    ConfigError before anything is written or submitted."""
     verb, rest = (words[0], words[1:]) if words and words[0] in VERBS else ("pretrain", words)
     _check(verb, wanted)
     if not dry_run and shutil.which("sbatch") is None:

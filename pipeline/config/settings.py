@@ -1,4 +1,5 @@
-"""Every setting of the system on one page; pipeline.config.loading reads them from YAML, pipeline.config.validation checks them.
+"""Every setting of the system on one page; pipeline.config.loading reads them from YAML, pipeline.config.validation
+checks them.
 
 Imports nothing heavy: help and config errors are instant. Must not know torch, shards or any stage.
 """

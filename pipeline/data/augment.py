@@ -1,8 +1,8 @@
 """What fine-tuning does to pictures (RECIPE, "Fine-tuning"): RandAugment by timm, rectangles to erase, how to mix.
 
 RandAugment works on the cut picture in the loader. Erasing and mixing are drawn here and done on the device
-(pipeline.training.objectives): timm's own draw from global state and wait for the device. Everything is a pure function of a
-seed and sample numbers. Must not know the loader, the model or any stage.
+(pipeline.training.objectives): timm's own draw from global state and wait for the device. Everything is a pure function
+of a seed and sample numbers. Must not know the loader, the model or any stage.
 """
 
 import random

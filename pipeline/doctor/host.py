@@ -1,7 +1,7 @@
 """What `doctor` asks of a host itself: versions, code and config, clock, name, port, signals, limits, shared memory.
 
-`python -m beitforge.pipeline.doctor.host CONFIG PORT [section.key=value …]` prints the facts of a host as JSON, over ssh before
-any rank is started; `compared` finds what differs between hosts. Must not know torch: it answers at once.
+`python -m beitforge.pipeline.doctor.host CONFIG PORT [section.key=value …]` prints the facts of a host as JSON, over
+ssh before any rank is started; `compared` finds what differs between hosts. Must not know torch: it answers at once.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """The evaluations inside a pretraining run: which pictures, what of them, and whether there is time.
 
 Losses on held-out pictures, on never-trained views of pictures that the run has seen, and on trained views of the same
-pictures (pipeline.evaluation.diagnostics has the rest). The gap between the last two says when K views are too few. All ranks take
-part, each sample counts once whatever their number, and nothing here changes what training computes. Must not know
-stages.
+pictures (pipeline.evaluation.diagnostics has the rest). The gap between the last two says when K views are too few. All
+ranks take part, each sample counts once whatever their number, and nothing here changes what training computes. Must
+not know stages.
 """
 
 import contextlib

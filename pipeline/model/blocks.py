@@ -1,6 +1,7 @@
 """The parts of a pre-norm vision transformer, shared by the encoder and by tokenizers that are one.
 
-Shape letters as in pipeline.model.beit. Parameters are NaN until initialised or loaded. Must not know shards or any stage.
+Shape letters as in pipeline.model.beit. Parameters are NaN until initialised or loaded. Must not know shards or any
+stage.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Colour jitter and normalisation on the device: the same function for `tokenize` and `pretrain`.
 
 BEiT jitters the whole picture, then crops. Here the crop is jittered, with the whole picture's mean grey for the
-contrast, which the index stores; the loader has clamped it to what the jitter does not clip (shards.format.views). What then
-differs is below what an eye sees (BENCHMARKS.md, views). Must not know shards.
+contrast, which the index stores; the loader has clamped it to what the jitter does not clip (shards.format.views). What
+then differs is below what an eye sees (BENCHMARKS.md, views). Must not know shards.
 """
 
 import torch

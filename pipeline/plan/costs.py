@@ -1,4 +1,5 @@
-"""What BEiT costs, by arithmetic: parameters, operations, activation memory. The model is pipeline.model.beit's, exactly.
+"""What BEiT costs, by arithmetic: parameters, operations, activation memory. The model is pipeline.model.beit's,
+exactly.
 
 Knows the settings alone, so that `plan` answers at once; tests hold it to the real model. Shape letters as in
 pipeline.model.beit. Must not know torch.
@@ -20,7 +21,8 @@ _LAUNCHED_EAGER, _LAUNCHED_COMPILED = (
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor: its name in the model, how many numbers it has, whether weight decay applies (pipeline.training.optim)."""
+    """One tensor: its name in the model, how many numbers it has, whether weight decay applies
+    (pipeline.training.optim)."""
 
     name: str
     numbers: int
@@ -76,7 +78,8 @@ def _block_macs(model: Model, positions: int, picked: int) -> float:
 
 
 def training_flops(model: Model, vocabulary: int, masked: int) -> float:
-    """As pipeline.model.beit.training_flops: per image, forward × 3, matrix products only, the last block whole; for MFU."""
+    """As pipeline.model.beit.training_flops: per image, forward × 3, matrix products only, the last block whole; for
+    MFU."""
     s, d = model.num_patches + 1, model.width
     macs = model.layers * _block_macs(model, s, s) + model.num_patches * 3 * model.patch_size**2 * d
     return 6.0 * (macs + masked * d * vocabulary)
@@ -105,7 +108,8 @@ class Activations:
 def activations(
     model: Model, vocabulary: int, masked: int, number: int, checkpointing: bool, kernels: str
 ) -> Activations:
-    """Tensors that autograd keeps for backward, counted in pipeline.model.blocks. `number`: bytes of one number. kernels:
+    """Tensors that autograd keeps for backward, counted in pipeline.model.blocks. `number`: bytes of one number.
+    kernels:
 
     fused: attention keeps qkv, its output and a number a row (kernels.attention), the head its gradient alone. sdpa:
     the gradient of the bias is made for each image, and logits are kept. reference: the S × S softmax is kept, too.
@@ -173,7 +177,8 @@ def update_bytes(numbers: float) -> float:
 
 
 def tokenizer_macs(settings: Tokenizer, dalle: bool) -> float:
-    """Multiply-adds of one view's tokens: the own dVAE's encoder (pipeline.tokenizers.dvae), or DALL-E's (RECIPE, "Cost")."""
+    """Multiply-adds of one view's tokens: the own dVAE's encoder (pipeline.tokenizers.dvae), or DALL-E's (RECIPE,
+    "Cost")."""
     height, width = settings.input_size
     if dalle:
         return _DALLE_MACS * height * width / 112**2

@@ -12,7 +12,8 @@ _SOURCES = """Formulas
   model states             ZeRO, arXiv 1910.02054, section 5, with DeepSpeed 0.19's buckets and padding
   bytes sent               ring collectives (Patarasuk and Yuan 2009); ZeRO section 7, but DeepSpeed's ZeRO-1 and 2 send
                            3 Ψ, not 2 Ψ; each counted at the collectives (tests/pipeline/plan/test_plan_ranks.py)
-  activations              what autograd keeps, counted (tests/pipeline/plan/test_costs.py); checkpointing arXiv 1604.06174
+  activations              what autograd keeps, counted (tests/pipeline/plan/test_costs.py);
+                           checkpointing arXiv 1604.06174
   time of a step           products, then everything else's bytes (Williams et al. 2009); α-β model of collectives
                            (Thakur et al. 2005); blocks and buckets walked one by one (pipeline/plan/simulation.py)
   goodput                  slowest rank, loader, checkpoints, failures: simulated; Young 1974, Daly 2006 (eq. 20)"""

@@ -1,8 +1,8 @@
 """What each ZeRO stage of this engine keeps on a GPU and sends, part by part.
 
 The partitions are those of arXiv 1910.02054 (ZeRO: section 5 memory, section 7 communication), with what DeepSpeed 0.19
-really does under pipeline.distributed.engine's configuration where it differs: read in deepspeed/runtime/zero, and held by
-tests/pipeline/plan/test_plan_ranks.py, which counts tensors and collectives of real runs. Must not know torch.
+really does under pipeline.distributed.engine's configuration where it differs: read in deepspeed/runtime/zero, and held
+by tests/pipeline/plan/test_plan_ranks.py, which counts tensors and collectives of real runs. Must not know torch.
 """
 
 from dataclasses import dataclass

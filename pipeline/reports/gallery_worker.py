@@ -1,4 +1,5 @@
-"""`python -m beitforge.pipeline.reports.gallery_worker RUN OUT`: what of a live page takes long, made in a process of its own.
+"""`python -m beitforge.pipeline.reports.gallery_worker RUN OUT`: what of a live page takes long, made in a process of
+its own.
 
 It yields to everything else on the node, uses few threads and no GPU, and ends with whoever started it. Must not know
 any stage.

@@ -121,7 +121,8 @@ def _checkpoints(run: Path) -> list[list[str]]:
         if not {"step", "samples_seen"} <= state.keys() or not isinstance(files, dict):
             rows.append([folder.name, "", "", "", "unfinished: no state.json that can be read"])
             continue
-        saved = f"{state.get('precision', '?')}, ZeRO {state.get('zero_stage', '?')}, {process_count(state.get('world', '?'))}"
+        processes = process_count(state.get("world", "?"))
+        saved = f"{state.get('precision', '?')}, ZeRO {state.get('zero_stage', '?')}, {processes}"
         size = f"{sum(files.values()) / 2**20:,.1f} MiB"
         rows.append([folder.name, f"{state['step']:,}", f"{state['samples_seen']:,}", size, saved])
     return rows

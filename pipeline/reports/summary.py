@@ -1,4 +1,5 @@
-"""The head of a report, its headline numbers and its probe. Record in, HTML out; pipeline.reports.curves has the curves.
+"""The head of a report, its headline numbers and its probe. Record in, HTML out; pipeline.reports.curves has the
+curves.
 
 Apart from the stage, so that a page of several runs, or of one that is running, can use them. Must not know torch or
 any stage.

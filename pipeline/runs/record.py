@@ -52,9 +52,9 @@ class TokenUse:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run folder. `kinds`: the lines of metrics.jsonl by their kind (pipeline.training.metrics), in step order; of a step that
-    was logged again after a restart, the last. `step` is where the run stands, `job` what it does: pretrain, finetune
-    or tokenizer."""
+    """A run folder. `kinds`: the lines of metrics.jsonl by their kind (pipeline.training.metrics), in step order; of a
+    step that was logged again after a restart, the last. `step` is where the run stands, `job` what it does: pretrain,
+    finetune or tokenizer."""
 
     run: Path
     config: Config

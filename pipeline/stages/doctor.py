@@ -1,7 +1,8 @@
 """`doctor CONFIG`: every rank looks at its host, data, device and network before a training does; one verdict.
 
-Each rank's own checks need no other rank; their findings go to the first through a store (pipeline.doctor.collect), which
-names whoever does not report in time. Only when all have, they meet in a process group for the network and a dry step.
+Each rank's own checks need no other rank; their findings go to the first through a store (pipeline.doctor.collect),
+which names whoever does not report in time. Only when all have, they meet in a process group for the network and a dry
+step.
 """
 
 import contextlib

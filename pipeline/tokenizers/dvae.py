@@ -1,8 +1,8 @@
 """The own tokenizer: a discrete VAE from pixels to visual tokens and back (RECIPE, "Own tokenizer").
 
 Three stride-2 convolutions and residual blocks give logits over the vocabulary for each 8×8 field; the decoder mirrors
-them. Training draws from a Gumbel-softmax; a trained tokenizer takes the argmax. Shape letters as in pipeline.model.beit;
-h, w: the token grid, E: embedding size. Must not know shards or deepspeed.
+them. Training draws from a Gumbel-softmax; a trained tokenizer takes the argmax. Shape letters as in
+pipeline.model.beit; h, w: the token grid, E: embedding size. Must not know shards or deepspeed.
 """
 
 import torch

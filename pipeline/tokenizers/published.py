@@ -124,7 +124,8 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def read_vqkd(path: Path) -> tuple[VqkdShape, Weights]:
-    """BEiT v2's vqkd_encoder_base_*.pth: shape and weights of a pipeline.tokenizers.vqkd.Vqkd; its decoder is left where it is.
+    """BEiT v2's vqkd_encoder_base_*.pth: shape and weights of a pipeline.tokenizers.vqkd.Vqkd; its decoder is left
+    where it is.
 
     The number of heads shows in no weight: it is width / 64, as in every published one. Raises ConfigError for anything
     that is not such a file.

@@ -1,8 +1,8 @@
 """BEiT v2's tokenizer VQ-KD: a vision transformer whose patches are looked up in a codebook by direction.
 
 Peng et al. 2022 (arXiv 2208.06366); microsoft/unilm, beit2/modeling_vqkd.py and norm_ema_quantizer.py. The encoder
-alone: the published decoder predicts CLIP's or DINO's features, no pixels. Shape letters as in pipeline.model.beit; E: code
-size. Must not know shards, deepspeed, pipeline.model.beit or any file format.
+alone: the published decoder predicts CLIP's or DINO's features, no pixels. Shape letters as in pipeline.model.beit; E:
+code size. Must not know shards, deepspeed, pipeline.model.beit or any file format.
 """
 
 import re

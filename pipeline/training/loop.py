@@ -54,8 +54,8 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What a training is made of. hosts: of every rank. monitor, bad_samples: of rank 0 alone; positions: where they are
-    logged.
+    """What a training is made of. hosts: of every rank. monitor, bad_samples: of rank 0 alone; positions: where they
+    are logged.
 
     save: False when the weights are not finite, and nothing was saved. beat: told what comes next, at every step.
     """

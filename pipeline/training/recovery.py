@@ -97,9 +97,9 @@ class Recovery:
         start = self.consecutive[0].step
         samples = f"samples {start * self.global_batch}–{(self.consecutive[-1].step + 1) * self.global_batch - 1}"
         return (
-            f"{self.consecutive[0]} at step {start}, the first of {len(self.consecutive)} in a row ({samples}): {why}; look at "
-            f"these samples (see {self.path}), or begin a new train.run folder with a lower optimizer.lr, from an "
-            f"export of this run (train.init) or anew"
+            f"{self.consecutive[0]} at step {start}, the first of {len(self.consecutive)} in a row ({samples}): {why}; "
+            f"look at these samples (see {self.path}), or begin a new train.run folder with a lower optimizer.lr, from "
+            f"an export of this run (train.init) or anew"
         )
 
     def _write(self, values: dict) -> None:

@@ -58,8 +58,8 @@ class ImageError(ShardError):
 class Header:
     """What a picture says of itself. Width and height are in pixels as stored, before any EXIF turn.
 
-    `format` is jpg, png, webp, or Pillow's name in lower case; `flags` are FLAG_* of shards.format.index; `orientation` is
-    EXIF's 1-8; `bits` is 8, or 16 where `decode` has to drop the lower byte.
+    `format` is jpg, png, webp, or Pillow's name in lower case; `flags` are FLAG_* of shards.format.index; `orientation`
+    is EXIF's 1-8; `bits` is 8, or 16 where `decode` has to drop the lower byte.
     """
 
     format: str

@@ -1,9 +1,9 @@
 """Token shards: the visual tokens of K recorded views of each picture of an image shard, row for row.
 
 `NAME.safetensors` per image shard `NAME.tar`: tokens u16 [views, samples, patches] · boxes, flips, jitters, orders (the
-records, shards.format.views.Views with leading [views, samples]) · keys u64 [samples] · bad u8 [samples] (1: the picture could
-not be read, its rows are zeros and the stream substitutes it) · checks u64 [views, samples], the checksum of each row,
-which sets of earlier versions lack. View-major, so that more views can follow.
+records, shards.format.views.Views with leading [views, samples]) · keys u64 [samples] · bad u8 [samples] (1: the
+picture could not be read, its rows are zeros and the stream substitutes it) · checks u64 [views, samples], the checksum
+of each row, which sets of earlier versions lack. View-major, so that more views can follow.
 """
 
 from collections.abc import Callable

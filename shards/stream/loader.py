@@ -1,4 +1,5 @@
-"""Whole batches, built in the worker: decode, cut by the record, resize to uint8. With shards.stream.view_batches what uses torch.
+"""Whole batches, built in the worker: decode, cut by the record, resize to uint8. With shards.stream.view_batches what
+uses torch.
 
 A batch is a pure function of the sample numbers asked for. Workers, ranks and restarts therefore never change it.
 """
@@ -42,8 +43,8 @@ class Batch(NamedTuple):
     """One micro batch, B samples.
 
     samples i64 [B] · pixels u8 [B, 3, H, W], cut and flipped, not yet jittered · tokenizer_pixels u8 [B, 3, h, w], the
-    same views at the tokenizer's size (h = w = 0: not asked for) · tokens i64 [B, N] (N = 0: none recorded) ·
-    jitters f32 [B, 3], orders i64 [B], mean_greys f32 [B] (shards.format.views) · labels i64 [B] · draws: what the caller's
+    same views at the tokenizer's size (h = w = 0: not asked for) · tokens i64 [B, N] (N = 0: none recorded) · jitters
+    f32 [B, 3], orders i64 [B], mean_greys f32 [B] (shards.format.views) · labels i64 [B] · draws: what the caller's
     `draw` made of the sample numbers · bad: the substitutions made.
     """
 
@@ -101,8 +102,8 @@ class SequentialOrder:
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """What turns sample numbers into batches. `size` is (H, W), `resample` a filter of `cut_into`; `tokenizer_size` and
-    its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of shards.decode.jpeg.DECODERS.
-    `augment` changes the pixels u8 [3, H, W] of a sample in place."""
+    its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of
+    shards.decode.jpeg.DECODERS. `augment` changes the pixels u8 [3, H, W] of a sample in place."""
 
     images: ImageSet
     places: SampleOrder
@@ -220,8 +221,8 @@ class _Undecodable(Exception):
 def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int], resample: str) -> None:
     """Write one view into `out` u8 [3, H, W] from its crop u8 [h, w, 3]: clamp, antialiased resize, flip.
 
-    limits: lowest and highest value (shards.format.views.unclipped_limits). resample: TORCH is torch's bicubic, four times
-    Pillow's speed, for the encoder; bicubic and lanczos are Pillow's.
+    limits: lowest and highest value (shards.format.views.unclipped_limits). resample: TORCH is torch's bicubic, four
+    times Pillow's speed, for the encoder; bicubic and lanczos are Pillow's.
     """
     size = (out.shape[1], out.shape[2])
     if limits != [0, 255]:

@@ -1,4 +1,5 @@
-"""Many views of each picture of a shard, built in the worker: for `tokenize`. Uses torch, as shards.stream.loader does."""
+"""Many views of each picture of a shard, built in the worker: for `tokenize`. Uses torch, as shards.stream.loader
+does."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Every fault of a generated corpus is mended, substituted and counted, or one clear error: never a wrong sample.
 
-The corpus and its judge are benchmarks/faults/faults.py; `python -m benchmarks.faults.faults NUMBER` runs one case of seed 0 again.
+The corpus and its judge are benchmarks/faults/faults.py; `python -m benchmarks.faults.faults NUMBER` runs one case of
+seed 0 again.
 """
 
 import functools

@@ -1,1 +1,2 @@
-"""The corpus of damaged shard sets that benchmarks/faults/faults.py and tests/shards/test_faults.py judge the reader by."""
+"""The corpus of damaged shard sets that benchmarks/faults/faults.py and tests/shards/test_faults.py judge the reader
+by."""

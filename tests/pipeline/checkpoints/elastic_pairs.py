@@ -1,4 +1,4 @@
-"""A process of tests/pipeline/checkpoints/test_elastic.py: `python -m tests.pipeline.checkpoints.elastic_pairs FOLDER [SAVED …]`.
+"""A process of test_elastic.py: `python -m tests.pipeline.checkpoints.elastic_pairs FOLDER [SAVED …]`.
 
 Alone or under torchrun. Trains under every ZeRO stage, lays each checkpoint out under every other, and prints a
 JSON list of findings.

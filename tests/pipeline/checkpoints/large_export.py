@@ -1,4 +1,4 @@
-"""Processes of tests/pipeline/checkpoints/test_saver.py: `… save FOLDER STAGE` writes a checkpoint of many equal layers,
+"""Processes of test_saver.py: `… save FOLDER STAGE` writes a checkpoint of many equal layers,
 `… export FOLDER STAGE OUT` streams it out and prints by how many bytes memory of the process's own grew at most."""
 
 import sys

@@ -131,7 +131,7 @@ def test_shards_refuse_in_one_line(tmp_path):
 
 
 def test_preprocessing_needs_neither_torch_nor_deepspeed():
-    """Every module of shards but loader and view_batches imports where they are not installed; the writer of tars, too."""
+    """Every module of shards but loader and view_batches imports without them; the writer of tars, too."""
     code = """
 import importlib, pkgutil, sys
 class Missing:

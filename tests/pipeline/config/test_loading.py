@@ -297,6 +297,7 @@ def test_settings_are_frozen_typed_and_keyword_only():
 
 def test_config_imports_nothing_heavy():
     """Help and config errors are instant."""
-    code = "import sys, beitforge.pipeline.config.loading; print([m for m in ('torch', 'numpy', 'deepspeed', 'beitforge.shards') if m in sys.modules])"
+    heavy = ("torch", "numpy", "deepspeed", "beitforge.shards")
+    code = f"import sys, beitforge.pipeline.config.loading; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

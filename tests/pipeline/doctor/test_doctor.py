@@ -269,7 +269,8 @@ def test_clocks():
 
 def test_signals_of_this_process():
     """A process that was started with SIGUSR1 blocked would never hear that its time is up."""
-    code = "import os, signal; from beitforge.pipeline.doctor.host import Arrivals, own_signals; from beitforge.pipeline.doctor.findings import *\n"
+    code = "import os, signal; from beitforge.pipeline.doctor.host import Arrivals, own_signals\n"
+    code += "from beitforge.pipeline.doctor.findings import *\n"
     code += "local = Local('here'); arrivals = Arrivals(); {}\n"
     code += "own_signals(arrivals, os.environ, local); print([f.what for f in local.found])"
     block = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])"

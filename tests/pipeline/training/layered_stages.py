@@ -1,4 +1,4 @@
-"""A process of tests/pipeline/training/test_layered.py: `python -m tests.pipeline.training.layered_stages FOLDER` under torchrun.
+"""A process of test_layered.py: `python -m tests.pipeline.training.layered_stages FOLDER` under torchrun.
 
 Fine-tunes a tiny classifier with layer-wise rates under every ZeRO stage, lays each checkpoint out under the next
 stage, and prints a JSON list of what it found.
