@@ -1,0 +1,66 @@
+"""What commit c261ee1, the last one before the packages became `beitforge`, has written is read, resumed and exported.
+
+made_by_0.1.0.tar.xz holds a shard set, its token set, a tokenizer, a run of two ranks under ZeRO-2 with its checkpoint of
+step 6 of 12, and the encoder exported at step 12: `pack`, `tokenize`, `pretrain` and `export` of that commit.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from beitforge.pipeline.cli import main
+from beitforge.pipeline.runs.jsonl import read_metrics
+from beitforge.pipeline.weights.encoder import load_encoder
+
+ARCHIVE = Path(__file__).parent / "made_by_0.1.0.tar.xz"
+CLOSE = 2e-6  # another number of ranks, and perhaps another processor, adds in another order
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The archive's folder, as the working folder: its paths are relative."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_sets_are_clean(old, capsys):
+    for part in ("train", "test"):
+        assert main(["verify", f"shards/{part}", "--decode", "--workers", "1"]) == 0
+        assert main(["verify", f"tokens/{part}", "--images", f"shards/{part}", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.count("clean") == 4
+
+
+def test_a_run_is_resumed_exported_and_reported(old):
+    """On one rank: steps 7 to 12 have the losses that the old version went on to log, and end in its weights."""
+    before = {line["step"]: line["loss"] for line in read_metrics(old / "run", "train")}
+    words = [sys.executable, "-W", "ignore", "-m", "beitforge"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, "pretrain", "--rank", "config.yaml"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "from step 6" in done.stderr, done.stderr
+    after = {line["step"]: line["loss"] for line in read_metrics(old / "run", "train")}
+    assert sorted(after) == list(range(1, 13)) and after == pytest.approx(before, rel=CLOSE)
+
+    assert main(["export", "run", "exported"]) == 0
+    theirs, ours = load_file("encoder/model.safetensors"), load_file("exported/model.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.allclose(ours[name], tensor, rtol=1e-4, atol=1e-6) for name, tensor in theirs.items())
+    assert main(["report", "run"]) == 0
+    assert "step 12" in (old / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_encoder_is_loaded_bit_for_bit(old):
+    encoder, _ = load_encoder(old / "encoder")
+    state, file = encoder.state_dict(), load_file("encoder/model.safetensors")
+    assert state.keys() == file.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in file.items())
