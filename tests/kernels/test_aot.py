@@ -52,9 +52,9 @@ def test_two_programs_share_a_multiprocessor(table):
 
 def test_jitter_contracts_nothing():
     """No product and sum are rounded as one, divisions are whole: the code gives the bits that plain PyTorch gives."""
-    program = "from kernels import ahead, compiled; chip = ahead.CHIPS[1]; "
-    program += "builds = [build for build in compiled.builds(chip) if build.kernel == 'jitter_pixels']; "
-    program += "print(*(ahead.compiled(build, chip).asm['ptx'] for build in builds))"
+    program = "from beitforge.kernels.aot import __main__, compile; chip = compile.TARGETS[1]; "
+    program += "builds = [build for build in __main__.builds(chip) if build.kernel == 'jitter_pixels']; "
+    program += "print(*(compile.compiled(build, chip).asm['ptx'] for build in builds))"
     code = compiling(["-c", program])
     assert code.count("div.rn.f32") >= 6 and "mul" in code
     assert "fma." not in code and "div.full" not in code

@@ -27,7 +27,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
 # says its reason whenever it changes; a second signal counts after a tenth of a second
 CODE = """
 import sys, time
-from pipeline import signals
+from beitforge.pipeline.cluster import signals
 signals._SAME_REQUEST_SECONDS = 0.1
 stop = signals.StopRequest()
 stop.install()

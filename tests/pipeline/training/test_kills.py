@@ -144,7 +144,7 @@ def test_a_rank_that_stands_still_ends_the_run(tiny, unbroken, tmp_path):
 
 def test_a_process_that_cannot_even_say_so_is_ended():
     """The watchdog's own thread needs the interpreter; what holds that is ended from outside of it."""
-    program = "from pipeline import watchdog; watchdog._GRACE = 1.0; import re\n"
+    program = "from beitforge.pipeline.cluster import watchdog; watchdog._GRACE = 1.0; import re\n"
     program += "with watchdog.Watchdog(0.5, 0) as dog:\n    dog.beat('a step')\n    re.match('(a+)+$', 'a' * 60 + 'b')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode not in (0, EXIT_HUNG) and "Timeout" in done.stderr

@@ -156,7 +156,7 @@ def test_one_with_other_pixels_is_passed_over(monkeypatch):
 
 def test_it_starts_without_a_word():
     """The libraries complain on stderr of every GPU library that is not there."""
-    code = "from shards import jpeg; print(jpeg.decoder('auto').name)"
+    code = "from beitforge.shards.decode import jpeg; print(jpeg.decoder('auto').name)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
@@ -169,7 +169,7 @@ def test_decoding_does_not_leak():
         import io
         import numpy as np
         from PIL import Image
-        from shards import jpeg
+        from beitforge.shards.decode import jpeg
         file = io.BytesIO()
         Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(file, "JPEG")
         decoder, data = jpeg.decoder("auto"), file.getvalue()

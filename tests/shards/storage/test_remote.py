@@ -312,8 +312,9 @@ def test_the_process_that_fetches_ahead_ends_with_its_own(tiny, served, tmp_path
     """However it ends: nothing is left to fill a disk."""
     code = """if True:
         import os, sys, time
-        from pipeline.config import load_config
-        from pipeline.streams import pretraining, training_batches
+        from beitforge.pipeline.config.loading import load_config
+        from beitforge.pipeline.data.batches import training_batches
+        from beitforge.pipeline.data.pretraining import pretraining
         config = load_config(sys.argv[1], sys.argv[2:])
         source = pretraining(config)
         shape = dict(first_sample=0, global_batch=12, micro=12, rank=0, world=1, steps=10**6)
