@@ -24,7 +24,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.storage.files import write_text
 
 VERBS = ("pretrain", "finetune", "tokenizer", "tokenize", "pack")
-_PACKAGES = Path(beitforge.__file__).parent.parent  # for PYTHONPATH: src of a checkout, or site-packages
+_PACKAGES = Path(beitforge.__file__).absolute().parent.parent  # for PYTHONPATH: src of a checkout, or site-packages
 _PROGRAM = (sys.executable, "-u", "-m", "beitforge")
 _BLANK = re.compile(r"\{\{(\w+)\}\}")
 _TICK_SECONDS = 60  # SLURM signals up to so much early

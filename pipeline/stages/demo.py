@@ -26,7 +26,7 @@ from beitforge.shards.format.manifest import NAME as MANIFEST
 from beitforge.shards.format.manifest import read_image_manifest
 from beitforge.shards.storage.files import write_text
 
-_CONFIG = Path(beitforge.__file__).parent / "configs" / "demo.yaml"
+_CONFIG = Path(beitforge.__file__).absolute().parent / "configs" / "demo.yaml"
 _TRAIN_TILES, _TEST_TILES = 150, 30  # of each photograph
 _TEST_SHARE = 0.1  # of the user's own pictures
 

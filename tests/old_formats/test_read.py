@@ -1,7 +1,7 @@
 """What commit c261ee1, the last one before the packages became `beitforge`, has written is read, resumed and exported.
 
-made_by_0.1.0.tar.xz holds a shard set, its token set, a tokenizer, a run of two ranks under ZeRO-2 with its checkpoint of
-step 6 of 12, and the encoder exported at step 12: `pack`, `tokenize`, `pretrain` and `export` of that commit.
+made_by_0.1.0.tar.xz holds a shard set, its token set, a tokenizer, a run of two ranks under ZeRO-2 with its checkpoint
+of step 6 of 12, and the encoder exported at step 12: `pack`, `tokenize`, `pretrain` and `export` of that commit.
 """
 
 import os
