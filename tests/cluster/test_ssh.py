@@ -63,7 +63,7 @@ def the_environment_travelled(there: dict[str, str]) -> None:
     assert there["GLOO_AWKWARD"] == AWKWARD
     assert (there["NCCL_DEBUG"], there["MINE"]) == ("WARN", "yes")
     assert (there["OMP_NUM_THREADS"], there["TORCH_CPP_LOG_LEVEL"]) == ("1", "ERROR")
-    assert there["PYTHONPATH"].split(":")[0] == str(ROOT)
+    assert there["PYTHONPATH"].split(":")[0] == str(ROOT / "src")
     assert SECRET not in str(there)
 
 

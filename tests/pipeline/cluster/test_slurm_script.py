@@ -19,7 +19,7 @@ from tests.pipeline.commands.test_help import HEAVY, command, imported, said
 def slurm(*words: object, folder: Path) -> subprocess.CompletedProcess:
     """`python -m pipeline slurm … --dry-run` in a folder, as ./launch.sh calls it."""
     program = [sys.executable, "-m", "beitforge", "slurm", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 

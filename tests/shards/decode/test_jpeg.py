@@ -157,7 +157,7 @@ def test_one_with_other_pixels_is_passed_over(monkeypatch):
 def test_it_starts_without_a_word():
     """The libraries complain on stderr of every GPU library that is not there."""
     code = "from beitforge.shards.decode import jpeg; print(jpeg.decoder('auto').name)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.startswith("nvimgcodec")
@@ -184,6 +184,6 @@ def test_decoding_does_not_leak():
         run(30_000)
         print(resident() - before)
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 8 * 30_000
