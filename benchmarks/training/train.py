@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitforge.pipeline.config.settings import Model, Size
-from beitforge.pipeline.model.beit import Beit, training_flops
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.plan.costs import training_flops
 from benchmarks.kernels.kernels import rates
 from benchmarks.results import write
 

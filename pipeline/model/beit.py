@@ -170,20 +170,3 @@ def initialise(encoder: Encoder, seed: int) -> None:
             parameter.uniform_(-bound, bound, generator=generator).erfinv_().mul_(0.02 * math.sqrt(2))
         if name.endswith(("attention.out.weight", "fc2.weight")):
             parameter.div_(math.sqrt(2 * (int(name.split(".")[1]) + 1)))
-
-
-def num_parameters(module: nn.Module) -> int:
-    """Trainable numbers in a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def training_flops(model: Model, vocabulary: int, masked: int) -> float:
-    """Floating-point operations of one training step per image: forward × 3, matrix products only (RECIPE, "Cost").
-
-    The last block counts in full although only its masked patches are computed, so that MFU compares with others'.
-    """
-    patches = model.num_patches
-    s, d = patches + 1, model.width
-    block = s * (4 * d * d + 2 * d * int(d * model.mlp_ratio)) + 2 * s * s * d
-    macs = model.layers * block + patches * 3 * model.patch_size**2 * d + masked * d * vocabulary
-    return 6.0 * macs

@@ -67,7 +67,7 @@ def parameters(model: Model, vocabulary: int) -> list[Parameter]:
 
 
 def num_parameters(model: Model, vocabulary: int) -> int:
-    """Trainable numbers."""
+    """Number of trainable parameters."""
     return sum(each.numbers for each in parameters(model, vocabulary))
 
 
@@ -78,8 +78,10 @@ def _block_macs(model: Model, positions: int, picked: int) -> float:
 
 
 def training_flops(model: Model, vocabulary: int, masked: int) -> float:
-    """As pipeline.model.beit.training_flops: per image, forward × 3, matrix products only, the last block whole; for
-    MFU."""
+    """Floating-point operations of one training step per image: forward × 3, matrix products only (RECIPE, "Cost").
+
+    The last block counts in full although only its masked patches are computed, so that MFU compares with others'.
+    """
     s, d = model.num_patches + 1, model.width
     macs = model.layers * _block_macs(model, s, s) + model.num_patches * 3 * model.patch_size**2 * d
     return 6.0 * (macs + masked * d * vocabulary)

@@ -48,7 +48,8 @@ from beitforge.pipeline.doctor.findings import (
 )
 from beitforge.pipeline.doctor.host import Arrivals, started_by_srun
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.model.beit import Beit, num_parameters
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.plan.costs import num_parameters
 from beitforge.pipeline.plan.estimate import sharding_of
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
 from beitforge.shards.errors import ShardError
@@ -282,7 +283,7 @@ def _together(me: _Me) -> None:
         if go == ALL and me.module is not None:
             seconds, images = checks_device.dry_step(me.config, world, me.module, _micro(me), me.local, at)
             found["step"] = seconds
-            found["numbers"] = num_parameters(me.module)
+            found["numbers"] = num_parameters(me.config.model, me.config.tokenizer.vocabulary)
             _feeding(me, images / seconds)
     except _FAULTS as error:
         line = " ".join(str(error).split())[:400] or type(error).__name__

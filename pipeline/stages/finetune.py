@@ -18,8 +18,9 @@ from beitforge.pipeline.distributed.deepspeed_config import Setup, setup_from
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ranks
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.model.beit import Classifier, initialise, training_flops
+from beitforge.pipeline.model.beit import Classifier, initialise
 from beitforge.pipeline.model.resize import finetuned_model
+from beitforge.pipeline.plan.costs import training_flops
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.training.objectives import classification_loss, classified, encoder_input
 from beitforge.pipeline.training.optim import layer_groups

@@ -16,7 +16,8 @@ from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ranks
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.evaluation.evaluations import Evaluations, EvaluationSets, open_evaluation_sets, with_tokens
-from beitforge.pipeline.model.beit import Beit, training_flops
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.plan.costs import training_flops
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.training.objectives import masked_token_loss
 from beitforge.pipeline.training.optim import parameter_groups

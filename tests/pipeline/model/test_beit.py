@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beitforge.kernels.attention import relative_index
 from beitforge.pipeline.config.settings import Config, Model, Size
-from beitforge.pipeline.model.beit import Beit, training_flops
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.plan.costs import training_flops
 
 TINY = Model(input_size=Size(12, 12), patch_size=3, layers=3, width=24, heads=2, drop_path=0.0)
 VOCABULARY, MASKED = 40, 6

@@ -8,7 +8,8 @@ import torch
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.config.settings import Model, Size
 from beitforge.pipeline.model import beit as module
-from beitforge.pipeline.model.beit import Beit, num_parameters, training_flops
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.plan.costs import num_parameters, training_flops
 from tests.conftest import ROOT
 
 TINY = Model(input_size=Size(12, 12), patch_size=3, layers=3, width=24, heads=2)
@@ -30,9 +31,16 @@ RECIPE_SIZES = [
 ]
 
 
+def count(model: Model, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Trainable parameters of the module itself, which `plan` must count alike."""
+    real = sum(parameter.numel() for parameter in on_meta(model, vocabulary, monkeypatch).parameters())
+    assert num_parameters(model, vocabulary) == real
+    return real
+
+
 @pytest.mark.parametrize(("changes", "parameters"), RECIPE_SIZES)
 def test_parameter_counts_are_recipes(changes, parameters, monkeypatch):
-    assert num_parameters(on_meta(Model(**changes), 8192, monkeypatch)) == parameters
+    assert count(Model(**changes), 8192, monkeypatch) == parameters
 
 
 @pytest.mark.parametrize(
@@ -47,12 +55,12 @@ def test_parameter_counts_are_recipes(changes, parameters, monkeypatch):
 )
 def test_shipped_configs_have_recipes_sizes(name, parameters, monkeypatch):
     config = load_config(str(ROOT / "configs" / f"{name}.yaml"), [])
-    assert num_parameters(on_meta(config.model, config.tokenizer.vocabulary, monkeypatch)) == parameters
+    assert count(config.model, config.tokenizer.vocabulary, monkeypatch) == parameters
 
 
 def test_an_own_table_in_every_layer_counts(monkeypatch):
     """`relative`: a table of 732 rows × heads a layer instead of one for all."""
-    own = num_parameters(on_meta(Model(positions="relative"), 8192, monkeypatch))
+    own = count(Model(positions="relative"), 8192, monkeypatch)
     assert own == 91_965_776 + 11 * 732 * 12
 
 

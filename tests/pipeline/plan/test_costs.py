@@ -39,10 +39,9 @@ def test_parameters_of_every_config(monkeypatch, path, positions):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_parameters_and_operations_of_other_shapes(monkeypatch, shape):
+def test_parameters_of_other_shapes(monkeypatch, shape):
     beit = bare(monkeypatch, shape, 100)
-    assert costs.num_parameters(shape, 100) == model.num_parameters(beit)
-    assert costs.training_flops(shape, 100, 20) == model.training_flops(shape, 100, 20)
+    assert costs.num_parameters(shape, 100) == sum(parameter.numel() for parameter in beit.parameters())
 
 
 def test_published_sizes():
