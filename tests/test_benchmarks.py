@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("kernels", "ours                 with its gradient"),
-        ("fusions", "linear + cross entropy                        ours"),
-        ("train", "ours learns"),
+        ("kernels.kernels", "ours                 with its gradient"),
+        ("kernels.fusions", "linear + cross entropy                        ours"),
+        ("training.train", "ours learns"),
     ],
 )
 def test_dry_runs(name, shown):
@@ -26,7 +26,7 @@ def test_dry_runs(name, shown):
     assert shown in done.stdout
 
 
-@pytest.mark.parametrize("name", ["kernels", "fusions", "train"])
+@pytest.mark.parametrize("name", ["kernels.kernels", "kernels.fusions", "training.train"])
 def test_without_a_gpu_there_are_no_numbers(name):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}"]

@@ -315,7 +315,7 @@ def others(tmp_path_factory) -> dict[str, Path]:
 def test_without_timm_the_cure_is_named(labelled, tmp_path):
     """And without RandAugment it is not needed."""
     (tmp_path / "timm.py").write_text("raise ImportError('not installed')\n")
-    blocked = {"PYTHONPATH": str(tmp_path)}
+    blocked = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
     line = refused(alone(labelled, tmp_path / "run", environment=blocked))
     assert "cannot be imported (not installed): `pip install timm`, or set finetune.randaugment=" in line
     settings = ("finetune.randaugment=", "finetune.duration=1 steps")
