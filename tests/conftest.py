@@ -79,8 +79,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
 
     from beitforge.pipeline.config.loading import load_config
     from beitforge.pipeline.stages import tokenize
-    from beitforge.pipeline.tokenizers.dvae import Dvae
-    from beitforge.pipeline.tokenizers.storage import save_dvae
+    from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
 
     loaded = load_config(str(config), [])
     save_dvae(folder / "tokenizer", Dvae(loaded.tokenizer, seed=3), loaded.tokenizer)

@@ -1,46 +1,46 @@
 """`import-tokenizer SRC OUT`: a published tokenizer becomes a tokenizer folder, for data.tokenizer.
 
-SRC is OpenAI's `encoder.pkl` (with `decoder.pkl` beside it) or their folder, a FlavaImageCodebook folder or file, BEiT
-v2's VQ-KD `.pth`, or a tokenizer folder of ours. Nothing of a pickle is run.
+SRC is a file or folder that one of the kinds reads (pipeline.tokenizers.storage.KINDS): OpenAI's `encoder.pkl` (with
+`decoder.pkl` next to it) or their folder, a FlavaImageCodebook folder or file, BEiT v2's VQ-KD `.pth`; or a tokenizer
+folder of ours. Nothing of a pickle is run.
 """
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 
-from torch import Tensor
-
 from beitforge.pipeline.config.settings import Size
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.tokenizers.published import read_dalle_pickles, read_flava_codebook, read_vqkd
-from beitforge.pipeline.tokenizers.storage import build, load_tokenizer, save_tokenizer
+from beitforge.pipeline.tokenizers.published import Published
+from beitforge.pipeline.tokenizers.storage import KINDS, load_kind, load_tokenizer, save_tokenizer
 from beitforge.pipeline.weights.encoder import refuse_full
 
-_DALLE_SIZE = Size(112, 112)
 _OURS = "tokenizer.json"
+_TAKES = "give encoder.pkl, a FLAVA folder, a VQ-KD .pth, or one of ours"
 
 
 def run(source: Path, out: Path, size: Size | None) -> int:
-    """Write OUT whole or not at all; returns the exit code. size: of the views it will be given, None: as published."""
+    """Write OUT whole or not at all; returns the exit code. size: of the views it will take, None: as published.
+
+    Raises ConfigError for a source that no kind reads, or a size that it cannot take.
+    """
     refuse_full(out)
     if not source.exists():
-        raise ConfigError(f"{source} does not exist: give encoder.pkl, a FLAVA folder, a VQ-KD .pth, or one of ours")
-    kind, shape, weights, fitting, resample = _read(source)
-    size = size or fitting
-    stride = build(kind, shape)[1]
+        raise ConfigError(f"{source} does not exist: {_TAKES}")
+    kind, published = _read(source)
+    size = size or published.input_size
+    tokenizer = load_kind(kind).build(published.shape)
+    stride, fixed_size = tokenizer.stride, tokenizer.fixed_size
     if any(side % stride or not side for side in size):
         raise ConfigError(
             f"--input-size {size} is not a multiple of {stride}, the pixels that a token of it stands for"
         )
-    if kind == "vqkd" and size != fitting:
-        raise ConfigError(
-            f"--input-size {size}: this VQ-KD tokenizer has learned positions for {fitting}; leave it out"
-        )
+    if fixed_size is not None and size != fixed_size:
+        raise ConfigError(f"--input-size {size}: this {kind} tokenizer takes {fixed_size} alone; leave the option out")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_tokenizer(partial, weights, kind, shape, size, resample)
+    save_tokenizer(partial, published.weights, kind, published.shape, size, published.resample)
     _, identity = load_tokenizer(partial)
     if out.exists():
         out.rmdir()
@@ -57,20 +57,19 @@ def run(source: Path, out: Path, size: Size | None) -> int:
     return 0
 
 
-def _read(source: Path) -> tuple[str, dict, dict[str, Tensor], Size, str]:
-    """Kind, shape, weights, size of the views as published, and the filter they are cut with."""
+def _read(source: Path) -> tuple[str, Published]:
+    """The kind of the tokenizer in `source`, and what was read."""
     if (source / _OURS).exists():
         tokenizer, identity = load_tokenizer(source)
         content = json.loads((source / _OURS).read_text(encoding="utf-8"))
-        size = Size(*identity["input_size"])
-        return identity["kind"], content["shape"], tokenizer.state_dict(), size, identity["filter"]
-    encoder = source / "encoder.pkl" if source.is_dir() else source
-    if encoder.suffix == ".pkl" and encoder.exists():
-        decoder = encoder.with_name("decoder.pkl")
-        dalle, weights = read_dalle_pickles(encoder, decoder if decoder.exists() else None)
-        return "dalle", dataclasses.asdict(dalle), weights, _DALLE_SIZE, "lanczos"
-    if source.is_dir() or source.suffix == ".safetensors":
-        dalle, weights = read_flava_codebook(source)
-        return "dalle", dataclasses.asdict(dalle), weights, _DALLE_SIZE, "lanczos"
-    vqkd, weights = read_vqkd(source)
-    return "vqkd", dataclasses.asdict(vqkd), weights, Size(vqkd.input_size, vqkd.input_size), "bicubic"
+        return identity["kind"], Published(
+            shape=content["shape"],
+            weights=tokenizer.state_dict(),
+            input_size=Size(*identity["input_size"]),
+            resample=identity["filter"],
+        )
+    for kind in KINDS:
+        published = load_kind(kind).read_published(source)
+        if published is not None:
+            return kind, published
+    raise ConfigError(f"{source} is no tokenizer that can be imported: {_TAKES}")

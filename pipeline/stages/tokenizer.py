@@ -19,8 +19,8 @@ from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ranks
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import jitter
-from beitforge.pipeline.tokenizers.dvae import Dvae
-from beitforge.pipeline.tokenizers.storage import codebook_use, save_dvae
+from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
+from beitforge.pipeline.tokenizers.storage import codebook_use
 from beitforge.pipeline.training.loop import Objective
 from beitforge.pipeline.training.objectives import dvae_loss
 from beitforge.pipeline.training.shutdown import shut_down

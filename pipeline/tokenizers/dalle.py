@@ -1,27 +1,38 @@
 """OpenAI's DALL-E tokenizer: a discrete VAE of residual convolutions, from pixels to visual tokens and back.
 
-The encoder halves the picture three times, the decoder mirrors it. `transformers` calls the same encoder
-FlavaImageCodebook. For inference only: the weights come from a file. Shape letters as in pipeline.model.beit; h, w: the
-token grid. Must not know shards, deepspeed or any file format.
+The encoder halves the image three times, the decoder mirrors it. `transformers` calls the same encoder
+FlavaImageCodebook. For inference only: the weights come from OpenAI's files or those of `transformers`, which are read
+without executing anything in them. Shape letters as in pipeline.model.beit; h, w: the token grid. Must not know shards
+or deepspeed.
 """
 
+import dataclasses
 import itertools
+import json
 import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
+from beitforge.pipeline.config.settings import DVAE_STRIDE, Size
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import from_tokenizer, tokenizer_input
+from beitforge.pipeline.tokenizers.published import Names, Published, count, our_weights, sizes
+from beitforge.pipeline.tokenizers.safe_pickle import CURE, DECODER, ENCODER, Inert, Refused, Weights, read_pickle
 
 _ENCODER_WIDTHS, _DECODER_WIDTHS = (1, 2, 4, 8), (8, 4, 2, 1)  # of the groups, in units of `hidden`
 _COLOURS = 3
+_PUBLISHED_SIZE = Size(112, 112)
+_NUM_GROUPS = 4  # of residual blocks in each half
+_FLAVA = re.compile(r"(image_codebook\.)?blocks\.")  # alone, or within a whole FLAVA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +94,9 @@ class Half(nn.Module):
 
 class Dalle(nn.Module):
     """The published encoder and, where the file had one, its decoder (pipeline.tokenizers.storage.VisualTokenizer)."""
+
+    stride = DVAE_STRIDE
+    fixed_size: Size | None = None
 
     def __init__(self, shape: DalleShape):
         """Parameters are NaN until loaded."""
@@ -168,3 +182,134 @@ def openai_name(name: str) -> str:
 def flava_name(name: str) -> str:
     """What FlavaImageCodebook calls a weight of the encoder."""
     return name.replace(".block_", ".group.block_").replace("res_path.", "res_path.path.")
+
+
+def build(shape: dict) -> Dalle:
+    """The module of this shape; its parameters are NaN until loaded."""
+    return Dalle(DalleShape(**shape))
+
+
+def read_published(source: Path) -> Published | None:
+    """OpenAI's encoder.pkl (with decoder.pkl next to it) or their folder, or a FlavaImageCodebook's folder or file.
+
+    None for any other source. Raises ConfigError for a file that only looks like one of them.
+    """
+    encoder = source / "encoder.pkl" if source.is_dir() else source
+    if encoder.suffix == ".pkl" and encoder.exists():
+        decoder = encoder.with_name("decoder.pkl")
+        shape, weights = read_dalle_pickles(encoder, decoder if decoder.exists() else None)
+    elif source.is_dir() or source.suffix == ".safetensors":
+        shape, weights = read_flava_codebook(source)
+    else:
+        return None
+    return Published(shape=dataclasses.asdict(shape), weights=weights, input_size=_PUBLISHED_SIZE, resample="lanczos")
+
+
+def read_dalle_pickles(encoder: Path, decoder: Path | None) -> tuple[DalleShape, Weights]:
+    """OpenAI's encoder.pkl and, if given, decoder.pkl: shape and weights of a Dalle.
+
+    Raises ConfigError for a file that is not theirs.
+    """
+    encoded = read_pickle(encoder, lambda saved: _module_tensors(saved, ENCODER))
+    shape = _encoder_shape(encoder, encoded, openai_name)
+    decoded: Weights = {}
+    if decoder is not None:
+        decoded = read_pickle(decoder, lambda saved: _module_tensors(saved, DECODER))
+        shape = dataclasses.replace(
+            shape,
+            decoder_hidden=sizes(decoder, decoded, "blocks.output.conv.w", 4)[1],
+            decoder_init=sizes(decoder, decoded, "blocks.input.w", 4)[0],
+            decoder_blocks_per_group=_blocks(decoded, openai_name),
+            has_decoder=True,
+        )
+    dalle = _meta(shape)
+    weights = our_weights(encoder, dalle.encoder, encoded, openai_name, "encoder.")
+    if decoder is not None and dalle.decoder is not None:
+        weights |= our_weights(decoder, dalle.decoder, decoded, openai_name, "decoder.")
+    return shape, weights
+
+
+def _module_tensors(root: Any, kind: str) -> dict[str, Inert]:
+    """The parameters of a saved module, under the names its state dict would give them."""
+    if not isinstance(root, Inert) or root.kind != kind:
+        held = root.kind if isinstance(root, Inert) else type(root).__name__.strip("_").lower()
+        raise Refused(f"holds a {held}, not a {kind}")
+    found: dict[str, Inert] = {}
+    seen: set[int] = set()
+    left = [("", root)]
+    while left:
+        prefix, module = left.pop()
+        # a module in itself would have endless names, and a long chain of modules long ones
+        if id(module) in seen or len(prefix) > 100 or not isinstance(module, Inert):
+            raise Refused(f"holds no module of its own as {prefix[:100]!r}")
+        seen.add(id(module))
+        own: dict[str, Any] = module.state.get("_parameters", {})
+        inner: dict[str, Any] = module.state.get("_modules", {})
+        found |= {f"{prefix}{name}": tensor for name, tensor in own.items() if tensor is not None}
+        left += [(f"{prefix}{name}.", child) for name, child in inner.items() if child is not None]
+    return found
+
+
+def read_flava_codebook(folder_or_file: Path) -> tuple[DalleShape, Weights]:
+    """A FlavaImageCodebook of `transformers`, alone or within a whole FLAVA: model.safetensors or pytorch_model.bin.
+
+    Its names are the encoder's with two more levels; it has no decoder. Raises ConfigError for anything else.
+    """
+    path = folder_or_file
+    if path.is_dir():
+        safe = path / "model.safetensors"
+        path = safe if safe.exists() else path / "pytorch_model.bin"
+        if not path.exists():
+            raise ConfigError(f"{folder_or_file} holds neither model.safetensors nor pytorch_model.bin: {CURE}")
+    _check_flava_config(path.with_name("config.json"))
+    found = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, _flava_tensors)
+    inner = {name.removeprefix("image_codebook."): tensor for name, tensor in found.items()}
+    shape = _encoder_shape(path, inner, flava_name)
+    return shape, our_weights(path, _meta(shape).encoder, inner, flava_name, "encoder.")
+
+
+def _check_flava_config(path: Path) -> None:
+    """The one setting that changes the tokens and shows in no weight."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        part = content.get("image_codebook_config") or content
+        groups = part.get("num_groups", _NUM_GROUPS)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({' '.join(str(error).split())[:200]}): {CURE}") from error
+    if groups != _NUM_GROUPS:
+        raise ConfigError(f"{path} says num_groups {groups!r:.40}; DALL-E's encoder has {_NUM_GROUPS}: {CURE}")
+
+
+def _flava_tensors(root: Any) -> dict[str, Inert]:
+    if not isinstance(root, dict):
+        raise Refused("holds no state dict")
+    return {name: tensor for name, tensor in root.items() if _FLAVA.match(name)}
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).float() for name in file.keys() if _FLAVA.match(name)}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): {CURE}") from error
+
+
+def _encoder_shape(path: Path, weights: Weights, theirs: Names) -> DalleShape:
+    """Of a DALL-E encoder alone."""
+    return DalleShape(
+        vocabulary=sizes(path, weights, theirs("blocks.output.conv.weight"), 4)[0],
+        hidden=sizes(path, weights, theirs("blocks.input.weight"), 4)[0],
+        blocks_per_group=_blocks(weights, theirs),
+        has_decoder=False,
+    )
+
+
+def _meta(shape: DalleShape) -> Dalle:
+    with torch.device("meta"):
+        return Dalle(shape)
+
+
+def _blocks(weights: Weights, theirs: Names) -> int:
+    return count(lambda number: theirs(f"blocks.group_1.block_{number + 1}.res_path.conv_1.weight") in weights)

@@ -5,14 +5,19 @@ them. Training draws from a Gumbel-softmax; a trained tokenizer takes the argmax
 pipeline.model.beit; h, w: the token grid, E: embedding size. Must not know shards or deepspeed.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitforge.pipeline.config.settings import Tokenizer
+from beitforge.pipeline.config.settings import DVAE_STRIDE, Size, Tokenizer
 from beitforge.pipeline.model.pixels import from_tokenizer, tokenizer_input
+from beitforge.pipeline.tokenizers.published import Published
+from beitforge.pipeline.tokenizers.storage import save_tokenizer
 
 _LOGIT_GAIN = 4 / 3**0.5
+_SHAPE = ("vocabulary", "width", "embedding", "residual_blocks")
 
 
 class Residual(nn.Module):
@@ -31,6 +36,8 @@ class Dvae(nn.Module):
     pixels in [0, 1] (pipeline.tokenizers.storage.VisualTokenizer)."""
 
     decodes = True
+    stride = DVAE_STRIDE
+    fixed_size: Size | None = None
 
     def __init__(self, settings: Tokenizer, seed: int):
         """All weights are drawn from `seed` alone."""
@@ -81,3 +88,19 @@ class Dvae(nn.Module):
         """Pixels [B, 3, H, W] in [0, 1] from visual tokens."""
         embedded = F.embedding(tokens_BN.view(len(tokens_BN), *grid), self.codebook_VE).permute(0, 3, 1, 2)
         return from_tokenizer(self.decoder(embedded) * 0.5 + 0.5)
+
+
+def build(shape: dict) -> Dvae:
+    """The module of this shape, its weights still to be loaded."""
+    return Dvae(Tokenizer(**shape), seed=0)
+
+
+def read_published(source: Path) -> Published | None:
+    """None: this kind is trained here and published nowhere else."""
+    return None
+
+
+def save_dvae(folder: Path, dvae: Dvae, settings: Tokenizer) -> str:
+    """Write a trained tokenizer; returns its fingerprint."""
+    shape = {name: getattr(settings, name) for name in _SHAPE}
+    return save_tokenizer(folder, dvae.state_dict(), "dvae", shape, settings.input_size, "lanczos")

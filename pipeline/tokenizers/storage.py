@@ -1,41 +1,57 @@
 """Tokenizer folders: weights as safetensors, a JSON that says what they are, and the fingerprint that names both.
 
-Three kinds share one contract and the trainer never knows which it has: the own dVAE, OpenAI's (DALL-E), and BEiT v2's
-VQ-KD. Must not know shards or deepspeed.
+All kinds share one contract, so the trainer never knows which it has. A kind is one module and one line of KINDS.
+Must not know shards or deepspeed.
 """
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from beitforge.pipeline.config.settings import DVAE_STRIDE, Size, Tokenizer
+from beitforge.pipeline.config.settings import Size
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.tokenizers.dalle import Dalle, DalleShape
-from beitforge.pipeline.tokenizers.dvae import Dvae
-from beitforge.pipeline.tokenizers.vqkd import Vqkd, VqkdShape
+from beitforge.pipeline.tokenizers.published import Published
 
 _WEIGHTS, _CONFIG = "tokenizer.safetensors", "tokenizer.json"
 _CURE = (
     "train one with `tokenizer CONFIG`, import one with `import-tokenizer`, or point data.tokenizer at a finished one"
 )
-_DVAE_SHAPE = ("vocabulary", "width", "embedding", "residual_blocks")
+
+
+# kind in tokenizer.json: the module that implements it (Kind); a published file is read by the first that knows it,
+# and vqkd, which takes any file, comes last
+KINDS = {
+    "dvae": "beitforge.pipeline.tokenizers.dvae",
+    "dalle": "beitforge.pipeline.tokenizers.dalle",
+    "vqkd": "beitforge.pipeline.tokenizers.vqkd",
+}
 
 
 class VisualTokenizer(Protocol):
-    """What every tokenizer does, as a torch module. Pixels are float32 in [0, 1], jittered, of its input size."""
+    """A torch module that turns images into visual tokens. Pixels are float32 in [0, 1], jittered, of its input
+    size."""
 
     decodes: bool  # whether `decode` gives pixels
+    stride: int  # pixels on each side of the square that one token stands for
+    fixed_size: Size | None  # the only input size it takes; None: any multiple of the stride
 
     def to(self, device: torch.device) -> "VisualTokenizer":
-        """As torch modules do."""
+        """nn.Module.to."""
+
+    def eval(self) -> "VisualTokenizer":
+        """nn.Module.eval."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As torch modules do."""
+        """nn.Module.state_dict."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> object:
+        """nn.Module.load_state_dict."""
 
     def tokenize(self, pixels_BCHW: Tensor) -> Tensor:
         """Visual tokens i64 [B, N], in row order."""
@@ -44,17 +60,28 @@ class VisualTokenizer(Protocol):
         """Pixels [B, 3, H, W] in [0, 1] from visual tokens on a grid of (rows, columns)."""
 
 
-def save_dvae(folder: Path, dvae: Dvae, settings: Tokenizer) -> str:
-    """Write a trained own tokenizer; returns its fingerprint."""
-    shape = {name: getattr(settings, name) for name in _DVAE_SHAPE}
-    return save_tokenizer(folder, dvae.state_dict(), "dvae", shape, settings.input_size, "lanczos")
+class Kind(Protocol):
+    """The functions of a kind's module."""
+
+    def build(self, shape: dict) -> VisualTokenizer:
+        """The tokenizer of a shape, which is the JSON object that tokenizer.json keeps; it has a key `vocabulary`."""
+
+    def read_published(self, source: Path) -> Published | None:
+        """The tokenizer in a publisher's file or folder; None if the source is not of this kind."""
+
+
+def load_kind(name: str) -> Kind:
+    """The module of a kind. Raises ConfigError for an unknown one."""
+    if name not in KINDS:
+        raise ConfigError(f"a tokenizer of kind {name!r} is unknown; known kinds: {', '.join(KINDS)}: {_CURE}")
+    return cast(Kind, importlib.import_module(KINDS[name]))
 
 
 def save_tokenizer(folder: Path, weights: dict[str, Tensor], kind: str, shape: dict, size: Size, resample: str) -> str:
     """Write weights, then tokenizer.json with their fingerprint; returns the fingerprint.
 
-    kind: dvae, dalle or vqkd; shape: what its module is built from. size: of the views it is given, in pixels, cut with
-    the filter `resample` (bicubic or lanczos).
+    kind: a key of KINDS; shape: what its module is built from. size: of the views it takes, in pixels, resized with the
+    filter `resample` (bicubic or lanczos).
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _WEIGHTS
@@ -100,15 +127,15 @@ def load_tokenizer(folder: Path) -> tuple[VisualTokenizer, dict]:
             raise ConfigError(
                 f"{folder / _WEIGHTS} is not the file its {_CONFIG} was written for (sha256 differs): {_CURE}"
             )
-        module, stride = build(kind, shape)
+        tokenizer = load_kind(kind).build(shape)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} holds no finished tokenizer ({error.filename} is missing): {_CURE}") from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder / _CONFIG} is damaged ({error}): {_CURE}") from error
-    module.load_state_dict(load_file(folder / _WEIGHTS))
+    tokenizer.load_state_dict(load_file(folder / _WEIGHTS))
     identity = {"kind": kind, "fingerprint": fingerprint, "vocabulary": shape["vocabulary"]}
-    identity |= {"grid": list(size.grid(stride)), "input_size": list(size), "filter": content["filter"]}
-    return module.eval(), identity  # type: ignore[return-value]  # a module of these kinds is a VisualTokenizer
+    identity |= {"grid": list(size.grid(tokenizer.stride)), "input_size": list(size), "filter": content["filter"]}
+    return tokenizer.eval(), identity
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
@@ -116,15 +143,3 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
     share = counts.double() / counts.sum()
     entropy = -(share * share.clamp(min=1e-12).log()).sum()
     return {"used": int((counts > 0).sum()), "vocabulary": len(counts), "perplexity": float(entropy.exp())}
-
-
-def build(kind: str, shape: dict) -> tuple[nn.Module, int]:
-    """The module of a kind, its weights still to be loaded, and the pixels on a side that a token stands for."""
-    if kind == "dvae":
-        return Dvae(Tokenizer(**shape), seed=0), DVAE_STRIDE
-    if kind == "dalle":
-        return Dalle(DalleShape(**shape)), DVAE_STRIDE
-    if kind == "vqkd":
-        vqkd = VqkdShape(**shape)
-        return Vqkd(vqkd), vqkd.patch_size
-    raise ConfigError(f"a tokenizer of kind {kind!r} is unknown; there are dvae, dalle and vqkd: {_CURE}")

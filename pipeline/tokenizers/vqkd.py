@@ -2,11 +2,15 @@
 
 Peng et al. 2022 (arXiv 2208.06366); microsoft/unilm, beit2/modeling_vqkd.py and norm_ema_quantizer.py. The encoder
 alone: the published decoder predicts CLIP's or DINO's features, no pixels. Shape letters as in pipeline.model.beit; E:
-code size. Must not know shards, deepspeed, pipeline.model.beit or any file format.
+code size. Must not know shards, deepspeed or pipeline.model.beit.
 """
 
+import dataclasses
+import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,14 @@ from torch.nn import functional as F
 from beitforge.pipeline.config.settings import Model, Size
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.blocks import Block, LayerNorm, Linear, empty
+from beitforge.pipeline.tokenizers.published import Published, count, our_weights, sizes
+from beitforge.pipeline.tokenizers.safe_pickle import CURE, Inert, Refused, Weights, read_pickle
+
+_HEAD = 64  # size of its attention heads
+# what else its training saves: the decoder, the codebook's statistics, the teacher
+_NOT_ENCODER = re.compile(
+    r"decode|quantize\.(cluster_size|embedding\.(cluster_size|embed_avg|initted))|loss|teacher|scaling"
+)
 
 # how our names begin, and how the published ones do; behind `blocks.N.` the second
 _NAMES = (
@@ -55,7 +67,8 @@ class Vqkd(nn.Module):
     def __init__(self, shape: VqkdShape):
         """Parameters are NaN until loaded."""
         super().__init__()
-        self.shape = shape
+        self.shape, self.stride = shape, shape.patch_size
+        self.fixed_size: Size | None = Size(shape.input_size, shape.input_size)  # of its learned positions
         model = Model(
             input_size=Size(shape.input_size, shape.input_size),
             patch_size=shape.patch_size,
@@ -131,3 +144,57 @@ def published_name(name: str) -> str:
 
 def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     return next((theirs + name.removeprefix(ours) for ours, theirs in pairs if name.startswith(ours)), name)
+
+
+def build(shape: dict) -> Vqkd:
+    """The module of this shape; its parameters are NaN until loaded."""
+    return Vqkd(VqkdShape(**shape))
+
+
+def read_published(source: Path) -> Published | None:
+    """BEiT v2's vqkd_encoder_base_*.pth, whatever the file is called; None for a folder.
+
+    Raises ConfigError for any other file.
+    """
+    if source.is_dir():
+        return None
+    shape, weights = read_vqkd(source)
+    size = Size(shape.input_size, shape.input_size)
+    return Published(shape=dataclasses.asdict(shape), weights=weights, input_size=size, resample="bicubic")
+
+
+def read_vqkd(path: Path) -> tuple[VqkdShape, Weights]:
+    """BEiT v2's vqkd_encoder_base_*.pth: shape and weights of a Vqkd, without its decoder.
+
+    The number of heads shows in no weight: it is width / 64, as in every published one. Raises ConfigError for anything
+    that is not such a file.
+    """
+    found = read_pickle(path, _vqkd_tensors)
+    width, _, patch_size, _ = sizes(path, found, "encoder.patch_embed.proj.weight", 4)
+    if width % _HEAD:
+        raise ConfigError(f"{path} has width {width}; a VQ-KD tokenizer's is a multiple of {_HEAD}: {CURE}")
+    vocabulary, code_size = sizes(path, found, "quantize.embedding.weight", 2)
+    positions = sizes(path, found, "encoder.pos_embed", 3)[1] - 1
+    shape = VqkdShape(
+        vocabulary=vocabulary,
+        code_size=code_size,
+        layers=count(lambda layer: f"encoder.blocks.{layer}.norm1.weight" in found),
+        width=width,
+        heads=width // _HEAD,
+        input_size=max(1, math.isqrt(positions)) * patch_size,
+        patch_size=patch_size,
+    )
+    found["encoder.patch_embed.proj.weight"] = found["encoder.patch_embed.proj.weight"].flatten(1)
+    with torch.device("meta"):
+        vqkd = Vqkd(shape)
+    return shape, our_weights(path, vqkd, found, published_name, "")
+
+
+def _vqkd_tensors(root: Any) -> dict[str, Inert]:
+    if not isinstance(root, dict):
+        raise Refused("holds no dictionary with the model in it")
+    settings = root.get("args")
+    if isinstance(settings, Inert) and settings.state.get("process_type", "default") != "default":
+        raise Refused("was trained with another process_type than default, so on pixels in another range")
+    model: Any = root.get("model", root.get("state_dict", root))
+    return {name: tensor for name, tensor in model.items() if not _NOT_ENCODER.match(name)}

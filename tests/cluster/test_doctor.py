@@ -273,8 +273,7 @@ def large_pictures(tmp_path_factory) -> TinySet:
     """Pictures of four megapixels for a model that eats hundreds a second: no decoder keeps up."""
     from beitforge.pipeline.config.loading import load_config
     from beitforge.pipeline.stages import tokenize
-    from beitforge.pipeline.tokenizers.dvae import Dvae
-    from beitforge.pipeline.tokenizers.storage import save_dvae
+    from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
 
     made = tmp_path_factory.mktemp("large")
     write_images(made / "pictures", 4, 2, size=(1800, 2400))

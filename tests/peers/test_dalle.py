@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitforge.pipeline.model.pixels import tokenizer_input
-from beitforge.pipeline.tokenizers.dalle import Dalle
-from beitforge.pipeline.tokenizers.published import read_dalle_pickles, read_flava_codebook
+from beitforge.pipeline.tokenizers.dalle import Dalle, read_dalle_pickles, read_flava_codebook
 
 dall_e = pytest.importorskip("dall_e")
 transformers = pytest.importorskip("transformers")

@@ -89,7 +89,7 @@ def test_the_same_tokenizer_keeps_its_fingerprint(tiny, tmp_path):
     [
         ("dalle", Size(100, 100), "is not a multiple of 8"),
         ("dalle", Size(4, 4), "is not a multiple of 8"),
-        ("vqkd", Size(48, 48), "has learned positions for 32"),
+        ("vqkd", Size(48, 48), "takes 32 alone"),
     ],
 )
 def test_a_size_it_cannot_have_is_refused_before_anything_is_written(tiny, tmp_path, kind, size, words):

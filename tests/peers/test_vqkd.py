@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.tokenizers.published import read_vqkd
-from beitforge.pipeline.tokenizers.vqkd import Vqkd, VqkdShape, published_name
+from beitforge.pipeline.tokenizers.vqkd import Vqkd, VqkdShape, published_name, read_vqkd
 
 CLOSE = 1e-5  # largest difference over largest value, float32
 SMALL = VqkdShape(vocabulary=50, code_size=8, layers=3, width=128, heads=2, input_size=32, patch_size=8)

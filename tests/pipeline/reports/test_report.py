@@ -25,8 +25,7 @@ from beitforge.pipeline.reports.summary import cards, data_wait, header, probe
 from beitforge.pipeline.runs.formatting import duration
 from beitforge.pipeline.runs.record import json_lines, read_record, sessions, token_use
 from beitforge.pipeline.stages import report
-from beitforge.pipeline.tokenizers.dvae import Dvae
-from beitforge.pipeline.tokenizers.storage import save_dvae
+from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
 from tests.conftest import ROOT
 from tests.pipeline.runs.made_runs import (
     config_of,

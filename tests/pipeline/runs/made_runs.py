@@ -14,8 +14,7 @@ from beitforge.pipeline.config.loading import from_dict, to_yaml
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.model.beit import Beit, Classifier
 from beitforge.pipeline.stages import tokenize
-from beitforge.pipeline.tokenizers.dvae import Dvae
-from beitforge.pipeline.tokenizers.storage import save_dvae
+from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
 from beitforge.shards.decode import codec
 from beitforge.shards.pack.pack import pack
 from beitforge.shards.pack.plan import PackOptions

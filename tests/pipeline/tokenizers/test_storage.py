@@ -11,8 +11,8 @@ import torch
 from beitforge.pipeline.config.settings import Config, Size, Tokenizer
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import from_tokenizer, tokenizer_input
-from beitforge.pipeline.tokenizers.dvae import Dvae
-from beitforge.pipeline.tokenizers.storage import load_tokenizer, save_dvae
+from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
+from beitforge.pipeline.tokenizers.storage import load_tokenizer
 
 SETTINGS = Tokenizer(input_size=Size(32, 32), vocabulary=20, width=8, embedding=6, residual_blocks=1)
 

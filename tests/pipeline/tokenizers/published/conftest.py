@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.tokenizers.dalle import Dalle, DalleShape, Residual
-from beitforge.pipeline.tokenizers.published import read_dalle_pickles
+from beitforge.pipeline.tokenizers.dalle import Dalle, DalleShape, Residual, read_dalle_pickles
 
 SHAPE = DalleShape(vocabulary=20, hidden=8, decoder_hidden=12, decoder_init=6, blocks_per_group=1, has_decoder=True)
 FORMATS = pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])

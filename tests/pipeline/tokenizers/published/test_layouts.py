@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.tokenizers.dalle import Dalle, DalleShape, flava_name
-from beitforge.pipeline.tokenizers.published import read_dalle_pickles, read_flava_codebook, read_vqkd
-from beitforge.pipeline.tokenizers.vqkd import Vqkd, VqkdShape, published_name
+from beitforge.pipeline.tokenizers.dalle import Dalle, DalleShape, flava_name, read_dalle_pickles, read_flava_codebook
+from beitforge.pipeline.tokenizers.vqkd import Vqkd, VqkdShape, published_name, read_vqkd
 from tests.pipeline.tokenizers.published.conftest import FORMATS, SHAPE, encoder_of, filled, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +72,7 @@ def test_halves_of_two_models(encoder_file, openai):
     other = encoder_file.with_name("decoder.pkl")
     torch.save(openai(filled(Dalle(DalleShape(vocabulary=21, hidden=8, has_decoder=True))).decoder, "decoder"), other)
     line = refusal(other, lambda path: read_dalle_pickles(encoder_file, path))
-    assert "blocks.input.w is of shape [128, 21, 1, 1], where [128, 20, 1, 1] is due" in line
+    assert "blocks.input.w is of shape [128, 21, 1, 1], expected [128, 20, 1, 1]" in line
 
 
 @pytest.mark.parametrize("prefix", ["", "image_codebook."])
@@ -159,10 +158,10 @@ def test_weights_become_float32(tmp_path, kind):
         (lambda w: w.pop("encoder.blocks.0.norm1.weight"), "lacks the weight 'encoder.blocks.0.norm1.weight'"),
         (lambda w: w.pop("quantize.embedding.weight"), "quantize.embedding.weight is missing"),
         (lambda w: w.update({"encoder.blocks.1.gamma_1": torch.ones(64)}), "has a weight 'encoder.blocks.1.gamma_1'"),
-        (lambda w: w.update({"encoder.fc_norm.bias": torch.ones(65)}), "is of shape [65], where [64] is due"),
-        (lambda w: w.update({"encoder.pos_embed": torch.ones(1, 6, 64)}), "where [1, 5, 64] is due"),
+        (lambda w: w.update({"encoder.fc_norm.bias": torch.ones(65)}), "is of shape [65], expected [64]"),
+        (lambda w: w.update({"encoder.pos_embed": torch.ones(1, 6, 64)}), "expected [1, 5, 64]"),
         (lambda w: w.update({"encoder.pos_embed": torch.ones(1, 1, 64)}), "is of shape [1, 1, 64]"),
-        (lambda w: w.update({"encoder.fc_norm.bias": torch.full((64,), float("nan"))}), "not finite"),
+        (lambda w: w.update({"encoder.fc_norm.bias": torch.full((64,), float("nan"))}), "non-finite"),
         (lambda w: w.update({"encoder.fc_norm.bias": 3}), "no plain tensor as 'encoder.fc_norm.bias'"),
         (lambda w: w.update({"encoder.fc_norm.bias": torch.ones(1).expand(64)}), "in 1 numbers"),
         (lambda w: w.clear(), "encoder.patch_embed.proj.weight is missing"),

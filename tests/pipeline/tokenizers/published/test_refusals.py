@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.tokenizers.dalle import Dalle
-from beitforge.pipeline.tokenizers.published import read_dalle_pickles, read_vqkd
+from beitforge.pipeline.tokenizers.dalle import Dalle, read_dalle_pickles
+from beitforge.pipeline.tokenizers.vqkd import read_vqkd
 from tests.pipeline.tokenizers.published.conftest import FORMATS, SHAPE, encoder_of, filled, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
