@@ -1,4 +1,4 @@
-"""Whole shards spread over processes: progress per picture, Ctrl-C ends cleanly, no orphans after kill -9."""
+"""Whole shards spread over processes: progress per image, Ctrl-C ends cleanly, no orphans after kill -9."""
 
 import contextlib
 import itertools

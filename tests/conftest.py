@@ -1,4 +1,4 @@
-"""A tiny real data set, made once a session: generated pictures, packed, tokenized by a random dVAE."""
+"""A tiny real data set, made once a session: generated images, packed, tokenized by a random dVAE."""
 
 import dataclasses
 import subprocess
@@ -63,12 +63,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
-    """50 training and 10 held-out pictures, packed and tokenized through the real commands."""
+    """50 training and 10 held-out images, packed and tokenized through the real commands."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_images(folder / "pictures" / "train", 50, 5)
-    write_images(folder / "pictures" / "test", 10, 5, seed=1)
+    write_images(folder / "images" / "train", 50, 5)
+    write_images(folder / "images" / "test", 10, 5, seed=1)
     for part in ("train", "test"):
-        where = [str(folder / "pictures" / part), str(folder / "shards" / part)]
+        where = [str(folder / "images" / part), str(folder / "shards" / part)]
         command = [sys.executable, "-m", "beitforge", "pack", *where, "--samples-per-shard", "16", "--workers", "1"]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     data = {"images": "shards/train", "tokens": "tokens/train", "tokenizer": "tokenizer"}

@@ -30,8 +30,8 @@ SMALL = [
 ]
 
 
-def demo(pictures: Path, out: Path) -> subprocess.Popen:
-    command = [str(ROOT / "launch.sh"), "demo", str(pictures), "--out", str(out), *SMALL]
+def demo(images: Path, out: Path) -> subprocess.Popen:
+    command = [str(ROOT / "launch.sh"), "demo", str(images), "--out", str(out), *SMALL]
     environment = {**os.environ, "BEITFORGE_PYTHON": sys.executable}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -53,9 +53,9 @@ def members(group: int) -> list[str]:
 
 def test_demo_of_a_folder_killed_and_continued(tmp_path):
     """kill -9 of the demo alone, in the middle of pretraining: nothing runs on; the same command ends the job."""
-    write_images(tmp_path / "pictures", 120, 3)
+    write_images(tmp_path / "images", 120, 3)
     out = tmp_path / "out"
-    first = demo(tmp_path / "pictures", out)
+    first = demo(tmp_path / "images", out)
     deadline = time.monotonic() + 240
     while first.poll() is None and not list((out / "pretrain" / "checkpoints").glob("step-*/state.json")):
         assert time.monotonic() < deadline, "no checkpoint in four minutes"
@@ -68,7 +68,7 @@ def test_demo_of_a_folder_killed_and_continued(tmp_path):
         time.sleep(0.2)
     first.communicate()
 
-    output, _ = (second := demo(tmp_path / "pictures", out)).communicate(timeout=400)
+    output, _ = (second := demo(tmp_path / "images", out)).communicate(timeout=400)
     assert second.returncode == 0, output
     assert "== tokenizer: finished before" in output
     assert "from step 0" not in output.partition("pretrain configs")[2]
@@ -79,15 +79,15 @@ def test_demo_of_a_folder_killed_and_continued(tmp_path):
     assert "<html" in (out / "pretrain" / "report.html").read_text()
     assert {path.name for path in (out / "encoder").iterdir()} == {"model.safetensors", "config.json"}
 
-    output, _ = (third := demo(tmp_path / "pictures", out)).communicate(timeout=120)
+    output, _ = (third := demo(tmp_path / "images", out)).communicate(timeout=120)
     assert third.returncode == 0, output
     assert "./launch.sh pretrain" not in output
 
 
 @pytest.mark.parametrize("labels", ["auto", "none"])
-def test_labelled_sets_are_given_where_pictures_have_classes(tmp_path, labels):
-    write_images(tmp_path / "pictures", 20, 2)
-    where = [str(tmp_path / "pictures"), str(tmp_path / "shards"), "--split", "test=0.3", "--labels", labels]
+def test_labelled_sets_are_given_where_images_have_classes(tmp_path, labels):
+    write_images(tmp_path / "images", 20, 2)
+    where = [str(tmp_path / "images"), str(tmp_path / "shards"), "--split", "test=0.3", "--labels", labels]
     command = [sys.executable, "-m", "beitforge", "pack", *where, "--workers", "1"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     settings = stage._settings(tmp_path, [])
@@ -102,13 +102,13 @@ def test_labelled_sets_are_given_where_pictures_have_classes(tmp_path, labels):
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "other"])
 def test_a_wrong_folder_is_one_line(tmp_path, kind):
-    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    images, out = tmp_path / "images", tmp_path / "out"
     if kind != "missing":
-        pictures.mkdir()
+        images.mkdir()
     if kind == "other":
         out.mkdir()
         (out / "pictures.txt").write_text("/somewhere/else\n")
-    process = demo(pictures, out)
+    process = demo(images, out)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert "Traceback" not in output

@@ -32,13 +32,13 @@ from benchmarks.data.views import draw_photographs
 from benchmarks.results import write
 
 BATCH, SIZE, WARM, ROUNDS, PREFETCH, BUFFER = 64, 224, 2, 5, 4, 1000
-PICTURES, PICTURES_DRY = 19 * BATCH, 4 * BATCH
+IMAGES, IMAGES_DRY = 19 * BATCH, 4 * BATCH
 EPOCHS = 2  # timed, of the paths that decode as we do; of the slower ones, one
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A picture with the view that the stream shows of it."""
+    """An image with the view that the stream shows of it."""
 
     data: bytes
     size: tuple[int, int]
@@ -56,13 +56,13 @@ class Recorded:
         cut_into(out, codec.decode_view(self.data, self.box, self.size, self.flags), False, [0, 255], TORCH)
 
 
-def our_stream(pictures: Corpus) -> Stream:
+def our_stream(collection: Corpus) -> Stream:
     """As `pretrain` makes it: order, checksums, recorded views and tokens, masks, drop path."""
-    images = ImageSet(pictures.shards)
+    images = ImageSet(collection.shards)
     return Stream(
         images=images,
         places=Order([shard.samples for shard in images.manifest.shards], OrderPolicy()),
-        source=RecordedViews(images, pictures.tokens),
+        source=RecordedViews(images, collection.tokens),
         size=(SIZE, SIZE),
         draw=functools.partial(sample_draws, Mask(), Model(), 0),
     )
@@ -88,17 +88,17 @@ def records(stream: Stream, samples: np.ndarray) -> dict[str, Recorded]:
     return found
 
 
-def beit_files(pictures: Corpus, count: int) -> Iterable:
+def beit_files(collection: Corpus, count: int) -> Iterable:
     """`count` batches, as each of the paths gives them: BEiT's transform on files."""
-    files = pictures.files()
+    files = collection.files()
     numbers = np.concatenate([np.random.default_rng(turn).permutation(len(files)) for turn in range(EPOCHS)])
     dataset = official_path.OfficialFiles([files[i] for i in numbers[: count * BATCH]])
     return DataLoader(dataset, batch_size=BATCH, num_workers=1, prefetch_factor=PREFETCH)
 
 
-def tars(pictures: Corpus) -> webdataset.WebDataset:
+def tars(collection: Corpus) -> webdataset.WebDataset:
     """webdataset's reader over our shards, shuffled as its documentation has it."""
-    urls = pictures.urls()
+    urls = collection.urls()
     return webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(BUFFER)
 
 
@@ -106,17 +106,17 @@ def official_sample(sample: dict) -> official_path.Sample:
     return official_path.transform(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"))
 
 
-def beit_webdataset(pictures: Corpus, count: int) -> Iterable:
+def beit_webdataset(collection: Corpus, count: int) -> Iterable:
     """BEiT's transform on plain webdataset."""
-    dataset = tars(pictures).map(official_sample).repeat().with_epoch(count * BATCH)
+    dataset = tars(collection).map(official_sample).repeat().with_epoch(count * BATCH)
     return DataLoader(dataset, batch_size=BATCH, num_workers=1, prefetch_factor=PREFETCH)
 
 
 class EqualWork(IterableDataset):
     """webdataset's reader with our decode, cut and batch; views come from memory, nothing is checked or masked."""
 
-    def __init__(self, pictures: Corpus, known: dict[str, Recorded], count: int):
-        self.reader, self.known, self.count = tars(pictures).repeat(), known, count
+    def __init__(self, collection: Corpus, known: dict[str, Recorded], count: int):
+        self.reader, self.known, self.count = tars(collection).repeat(), known, count
         self.numbers = {key: number for number, key in enumerate(known)}
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -132,8 +132,8 @@ class EqualWork(IterableDataset):
             yield pixels, numbers
 
 
-def equal_work(pictures: Corpus, known: dict[str, Recorded], count: int) -> Iterable:
-    return DataLoader(EqualWork(pictures, known, count), batch_size=None, num_workers=1, prefetch_factor=PREFETCH)
+def equal_work(collection: Corpus, known: dict[str, Recorded], count: int) -> Iterable:
+    return DataLoader(EqualWork(collection, known, count), batch_size=None, num_workers=1, prefetch_factor=PREFETCH)
 
 
 def ours(stream: Stream, count: int, workers: int = 1) -> Iterator[Batch]:
@@ -164,11 +164,11 @@ def rate(batches: Iterable, count: int) -> float:
     return count * BATCH / (ended - started)
 
 
-def check(pictures: Corpus, stream: Stream, known: dict[str, Recorded]) -> None:
+def check(collection: Corpus, stream: Stream, known: dict[str, Recorded]) -> None:
     """No numbers unless every path gives what it should."""
     for draw in draw_photographs(1):
         official_path.check(draw)
-    for batches in (beit_files(pictures, 1), beit_webdataset(pictures, 1)):
+    for batches in (beit_files(collection, 1), beit_webdataset(collection, 1)):
         shapes = [tuple(part.shape) for part in next(iter(batches))]
         assert shapes == [(BATCH, 3, SIZE, SIZE), (BATCH, 3, 112, 112), (BATCH, 14, 14)], f"BEiT's path gives {shapes}"
     samples = np.arange(stream.places.samples - WARM * BATCH, stream.places.samples - (WARM - 1) * BATCH)
@@ -185,7 +185,7 @@ def check(pictures: Corpus, stream: Stream, known: dict[str, Recorded]) -> None:
             view.cut_barely(again)
             assert torch.equal(pixels, again), "the bare loop gives other pixels"
     views = list(known.values())
-    pixels, numbers = next(iter(equal_work(pictures, known, 1)))
+    pixels, numbers = next(iter(equal_work(collection, known, 1)))
     for found, number in zip(pixels, numbers.tolist(), strict=True):
         views[number].cut(again)
         assert torch.equal(found, again), "webdataset gives other pixels at equal work"
@@ -210,7 +210,7 @@ def row(path: str, cores: str, does: str, rates: list[float]) -> dict:
     return {"path": path, "runs on": cores, "what it does": does, **found}
 
 
-BEIT = "PIL decode, jitter of the whole picture, flip, one box at 224 and 112, float tensors, mask"
+BEIT = "PIL decode, jitter of the whole image, flip, one box at 224 and 112, float tensors, mask"
 DOES = {
     "BEiT, from files": BEIT,
     "BEiT, plain webdataset": BEIT,
@@ -224,16 +224,16 @@ def main(dry: bool) -> None:
     """One core each, then one and two workers on all cores."""
     cores, rounds = os.sched_getaffinity(0), 1 if dry else ROUNDS
     torch.set_num_threads(1)
-    pictures = corpus(PICTURES_DRY if dry else PICTURES)
-    stream = our_stream(pictures)
+    collection = corpus(IMAGES_DRY if dry else IMAGES)
+    stream = our_stream(collection)
     epoch = stream.places.samples // BATCH
     known = records(stream, np.arange(stream.places.samples, 2 * stream.places.samples))
-    check(pictures, stream, known)
+    check(collection, stream, known)
     os.sched_setaffinity(0, {max(cores)})
     paths: list[tuple[Callable[[int], Iterable], int]] = [
-        (functools.partial(beit_files, pictures), epoch),
-        (functools.partial(beit_webdataset, pictures), epoch),
-        (functools.partial(equal_work, pictures, known), EPOCHS * epoch),
+        (functools.partial(beit_files, collection), epoch),
+        (functools.partial(beit_webdataset, collection), epoch),
+        (functools.partial(equal_work, collection, known), EPOCHS * epoch),
         (functools.partial(ours, stream), EPOCHS * epoch),
         (functools.partial(bare, known), EPOCHS * epoch),
     ]
@@ -251,7 +251,9 @@ def main(dry: bool) -> None:
     if dry:
         print(*rows, ratios, sep="\n")
         return
-    note = f"{pictures.describe()} Batch {BATCH}, one DataLoader worker and the consumer on the same core, medians of "
+    note = (
+        f"{collection.describe()} Batch {BATCH}, one DataLoader worker and the consumer on the same core, medians of "
+    )
     note += f"{rounds} rounds in turn, of rates and of their ratios; the bare loop runs in one process. "
     note += "Every path was checked before it was timed: ours against the stream without workers, webdataset's and the "
     note += "bare loop's pixels against ours, BEiT's against the transform of `views`."

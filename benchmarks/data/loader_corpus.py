@@ -1,4 +1,4 @@
-"""Pictures like ImageNet's for the loader benchmarks, made once below runs/: files, image shards, token shards."""
+"""Images like ImageNet's for the loader benchmarks, made once below runs/: files, image shards, token shards."""
 
 import io
 import shutil
@@ -24,20 +24,20 @@ from beitforge.shards.stream.image_set import ImageSet
 FOLDER = Path(__file__).resolve().parents[2] / "runs" / "bench"
 PATCHES, GRID, NUM_VIEWS, VOCABULARY = 196, [14, 14], 4, 8192
 _PER_SHARD, _FIELD, _SEED = 100, 2048, 7
-_VERSION = "2"  # raised when the same count no longer gives the same pictures
-_NOISE = 20.0  # standard deviation of the 1/f noise in levels, which brings the mean to ImageNet's bytes a picture
+_VERSION = "3"  # raised when the same count no longer gives the same images
+_NOISE = 20.0  # standard deviation of the 1/f noise in levels, which brings the mean to ImageNet's bytes an image
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The same pictures as files below `pictures`, as image shards, and as token shards of `NUM_VIEWS` views."""
+    """The same images as files below `originals`, as image shards, and as token shards of `NUM_VIEWS` views."""
 
-    pictures: Path
+    originals: Path
     shards: Path
     tokens: Path
 
     def files(self) -> list[Path]:
-        return sorted(self.pictures.rglob("*.jpg"))
+        return sorted(self.originals.rglob("*.jpg"))
 
     def urls(self) -> list[str]:
         """The tars, as webdataset takes them."""
@@ -56,29 +56,29 @@ class Corpus:
 
 
 def corpus(count: int) -> Corpus:
-    """The corpus of `count` pictures, made when it is not there."""
-    return _made(FOLDER / f"corpus-{count}", lambda folder: write_pictures(folder, count), _PER_SHARD)
+    """The corpus of `count` images, made when it is not there."""
+    return _made(FOLDER / f"corpus-{count}", lambda folder: write_images(folder, count), _PER_SHARD)
 
 
 def tiny_corpus(count: int, per_shard: int) -> Corpus:
-    """`count` pictures of 32 x 32, for what does not depend on the work a picture makes."""
-    return _made(FOLDER / f"tiny-{count}-{per_shard}", lambda folder: write_tiny_pictures(folder, count), per_shard)
+    """`count` images of 32 x 32, for what does not depend on the work an image makes."""
+    return _made(FOLDER / f"tiny-{count}-{per_shard}", lambda folder: write_tiny_images(folder, count), per_shard)
 
 
 def _made(folder: Path, write: Callable[[Path], None], per_shard: int) -> Corpus:
-    """The corpus in `folder`: what an earlier run finished, or `write`'s pictures, packed, with tokens."""
-    found = Corpus(folder / "pictures", folder / "shards", folder / "tokens")
+    """The corpus in `folder`: what an earlier run finished, or `write`'s images, packed, with tokens."""
+    found = Corpus(folder / "originals", folder / "shards", folder / "tokens")
     finished = folder / "version"
     if not finished.exists() or finished.read_text(encoding="utf-8") != _VERSION:
         shutil.rmtree(folder, ignore_errors=True)
-        write(found.pictures)
-        pack(found.pictures, found.shards, PackOptions(samples_per_shard=per_shard, labels="none"), "0", 1)
+        write(found.originals)
+        pack(found.originals, found.shards, PackOptions(samples_per_shard=per_shard, labels="none"), "0", 1)
         write_tokens(found.shards, found.tokens)
         write_text(finished, _VERSION)
     return found
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """`count` JPEGs below `folder`, the same ones every time."""
     photos = [Image.fromarray(codec.decode(path.read_bytes())) for path in find_photographs()]
     noise = pink_noise(_FIELD)
@@ -99,7 +99,7 @@ def write_pictures(folder: Path, count: int) -> None:
         (folder / f"{number:06d}.jpg").write_bytes(file.getvalue())
 
 
-def write_tiny_pictures(folder: Path, count: int) -> None:
+def write_tiny_images(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     for number in range(count):
         pixels = (256 * counter_rng.uniform(_SEED, number, np.arange(8 * 8 * 3))).astype(np.uint8).reshape(8, 8, 3)

@@ -16,7 +16,7 @@ from benchmarks.data.loader_corpus import tiny_corpus
 from benchmarks.data.loader_resume import large_set, large_stream
 from benchmarks.results import write
 
-PICTURES, PER_SHARD, BATCH, WORKERS = 4000, 100, 16, 2
+IMAGES, PER_SHARD, BATCH, WORKERS = 4000, 100, 16, 2
 AT, AT_DRY = (100, 1000, 2500, 5000, 10_000), (10, 20)
 READINGS = 20  # over the last fifth of the batches before a row
 KINDS = ("USS MiB", "RSS MiB")  # of each worker
@@ -25,12 +25,12 @@ _MIB = 1024
 
 def small_stream() -> Stream:
     """The whole stream over a small set: 40 shards, recorded views, tokens, masks."""
-    pictures = tiny_corpus(PICTURES, PER_SHARD)
-    images = ImageSet(pictures.shards)
+    collection = tiny_corpus(IMAGES, PER_SHARD)
+    images = ImageSet(collection.shards)
     return Stream(
         images=images,
         places=Order([shard.samples for shard in images.manifest.shards], OrderPolicy()),
-        source=RecordedViews(images, pictures.tokens),
+        source=RecordedViews(images, collection.tokens),
         size=(224, 224),
         draw=functools.partial(sample_draws, Mask(), Model(), 0),
     )
@@ -75,7 +75,7 @@ def growth(rows: list[dict], kind: str) -> float:
 def main(dry: bool) -> None:
     """A small set read 40 times over, and one of 1420 shards, more than stay open."""
     at = AT_DRY if dry else AT
-    small = watch("4000 pictures, tokens, masks", small_stream(), at)
+    small = watch("4000 images, tokens, masks", small_stream(), at)
     large = watch("14.2 M listed in 1420 shards", large_stream(large_set()), at)
     rows, last = small + large, f"{at[-1]} / {at[1]} batches"
     ratios = {}
@@ -86,7 +86,7 @@ def main(dry: bool) -> None:
         print(*rows, ratios, sep="\n")
         return
     note = (
-        f"{WORKERS} workers, batches of {BATCH} tiny pictures cut to 224. USS: pages that no other process maps. Means "
+        f"{WORKERS} workers, batches of {BATCH} tiny images cut to 224. USS: pages that no other process maps. Means "
     )
     note += f"of {READINGS} readings over the last fifth before each row; a batch on its way is 2.3 MiB, and some come "
     note += "and go. A ratio is that of the worker that grew most. The large set's indexes stay mapped, up to half of "

@@ -68,7 +68,7 @@ def in_fresh_process(folder: Path, first: int, workers: int) -> float:
 
 
 def main(dry: bool) -> None:
-    """Both places in turn, each time in a process of its own and one batch further: pictures and views differ."""
+    """Both places in turn, each time in a process of its own and one batch further: images and views differ."""
     folder, rounds = large_set(), 1 if dry else ROUNDS
     rows, ratios = [], {}
     for workers in WORKERS:
@@ -89,10 +89,10 @@ def main(dry: bool) -> None:
         f"From nothing but imports to the first batch of {BATCH}: manifest, order, opened shards, the worker's start. "
     )
     note += (
-        f"A fresh process each, {rounds} of each place in turn, each a batch behind the one before, since pictures and "
+        f"A fresh process each, {rounds} of each place in turn, each a batch behind the one before, since images and "
         "views cost what they cost; page cache warm; ratios are medians over the rounds. "
     )
-    note += f"{SHARDS} shards of {PER_SHARD} tiny pictures, all links to one tar, views drawn; each batch was checked."
+    note += f"{SHARDS} shards of {PER_SHARD} tiny images, all links to one tar, views drawn; each batch was checked."
     write("loader_resume", "does it matter where a run of 14.2 M samples an epoch resumes?", rows, ratios, [note])
 
 

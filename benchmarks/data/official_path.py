@@ -91,7 +91,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def check(draw: Draw) -> None:
     """Jitter, flip and both cuts give the pixels of the transform that benchmarks.data.views compares ours with."""
     factors = [float(factor) for factor in draw.factors]
-    image = jittered(Image.fromarray(draw.picture), JITTER_ORDERS[draw.order].tolist(), factors)
+    image = jittered(Image.fromarray(draw.pixels), JITTER_ORDERS[draw.order].tolist(), factors)
     whole = official_jitter(draw)
     assert np.array_equal(np.array(image), whole), f"{draw.name}: another jitter"
     x, y, width, height = draw.box

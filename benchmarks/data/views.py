@@ -1,4 +1,4 @@
-"""Is our view BEiT's? Cut by the record, jittered afterwards, against Pillow's jitter of the whole picture first."""
+"""Is our view BEiT's? Cut by the record, jittered afterwards, against Pillow's jitter of the whole image first."""
 
 import math
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 @dataclass(frozen=True)
 class Draw:
-    """One view of a photograph: picture u8 [H, W, 3] and its mean grey; box x, y, width, height; factors f32 [3]."""
+    """One view of a photograph: pixels u8 [H, W, 3] and its mean grey; box x, y, width, height; factors f32 [3]."""
 
     name: str
-    picture: np.ndarray
+    pixels: np.ndarray
     mean: float
     box: list[int]
     flip: bool
@@ -39,18 +39,18 @@ def draw_photographs(count: int, names: tuple[str, ...] = ()) -> Iterator[Draw]:
     for path in find_photographs():
         if names and path.stem not in names:
             continue
-        picture = codec.decode(path.read_bytes())
+        pixels = codec.decode(path.read_bytes())
         keys = np.full(count, counter_rng.hash_key(path.stem), np.uint64)
-        sizes = [np.full(count, side) for side in (picture.shape[1], picture.shape[0])]
-        views, mean = draw_views(ViewPolicy(), keys, np.arange(count), *sizes), codec.mean_grey(picture)
+        sizes = [np.full(count, side) for side in (pixels.shape[1], pixels.shape[0])]
+        views, mean = draw_views(ViewPolicy(), keys, np.arange(count), *sizes), codec.mean_grey(pixels)
         for i in range(count):
             box, flip = views.boxes[i].tolist(), bool(views.flips[i])
-            yield Draw(path.stem, picture, mean, box, flip, views.jitters[i], int(views.orders[i]))
+            yield Draw(path.stem, pixels, mean, box, flip, views.jitters[i], int(views.orders[i]))
 
 
 def official_jitter(draw: Draw) -> np.ndarray:
     """torchvision's ColorJitter of the whole Pillow image, u8 [H, W, 3]."""
-    image = Image.fromarray(draw.picture)
+    image = Image.fromarray(draw.pixels)
     for operation in JITTER_ORDERS[draw.order]:
         image = _ENHANCERS[operation](image).enhance(float(draw.factors[operation]))
     return np.array(image)
@@ -81,7 +81,7 @@ def loader_limits(draw: Draw) -> list[int]:
 
 
 def our_jitter(pixels: np.ndarray, draw: Draw) -> np.ndarray:
-    """pipeline.model.pixels.jitter of one picture u8 [H, W, 3]; f32 [H, W, 3] in 0-255."""
+    """pipeline.model.pixels.jitter of one image u8 [H, W, 3]; f32 [H, W, 3] in 0-255."""
     batch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     factors, order = torch.from_numpy(draw.factors)[None], torch.tensor([draw.order])
     return jitter(batch, factors, order, torch.tensor([draw.mean]))[0].permute(1, 2, 0).numpy() * 255
@@ -90,12 +90,12 @@ def our_jitter(pixels: np.ndarray, draw: Draw) -> np.ndarray:
 def squared_errors(draw: Draw) -> dict[str, float]:
     """Mean squared error in levels² of every stage of one view."""
     whole = official_jitter(draw)
-    errors = {"jitter alone, whole picture": _error(our_jitter(draw.picture, draw), whole)}
+    errors = {"jitter alone, whole image": _error(our_jitter(draw.pixels, draw), whole)}
     for name, (size, ours, theirs) in (("encoder 224", ENCODER), ("tokenizer 112", TOKENIZER)):
-        official, plain = (official_cut(pixels, draw, size, theirs) for pixels in (whole, draw.picture))
-        unclamped = our_cut(draw.picture, draw, size, ours, [0, 255])
+        official, plain = (official_cut(pixels, draw, size, theirs) for pixels in (whole, draw.pixels))
+        unclamped = our_cut(draw.pixels, draw, size, ours, [0, 255])
         errors[f"{name}: crop, flip, resize"] = _error(unclamped, plain)
-        errors[f"{name}: full view"] = _error(our_jitter(our_cut(draw.picture, draw, size, ours), draw), official)
+        errors[f"{name}: full view"] = _error(our_jitter(our_cut(draw.pixels, draw, size, ours), draw), official)
         errors[f"{name}: full view, not clamped before the resize"] = _error(our_jitter(unclamped, draw), official)
     return errors
 
@@ -110,12 +110,12 @@ def decibels(squared_error: float) -> float:
 
 
 def check(draw: Draw) -> None:
-    """The box lies in the picture, and flipping before the crop takes the pixels that flipping after it takes."""
+    """The box lies in the image, and flipping before the crop takes the pixels that flipping after it takes."""
     x, y, width, height = draw.box
-    assert x + width <= draw.picture.shape[1] and y + height <= draw.picture.shape[0], f"{draw.name}: box leaves"
-    mirrored = draw.picture[:, ::-1] if draw.flip else draw.picture
+    assert x + width <= draw.pixels.shape[1] and y + height <= draw.pixels.shape[0], f"{draw.name}: box leaves"
+    mirrored = draw.pixels[:, ::-1] if draw.flip else draw.pixels
     left = mirrored.shape[1] - x - width if draw.flip else x
-    theirs, ours = mirrored[y : y + height, left : left + width], draw.picture[y : y + height, x : x + width]
+    theirs, ours = mirrored[y : y + height, left : left + width], draw.pixels[y : y + height, x : x + width]
     assert np.array_equal(theirs, ours[:, ::-1] if draw.flip else ours), f"{draw.name}: other pixels are cut"
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     views = [row["pooled dB"] for row in rows if row["stage"].endswith("full view")]
     assert len(views) == 2 and min(views) >= 45, f"the views are not BEiT's: {views} dB"
     note = f"{len(find_photographs())} photographs, {DRAWS} views each; squared errors in levels² of 255, mean over "
-    note += "views, pooled dB from that mean. Official: Pillow's jitter of the whole picture, then flip, crop, resize. "
+    note += "views, pooled dB from that mean. Official: Pillow's jitter of the whole image, then flip, crop, resize. "
     note += (
         "Ours: the crop is clamped to what the jitter does not clip, cut by the record, and jittered afterwards on the "
         "device. "

@@ -37,7 +37,7 @@ from benchmarks.faults.corpus.judge import (
     truth_of,
 )
 from benchmarks.faults.corpus.odd import ODD, Odd
-from benchmarks.faults.corpus.sets import Stored, linked, make_set, picture, quiet, write_files, write_tokens
+from benchmarks.faults.corpus.sets import Stored, encoded_image, linked, make_set, quiet, write_files, write_tokens
 from benchmarks.results import write
 
 SEED, ROUNDS = 0, 50
@@ -110,19 +110,19 @@ def damaged_stored(damage: StoredDamage) -> Judge:
     return judge
 
 
-def read_foreign(folder: Path, pictures: dict[str, tuple[bytes, int]], workers: int) -> Verdict:
-    """Read an adopted folder: exactly these keys, each with its own picture and label."""
+def read_foreign(folder: Path, originals: dict[str, tuple[bytes, int]], workers: int) -> Verdict:
+    """Read an adopted folder: exactly these keys, each with its own image and label."""
     stream = open_stream(folder, None)
     order = places_of(stream, len(stream.images))
-    if sorted(key for _, key in order) != sorted(pictures):
+    if sorted(key for _, key in order) != sorted(originals):
         return Verdict("silent", f"the keys are {sorted(key for _, key in order)}")
-    truth = Truth({place: central_sample(*pictures[place[1]]) for place in order if _decodes(pictures, place)}, order)
+    truth = Truth({place: central_sample(*originals[place[1]]) for place in order if _decodes(originals, place)}, order)
     return compare(truth, *read_epoch(stream, len(order), workers))
 
 
-def _decodes(pictures: dict[str, tuple[bytes, int]], place: tuple[str, str]) -> bool:
+def _decodes(originals: dict[str, tuple[bytes, int]], place: tuple[str, str]) -> bool:
     try:
-        codec.decode(pictures[place[1]][0])
+        codec.decode(originals[place[1]][0])
     except ImageError:
         return False
     return True
@@ -133,12 +133,12 @@ def damaged_foreign(damage: ForeignDamage) -> Judge:
 
     def judge(case: Case, folder: Path) -> Verdict:
         rng = case.generator()
-        pictures = make_tars(rng, folder)
+        originals = make_tars(rng, folder)
         damage(rng, folder)
 
         def read() -> Verdict:
             adopt(folder, 1)
-            return read_foreign(folder, pictures, 0)
+            return read_foreign(folder, originals, 0)
 
         return ended(read, [str(folder), "first", "second"])
 
@@ -148,22 +148,22 @@ def damaged_foreign(damage: ForeignDamage) -> Judge:
 def indexed_again(case: Case, folder: Path) -> Verdict:
     """An index is harmed and `index` runs again: it must be as if nothing had been."""
     rng = case.generator()
-    pictures = make_tars(rng, folder)
+    originals = make_tars(rng, folder)
     adopt(folder, 1)
     harm_index(rng, folder)
 
     def read() -> Verdict:
         again = adopt(folder, 1)
-        verdict = read_foreign(folder, pictures, 0)
+        verdict = read_foreign(folder, originals, 0)
         return Verdict("mended") if verdict.outcome == "harmless" and again.kept < 2 else verdict
 
     return ended(read, [str(folder), "first", "second"])
 
 
 def accepted(odd: Odd, stored: bytes) -> Verdict:
-    """The verdict about an odd picture that was stored as these bytes and will be trained on."""
+    """The verdict about an odd image that was stored as these bytes and will be trained on."""
     if odd.pixels is None:
-        return Verdict("silent", "what is no picture was accepted")
+        return Verdict("silent", "what is no image was accepted")
     pixels = codec.decode(stored)
     if odd.unknowable:
         return Verdict("as found")
@@ -175,19 +175,19 @@ def accepted(odd: Odd, stored: bytes) -> Verdict:
     return Verdict("harmless")
 
 
-def good_pictures(rng: np.random.Generator) -> dict[str, bytes]:
-    """The ordinary pictures an odd one stands between, by file name."""
-    made = [picture(int(rng.integers(10**6))) for _ in range(_GOOD)]
+def good_images(rng: np.random.Generator) -> dict[str, bytes]:
+    """The ordinary images an odd one stands between, by file name."""
+    made = [encoded_image(int(rng.integers(10**6))) for _ in range(_GOOD)]
     return {f"good{number}.{extension}": data for number, (data, extension) in enumerate(made)}
 
 
 def odd_adopted(make: Callable[[np.random.Generator], Odd]) -> Judge:
-    """An odd picture in a foreign tar: the stream shows it rightly, or another in its place."""
+    """An odd image in a foreign tar: the stream shows it rightly, or another in its place."""
 
     def judge(case: Case, folder: Path) -> Verdict:
         rng = case.generator()
         odd = make(rng)
-        files = [*good_pictures(rng).items()]
+        files = [*good_images(rng).items()]
         files.insert(int(rng.integers(_GOOD + 1)), (f"odd.{odd.extension}", odd.data))
         folder.mkdir()
         write_tar(folder / "first.tar", files)
@@ -203,23 +203,23 @@ def odd_adopted(make: Callable[[np.random.Generator], Odd]) -> Judge:
 
 
 def odd_packed(make: Callable[[np.random.Generator], Odd]) -> Judge:
-    """An odd picture among those to be packed: stored as it is, encoded anew, or left out by name and reason."""
+    """An odd image among those to be packed: stored as it is, encoded anew, or left out by name and reason."""
 
     def judge(case: Case, folder: Path) -> Verdict:
         rng = case.generator()
         odd = make(rng)
         name = f"odd.{odd.extension}"
-        files = {**good_pictures(rng), name: odd.data}
+        files = {**good_images(rng), name: odd.data}
         sources = write_files(folder / "sources", files)
 
         def read() -> Verdict:
             packed = pack(sources, folder / "set", PackOptions(), "1%", 1)
-            stored = stored_pictures(folder / "set")
+            stored = stored_images(folder / "set")
             reasons = {row["path"]: row["reason"] for row in packed.rejected}
             expected = {file.split(".")[0]: data for file, data in files.items() if file not in reasons}
             others = {key: data for key, (data, _) in stored.items() if key != "odd"}
             if set(reasons) - {name} or others != {key: data for key, data in expected.items() if key != "odd"}:
-                return Verdict("silent", f"ordinary pictures were changed or left out ({reasons})")
+                return Verdict("silent", f"ordinary images were changed or left out ({reasons})")
             verdict = read_foreign(folder / "set", {key: (data, 0) for key, (data, _) in stored.items()}, 0)
             if verdict.outcome != "harmless" or ("odd" in stored) == (name in reasons):
                 return Verdict("silent", f"{verdict}, rejected {reasons}, stored {sorted(stored)}")
@@ -234,8 +234,8 @@ def odd_packed(make: Callable[[np.random.Generator], Odd]) -> Judge:
     return judge
 
 
-def stored_pictures(folder: Path) -> dict[str, tuple[bytes, str]]:
-    """Bytes and extension of every picture of an image set, by key, from its tars alone."""
+def stored_images(folder: Path) -> dict[str, tuple[bytes, str]]:
+    """Bytes and extension of every image of an image set, by key, from its tars alone."""
     found = {}
     for tar in sorted(folder.glob("*.tar")):
         data = tar.read_bytes()
@@ -250,8 +250,8 @@ KINDS: tuple[tuple[str, Judge], ...] = (
     *((f"packed set: {name}", damaged_stored(damage)) for name, damage in STORED),
     *((f"foreign tar: {name}", damaged_foreign(damage)) for name, damage in FOREIGN),
     ("foreign tar: index harmed, indexed again", indexed_again),
-    *((f"picture in a foreign tar: {name}", odd_adopted(make)) for name, make in ODD),
-    *((f"picture to pack: {name}", odd_packed(make)) for name, make in ODD),
+    *((f"image in a foreign tar: {name}", odd_adopted(make)) for name, make in ODD),
+    *((f"image to pack: {name}", odd_packed(make)) for name, make in ODD),
 )
 
 
@@ -296,7 +296,7 @@ def main() -> None:
         "it. *mended*: encoded anew by `pack` or indexed again by `index`, and right. *substituted*: another sample "
         "stands in, named and counted. *refused*: one line that names file, shard or key, or a line of "
         "`rejected.jsonl`. *harmless*: read as if undamaged. *as found*: the file was damaged before anyone took its "
-        "checksum, and the decoder takes it for a picture; no reader can know. *silent* (a wrong sample, or fewer) "
+        "checksum, and the decoder takes it for an image; no reader can know. *silent* (a wrong sample, or fewer) "
         "and *traceback* (any other exception, a hang, an error that names nothing) must be 0."
     ]
     question = f"how does every fault of a corpus of {len(done)} damaged sets end (seed {SEED})?"

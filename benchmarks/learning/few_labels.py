@@ -40,7 +40,7 @@ Found = dict[str, dict[float, list[float]]]  # the seeds' accuracies, by method 
 
 
 def settings(seed: int) -> list[str]:
-    """The demo's config and folders; the seed draws weights, order, masks, and which pictures keep their labels."""
+    """The demo's config and folders; the seed draws weights, order, masks, and which images keep their labels."""
     data = {"images": "shards/train", "tokens": "tokens/train", "tokenizer": "tokenizer"}
     data |= {"labelled_images": "shards/train", "labelled_test": "shards/test"}
     return [
@@ -106,7 +106,7 @@ def all_probes(seed: int) -> dict[float, dict]:
 
 
 def measured() -> tuple[Found, dict[float, int]]:
-    """Everything, and how many pictures each share has."""
+    """Everything, and how many images each share has."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         probes = list(pool.map(all_probes, SEEDS))
         runs = {(n, s, x): pool.submit(way, x, s) for x in SEEDS for n, way in WAYS.items() for s in SHARES}
@@ -129,10 +129,10 @@ def prepare() -> None:
 def main() -> None:
     """Rows are methods, columns shares of the labels."""
     prepare()
-    found, pictures = measured()
-    rows = [{"": name} | {f"{s:.0%} ({pictures[s]})": cell(by[s]) for s in SHARES} for name, by in found.items()]
+    found, images = measured()
+    rows = [{"": name} | {f"{s:.0%} ({images[s]})": cell(by[s]) for s in SHARES} for name, by in found.items()]
     rows += [
-        {"": f"{kind}, gained"} | {f"{s:.0%} ({pictures[s]})": cell(gains(found, kind, s), "+") for s in SHARES}
+        {"": f"{kind}, gained"} | {f"{s:.0%} ({images[s]})": cell(gains(found, kind, s), "+") for s in SHARES}
         for kind in (*KINDS, "fine-tuned")
     ]
     write("few_labels", "is pretraining worth it where labels are few?", rows, {}, [NOTE])
@@ -152,8 +152,8 @@ def gains(found: Found, kind: str, share: float) -> list[float]:
 
 
 NOTE = (
-    f"Accuracy in percent of {len(SEEDS)} seeds, each with a pretraining, initial weights and labelled pictures of "
-    f"its own; columns: share of each class's pictures that keep their label (how many in all). Gained: over the "
+    f"Accuracy in percent of {len(SEEDS)} seeds, each with a pretraining, initial weights and labelled images of "
+    f"its own; columns: share of each class's images that keep their label (how many in all). Gained: over the "
     f"best of its kind without pretraining, seed by seed. Tested on tiles of parts of the photographs that no "
     f"training saw. Pretraining: configs/demo.yaml for {LENGTH} steps of 64, on the training tiles without their "
     f"labels. Fine-tuning and supervised training differ in nothing but the weights they begin with: {LENGTH} steps "

@@ -22,21 +22,21 @@ from benchmarks.results import write
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "runs" / "demo"
-PICTURES = 48
+IMAGES = 48
 _TF32_BITS = 13  # of float32's 23 mantissa bits that TF32 drops
 
 
 def main() -> None:
     """The demo's dVAE and a DALL-E encoder of full size with random weights, on the demo's test tiles."""
     if not (DEMO / "tokenizer" / "tokenizer.json").exists():
-        sys.exit("error: run ./launch.sh demo first; this tokenizes its pictures with its tokenizer")
+        sys.exit("error: run ./launch.sh demo first; this tokenizes its images with its tokenizer")
     trained, identity = load_tokenizer(DEMO / "tokenizer")
     rows = [
         row("dVAE trained by the demo", trained, views(tuple(identity["input_size"]))),
-        row("DALL-E encoder, random weights", random_dalle(), views((112, 112))[: PICTURES // 4]),
+        row("DALL-E encoder, random weights", random_dalle(), views((112, 112))[: IMAGES // 4]),
     ]
     notes = [
-        f"Share of tokens that differ from float32's, views of {PICTURES} tiles ({PICTURES // 4} for DALL-E). bf16 and "
+        f"Share of tokens that differ from float32's, views of {IMAGES} tiles ({IMAGES // 4} for DALL-E). bf16 and "
         "fp16 by autocast. TF32 is computed here as the hardware defines it: the inputs of every product rounded to 10 "
         "mantissa bits, sums in float32. Random weights leave the largest logits closer together than trained ones do. "
         "Tokens are made once and used for hundreds of epochs, so the default is IEEE float32."
@@ -61,12 +61,12 @@ def row(name: str, tokenizer: VisualTokenizer, pixels: Tensor) -> dict:
 
 
 def views(size: tuple[int, int]) -> Tensor:
-    """Jittered views f32 [PICTURES, 3, H, W] in [0, 1]."""
+    """Jittered views f32 [IMAGES, 3, H, W] in [0, 1]."""
     images = ImageSet(DEMO / "shards" / "test")
     places = SequentialOrder([shard.samples for shard in images.manifest.shards])
     policy = view_policy(load_config(str(ROOT / "configs" / "demo.yaml"), []).view)
     stream = Stream(images=images, places=places, source=DrawnViews(policy), size=size, resample="lanczos")
-    batch = stream.batch(np.linspace(0, places.samples - 1, PICTURES).astype(np.int64))
+    batch = stream.batch(np.linspace(0, places.samples - 1, IMAGES).astype(np.int64))
     return jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
 
 

@@ -1,4 +1,4 @@
-"""How many stored views are enough: masked accuracy on never-seen views for K views a picture, and for fresh ones."""
+"""How many stored views are enough: masked accuracy on never-seen views for K views an image, and for fresh ones."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def main() -> None:
             seen = np.array([[end["train"], end["heldout"], end["accuracy"]] for end in ends])
             rows.append(
                 {
-                    "views a picture": views,
+                    "views an image": views,
                     "times each is seen": f"{epochs / int(views):.1f}" if views != "online" else "1",
                     "training loss": _spread(seen[:, 0]),
                     "loss on never-seen views": _spread(seen[:, 1]),
@@ -38,7 +38,7 @@ def main() -> None:
             print(rows[-1], file=sys.stderr)
     notes = [
         f"{samples} tiles, {STEPS} steps of 64, demo.yaml's encoder; mean ± standard deviation over {len(SEEDS)} seeds "
-        "(order, masks and initial weights). Never-seen views are of the same pictures, drawn from another seed than "
+        "(order, masks and initial weights). Never-seen views are of the same images, drawn from another seed than "
         "any training view."
     ]
     write("view_ablation", "how many stored views are as good as fresh ones?", rows, {}, notes)

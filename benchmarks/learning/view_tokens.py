@@ -31,7 +31,7 @@ def main() -> None:
         assert isinstance(module, Dvae), (
             f"{given} holds a {identity['kind']}: only the own dVAE's logits are known here"
         )
-        assert identity["filter"] == "lanczos", f"{given} sees pictures by {identity['filter']}, BEiT's by lanczos"
+        assert identity["filter"] == "lanczos", f"{given} sees images by {identity['filter']}, BEiT's by lanczos"
         size = identity["input_size"][0]
         name = f"trained dVAE, {identity['vocabulary']} tokens"
         rows += rows_of(name, module, size, TRAINED_DRAWS)
@@ -65,9 +65,9 @@ def tokens_of(tokenizer: Dvae | Encoder, pixels01_BCHW: Tensor) -> Tensor:
 def view_pairs(draw: views.Draw, size: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """What is compared, our view and the official one, [size, size, 3] in 0-255."""
     lanczos = Image.Resampling.LANCZOS
-    plain = views.our_cut(draw.picture, draw, size, "lanczos", [0, 255])
-    yield _NO_JITTER, plain, views.official_cut(draw.picture, draw, size, lanczos)
-    ours = views.our_jitter(views.our_cut(draw.picture, draw, size, "lanczos"), draw)
+    plain = views.our_cut(draw.pixels, draw, size, "lanczos", [0, 255])
+    yield _NO_JITTER, plain, views.official_cut(draw.pixels, draw, size, lanczos)
+    ours = views.our_jitter(views.our_cut(draw.pixels, draw, size, "lanczos"), draw)
     yield _FULL, ours, views.official_cut(views.official_jitter(draw), draw, size, lanczos)
 
 

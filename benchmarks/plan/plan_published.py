@@ -150,7 +150,7 @@ def nemo(chip: str, network: str, published: float, wide: float) -> list[Row]:
 
 
 def timm(name: str, model: Model, published: float) -> Row:
-    """Mixed precision on synthetic pictures, one RTX 3090."""
+    """Mixed precision on synthetic images, one RTX 3090."""
     found = 1 / sum(seconds_per_image(config_of(model, 64, 1, "fp16"), machine_of("rtx3090", "eth-10"), False))
     source = "timm, results/benchmark-train-amp-nchw-…-rtx3090.csv"
     return Row(f"timm {name}, RTX 3090", "images/s", published, found, found, "defaults", source)

@@ -25,13 +25,13 @@ def main() -> None:
     assert len(read_metrics(DEMO, "start")) == 1, "the demo was interrupted: shares are of one start, run it anew"
     assert logged[0] == logged[1] and steps in logged[0], "training noticed the evaluations"
     rows = evaluated(DEMO)
-    labelled, most = int(rows[-1]["_pictures"]), config.log.heldout_samples
+    labelled, most = int(rows[-1]["_images"]), config.log.heldout_samples
     due = steps // config.log.heldout_every.steps(0, config.train.global_batch)
     note = (
         f"The demo's run of {steps} steps; evaluations were due every {config.log.heldout_every}, {len(rows)} of {due} "
-        f"were made within log.evaluation_share {config.log.evaluation_share:g}. Each judges {most} held-out pictures, "
+        f"were made within log.evaluation_share {config.log.evaluation_share:g}. Each judges {most} held-out images, "
         f"as many seen ones in a trained and a new view (whose tokens it makes), and k-NN on {labelled} of the test "
-        f"pictures among up to {10 * most} of the training set. Its {len(logged[0])} logged losses are, bit for bit, "
+        f"images among up to {10 * most} of the training set. Its {len(logged[0])} logged losses are, bit for bit, "
         f"those of a run that was only evaluated at its end."
     )
     ratios = {"share of the run's time": rows[-1]["share so far"]}
@@ -54,7 +54,7 @@ def evaluated(run: Path) -> list[dict]:
                 "new view of the same": new["loss"],
                 "k-NN": f"{survey['knn']:.1%}",
                 "attention reaches (px), first and last block": reach(survey),
-                "_pictures": survey["knn_samples"],
+                "_images": survey["knn_samples"],
             }
         )
     return rows

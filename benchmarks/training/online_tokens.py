@@ -16,7 +16,7 @@ from benchmarks.results import launch, write
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, STEPS, ROUNDS = 8, 3, 2
-# multiply-adds of one picture (RECIPE, "Cost"): three times the encoder's forward, and the DALL-E encoder's
+# multiply-adds of one image (RECIPE, "Cost"): three times the encoder's forward, and the DALL-E encoder's
 COSTS = {"base": 54.0, "tokenizer": 26.06}
 
 
@@ -48,8 +48,8 @@ def main() -> None:
 
 def prepared(folder: Path) -> list[str]:
     """A few packed photographs, a tokenizer, its tokens; returns the settings of all runs."""
-    write_tiles(folder / "pictures", 1, 1, seed=0)
-    launch("pack", [str(folder / "pictures" / "train"), str(folder / "shards"), "--workers", "1"])
+    write_tiles(folder / "images", 1, 1, seed=0)
+    launch("pack", [str(folder / "images" / "train"), str(folder / "shards"), "--workers", "1"])
     shape = DalleShape(has_decoder=False)
     weights = random_dalle().state_dict()
     save_tokenizer(folder / "tokenizer", weights, "dalle", dataclasses.asdict(shape), Size(112, 112), "lanczos")

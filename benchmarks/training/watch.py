@@ -48,7 +48,7 @@ def measure(folder: Path, logged: int, browser: object) -> dict:
         page, _ = asked(port, "/")
         first = time.perf_counter() - begun
         assert f"step {logged * EVERY:,} of" in page.decode(), "the page does not show the last step"
-        while "pictures" not in json.loads(asked(port, "/live?since=")[0])["order"]:
+        while "images" not in json.loads(asked(port, "/live?since=")[0])["order"]:
             time.sleep(1)
         updates = [update(run, port, (logged + i) * EVERY) for i in range(1, TIMES + 1)]
         stamp = json.loads(asked(port, "/live?since=")[0])["stamp"]
@@ -136,7 +136,7 @@ def update(run: Path, port: int, step: int) -> tuple[float, int]:
             break
         time.sleep(0.1)
     assert f"step {step:,} of" in news["status"]["words"] and {"curves", "numbers"} <= set(news["sections"])
-    assert "pictures" not in news["sections"], "what did not change was sent again"
+    assert "images" not in news["sections"], "what did not change was sent again"
     return taken, len(gzip.compress(content, 3))
 
 

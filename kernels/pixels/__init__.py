@@ -1,4 +1,4 @@
-"""Colour jitter, normalisation and cast of uint8 pictures, in one pass on a GPU.
+"""Colour jitter, normalisation and cast of uint8 images, in one pass on a GPU.
 
 Every implementation gives the same bits: tokens were made of these pixels, and whoever cuts the view again must see
 what the tokenizer saw.
@@ -20,10 +20,10 @@ def jittered(
     dtype: torch.dtype = torch.float32,
     implementation: str = "auto",
 ) -> Tensor:
-    """uint8 pixels [B, 3, H, W], each picture jittered by its own factors in its own order, in [0, 1].
+    """uint8 pixels [B, 3, H, W], each image jittered by its own factors in its own order, in [0, 1].
 
     jitters_B3: factors of brightness, contrast, saturation; orders_B: i64, rows of reference.ORDERS; mean_greys_B:
-    0-255, of the whole unjittered picture. Every operation blends with a base: black, the mean grey, the pixel's own
+    0-255, of the whole unjittered image. Every operation blends with a base: black, the mean grey, the pixel's own
     grey. As Pillow does it, each result is clamped and loses its fraction, and greys are whole numbers. normal: mean
     and standard deviation of each channel, for (x − mean) / std. Computed in float32, returned as dtype. Raises
     ValueError for pixels of another kind, and as kernels.dispatch.runs_fused.

@@ -11,7 +11,7 @@ from torch import Tensor
 from beitforge.kernels.dispatch import interpreted, on_device
 from beitforge.kernels.pixels.reference import LUMA
 
-BLOCK = 1024  # pixels of a picture that a program holds
+BLOCK = 1024  # pixels of an image that a program holds
 WARPS = 4
 _HALVES: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 · 2²³: where float32 has no fractions left
 _RED: tl.constexpr = tl.constexpr(LUMA[0])
@@ -35,7 +35,7 @@ def _store(out, x, mean, std, inside, NORMAL: tl.constexpr):
 @triton.jit
 def jitter_pixels(pixels, out, jitters, orders, mean_greys, mean0, mean1, mean2, std0, std1, std2,
                   HW: tl.constexpr, BLOCK: tl.constexpr, NORMAL: tl.constexpr):  # fmt: skip
-    """One program BLOCK pixels of one picture, their three channels together."""
+    """One program BLOCK pixels of one image, their three channels together."""
     image, at = tl.cast(tl.program_id(1), tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < HW
     base_in, base_out = pixels + image * (3 * HW) + at, out + image * (3 * HW) + at

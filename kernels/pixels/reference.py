@@ -17,7 +17,7 @@ def _orders(device: torch.device) -> Tensor:
 
 
 def turns(jitters_B3: Tensor, orders_B: Tensor, mean_greys_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three blends of each picture in its order: factors f32 [B, 3], the constant each blends with f32 [B, 3], and
+    """The three blends of each image in its order: factors f32 [B, 3], the constant each blends with f32 [B, 3], and
     whether it blends with the pixel's own grey instead, bool [B, 3]."""
     operations_B3 = _orders(jitters_B3.device)[orders_B]
     factors_B3 = jitters_B3.float().gather(1, operations_B3)

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in adopted.empty:
         print(f"{name}.tar holds no sample: left out of the manifest")
     if adopted.num_bad:
-        print(f"pictures that do not decode: {adopted.num_bad}; their rows are marked bad, a stream substitutes them")
+        print(f"images that do not decode: {adopted.num_bad}; their rows are marked bad, a stream substitutes them")
     print(f"{folder}: {adopted.manifest.samples} samples in {len(shards)} shards", end="")
     print(f", {adopted.kept} of {len(shards) + len(adopted.empty)} tars were indexed already" if adopted.kept else "")
     return 0

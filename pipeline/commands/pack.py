@@ -40,20 +40,20 @@ def run(arguments: argparse.Namespace) -> int:
     from beitforge.shards.pack.pack import REJECTED, pack
     from beitforge.shards.pack.plan import PackOptions
 
-    encoding = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
+    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
     options = PackOptions(
         name=arguments.name,
         samples_per_shard=arguments.samples_per_shard,
         labels=arguments.labels,
         splits=_splits(arguments.split),
         seed=arguments.seed,
-        picture=EncodeOptions(**encoding),
+        encoding=EncodeOptions(**chosen),
     )
     packed = pack(images, shards, options, arguments.max_rejected, num_workers(arguments))
-    if packed.plan.pictures.others:
-        print(f"files passed over, no pictures by their extension: {packed.plan.pictures.others}")
+    if packed.plan.files.others:
+        print(f"files passed over, no images by their extension: {packed.plan.files.others}")
     if packed.rejected:
-        print(f"pictures that cannot be used: {len(packed.rejected)}, with reasons in {shards / REJECTED}")
+        print(f"images that cannot be used: {len(packed.rejected)}, with reasons in {shards / REJECTED}")
     for split, manifest in packed.manifests.items():
         size = sum(shard.bytes for shard in manifest.shards) / 1e6
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""

@@ -12,9 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The set, the ranks and the order."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     for name, default, text in (
-        ("samples", None, "pictures in the set; digits may be grouped, as 14_200_000"),
-        ("samples-per-shard", 10_000, "pictures in a tar"),
-        ("bytes-per-sample", 110_000, "mean size of a picture"),
+        ("samples", None, "images in the set; digits may be grouped, as 14_200_000"),
+        ("samples-per-shard", 10_000, "images in a tar"),
+        ("bytes-per-sample", 110_000, "mean size of an image"),
         ("ranks", 1, "processes that train"),
         ("ranks-per-node", 8, "of them on one machine"),
         ("global-batch", 2048, "train.global_batch"),

@@ -17,7 +17,7 @@ def micro_batch(global_batch: int, at_most: int, world: int, where: str) -> int:
 
 
 def tuning_micro_batch(tune: Finetune, world: int) -> int:
-    """The micro batch of a fine-tuning on `world` processes: of whole pairs where pictures are mixed."""
+    """The micro batch of a fine-tuning on `world` processes: of whole pairs where images are mixed."""
     where = "finetune.global_batch"
     if not tune.mixes:
         return micro_batch(tune.global_batch, tune.micro_batch, world, where)

@@ -62,9 +62,9 @@ class Data:
 class View:
     """What `tokenize` draws views from (RECIPE: BEiT's transform). A change asks for new token shards."""
 
-    num_views: int = 16  # K, stored views of each picture
+    num_views: int = 16  # K, stored views of each image
     seed: int = 0
-    area_min: float = 0.08  # share of the picture's area
+    area_min: float = 0.08  # share of the image's area
     area_max: float = 1.0
     aspect_min: float = 0.75  # width / height
     aspect_max: float = 4 / 3
@@ -180,7 +180,7 @@ class Finetune:
     run: str = "runs/finetune"  # run folder
     init: str = ""  # run folder, exported or imported encoder; empty: the model section, drawn from data.seed
     input_size: Size = Size(224, 224)
-    label_share: float = 1.0  # of each class's pictures, at least one
+    label_share: float = 1.0  # of each class's images, at least one
     duration: Duration = Duration(100, "epochs")
     global_batch: int = 1024
     micro_batch: int = 64  # at most, per process
@@ -205,7 +205,7 @@ class Finetune:
 
     @property
     def mixes(self) -> bool:
-        """Whether pictures are mixed with others."""
+        """Whether images are mixed with others."""
         return self.mixup > 0 or self.cutmix > 0
 
 

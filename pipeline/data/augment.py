@@ -1,6 +1,6 @@
-"""What fine-tuning does to pictures (RECIPE, "Fine-tuning"): RandAugment by timm, rectangles to erase, how to mix.
+"""What fine-tuning does to images (RECIPE, "Fine-tuning"): RandAugment by timm, rectangles to erase, how to mix.
 
-RandAugment works on the cut picture in the loader. Erasing and mixing are drawn here and done on the device
+RandAugment works on the cut image in the loader. Erasing and mixing are drawn here and done on the device
 (pipeline.training.objectives): timm's own draw from global state and wait for the device. Everything is a pure function
 of a seed and sample numbers. Must not know the loader, the model or any stage.
 """
@@ -24,7 +24,7 @@ _HALF_CUTMIX = 0.5  # where both are on, how often a pair is cut instead of mixe
 
 
 class RandAugment:
-    """timm's RandAugment of a picture, its randomness that of the sample: the same in any worker of any rank."""
+    """timm's RandAugment of an image, its randomness that of the sample: the same in any worker of any rank."""
 
     def __init__(self, words: str, size: tuple[int, int], mean: tuple[float, ...], seed: int):
         """words: timm's, as rand-m9-mstd0.5-inc1. size: H, W. Raises ConfigError without timm, or for other words."""
@@ -76,7 +76,7 @@ def supervised_draws(tune: Finetune, layers: int, seed: int, samples: np.ndarray
     """What the samples (i64 [B]) of a micro batch draw, beside their views.
 
     keep bool [B, L, 2] with drop path · erase i64 [B, 4] top, left, height, width (0: nothing is erased) and noise i64
-    [B], its seed · share, blend f32 [B] and box i64 [B, 4]: how each picture is mixed with its partner
+    [B], its seed · share, blend f32 [B] and box i64 [B, 4]: how each image is mixed with its partner
     (shards.stream.order.RankBatches, paired), the same for both, drawn from the number of the first.
     """
     drawn = {}
@@ -122,7 +122,7 @@ def erased_boxes(size: tuple[int, int], probability: float, uniform: Callable[[i
 
 
 def mixing(size: tuple[int, int], mixup: float, cutmix: float, uniform: np.ndarray) -> dict[str, np.ndarray]:
-    """How P pairs are mixed: `share` f32 [P] of a picture's own label, `blend` f32 [P] the weight of its own pixels
+    """How P pairs are mixed: `share` f32 [P] of an image's own label, `blend` f32 [P] the weight of its own pixels
     outside a box, `box` i64 [P, 4] top, left, height, width, inside which they are its partner's.
 
     mixup (Zhang et al. 2017) or cutmix (Yun et al. 2019), each with share from Beta(alpha, alpha); alpha 0 switches it

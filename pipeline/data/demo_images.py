@@ -1,4 +1,4 @@
-"""The demo's pictures: photographs that ship inside scikit-image and scikit-learn, cut into tiles.
+"""The demo's images: photographs that ship inside scikit-image and scikit-learn, cut into tiles.
 
 The photograph is the class. Training tiles come from the left of every photograph, test tiles from the right, and no
 tile reaches across, so nothing of a test tile was ever seen. Must not know torch or any stage.
@@ -42,7 +42,7 @@ def find_photographs() -> list[Path]:
         if spec is None or not spec.submodule_search_locations:
             raise ConfigError(
                 f"the demo's photographs ship inside {package}, which is not installed: pip install '.[demo]', or give "
-                f"a folder of your own pictures"
+                f"a folder of your own images"
             )
         found.append(Path(spec.submodule_search_locations[0]) / folder)
     skimage, sklearn = found

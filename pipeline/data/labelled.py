@@ -1,4 +1,4 @@
-"""Streams of labelled pictures, put together from a config: fine-tuning, its test, k-NN, and a share of the labels.
+"""Streams of labelled images, put together from a config: fine-tuning, its test, k-NN, and a share of the labels.
 
 Must not know model, deepspeed or any stage.
 """
@@ -23,9 +23,9 @@ from beitforge.shards.stream.view_sources import DrawnViews
 
 def supervised(config: Config) -> DataSource:
     """data.labelled_images, or the chosen share of each class, under fresh views every epoch, augmented; in pairs where
-    pictures are mixed.
+    images are mixed.
 
-    Raises ConfigError for pictures without labels, and for what timm does not do.
+    Raises ConfigError for images without labels, and for what timm does not do.
     """
     tune, seed = config.finetune, config.data.seed
     images = image_set(config, config.data.labelled_images)
@@ -65,7 +65,7 @@ def _chosen(config: Config, images: ImageSet, share: float, seed: int) -> Subset
 
 
 def share_of(config: Config, source: DataSource, share: float, seed: int) -> DataSource:
-    """A share of the labelled pictures of a source, as label_share has it, each once an epoch."""
+    """A share of the labelled images of a source, as label_share has it, each once an epoch."""
     places = _chosen(config, source.stream.images, share, seed)
     return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=places))
 
@@ -95,12 +95,12 @@ def refuse_other_classes(
 
 
 def require_labels(images: ImageSet, what: str, who: str) -> None:
-    """Raise ConfigError unless every picture has a label from 0 on; `what` names the set, `who` needs them."""
+    """Raise ConfigError unless every image has a label from 0 on; `what` names the set, `who` needs them."""
     for shard, entry in enumerate(images.manifest.shards):
         columns = images.index(shard).columns
         if not (columns["flags"] & FLAG_LABELLED).all() or columns["label"].min(initial=0) < 0:
             raise ConfigError(
-                f"{what} ({images.folder}): {entry.name} has pictures without a label (.cls from 0 on); {who} needs "
+                f"{what} ({images.folder}): {entry.name} has images without a label (.cls from 0 on); {who} needs "
                 f"labelled shards: pack a folder per class"
             )
 
@@ -112,7 +112,7 @@ def num_classes(images: ImageSet) -> int:
 
 @dataclass
 class _Spread:
-    """`samples` of the pictures of a set, evenly spaced: a set may be sorted by class."""
+    """`samples` of the images of a set, evenly spaced: a set may be sorted by class."""
 
     places: SampleOrder
     samples: int
@@ -122,7 +122,7 @@ class _Spread:
 
 
 def labelled(config: Config, where: str, at_most: int) -> DataSource:
-    """`at_most` pictures of a labelled set, from all over it, in manifest order; central views of the encoder's size.
+    """`at_most` images of a labelled set, from all over it, in manifest order; central views of the encoder's size.
 
     Raises ConfigError when the set has no labels, or all the same.
     """
@@ -139,7 +139,7 @@ def labelled(config: Config, where: str, at_most: int) -> DataSource:
 
 
 def subsample(source: DataSource, at_most: int) -> DataSource:
-    """`at_most` of the pictures of a source, from all over it."""
+    """`at_most` of the images of a source, from all over it."""
     places = source.stream.places
     spread = _Spread(places, min(at_most, places.samples))
     return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=spread))

@@ -109,7 +109,7 @@ def pretraining(config: Config) -> DataSource:
 
 def heldout(config: Config) -> DataSource:
     """The held-out pairs in manifest order, each always with the same view and mask; where tokens are online, a view
-    that no training draws, so that pictures trained on can be held out too."""
+    that no training draws, so that images trained on can be held out too."""
     images = image_set(config, config.data.heldout_images)
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
     places = SequentialOrder([shard.samples for shard in images.manifest.shards])
@@ -125,7 +125,7 @@ def seen_views(config: Config) -> DataSource:
 
 
 def new_views(config: Config) -> DataSource:
-    """The pictures of seen_views under the same masks, each in a view that no training draws, tokens online."""
+    """The images of seen_views under the same masks, each in a view that no training draws, tokens online."""
     images = image_set(config, config.data.images)
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
     return _pairs(config, images, ONLINE, order_of(config, images), draw, _untrained_views(config))
@@ -138,7 +138,7 @@ def _untrained_views(config: Config) -> ViewPolicy:
 def _pairs(
     config: Config, images: ImageSet, tokens: str, places: SampleOrder, draw: Draw, online: ViewPolicy
 ) -> DataSource:
-    """Pictures with their recorded tokens or, where `tokens` is online, with the view a tokenizer makes them of."""
+    """Images with their recorded tokens or, where `tokens` is online, with the view a tokenizer makes them of."""
     source: ViewSource
     if tokens == ONLINE:
         _, identity = fitting_tokenizer(config)
@@ -209,7 +209,7 @@ def recorded_views(config: Config, images: ImageSet, folder: str) -> RecordedVie
             raise ConfigError(f"{folder} was made with {name} {stated.get(name)}, here it is {value}: {cure}")
     if manifest.num_views != config.view.num_views:
         raise ConfigError(
-            f"{folder} has {manifest.num_views} views a picture, view.num_views says {config.view.num_views}: {cure}"
+            f"{folder} has {manifest.num_views} views an image, view.num_views says {config.view.num_views}: {cure}"
         )
     return source
 

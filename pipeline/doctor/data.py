@@ -32,7 +32,7 @@ _PART = 4 << 20
 
 
 def sets(config: Config, seconds: float, local: Local) -> DataSource | None:
-    """Both sets of training and, where there are, of held-out pictures, and the labelled ones; the training stream when
+    """Both sets of training and, where there are, of held-out images, and the labelled ones; the training stream when
     it can be read.
 
     seconds: half for opening shards, half for reading some of their rows.
@@ -79,7 +79,7 @@ def _pair(
     except (ShardError, ConfigError) as error:
         local.add(STOP, checks[1], str(error), _RETOKENIZE, whole_host=True)
         return None
-    local.add(OK, checks[1], f"fit their pictures: {source.tokens[:32]}", whole_host=True)
+    local.add(OK, checks[1], f"fit their images: {source.tokens[:32]}", whole_host=True)
     return source
 
 
@@ -102,7 +102,7 @@ def _whole(check: str, source: DataSource, seconds: float, local: Local) -> None
         problems += not _opens(check, source, number, local)
     if not missing and not problems:
         size = sum(shard.bytes for shard in images.manifest.shards)
-        what = f"{len(numbers)} shards, {len(images)} pictures, {size / 2**30:.2f} GiB; {opened} opened"
+        what = f"{len(numbers)} shards, {len(images)} images, {size / 2**30:.2f} GiB; {opened} opened"
         local.add(OK, check, what, whole_host=True)
 
 
@@ -138,7 +138,7 @@ def _opens(check: str, source: DataSource, number: int, local: Local) -> bool:
 
 
 def _digests(source: DataSource, seconds: float, local: Local) -> None:
-    """Pictures and token rows at random against their checksums, for as long as there is time, 256 at most."""
+    """Images and token rows at random against their checksums, for as long as there is time, 256 at most."""
     images, views = source.stream.images, source.stream.source
     draw, looked = random.Random(f"{local.host} {time.time_ns()}"), 0
     damaged: list[str] = []
@@ -164,7 +164,7 @@ def _digests(source: DataSource, seconds: float, local: Local) -> None:
         cure = "run `verify` on the set; mend what it lists, or raise data.bad_sample_budget"
         local.add(WARNING, "digests", problem, cure, whole_host=True)
     if not damaged:
-        local.add(OK, "digests", f"{looked} random pictures are what was packed", whole_host=True)
+        local.add(OK, "digests", f"{looked} random images are what was packed", whole_host=True)
 
 
 def check_disk_space(config: Config, checkpoint_bytes: int, local: Local) -> None:
@@ -219,7 +219,7 @@ def measure_read(config: Config, source: DataSource, seconds: float, local: Loca
         return 0.0
     rate = done / max(time.monotonic() - started, 1e-6)
     mean = sum(shard.bytes for shard in images.manifest.shards) / len(images)
-    what = f"{_size(rate)}/s from {config.data.images}, {rate / mean:.0f} pictures a second for all of this host"
+    what = f"{_size(rate)}/s from {config.data.images}, {rate / mean:.0f} images a second for all of this host"
     local.add(OK, "storage", what, value=f"{_size(rate)}/s", whole_host=True)
     return rate / mean
 

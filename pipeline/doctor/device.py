@@ -356,7 +356,7 @@ def dry_step(
     local.add(OK, "step", what, value=f"{seconds:.2f} s")
     if not finite:
         cure = "set model.kernels=reference: when it helps, a kernel is at fault; else train.precision=fp32"
-        local.add(STOP, "step", "the loss of a fresh model on made-up pictures is not finite", cure)
+        local.add(STOP, "step", "the loss of a fresh model on made-up images is not finite", cure)
     return seconds, images
 
 

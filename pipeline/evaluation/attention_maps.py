@@ -1,4 +1,4 @@
-"""Where an encoder looks: the attention of [S] and of chosen patches, as heat maps over the picture.
+"""Where an encoder looks: the attention of [S] and of chosen patches, as heat maps over the image.
 
 Attention's kernels never hold the probabilities; here they are computed again from the same weights. Shape letters as
 in pipeline.model.beit. Must not know runs, HTML or any stage.
@@ -18,12 +18,12 @@ from beitforge.pipeline.model.beit import Encoder
 from beitforge.pipeline.model.blocks import Attention, Block
 from beitforge.pipeline.model.pixels import normalise
 
-_FAINT = 0.35  # of the picture below the heat
+_FAINT = 0.35  # of the image below the heat
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMaps:
-    """One picture; u8 [H, W, 3] each. `patches`: heat maps of the last block by the patch that looks, which is outlined
+    """One image; u8 [H, W, 3] each. `patches`: heat maps of the last block by the patch that looks, which is outlined
     in them; `middle` and `last`: of [S], after half of the blocks and in the last."""
 
     image: np.ndarray
@@ -69,7 +69,7 @@ def attention_of(encoder: Encoder, pixels_BCHW: Tensor, layers: list[int]) -> di
 
 
 def attention_maps(encoder: Encoder, pixels_BCHW: Tensor) -> list[AttentionMaps]:
-    """Of pictures in [0, 1], on the encoder's device in float32. The patches that look are the busiest and the
+    """Of images in [0, 1], on the encoder's device in float32. The patches that look are the busiest and the
     plainest: those whose pixels vary most and least."""
     model = encoder.model
     middle, last = (len(encoder.blocks) - 1) // 2, len(encoder.blocks) - 1
@@ -94,7 +94,7 @@ def attention_maps(encoder: Encoder, pixels_BCHW: Tensor) -> list[AttentionMaps]
 
 
 def busiest_and_plainest(pixels_BCHW: Tensor, patch_size: int) -> Tensor:
-    """The numbers of two patches of each picture, i64 [B, 2]: of the largest and the smallest variance."""
+    """The numbers of two patches of each image, i64 [B, 2]: of the largest and the smallest variance."""
     grey_B1HW = pixels_BCHW.mean(dim=1, keepdim=True)
     mean, square = (F.avg_pool2d(grey_B1HW**power, patch_size).flatten(1) for power in (1, 2))
     variance_BN = square - mean**2
@@ -102,7 +102,7 @@ def busiest_and_plainest(pixels_BCHW: Tensor, patch_size: int) -> Tensor:
 
 
 def overlaid(pixels_CHW: Tensor, weights_hw: Tensor, patch_size: int) -> np.ndarray:
-    """The picture, faint and grey, under the heat of its patches' weights; the largest weight is the brightest."""
+    """The image, faint and grey, under the heat of its patches' weights; the largest weight is the brightest."""
     share = weights_hw / weights_hw.max().clamp(min=1e-12)
     share_HW = share.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
     under = _FAINT * pixels_CHW.mean(dim=0)[..., None].numpy()

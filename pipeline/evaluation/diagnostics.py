@@ -26,9 +26,9 @@ from beitforge.pipeline.tokenizers.storage import codebook_use
 from beitforge.pipeline.training.objectives import encoder_input
 from beitforge.shards.stream.loader import Batch
 
-_AT_ONCE = 16  # pictures whose logits or attention are in memory
-_PREDICTED = 1024  # pictures whose predictions are looked at
-_ATTENDED = 64  # pictures whose attention is
+_AT_ONCE = 16  # images whose logits or attention are in memory
+_PREDICTED = 1024  # images whose predictions are looked at
+_ATTENDED = 64  # images whose attention is
 
 Prepare = Callable[[Batch], Batch]  # to the device, with tokens
 
@@ -65,7 +65,7 @@ def measure(config: Config, engine: Engine, source: DataSource, samples: int, pr
 
 
 def _attention_distances(model: Model, engine: Engine, module: Beit, pixels_BCHW: Tensor, counting_B: Tensor) -> Tensor:
-    """Of each block the sum over pictures, times counting_B, of the mean distance in pixels between a patch and those
+    """Of each block the sum over images, times counting_B, of the mean distance in pixels between a patch and those
     that it attends to, over patches and heads: [L]. [S] is left out, and the rest renormalised."""
     distance_NN = _patch_distances(model).to(pixels_BCHW.device)
     totals_L = torch.zeros(model.layers, dtype=torch.float64, device=pixels_BCHW.device)
@@ -118,7 +118,7 @@ def _patch_distances(model: Model) -> Tensor:
 
 @torch.no_grad()
 def knn(config: Config, engine: Engine, choose: DataSource, test: DataSource | None) -> dict[str, float]:
-    """k-NN accuracy on `test`, or on a fifth of `choose`, among the pictures of `choose` (pipeline.data.labelled)."""
+    """k-NN accuracy on `test`, or on a fifth of `choose`, among the images of `choose` (pipeline.data.labelled)."""
     world = engine.world
     features_nD, labels_n = _features(config, engine, choose)
     if test is None:
@@ -160,7 +160,7 @@ def _features(config: Config, engine: Engine, source: DataSource) -> tuple[Tenso
 
 
 def _whole(engine: Engine, model: Model, pixels_BCHW: Tensor) -> None:
-    """A forward pass of pictures without a mask, for its hooks; the head computes one patch of each."""
+    """A forward pass of images without a mask, for its hooks; the head computes one patch of each."""
     nothing_BN = torch.zeros(len(pixels_BCHW), model.num_patches, dtype=torch.bool, device=pixels_BCHW.device)
     engine.model(pixels_BCHW, nothing_BN, 1)
 

@@ -1,7 +1,7 @@
-"""The evaluations inside a pretraining run: which pictures, what of them, and whether there is time.
+"""The evaluations inside a pretraining run: which images, what of them, and whether there is time.
 
-Losses on held-out pictures, on never-trained views of pictures that the run has seen, and on trained views of the same
-pictures (pipeline.evaluation.diagnostics has the rest). The gap between the last two says when K views are too few. All
+Losses on held-out images, on never-trained views of images that the run has seen, and on trained views of the same
+images (pipeline.evaluation.diagnostics has the rest). The gap between the last two says when K views are too few. All
 ranks take part, each sample counts once whatever their number, and nothing here changes what training computes. Must
 not know stages.
 """
@@ -28,7 +28,7 @@ from beitforge.pipeline.training.objectives import encoder_input, online_tokens
 from beitforge.shards.format.manifest import read_token_manifest
 from beitforge.shards.stream.loader import Batch
 
-_CHOOSE = 10  # pictures that k-NN chooses from, for each that it is tested on
+_CHOOSE = 10  # images that k-NN chooses from, for each that it is tested on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def _refuse_another(config: Config, fingerprint: str) -> None:
 
 
 def _labelled(config: Config) -> tuple[DataSource, ...]:
-    """What k-NN reads: test pictures as many as held-out ones; a set for both gives a fifth to the test."""
+    """What k-NN reads: test images as many as held-out ones; a set for both gives a fifth to the test."""
     data, most = config.data, config.log.heldout_samples
     if not data.labelled_images:
         return ()
@@ -186,7 +186,7 @@ class Evaluations:
             kinds["new_view"] = self.new, seen
         measured = {kind: losses(config, engine, *which, self._prepare) for kind, which in kinds.items()}
         found = {kind: loss.values for kind, loss in measured.items()}
-        first = next(iter(kinds))  # held-out pictures where there are any
+        first = next(iter(kinds))  # held-out images where there are any
         use = codebook_use(measured[first].counts)
         found["survey"] = {f"targets_{name}": float(use[name]) for name in ("used", "perplexity")}
         found["survey"] |= diagnostics.measure(config, engine, *kinds[first], self._prepare)

@@ -1,4 +1,4 @@
-"""Which pictures an encoder finds alike: the nearest in its feature space, beside the nearest by raw pixels.
+"""Which images an encoder finds alike: the nearest in its feature space, beside the nearest by raw pixels.
 
 Shape letters as in pipeline.model.beit. Must not know runs, HTML or any stage.
 """
@@ -21,14 +21,14 @@ from beitforge.pipeline.model.beit import Encoder
 from beitforge.pipeline.model.pixels import normalise
 from beitforge.shards.stream.loader import Batch, Stream, load
 
-_MICRO = 32  # pictures a batch
-_RAW = 32  # pixels a side that raw pictures are compared at
-_KEPT = 96  # pixels a side that pictures are kept at, at most
+_MICRO = 32  # images a batch
+_RAW = 32  # pixels a side that raw images are compared at
+_KEPT = 96  # pixels a side that images are kept at, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureBank:
-    """n pictures of a set, spread over it. numbers: which of the set's; features f32 [n, D] after `layer`
+    """n images of a set, spread over it. numbers: which of the set's; features f32 [n, D] after `layer`
     blocks; raw f32 [n, P]; images: u8 [H, W, 3] each, small."""
 
     numbers: np.ndarray
@@ -41,7 +41,7 @@ class FeatureBank:
 
 @torch.no_grad()
 def collect_features(encoder: Encoder, stream: Stream, samples: int, most: int, seconds: float) -> FeatureBank:
-    """Of at most so many pictures, and as many as `seconds` allow (one batch at least): the features at two thirds of
+    """Of at most so many images, and as many as `seconds` allow (one batch at least): the features at two thirds of
     the depth, mean over patches, unmasked."""
     layer = feature_depth(len(encoder.blocks))
     device = next(encoder.parameters()).device
@@ -58,7 +58,7 @@ def collect_features(encoder: Encoder, stream: Stream, samples: int, most: int, 
         small = (
             F.interpolate(pixels, (round(height / scale), round(width / scale)), mode="area") if scale > 1 else pixels
         )
-        images += [to_bytes(picture) for picture in small.cpu()]
+        images += [to_bytes(image) for image in small.cpu()]
         numbers.append(batch.samples.numpy())
         labels.append(batch.labels)
         if time.monotonic() > until:
@@ -87,13 +87,13 @@ def spread(samples: int, most: int) -> np.ndarray:
 
 
 def by_features(gathered: FeatureBank, count: int) -> tuple[Tensor, Tensor]:
-    """The most alike others of each picture and their cosines, [n, count], nearest first, of standardised features."""
+    """The most alike others of each image and their cosines, [n, count], nearest first, of standardised features."""
     features = F.normalize(standardised(gathered.features, gathered.features), dim=1)
     return _nearest(features @ features.T, count)
 
 
 def by_pixels(gathered: FeatureBank, count: int) -> tuple[Tensor, Tensor]:
-    """The same by the distance of small pictures; the values are distances below zero."""
+    """The same by the distance of small images; the values are distances below zero."""
     return _nearest(-torch.cdist(gathered.raw, gathered.raw), count)
 
 
@@ -104,5 +104,5 @@ def _nearest(alike_nn: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def agreement(nearest: Tensor, labels: Tensor) -> float:
-    """The share of neighbours [n, k] that have their picture's label."""
+    """The share of neighbours [n, k] that have their image's label."""
     return float((labels[nearest] == labels[:, None]).double().mean())

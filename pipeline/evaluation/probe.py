@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # peak learning rates that are tried
 EPOCHS, BATCH, DECAY = 100, 256, 1e-4
-_FOLDS, _SMALL = 5, 1000  # pictures of a set that is judged on every fold
-_LEAST = 5  # pictures of a class, in the mean; with fewer nothing is chosen
+_FOLDS, _SMALL = 5, 1000  # images of a set that is judged on every fold
+_LEAST = 5  # images of a class, in the mean; with fewer nothing is chosen
 _DEFAULT_RATE = 3e-3
 
 
@@ -19,7 +19,7 @@ _DEFAULT_RATE = 3e-3
 class ProbeResult:
     """Accuracies in [0, 1] on the test set, with the features and the learning rate that were chosen on the training
     set; `layers`: the linear probe's on the test set for every feature set at its own best rate. chosen: false where
-    classes had too few pictures to choose by."""
+    classes had too few images to choose by."""
 
     knn: float
     linear: float
@@ -43,7 +43,7 @@ def probe(
     """Probe every feature set, float32 [n, D] by name, at every rate; report the pair that does best on folds of
     `train` that it was not fitted on. The test set takes no part in the choice. labels: i64 [n].
 
-    default: the feature set reported where classes have so few pictures that a choice would be noise. k-NN uses the
+    default: the feature set reported where classes have so few images that a choice would be noise. k-NN uses the
     features that were chosen for the linear probe. tell: called after each of the `sweeps`.
     """
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
@@ -66,7 +66,7 @@ def probe(
 
 
 def sweeps(train_labels: Tensor) -> int:
-    """How many sweeps it takes to judge by so many pictures."""
+    """How many sweeps it takes to judge by so many images."""
     return 1 + _folds(train_labels)
 
 
@@ -87,7 +87,7 @@ def _on_folds(
     seed: int,
     tell: Callable[[], object],
 ) -> dict[str, Tensor]:
-    """Accuracy of every feature set at every rate, float64 [R] by name, on pictures that the probe was not fitted on,
+    """Accuracy of every feature set at every rate, float64 [R] by name, on images that the probe was not fitted on,
     summed over so many folds."""
     fold = torch.arange(len(labels)) % _FOLDS
     found = {name: torch.zeros(len(RATES), dtype=torch.float64) for name in train}

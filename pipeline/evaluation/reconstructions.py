@@ -1,4 +1,4 @@
-"""What the encoder makes of masked pictures, as pixels: view, masked view, decoded true and decoded predicted tokens,
+"""What the encoder makes of masked images, as pixels: view, masked view, decoded true and decoded predicted tokens,
 and how far they are apart.
 
 Shape letters as in pipeline.model.beit. Must not know runs, HTML or any stage.
@@ -18,7 +18,7 @@ from beitforge.pipeline.tokenizers.storage import VisualTokenizer
 from beitforge.pipeline.training.objectives import encoder_input
 from beitforge.shards.stream.loader import Batch
 
-_GREY, _EDGE = 0.5, 0.4  # of a masked patch, and of its edge: a grey picture looks different
+_GREY, _EDGE = 0.5, 0.4  # of a masked patch, and of its edge: a grey image looks different
 _WORST = 0.5  # a difference of pixels in [0, 1] from which on an error is as bright as can be
 _RIGHT, _MARK = (34, 197, 94), (34, 211, 238)  # outlines: of a patch whose token is right, and of one that is meant
 # heat from none to all, evenly spaced: dark to light also for those who see no colours
@@ -27,7 +27,7 @@ _HEAT = np.array([(4, 5, 26), (73, 16, 102), (156, 38, 98), (229, 92, 48), (251,
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """One sample; pictures are u8 [H, W, 3]. `decoded`, `predicted` and `error` (their difference as heat, patches that
+    """One sample; images are u8 [H, W, 3]. `decoded`, `predicted` and `error` (their difference as heat, patches that
     are right outlined) are None without a tokenizer; `predicted`, `error` and `right` (masked patches whose token is
     predicted right) without an encoder."""
 
@@ -81,7 +81,7 @@ def predicted_tokens(config: Config, beit: Beit, batch: Batch) -> Tensor:
 
 
 def sample_names(source: DataSource, batch: Batch) -> list[str]:
-    """The key of each sample's picture, or of the one that stood in for it."""
+    """The key of each sample's image, or of the one that stood in for it."""
     _, shards, rows = source.stream.places.locate(batch.samples.numpy())
     images = source.stream.images
     substitutes = {sample.sample: sample.substitute for sample in batch.bad}
@@ -90,7 +90,7 @@ def sample_names(source: DataSource, batch: Batch) -> list[str]:
 
 
 def greyed(pixels_BCHW: Tensor, mask_BN: Tensor, patch_size: int) -> Tensor:
-    """The pictures, their masked patches grey with a darker edge to the right and below."""
+    """The images, their masked patches grey with a darker edge to the right and below."""
     rows, columns = pixels_BCHW.shape[2] // patch_size, pixels_BCHW.shape[3] // patch_size
     mask_BHW = mask_BN.view(-1, rows, columns).repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
     cover = torch.full_like(pixels_BCHW, _GREY)
@@ -99,7 +99,7 @@ def greyed(pixels_BCHW: Tensor, mask_BN: Tensor, patch_size: int) -> Tensor:
 
 
 def errors(decoded_CHW: Tensor, predicted_CHW: Tensor, right_N: Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """How far the two pictures are apart, as heat u8 [H, W, 3]; patches that are right are outlined."""
+    """How far the two images are apart, as heat u8 [H, W, 3]; patches that are right are outlined."""
     apart = (decoded_CHW - predicted_CHW).abs().mean(dim=0) / _WORST
     shown = heat(apart.clamp(max=1).numpy())
     for patch in right_N.nonzero().flatten().tolist():
@@ -129,5 +129,5 @@ def outlined(
 
 
 def to_bytes(pixels_CHW: Tensor) -> np.ndarray:
-    """A picture in [0, 1] as u8 [H, W, 3]."""
+    """An image in [0, 1] as u8 [H, W, 3]."""
     return (pixels_CHW.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()

@@ -1,6 +1,6 @@
 """Colour jitter and normalisation on the device: the same function for `tokenize` and `pretrain`.
 
-BEiT jitters the whole picture, then crops. Here the crop is jittered, with the whole picture's mean grey for the
+BEiT jitters the whole image, then crops. Here the crop is jittered, with the whole image's mean grey for the
 contrast, which the index stores; the loader has clamped it to what the jitter does not clip (shards.format.views). What
 then differs is below what an eye sees (BENCHMARKS.md, views). Must not know shards.
 """
@@ -12,7 +12,7 @@ from beitforge.kernels.pixels import jittered
 
 
 def jitter(pixels_BCHW: Tensor, jitters_B3: Tensor, orders_B: Tensor, mean_greys_B: Tensor) -> Tensor:
-    """uint8 pixels [B, 3, H, W] to float32 in [0, 1], each picture with its own factors in its own order
+    """uint8 pixels [B, 3, H, W] to float32 in [0, 1], each image with its own factors in its own order
     (kernels.pixels.jittered)."""
     return jittered(pixels_BCHW, jitters_B3, orders_B, mean_greys_B)
 

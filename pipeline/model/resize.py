@@ -19,7 +19,7 @@ _SPECIAL = 3  # rows of a bias table that are not about two patches
 
 
 def for_finetuning(weights: Weights, model: Model, size: Size) -> tuple[Weights, Model]:
-    """Weights of model.Classifier without a head, and its shape, for pictures of `size`.
+    """Weights of model.Classifier without a head, and its shape, for images of `size`.
 
     A shared table becomes every layer's own. The pretraining head, its norm and the mask embedding are left out; the
     norm behind the pooling starts anew.
@@ -36,7 +36,7 @@ def for_finetuning(weights: Weights, model: Model, size: Size) -> tuple[Weights,
 
 
 def finetuned_model(model: Model, size: Size) -> Model:
-    """The shape of the classifier that fine-tuning makes of an encoder: a bias table per layer, pictures of `size`."""
+    """The shape of the classifier that fine-tuning makes of an encoder: a bias table per layer, images of `size`."""
     positions = "relative" if model.positions == "relative_shared" else model.positions
     return dataclasses.replace(model, input_size=size, positions=positions)
 

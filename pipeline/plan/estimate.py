@@ -263,7 +263,7 @@ def checkpoint_of(config: Config, machine: Machine, sharding: Sharding) -> tuple
 
 
 def loading_of(config: Config, machine: Machine, gpus: int, images_per_second: float) -> Loading:
-    """Rates at which pictures and tokens must come in, and what decodes them."""
+    """Rates at which images and tokens must come in, and what decodes them."""
     assumed, nodes = machine.assumed, machine.nodes(gpus)
     row = config.model.num_patches * 2 + _TOKEN_ROW
     read = images_per_second * (assumed.image_bytes + (0 if config.data.tokens == ONLINE else row))
@@ -364,7 +364,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class Tokenization:
-    """Of all views of all pictures, once."""
+    """Of all views of all images, once."""
 
     tokenizer: str
     gpu_hours: float

@@ -58,7 +58,7 @@ def _head(config: Config, machine: Machine, images: int, origin: str) -> str:
         [
             f"{model.layers} layers × {model.width}, {size_of(config):,} parameters, {flops / 1e9:.1f} GFLOP an image, "
             f"{train.precision}{', compiled' if train.compile else ''}, attention {kernels_of(config)}",
-            f"{train.duration}: {steps:,} steps of {train.global_batch} of {images:,} pictures ({origin})",
+            f"{train.duration}: {steps:,} steps of {train.global_batch} of {images:,} images ({origin})",
             f"not in the times below: evaluations, at most {config.log.evaluation_share:.0%} of the run's "
             "(log.evaluation_share)",
             f"{chip.name}: {chip.flops16 / 1e12:.0f} TFLOP/s, {chip.memory / 1e9:.0f} GB at "
@@ -196,7 +196,7 @@ def _tokens(config: Config, machine: Machine, images: int) -> str:
         f"  {each.tokenizer}: {each.gpu_hours:,.1f} GPU-hours, {each.disk / 1e9:,.1f} GB on disk"
         for each in tokenizations(config, machine, images)
     ]
-    return "\n".join([f"Tokens of {views} views a picture, {config.tokenizer.precision}", *lines])
+    return "\n".join([f"Tokens of {views} views an image, {config.tokenizer.precision}", *lines])
 
 
 def _deadline(best: tuple[Estimate | None, Estimate | None], days: float) -> str:
@@ -235,9 +235,7 @@ def _advice(config: Config, machine: Machine, rows: list[Estimate]) -> str:
     ]
     starved = [row for row in rows if row.life.starved > 0.05 * row.life.step]
     if starved:
-        lines.append(
-            f"on {starved[0].gpus} GPUs the loader is the slower side: more loader.workers or smaller pictures"
-        )
+        lines.append(f"on {starved[0].gpus} GPUs the loader is the slower side: more loader.workers or smaller images")
     return "\n".join(["Worth changing", *(f"  {line}" for line in lines)]) if lines else ""
 
 

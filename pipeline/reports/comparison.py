@@ -138,8 +138,8 @@ _ROWS: tuple[tuple[str, Callable[[RunRecord], float], Callable[[float], str], Ca
     ("held-out loss, best", lambda record: _extreme(record, "heldout", "loss", min), _nats, min),
     ("held-out masked accuracy", lambda record: _last(record, "heldout", "masked_accuracy"), _share, max),
     ("k-NN inside the run", lambda record: _last(record, "survey", "knn"), _share, max),
-    ("pictures the probe was fitted on", lambda record: value(record.probe, "train_samples"), _count, None),
-    ("pictures it was tested on", lambda record: value(record.probe, "test_samples"), _count, None),
+    ("images the probe was fitted on", lambda record: value(record.probe, "train_samples"), _count, None),
+    ("images it was tested on", lambda record: value(record.probe, "test_samples"), _count, None),
     ("linear probe", lambda record: _probed(record, "linear"), _share, max),
     ("k-NN probe", lambda record: _probed(record, "knn"), _share, max),
     ("test loss", lambda record: _last(record, "test", "loss"), _nats, min),
@@ -149,7 +149,7 @@ _ROWS: tuple[tuple[str, Callable[[RunRecord], float], Callable[[float], str], Ca
 
 
 def _alike(title: str, records: Sequence[RunRecord]) -> bool:
-    """Whether a row's values can be compared: probes that were fitted and tested on as many pictures."""
+    """Whether a row's values can be compared: probes that were fitted and tested on as many images."""
     sizes = {(value(r.probe, "train_samples"), value(r.probe, "test_samples")) for r in records if r.probe}
     return title not in ("linear probe", "k-NN probe") or len(sizes) == 1
 

@@ -26,7 +26,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Figure:
-    """An encoded picture, its caption, whether it is so small that its pixels should stay visible, and whether its
+    """An encoded image, its caption, whether it is so small that its pixels should stay visible, and whether its
     caption is good news."""
 
     encoded: bytes
@@ -177,19 +177,18 @@ def charts(charts_html: Sequence[str], *, large: bool = False) -> str:
     return f'<div class="charts row{columns}">{"".join(shown)}</div>' if shown else ""
 
 
-def image_row(name: str, about: str, pictures: Sequence[Figure], *, whole: bool = False) -> str:
-    """One sample: its name, a word about it, and its pictures with captions. whole: of any shape, in their own."""
-    cells = "".join(_cell(name, picture) for picture in pictures)
+def image_row(name: str, about: str, images: Sequence[Figure], *, whole: bool = False) -> str:
+    """One sample: its name, a word about it, and its images with captions. whole: of any shape, in their own."""
+    cells = "".join(_cell(name, image) for image in images)
     title = f'<div class="about"><b title="{escape(name)}">{escape(name)}</b><span>{escape(about)}</span></div>'
     return f'<div class="card">{title if name else ""}<div class="row{" whole" if whole else ""}">{cells}</div></div>'
 
 
 def neighbour_row(name: str, asked: Figure, strips: Sequence[tuple[str, Sequence[Figure]]]) -> str:
-    """One picture and, a line for each way of comparing, the pictures nearest to it."""
+    """One image and, a line for each way of comparing, the images nearest to it."""
     lines = "".join(
-        f'<h4>{escape(way)}</h4><div class="row">'
-        f"{''.join(_cell(f'{name}, {way}', picture) for picture in pictures)}</div>"
-        for way, pictures in strips
+        f'<h4>{escape(way)}</h4><div class="row">{"".join(_cell(f"{name}, {way}", image) for image in images)}</div>'
+        for way, images in strips
     )
     title = f'<div class="about"><b title="{escape(name)}">{escape(name)}</b></div>'
     return (
@@ -198,19 +197,19 @@ def neighbour_row(name: str, asked: Figure, strips: Sequence[tuple[str, Sequence
     )
 
 
-def _cell(name: str, picture: Figure) -> str:
-    form = "jpeg" if picture.format == "jpg" else picture.format
-    data = base64.b64encode(picture.encoded).decode("ascii")
+def _cell(name: str, image: Figure) -> str:
+    form = "jpeg" if image.format == "jpg" else image.format
+    data = base64.b64encode(image.encoded).decode("ascii")
     return (
-        f'<div><img{" class=small" if picture.small else ""} alt="{escape(f"{name}: {picture.caption}")}" '
-        f'src="data:image/{form};base64,{data}"><span{" class=same" if picture.good else ""} '
-        f'title="{escape(picture.caption)}">{escape(picture.caption)}</span></div>'
+        f'<div><img{" class=small" if image.small else ""} alt="{escape(f"{name}: {image.caption}")}" '
+        f'src="data:image/{form};base64,{data}"><span{" class=same" if image.good else ""} '
+        f'title="{escape(image.caption)}">{escape(image.caption)}</span></div>'
     )
 
 
 def image_grid(rows_html: Sequence[str]) -> str:
     """The samples, two beside each other where there is room."""
-    return f'<div class="pictures">{"".join(rows_html)}</div>' if rows_html else ""
+    return f'<div class="images">{"".join(rows_html)}</div>' if rows_html else ""
 
 
 def folds(items: Sequence[tuple[str, str, str]]) -> str:

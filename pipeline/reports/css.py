@@ -121,8 +121,8 @@ table.many { min-width: 720px; }
 .bars .bar span { flex: none; }
 .bars .best span, .bars .best th { font-weight: 640; }
 .bars td.bar-cell { width: 38%; }
-.pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
-.pictures .card { padding: 12px; }
+.images { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
+.images .card { padding: 12px; }
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 6px; }
 .row img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px;
   background: var(--faint); }
@@ -134,9 +134,9 @@ table.many { min-width: 720px; }
 .near { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 3fr); gap: 14px; }
 .near h4 { margin: 0 0 5px; font-size: 12px; font-weight: 500; color: var(--soft); }
 .near .row + h4 { margin-top: 10px; }
-.pictures .about { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; margin-bottom: 8px; }
-.pictures .about b { font-weight: 600; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.pictures .about span { color: var(--soft); flex: none; }
+.images .about { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; margin-bottom: 8px; }
+.images .about b { font-weight: 600; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.images .about span { color: var(--soft); flex: none; }
 details { border-bottom: 1px solid var(--line); }
 details:last-of-type { border-bottom: 0; }
 .fold { padding: 2px 16px; }
@@ -151,7 +151,7 @@ footer { color: var(--soft); font-size: 13px; margin-top: 36px; }
   .charts.row3, .charts.row4 { --row: 2; } }
 @media (max-width: 760px) {
   main { padding: 24px 16px 48px; } h1 { font-size: 25px; } h2 { margin-top: 38px; } .lead.big { font-size: 16px; }
-  .pictures { grid-template-columns: minmax(0, 1fr); } .cards { gap: 10px; margin-top: 20px; }
+  .images { grid-template-columns: minmax(0, 1fr); } .cards { gap: 10px; margin-top: 20px; }
   .cards .card { padding: 11px 12px 12px; } .cards .value { font-size: 20px; } }
 @media (max-width: 560px) { .charts, .charts[class] { --row: 1; gap: 10px; }
   .wide .area, .wide .y { height: 220px; } .chart { padding: 12px 12px 6px; }

@@ -114,7 +114,7 @@ def _accuracy_chart(record: RunRecord) -> str:
 
 
 def _test_chart(record: RunRecord) -> str:
-    """Accuracies of a fine-tuning; those of mixed training pictures are against the larger label."""
+    """Accuracies of a fine-tuning; those of mixed training images are against the larger label."""
     series = _series(record, "accuracy", ("train", "test"))
     five = points(record.kinds.get("test", []), "top5")
     if five:
@@ -142,7 +142,7 @@ def _norm_chart(record: RunRecord) -> str:
 
 
 def gaps(record: RunRecord) -> str:
-    """What pictures and views that were never trained on cost, and what that says of the number of views."""
+    """What images and views that were never trained on cost, and what that says of the number of views."""
     kinds = ("seen_view", "new_view", "heldout")
     losses = {kind: dict(points(record.kinds.get(kind, []), "loss")) for kind in kinds}
     views = _difference(losses["new_view"], losses["seen_view"])
@@ -151,7 +151,7 @@ def gaps(record: RunRecord) -> str:
         return ""
     series = [
         Series(name="views: new − seen", points=views, tone=3),
-        Series(name="pictures: held-out − new view", points=unseen, tone=2),
+        Series(name="images: held-out − new view", points=unseen, tone=2),
         _level(record, "none", 0.0),
     ]
     drawn = [
@@ -169,17 +169,17 @@ def _difference(one: dict[float, float], other: dict[float, float]) -> list[tupl
 
 def _gap_words(record: RunRecord, views: list[tuple[float, float]], unseen: list[tuple[float, float]]) -> str:
     """The last gaps as sentences."""
-    lead = "New view: trained pictures, cut as they never were in training. Held-out: pictures it never saw."
+    lead = "New view: trained images, cut as they never were in training. Held-out: images it never saw."
     if not views or not math.isfinite(views[-1][1]):
         return lead
     count, (step, cost) = record.config.view.num_views, views[-1]
     more = unseen[-1][1] if unseen else math.nan
     there = f"{lead} At step {step:,.0f} a new view costs {_signed(cost)} nats against one it was trained on"
-    there += f", a held-out picture {_signed(more)} against a new view" if math.isfinite(more) else ""
+    there += f", a held-out image {_signed(more)} against a new view" if math.isfinite(more) else ""
     if cost <= _LITTLE:
-        return f"{there}: the {count} stored views of a picture are enough so far."
+        return f"{there}: the {count} stored views of an image are enough so far."
     if cost < more:
-        return f"{there}: most of the gap is of the pictures, and more than {count} views of each would mend little."
+        return f"{there}: most of the gap is of the images, and more than {count} views of each would mend little."
     return f"{there}: it learns the {count} stored views by heart, and more (view.num_views) would help."
 
 
@@ -210,7 +210,7 @@ def survey(record: RunRecord) -> str:
     about = f"{len(lines)} {'survey' if len(lines) == 1 else 'surveys'} inside the run"
     share, samples = value(lines[-1], "share"), value(lines[-1], "knn_samples")
     about += f", {share:.1%} of its time with all evaluations" if math.isfinite(share) else ""
-    about += f"; k-NN on {number(samples)} labelled pictures" if math.isfinite(samples) else ""
+    about += f"; k-NN on {number(samples)} labelled images" if math.isfinite(samples) else ""
     about += ". Attention distance: how far from a patch what it looks at lies, weighted, mean over heads."
     return components.section("survey", "How the features grow", about, components.charts(drawn))
 

@@ -1,4 +1,4 @@
-"""The pictures of a report, as HTML: what an encoder fills in, where it looks, and what it finds alike.
+"""The images of a report, as HTML: what an encoder fills in, where it looks, and what it finds alike.
 
 This is the part of a report that takes seconds; a page of a running run makes it once a checkpoint. Whatever the
 folders do not allow is a line that says so. Must not know any stage.
@@ -32,24 +32,24 @@ from beitforge.shards.format.manifest import read_token_manifest
 from beitforge.shards.stream.loader import Batch
 
 _TITLE = "What it sees and what it fills in"
-_SHOWN = 8  # pictures of the grid
-_LOOKED, _LOOKED_FOR = 4, 32  # pictures whose attention is shown, chosen from so many
-_ASKED, _NEAREST = 6, 5  # pictures whose neighbours are shown, and how many
-_COMPARED, _SECONDS = 1000, 6.0  # among at most so many pictures, and as many as there is time for
-_LARGEST = 256  # pixels a side of an embedded picture
-_SMALL = 96  # a picture of at most so many pixels a side is enlarged pixel by pixel
+_SHOWN = 8  # images of the grid
+_LOOKED, _LOOKED_FOR = 4, 32  # images whose attention is shown, chosen from so many
+_ASKED, _NEAREST = 6, 5  # images whose neighbours are shown, and how many
+_COMPARED, _SECONDS = 1000, 6.0  # among at most so many images, and as many as there is time for
+_LARGEST = 256  # pixels a side of an embedded image
+_SMALL = 96  # an image of at most so many pixels a side is enlarged pixel by pixel
 
 
 def render_gallery(record: RunRecord, state: State | None) -> str:
-    """The sections `pictures`, `attention` and `neighbours`, as far as there is something to show.
+    """The sections `images`, `attention` and `neighbours`, as far as there is something to show.
 
-    On a CPU within some ten seconds of computing: eight pictures through tokenizer and encoder, four through its
+    On a CPU within some ten seconds of computing: eight images through tokenizer and encoder, four through its
     attention, and for the neighbours what six seconds allow.
     """
     config = replace(record.config, loader=replace(record.config.loader, workers=0))
     step = f", at step {state.step:,}" if state is not None else ""
     if record.job == "tokenizer":
-        return _tokenizer_pictures(Path(config.data.tokenizer))
+        return _tokenizer_images(Path(config.data.tokenizer))
     missing: list[str] = []
     encoder = attempt("Predictions are missing", missing, lambda: encoder_of(config, record.run, record.job))
     config = replace(config, model=replace(encoder.model, kernels=config.model.kernels)) if encoder else config
@@ -58,7 +58,7 @@ def render_gallery(record: RunRecord, state: State | None) -> str:
         beit = encoder if isinstance(encoder, Beit) else None
         parts.append(_reconstructed(config, beit, step if beit else "", missing))
     elif missing:
-        parts.append(components.section("pictures", "Pictures", "", components.notes(missing)))
+        parts.append(components.section("images", "Images", "", components.notes(missing)))
     if encoder is not None:
         parts.append(_alike_and_looks(config, encoder, record, step))
     return "\n".join(part for part in parts if part)
@@ -66,7 +66,7 @@ def render_gallery(record: RunRecord, state: State | None) -> str:
 
 @dataclass(frozen=True)
 class GridSamples:
-    """The samples of the picture grid, and where they and their tokens come from."""
+    """The samples of the image grid, and where they and their tokens come from."""
 
     source: DataSource
     batch: Batch
@@ -78,23 +78,23 @@ def _reconstructed(config: Config, beit: Beit | None, step: str, missing: list[s
     """The grid of what it fills in."""
     shown = _samples(config, missing)
     if shown is None:
-        return components.section("pictures", _TITLE, "", components.notes(missing))
+        return components.section("images", _TITLE, "", components.notes(missing))
     decoder = attempt("Decoded tokens are missing", missing, lambda: _decoder(config, shown.tokens))
     rebuilt = reconstructions(config, shown.batch, decoder, beit)
     names = sample_names(shown.source, shown.batch)
-    about = f"The first {len(names)} pictures of the {shown.name}{step}: the view, and what the encoder sees of it"
+    about = f"The first {len(names)} images of the {shown.name}{step}: the view, and what the encoder sees of it"
     about += "; what the tokenizer decodes from the true tokens" if decoder is not None else ""
     if decoder is not None and beit is not None:
         about += (
             ", and from the predicted ones (true where patches are visible); and how far these two are apart, patches "
             "whose token is right outlined in green"
         )
-    rows = [_picture_row(name, sample) for name, sample in zip(names, rebuilt, strict=True)]
-    return components.section("pictures", _TITLE, f"{about}.", components.notes(missing), components.image_grid(rows))
+    rows = [_image_row(name, sample) for name, sample in zip(names, rebuilt, strict=True)]
+    return components.section("images", _TITLE, f"{about}.", components.notes(missing), components.image_grid(rows))
 
 
 def _samples(config: Config, missing: list[str]) -> GridSamples | None:
-    """The first pictures of the held-out set, else of the training set; None when neither is there."""
+    """The first images of the held-out set, else of the training set; None when neither is there."""
 
     def first(source: DataSource, name: str, tokens: str) -> GridSamples:
         count = min(_SHOWN, source.samples)
@@ -107,12 +107,12 @@ def _samples(config: Config, missing: list[str]) -> GridSamples | None:
     data, shown = config.data, None
     if data.heldout_images:
         shown = attempt(
-            "Held-out pictures are missing",
+            "Held-out images are missing",
             missing,
             lambda: first(heldout(config), "held-out set", data.heldout_tokens),
         )
     return shown or attempt(
-        "Pictures are missing", missing, lambda: first(pretraining(config), "training set", data.tokens)
+        "Images are missing", missing, lambda: first(pretraining(config), "training set", data.tokens)
     )
 
 
@@ -127,7 +127,7 @@ def _decoder(config: Config, tokens: str) -> VisualTokenizer:
     return tokenizer
 
 
-def _picture_row(name: str, rebuilt: Reconstruction) -> str:
+def _image_row(name: str, rebuilt: Reconstruction) -> str:
     shown = [
         (rebuilt.image, "view"),
         (rebuilt.masked, "masked"),
@@ -138,10 +138,10 @@ def _picture_row(name: str, rebuilt: Reconstruction) -> str:
     about = f"{rebuilt.num_masked} patches masked"
     if rebuilt.right is not None:
         about = f"{rebuilt.right} of {rebuilt.num_masked} tokens right"
-    return components.image_row(name, about, [_picture(pixels, text) for pixels, text in shown if pixels is not None])
+    return components.image_row(name, about, [_figure(pixels, text) for pixels, text in shown if pixels is not None])
 
 
-def _picture(pixels: np.ndarray, caption: str, *, good: bool = False, largest: int = _LARGEST) -> Figure:
+def _figure(pixels: np.ndarray, caption: str, *, good: bool = False, largest: int = _LARGEST) -> Figure:
     height, width = pixels.shape[:2]
     if max(height, width) > largest:
         scale = largest / max(height, width)
@@ -152,7 +152,7 @@ def _picture(pixels: np.ndarray, caption: str, *, good: bool = False, largest: i
 
 
 def _alike_and_looks(config: Config, encoder: Encoder, record: RunRecord, step: str) -> str:
-    """Attention and neighbours, of the central part of pictures the encoder was not trained on, where there are any."""
+    """Attention and neighbours, of the central part of images the encoder was not trained on, where there are any."""
     data, missing = config.data, list[str]()
     if record.job == "finetune":
         sets = [(data.labelled_test, "test set"), (data.labelled_images, "training set")]
@@ -180,16 +180,16 @@ def _looks(config: Config, encoder: Encoder, source: DataSource, where: str) -> 
     chosen = pixels.flatten(1).var(dim=1).topk(min(_LOOKED, count)).indices.sort().values
     blocks = len(encoder.blocks)
     about = (
-        f"Of the first {count} pictures of the {where}, those with most contrast, nothing masked. The heat is a "
+        f"Of the first {count} images of the {where}, those with most contrast, nothing masked. The heat is a "
         "position's attention over the patches, mean over heads, brightest where it is largest: of [S] in block "
         f"{(blocks - 1) // 2 + 1} and in the last of {blocks}, and there of two patches (outlined), the busiest and "
         "the plainest."
     )
     rows = []
     for i, look in zip(chosen.tolist(), attention_maps(encoder, pixels[chosen]), strict=True):
-        cells = [(look.image, "picture"), (look.middle, "[S] middle"), (look.last, "[S] last")]
+        cells = [(look.image, "image"), (look.middle, "[S] middle"), (look.last, "[S] last")]
         cells += list(zip(look.patches, ("busiest", "plainest"), strict=True))
-        rows.append(components.image_row(names[i], "", [_picture(picture, caption) for picture, caption in cells]))
+        rows.append(components.image_row(names[i], "", [_figure(shown, caption) for shown, caption in cells]))
     return components.section("attention", "Where it looks", about, components.image_grid(rows))
 
 
@@ -201,20 +201,20 @@ def _neighbours(source: DataSource, gathered: FeatureBank, where: str) -> str:
     ways = {"features": by_features(gathered, _NEAREST)[0], "pixels": by_pixels(gathered, _NEAREST)[0]}
     names, labels = _names(source, gathered), _labels(source, gathered)
     about = (
-        f"Among {total:,} pictures spread over the {where}: the nearest others by the features after "
+        f"Among {total:,} images spread over the {where}: the nearest others by the features after "
         f"{gathered.layer} blocks (mean over patches, standardised, cosine), and by raw pixels."
     )
     if labels is not None:
         shares = [f"{agreement(near, gathered.labels):.1%}" for near in ways.values()]
         about += (
-            f" Of the {ways['features'].shape[1]} nearest, {shares[0]} have the picture's label by features, "
+            f" Of the {ways['features'].shape[1]} nearest, {shares[0]} have the image's label by features, "
             f"{shares[1]} by pixels; they are ticked below."
         )
 
     def cell(i: int, asked: int) -> Figure:
         same = labels is not None and i != asked and gathered.labels[i] == gathered.labels[asked]
         caption = labels[i] if labels is not None else names[i].rpartition("/")[2]
-        return _picture(gathered.images[i], f"✓ {caption}" if same else caption, good=bool(same), largest=_SMALL)
+        return _figure(gathered.images[i], f"✓ {caption}" if same else caption, good=bool(same), largest=_SMALL)
 
     rows = []
     for asked in range(min(_ASKED, total)):
@@ -230,7 +230,7 @@ def _names(source: DataSource, gathered: FeatureBank) -> list[str]:
 
 
 def _labels(source: DataSource, gathered: FeatureBank) -> list[str] | None:
-    """The class of each picture in words; None when they have none."""
+    """The class of each image in words; None when they have none."""
     images = source.stream.images
     _, shards, rows = source.stream.places.locate(gathered.numbers)
     places = zip(shards.tolist(), rows.tolist(), strict=True)
@@ -240,13 +240,13 @@ def _labels(source: DataSource, gathered: FeatureBank) -> list[str] | None:
     return [classes[label] if 0 <= label < len(classes) else str(label) for label in gathered.labels.tolist()]
 
 
-def _tokenizer_pictures(folder: Path) -> str:
-    """What the tokenizer makes of pictures, which its training leaves in the folder."""
+def _tokenizer_images(folder: Path) -> str:
+    """What the tokenizer makes of images, which its training leaves in the folder."""
     path = folder / "reconstructions.png"
     if not path.exists():
         return ""
-    about = "Pictures above, and below them what is decoded from their tokens."
-    shown = Figure(path.read_bytes(), "png", "pictures and their reconstructions", True)
+    about = "Images above, and below them what is decoded from their tokens."
+    shown = Figure(path.read_bytes(), "png", "images and their reconstructions", True)
     return components.section(
-        "pictures", "What its tokens keep", about, components.image_row("", "", [shown], whole=True)
+        "images", "What its tokens keep", about, components.image_row("", "", [shown], whole=True)
     )

@@ -22,24 +22,24 @@ from beitforge.pipeline.watch.background import THREADS
 
 
 def main(run: Path, out: Path) -> None:
-    """Write {"pictures": HTML, "tokens": statistics of the token set or null, "notes": why not} into `out`."""
+    """Write {"images": HTML, "tokens": statistics of the token set or null, "notes": why not} into `out`."""
     os.nice(19)
     end_with_launcher()
     config, notes = load_config(str(run / "config.yaml"), []), list[str]()
     record = record_of(run, config, json_lines(run / "metrics.jsonl"), [], None)
     tokens = attempt("Token statistics", notes, lambda: token_use(config)) if record.job == "pretrain" else None
-    answer = {"pictures": _pictures(record), "tokens": asdict(tokens) if tokens else None, "notes": notes}
+    answer = {"images": _images(record), "tokens": asdict(tokens) if tokens else None, "notes": notes}
     out.write_text(json.dumps(answer), encoding="utf-8")
 
 
-def _pictures(record: RunRecord) -> str:
+def _images(record: RunRecord) -> str:
     """Those of the newest checkpoint."""
     missing = [name for name in ("torch", "deepspeed") if importlib.util.find_spec(name) is None]
     if missing:
         line = (
             f"They need {' and '.join(missing)}, which this machine has not; `report` makes them where training runs."
         )
-        return components.section("pictures", "Pictures", "", components.notes([line]))
+        return components.section("images", "Images", "", components.notes([line]))
     import torch
 
     from beitforge.pipeline.reports import gallery

@@ -41,20 +41,20 @@ def what_ran(record: RunRecord, state: State | None, passed_over: list[str]) -> 
 
 
 def _data_about(record: RunRecord) -> str:
-    return f"{record.epoch_samples:,} pictures an epoch" if record.epoch_samples else ""
+    return f"{record.epoch_samples:,} images an epoch" if record.epoch_samples else ""
 
 
 def _data(record: RunRecord, state: State | None) -> str:
     """Each shard set as it is now, and whether it is the one the checkpoint was trained on."""
     data, missing = record.config.data, list[str]()
     images: Callable[[str], ImageManifest | TokenManifest] = read_image_manifest
-    sets = [("training pictures", data.images, images, state.images if state else "")]
+    sets = [("training images", data.images, images, state.images if state else "")]
     if record.job == "finetune":
-        sets = [("labelled pictures", data.labelled_images, images, state.images if state else "")]
-        sets.append(("labelled test pictures", data.labelled_test, images, ""))
+        sets = [("labelled images", data.labelled_images, images, state.images if state else "")]
+        sets.append(("labelled test images", data.labelled_test, images, ""))
     elif record.job == "pretrain":
         sets.append(("training tokens", data.tokens, read_token_manifest, state.tokens if state else ""))
-        sets.append(("held-out pictures", data.heldout_images, images, ""))
+        sets.append(("held-out images", data.heldout_images, images, ""))
         sets.append(("held-out tokens", data.heldout_tokens, read_token_manifest, ""))
     sets = [each for each in sets if each[1]]
     rows = []

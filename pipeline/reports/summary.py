@@ -32,7 +32,7 @@ def _what(record: RunRecord) -> str:
     if record.job == "tokenizer":
         rows, columns = tokenizer.grid
         return (
-            f"dVAE training: pictures of {tokenizer.input_size} px as {rows} × {columns} tokens of a vocabulary of "
+            f"dVAE training: images of {tokenizer.input_size} px as {rows} × {columns} tokens of a vocabulary of "
             f"{tokenizer.vocabulary:,}."
         )
     if record.job == "finetune":
@@ -49,17 +49,15 @@ def _claim(record: RunRecord) -> str:
     if record.job == "finetune":
         tests = record.kinds.get("test", [])
         right = value(tests[-1], "accuracy") if tests else math.nan
-        return (
-            f"It names {right:.1%} of {number(value(tests[-1], 'samples'))} test pictures right." if right >= 0 else ""
-        )
+        return f"It names {right:.1%} of {number(value(tests[-1], 'samples'))} test images right." if right >= 0 else ""
     if record.job == "tokenizer":
         return ""
     lines = record.heldout or record.train
     accuracy = value(lines[-1], "masked_accuracy") if lines else math.nan
     if not math.isfinite(accuracy):
         return ""
-    pictures = "pictures it never trained on" if record.heldout else "training pictures"
-    claim = f"From the visible patches alone, it predicts {accuracy:.1%} of the masked visual tokens of {pictures}"
+    images = "images it never trained on" if record.heldout else "training images"
+    claim = f"From the visible patches alone, it predicts {accuracy:.1%} of the masked visual tokens of {images}"
     return (
         f"{claim}; always guessing the commonest token gets {record.tokens.majority:.1%}."
         if record.tokens
@@ -73,7 +71,7 @@ def cards(record: RunRecord) -> str:
     planned = f"of {record.planned_steps:,}, " if record.planned_steps else ""
     starts = len(record.sessions)
     world = f", {process_count(record.sessions[-1].world)}" if starts else ""
-    seen = f"{epochs:.4g} epochs of {record.epoch_samples:,} pictures" if math.isfinite(epochs) else ""
+    seen = f"{epochs:.4g} epochs of {record.epoch_samples:,} images" if math.isfinite(epochs) else ""
     lasted = f"{starts} {'start' if starts == 1 else 'starts'}{world}"
     own = {"finetune": _finetune_cards, "tokenizer": _tokenizer_cards}.get(record.job, _pretrain_cards)
     return components.cards(
@@ -96,12 +94,12 @@ def _evaluating(record: RunRecord) -> str:
 
 def _pretrain_cards(record: RunRecord) -> list[Card]:
     apart = record.heldout
-    about = f", {number(value(apart[-1], 'samples'))} pictures" if apart else "none measured"
+    about = f", {number(value(apart[-1], 'samples'))} images" if apart else "none measured"
     cards = [_loss_card("Held-out loss", apart, about), _accuracy_card(record), _codebook_card(record)]
     judged = [line for line in record.kinds.get("survey", []) if math.isfinite(value(line, "knn"))]
     if judged:
         last, best = judged[-1], max(judged, key=lambda line: value(line, "knn"))
-        about = f"on {number(value(last, 'knn_samples'))} labelled pictures"
+        about = f"on {number(value(last, 'knn_samples'))} labelled images"
         about += (
             f"; best {value(best, 'knn'):.1%} at step {best['step']:,}"
             if value(best, "knn") > value(last, "knn")
@@ -127,7 +125,7 @@ def _finetune_cards(record: RunRecord) -> list[Card]:
         return [Card("Test accuracy", "–", "none measured"), Card("Test loss", "–")]
     last, best = tests[-1], max(tests, key=lambda line: value(line, "accuracy"))
     five = value(last, "top5")
-    about = f"on {number(value(last, 'samples'))} pictures" + (f"; top 5 {five:.1%}" if math.isfinite(five) else "")
+    about = f"on {number(value(last, 'samples'))} images" + (f"; top 5 {five:.1%}" if math.isfinite(five) else "")
     return [
         Card("Test accuracy", f"{value(last, 'accuracy'):.1%}", about),
         Card("Best test accuracy", f"{value(best, 'accuracy'):.1%}", f"at step {best['step']:,}"),
@@ -153,7 +151,7 @@ def _loss_card(label: str, lines: list[dict], about: str) -> Card:
 def _accuracy_card(record: RunRecord) -> Card:
     lines = record.heldout or record.train
     accuracy = f"{value(lines[-1], 'masked_accuracy'):.1%}" if lines else "–"
-    about = "on held-out pictures" if record.heldout else "on training pictures"
+    about = "on held-out images" if record.heldout else "on training images"
     if record.tokens is not None:
         about += f"; majority token {record.tokens.majority:.1%}"
         about += "" if record.tokens.measured_apart == bool(record.heldout) else " (of the training tokens)"
@@ -217,8 +215,8 @@ def probe(record: RunRecord) -> str:
     tested, fitted = number(value(said, "test_samples")), number(value(said, "train_samples"))
     epochs = f" for {number(value(said, 'epochs'))} epochs" if "epochs" in said else ""
     about = (
-        f"Accuracy on {tested} labelled pictures of {number(value(said, 'classes'))} classes, by the frozen encoder "
-        f"of step {number(value(said, 'step'))}{_tested(said)}. The probe is fitted on {fitted} pictures"
+        f"Accuracy on {tested} labelled images of {number(value(said, 'classes'))} classes, by the frozen encoder "
+        f"of step {number(value(said, 'step'))}{_tested(said)}. The probe is fitted on {fitted} images"
         f"{epochs}, {_chose(results)}: {chosen}."
     )
     return components.section(

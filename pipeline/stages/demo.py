@@ -28,7 +28,7 @@ from beitforge.shards.storage.files import write_text
 
 _CONFIG = Path(beitforge.__file__).absolute().parent / "configs" / "demo.yaml"
 _TRAIN_TILES, _TEST_TILES = 150, 30  # of each photograph
-_TEST_SHARE = 0.1  # of the user's own pictures
+_TEST_SHARE = 0.1  # of the user's own images
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,17 @@ class Step:
     command: list[str]
 
 
-def run(pictures: Path | None, out: Path, overrides: list[str]) -> int:
+def run(source: Path | None, out: Path, overrides: list[str]) -> int:
     """Run what is not finished yet; print where things are and the numbers that matter. Returns the exit code.
 
     overrides: section.key=value settings over configs/demo.yaml.
     """
-    if pictures is not None and not pictures.is_dir():
-        raise ConfigError(
-            f"{pictures} is not a folder; give one with pictures in it, or none for the sample photographs"
-        )
+    if source is not None and not source.is_dir():
+        raise ConfigError(f"{source} is not a folder; give one with images in it, or none for the sample photographs")
     out = out.resolve()
-    _same_pictures(out, pictures)
+    _same_source(out, source)
     started = time.monotonic()
-    steps = _pack_steps(pictures, out)
+    steps = _pack_steps(source, out)
     for step in steps:
         _do(step)
     for step in _learn_steps(out, overrides):
@@ -61,18 +59,18 @@ def run(pictures: Path | None, out: Path, overrides: list[str]) -> int:
     return 0
 
 
-def _same_pictures(out: Path, pictures: Path | None) -> None:
-    """One folder belongs to one set of pictures."""
-    note, name = out / "pictures.txt", str(pictures.resolve()) if pictures else "sample photographs"
+def _same_source(out: Path, source: Path | None) -> None:
+    """One folder belongs to one set of images."""
+    note, name = out / "pictures.txt", str(source.resolve()) if source else "sample photographs"
     if note.exists() and note.read_text(encoding="utf-8").strip() != name:
         raise ConfigError(f"{out} holds a demo of {note.read_text().strip()}; give another --out, or remove it")
     write_text(note, name + "\n")
 
 
-def _pack_steps(pictures: Path | None, out: Path) -> list[Step]:
+def _pack_steps(source: Path | None, out: Path) -> list[Step]:
     shards = out / "shards"
-    if pictures is not None:
-        command = ["pack", str(pictures), str(shards), "--split", f"test={_TEST_SHARE}", "--workers", "2"]
+    if source is not None:
+        command = ["pack", str(source), str(shards), "--split", f"test={_TEST_SHARE}", "--workers", "2"]
         command += ["--samples-per-shard", "500"]
         return [Step("pack", lambda: all(map(_closed, (shards / "train", shards / "test"))), command)]
     tiles = out / "pictures"
@@ -91,18 +89,18 @@ def _pack_steps(pictures: Path | None, out: Path) -> list[Step]:
 
 
 def _closed(shards: Path) -> bool:
-    """Whether a part is packed: closed by its manifest, or never begun because no picture fell to it."""
+    """Whether a part is packed: closed by its manifest, or never begun because no image fell to it."""
     return (shards / MANIFEST).exists() or (shards.name == "test" and shards.parent.exists() and not shards.exists())
 
 
 def _tested(out: Path) -> bool:
-    """Whether there are held-out pictures; a handful of the user's own may leave none."""
+    """Whether there are held-out images; a handful of the user's own may leave none."""
     shards = out / "shards" / "test"
     return (shards / MANIFEST).exists() and read_image_manifest(shards).samples >= 2
 
 
 def _probed(out: Path) -> bool:
-    """Whether encoders can be judged by labels: held-out pictures in at least two classes."""
+    """Whether encoders can be judged by labels: held-out images in at least two classes."""
     return _tested(out) and len(read_image_manifest(out / "shards" / "train").classes) > 1
 
 
@@ -182,7 +180,7 @@ def _summary(config: Config, out: Path, seconds: float) -> None:
     rows.append(("masked accuracy", f"{accuracy:.1%}, against {token_use(config).majority:.1%} for the majority token"))
     seen, new, survey = (read_metrics(run_folder, kind)[-1] for kind in ("seen_view", "new_view", "survey"))
     rows.append(
-        ("of seen pictures", f"loss {seen['loss']:.3f} on trained views, {new['loss']:.3f} on never-trained ones")
+        ("of seen images", f"loss {seen['loss']:.3f} on trained views, {new['loss']:.3f} on never-trained ones")
     )
     rows.append(("evaluations", f"{survey['share']:.1%} of the pretraining's time"))
     if (run_folder / "probe.json").exists():

@@ -322,13 +322,13 @@ def _feeding(me: _Me, eaten: float) -> None:
     if given >= eaten:
         me.local.add(OK, "loader", what, value=f"{given:.0f} images/s")
     else:
-        cure = f"more loader.workers ({cores} cores a rank here), `pip install simplejpeg`, or smaller pictures"
+        cure = f"more loader.workers ({cores} cores a rank here), `pip install simplejpeg`, or smaller images"
         what += f": it would wait for data {1 - given / eaten:.0%} of the time"
         me.local.add(WARNING, "loader", what, f"{cure} (pack --short-side)", value=f"{given:.0f} images/s")
     if stored and stored < eaten * me.place.local_size:
-        cure = "nearer or faster storage, a cache on the node (data.cache), or smaller pictures (pack --short-side)"
+        cure = "nearer or faster storage, a cache on the node (data.cache), or smaller images (pack --short-side)"
         wanted = eaten * me.place.local_size
-        what = f"reads {stored:.0f} pictures/s; the {me.place.local_size} ranks here eat {wanted:.0f}"
+        what = f"reads {stored:.0f} images/s; the {me.place.local_size} ranks here eat {wanted:.0f}"
         me.local.add(WARNING, "storage", what, cure, whole_host=True)
 
 

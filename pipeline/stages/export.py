@@ -36,7 +36,7 @@ _AGREES = 1e-5  # largest difference of logits, as a share of the largest logit:
 
 
 def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = False, size: Size | None = None) -> int:
-    """Write OUT; returns the exit code. `finetune`: a classifier without its head, for pictures of `size`."""
+    """Write OUT; returns the exit code. `finetune`: a classifier without its head, for images of `size`."""
     config = run_config(run_folder)
     weights = trained_weights(run_folder)
     if fine_tuned(run_folder) and (finetune or to not in ("hf", "timm")):
@@ -157,7 +157,7 @@ def _write_peer(
 
 
 def _example(model: Model) -> tuple[Tensor, Tensor]:
-    """Two pictures of noise, normalised, and a mask each."""
+    """Two images of noise, normalised, and a mask each."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, *model.input_size, generator=generator)
     return pixels, torch.rand(2, model.num_patches, generator=generator) < 0.4

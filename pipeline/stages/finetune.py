@@ -42,7 +42,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     run_folder = Path(tune.run)
     classifier = new_classifier(config, classes)
     line = _start(config, classifier, run_folder, world)
-    read = f"{source.samples} pictures of {classes} classes to train on, {test.samples if test else 'none'} to test"
+    read = f"{source.samples} images of {classes} classes to train on, {test.samples if test else 'none'} to test"
     for said in (line, read):
         if world.first and said:
             say(said)
@@ -52,7 +52,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
             return {}
         found = tested(config, engine, test)
         if world.first:
-            right = f"{found['accuracy']:.1%} of the test pictures right after step {step}"
+            right = f"{found['accuracy']:.1%} of the test images right after step {step}"
             say(f"finetune: {right}, {found['top5']:.1%} among the first five")
         return {"test": found}
 
@@ -96,7 +96,7 @@ def _refuse(config: Config) -> None:
 
 
 def _opened(config: Config) -> tuple[DataSource, DataSource | None, int]:
-    """What the run reads: pictures to train on, to test on, and how many classes they have."""
+    """What the run reads: images to train on, to test on, and how many classes they have."""
     _refuse(config)
     source, test = supervised(config), supervised_test(config)
     return source, test, _classes(config, source, test)

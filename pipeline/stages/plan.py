@@ -85,7 +85,7 @@ def _known(name: str, known: tuple[Known, ...], option: str) -> Known:
 
 
 def _images(config: Config, given: int) -> tuple[int, str]:
-    """Pictures of an epoch, and where that comes from."""
+    """Images of an epoch, and where that comes from."""
     if given:
         return given, "given"
     folder = Path(config.data.images)

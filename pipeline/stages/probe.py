@@ -29,7 +29,7 @@ Features = tuple[dict[str, dict[str, Tensor]], Tensor]  # f32 [n, D] by model an
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """samples: at most so many of each set, from all over it. label_share: of each class's pictures, chosen by `seed`.
+    """samples: at most so many of each set, from all over it. label_share: of each class's images, chosen by `seed`.
     epochs: of the linear probes."""
 
     samples: int = 20_000
@@ -47,7 +47,7 @@ class ProbeOptions:
             raise ConfigError(f"--epochs is {self.epochs}; it must be at least 1")
         if self.label_share < 1 and not tested_apart:
             raise ConfigError(
-                "--label-share fits on a share of SHARDS, and a fifth of so few pictures tests nothing: give TEST, too "
+                "--label-share fits on a share of SHARDS, and a fifth of so few images tests nothing: give TEST, too "
                 "(`pack --split` makes it)"
             )
 
@@ -87,7 +87,7 @@ def run(run_folder: Path, shards: str, test: str | None, asked: ProbeOptions) ->
     content |= {"classes": len(train_labels.unique()), "tested_apart": test is not None}
     content |= {"results": {who: dataclasses.asdict(verdict) for who, verdict in verdicts.items()}}
     write_whole(run_folder / asked.file, json.dumps(content, indent=1) + "\n")
-    say(f"probe at step {state.step}: {len(train_labels)} pictures to fit, {len(test_labels)} to test")
+    say(f"probe at step {state.step}: {len(train_labels)} images to fit, {len(test_labels)} to test")
     _say_table(verdicts)
     say(f"in {run_folder / asked.file}")
     return 0
@@ -95,7 +95,7 @@ def run(run_folder: Path, shards: str, test: str | None, asked: ProbeOptions) ->
 
 def _say_table(verdicts: dict[str, ProbeResult]) -> None:
     chosen = all(verdict.chosen for verdict in verdicts.values())
-    how = "chosen on folds of the fitting set" if chosen else "as given: too few pictures of a class to choose by"
+    how = "chosen on folds of the fitting set" if chosen else "as given: too few images of a class to choose by"
     say(f"{'':12}{'k-NN':>8}{'linear':>8}   features and learning rate {how}")
     for who, verdict in verdicts.items():
         say(f"{who:12}{verdict.knn:8.1%}{verdict.linear:8.1%}   {verdict.features}, {verdict.rate:g}")
@@ -104,7 +104,7 @@ def _say_table(verdicts: dict[str, ProbeResult]) -> None:
 
 
 def _default(who: str, config: Config) -> str:
-    """The features of too few pictures to choose by."""
+    """The features of too few images to choose by."""
     sides = [side for side in _RAW_SIDES if side <= min(config.model.input_size)]
     return f"{sides[-1]}×{sides[-1]}" if who == "raw pixels" else f"layer {feature_depth(config.model.layers)}"
 
@@ -128,9 +128,7 @@ def _sets(
     else:
         tests, test_labels = _features(config, models, subsample(testing, asked.samples), device)
     if len(train_labels.unique()) < 2 or not len(test_labels):
-        raise ConfigError(
-            f"{shards} has fewer than two classes, or too few pictures; a probe needs labels to tell apart"
-        )
+        raise ConfigError(f"{shards} has fewer than two classes, or too few images; a probe needs labels to tell apart")
     return (train, train_labels), (tests, test_labels)
 
 
@@ -158,7 +156,7 @@ def _features(config: Config, models: dict[str, Beit], source: DataSource, devic
 
 
 def _labelled(config: Config, where: str) -> DataSource:
-    """Central views of a set's pictures."""
+    """Central views of a set's images."""
     source = evaluation(config, where)
     require_labels(source.stream.images, "the set", "a probe")
     return source

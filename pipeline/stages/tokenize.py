@@ -37,8 +37,8 @@ from beitforge.shards.storage.remote import is_url
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.view_batches import ShardViews, ViewBatch, load_view_batches
 
-_PICTURES_PER_ITEM = 16
-_COMPARED, _COMPARED_SLOWLY = 16, 4  # pictures tokenized once more at every precision, on a GPU and on a CPU
+_IMAGES_PER_ITEM = 16
+_COMPARED, _COMPARED_SLOWLY = 16, 4  # images tokenized once more at every precision, on a GPU and on a CPU
 _POLL_SECONDS = 1.0
 _OLD_SECONDS = 3600.0
 
@@ -142,7 +142,7 @@ def _tokenize_set(config: Config, watch: "_Finished") -> None:
         )
         write_manifest(task.folder, manifest)
         _sweep(task.folder)
-        say(f"tokenized: {total} views of {task.images.manifest.samples} pictures, in {task.folder}")
+        say(f"tokenized: {total} views of {task.images.manifest.samples} images, in {task.folder}")
 
 
 def _turn(num_shards: int) -> int:
@@ -199,7 +199,7 @@ class _Finished:
             if open_token_shard(path).metadata.get("stamp") != self.task.stamp(shard)["stamp"]:
                 raise ConfigError(
                     f"{path} was made by another tokenizer, at another precision, with other view settings, or from "
-                    f"other pictures; "
+                    f"other images; "
                     f"choose another folder for these tokens, or remove {self.task.folder}"
                 )
             self.add(number)
@@ -228,7 +228,7 @@ def _claimed(task: Task, name: str) -> Iterator[bool]:
 
 @torch.no_grad()
 def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress | Silent) -> None:
-    """Draw K views of every picture, cut, jitter, tokenize, write."""
+    """Draw K views of every image, cut, jitter, tokenize, write."""
     index, shard = task.images.index(number), task.images.manifest.shards[number]
     views = _draw(task, index)
     rows, columns = task.identity["grid"]
@@ -244,7 +244,7 @@ def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress 
         progress.advance(len(at) * task.num_views)
     tokens[:, bad == 1] = 0
     if bad.any():
-        say(f"{shard.name}: {int(bad.sum())} pictures could not be read; the stream will substitute them")
+        say(f"{shard.name}: {int(bad.sum())} images could not be read; the stream will substitute them")
     write_token_shard(token_path(task.folder, shard.name), tokens, views, index.key_hash, bad, task.stamp(shard))
 
 
@@ -256,13 +256,13 @@ def _cuts(task: Task, number: int, views: Views) -> ShardViews:
         views=views,
         size=(height, width),
         resample=task.identity["filter"],
-        per_item=_PICTURES_PER_ITEM,
+        per_item=_IMAGES_PER_ITEM,
         decoder=task.decoder,
     )
 
 
 def _jittered(task: Task, index: Index, views: Views, item: ViewBatch) -> torch.Tensor:
-    """Pixels f32 [n · K, 3, H, W] in [0, 1] on the task's device, the K views of a picture one after the other."""
+    """Pixels f32 [n · K, 3, H, W] in [0, 1] on the task's device, the K views of an image one after the other."""
     at = item.rows.numpy()
     jitters = torch.from_numpy(views.jitters[:, at]).transpose(0, 1).flatten(0, 1)
     orders = torch.from_numpy(views.orders[:, at].astype(np.int64)).t().flatten()
@@ -271,7 +271,7 @@ def _jittered(task: Task, index: Index, views: Views, item: ViewBatch) -> torch.
 
 
 def _draw(task: Task, index: Index) -> Views:
-    """Views with leading [K, samples]; an unreadable picture (0 × 0) gets the box of a single pixel."""
+    """Views with leading [K, samples]; an unreadable image (0 × 0) gets the box of a single pixel."""
     widths, heights = index.width.clip(1), index.height.clip(1)
     drawn = [draw_views(task.policy, index.key_hash, k, widths, heights) for k in range(task.num_views)]
     return Views(*(np.stack([getattr(view, name) for view in drawn]) for name in FIELDS))

@@ -29,7 +29,7 @@ from beitforge.shards import counter_rng
 from beitforge.shards.decode import codec
 from beitforge.shards.stream.loader import Batch
 
-_MEASURED = 2048  # pictures the codebook use is taken from
+_MEASURED = 2048  # images the codebook use is taken from
 _SHOWN = 8
 
 
@@ -129,8 +129,8 @@ def _finish(config: Config, engine: Engine, source: DataSource, folder: Path) ->
     measured = {**use, "psnr_db": -10 * float(np.log10(error / samples)), "pictures": samples}
     folder.mkdir(parents=True, exist_ok=True)
     rows = [torch.cat(list(row), dim=2) for row in shown]
-    picture = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    (folder / "reconstructions.png").write_bytes(codec.encode(picture, "png", 95))
+    image = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    (folder / "reconstructions.png").write_bytes(codec.encode(image, "png", 95))
     (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     fingerprint = save_dvae(folder, dvae, config.tokenizer)
     say(

@@ -125,11 +125,11 @@ class Dalle(nn.Module):
         """
         if self.decoder is None:
             raise ConfigError(
-                "this DALL-E tokenizer has no decoder, so there are no pictures from its tokens: import it again with "
+                "this DALL-E tokenizer has no decoder, so there are no images from its tokens: import it again with "
                 "decoder.pkl beside encoder.pkl"
             )
         first = self.decoder.first
-        # a 1 × 1 convolution of a one-hot picture is a look-up
+        # a 1 × 1 convolution of a one-hot image is a look-up
         codebook_VE = first.weight[:, :, 0, 0].t()
         bias_E = cast(Tensor, first.bias)
         embedded_BhwE = F.embedding(tokens_BN.view(len(tokens_BN), *grid), codebook_VE) + bias_E

@@ -55,7 +55,7 @@ class VqkdShape:
     layers: int = 12
     width: int = 768
     heads: int = 12
-    input_size: int = 224  # of square pictures
+    input_size: int = 224  # of square images
     patch_size: int = 16
 
 
@@ -129,8 +129,8 @@ class Vqkd(nn.Module):
     def decode(self, tokens_BN: Tensor, grid: tuple[int, int]) -> Tensor:
         """There is nothing to decode with: raises ConfigError."""
         raise ConfigError(
-            "a VQ-KD tokenizer has no pictures from its tokens: its decoder predicts another model's features, not "
-            "pixels; use a DALL-E or an own tokenizer where pictures are wanted"
+            "a VQ-KD tokenizer has no images from its tokens: its decoder predicts another model's features, not "
+            "pixels; use a DALL-E or an own tokenizer where images are wanted"
         )
 
 

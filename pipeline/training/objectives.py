@@ -86,7 +86,7 @@ def dvae_loss(
     usage = (mean_V * (mean_V + 1e-12).log()).sum() + log_v
     error = F.mse_loss(reconstruction, target)
     warm = min(1.0, step / max(1.0, 0.25 * steps))
-    # pixel errors are summed over a field so that the weights mean the same for any picture size
+    # pixel errors are summed over a field so that the weights mean the same for any image size
     loss = error * 3 * DVAE_STRIDE**2 + settings.kl_weight * warm * kl + settings.usage_weight * usage
     measures = {"reconstruction_mse": error.detach(), "kl": kl.detach(), "usage_kl": usage.detach()}
     return loss, measures
@@ -108,7 +108,7 @@ def classification_loss(
     """Cross entropy with smoothed labels, in float32, mean over the micro batch; and the share where the largest logit
     is that of the label with the larger part in the mixture.
 
-    A mixed picture's target is its own label by `share`, its partner's by the rest: the same cross entropy as with
+    A mixed image's target is its own label by `share`, its partner's by the rest: the same cross entropy as with
     timm's soft targets, as both are linear in the target.
     """
     logits = model(supervised_input(config, batch).to(dtype), batch.draws.get("keep")).float()
@@ -135,8 +135,8 @@ def classified(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def erased(pixels_BCHW: Tensor, boxes_B4: Tensor, seeds_B: Tensor) -> Tensor:
-    """Pixels with standard normal noise inside boxes (i64: top, left, height, width), of each picture by its seed
-    (i64, 32 bits). Noise by hashing (lowbias32), so that it is the same wherever the picture is computed."""
+    """Pixels with standard normal noise inside boxes (i64: top, left, height, width), of each image by its seed
+    (i64, 32 bits). Noise by hashing (lowbias32), so that it is the same wherever the image is computed."""
     b, c, h, w = pixels_BCHW.shape
     counters = torch.arange(c * h * w, device=pixels_BCHW.device)
     x = _hashed(_hashed(counters)[None] ^ seeds_B[:, None])
@@ -153,7 +153,7 @@ def _hashed(x: Tensor) -> Tensor:
 
 
 def mixed(pixels_BCHW: Tensor, blend_B: Tensor, boxes_B4: Tensor) -> Tensor:
-    """Every picture mixed with its partner, as far from the batch's end as it is from the beginning: its own by `blend`
+    """Every image mixed with its partner, as far from the batch's end as it is from the beginning: its own by `blend`
     outside its box, its partner's alone inside. As timm has it, but for a draw of its own for every pair."""
     others_BCHW = pixels_BCHW.flip(0)
     blend_B111 = blend_B[:, None, None, None]

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from beitforge.pipeline.errors import ConfigError
 
-# What a browser may do with the page: its own script and style, pictures in it, and asking this server.
+# What a browser may do with the page: its own script and style, images in it, and asking this server.
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -23,7 +23,7 @@ _LOOK_SECONDS = 1.0  # between looks into the folder, however many ask
 _SHARE = 0.1  # of one core's time that making the page anew may take
 _POLL = {"finished": 15_000, "stopped": 15_000}  # milliseconds until a page asks again
 _POLL_ELSE = 3_000
-_SLOT = '<section id="pictures"></section>'  # where the pictures come in, which are cut up once
+_SLOT = '<section id="images"></section>'  # where the images come in, which are cut up once
 
 
 def _words(stand: RunStatus) -> str:
@@ -44,8 +44,8 @@ class Site:
         self._lock = threading.Lock()
         self._look_at, self._make_at = 0.0, 0.0  # on the monotonic clock: not before
         self._shown = (-1, -1)
-        self._pictures: list[Fragment] = []
-        self._pictured = 0
+        self._images: list[Fragment] = []
+        self._imaged = 0
 
     def page(self) -> str:
         """The whole document."""
@@ -111,9 +111,9 @@ class Site:
         count = (lambda: tokens) if tokens is not None else None
         record = record_of(self.run, follower.config, follower.lines, follower.bad_samples.lines, count)
         record.notes.extend(answer.get("notes", []))
-        record.notes.extend([f"Pictures: {self.beside.error}"] if self.beside.error else [])
+        record.notes.extend([f"Images: {self.beside.error}"] if self.beside.error else [])
         parts = split(body(record, _SLOT, what_ran(record, follower.saved, follower.passed_over)))
-        if self._pictured != self.beside.changes:
-            self._pictured, self._pictures = self.beside.changes, split(answer.get("pictures", ""))
-        place = next(i for i, part in enumerate(parts) if part.name == "pictures")
-        return [*parts[:place], *self._pictures, *parts[place + 1 :]]
+        if self._imaged != self.beside.changes:
+            self._imaged, self._images = self.beside.changes, split(answer.get("images", ""))
+        place = next(i for i, part in enumerate(parts) if part.name == "images")
+        return [*parts[:place], *self._images, *parts[place + 1 :]]

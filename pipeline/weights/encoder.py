@@ -198,7 +198,7 @@ def _refuse_other_shapes(what: str, theirs: Model, ours: Model) -> None:
 
 
 def initialise_classifier_from(folder: Path, classifier: Classifier, model: Model) -> str:
-    """Load an encoder, of a run folder, exported or imported, into a classifier for pictures of its own size; returns
+    """Load an encoder, of a run folder, exported or imported, into a classifier for images of its own size; returns
     a line that says what was taken. The head stays as it was drawn.
 
     model: the config's. Raises ConfigError when the two are of different shape, or there are no weights.

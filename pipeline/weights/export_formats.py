@@ -29,7 +29,7 @@ Forward = Callable[[Tensor, Tensor | None], Tensor]
 @dataclass(frozen=True)
 class ClassifierHead:
     """Of a classifier: how many classes, 0 for none; what they are called, where that is known; and the central view it
-    was tested on, its side as a share of the picture's shorter side."""
+    was tested on, its side as a share of the image's shorter side."""
 
     classes: int = 0
     names: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ def write_hf(
     height, width = model.input_size
     if height != width:
         raise ConfigError(
-            f"model.input_size is {model.input_size}; transformers' BEiT interpolates bias and positions of pictures "
+            f"model.input_size is {model.input_size}; transformers' BEiT interpolates bias and positions of images "
             f"that are not square as if they were: export --to timm, or train on square views"
         )
     config = {
@@ -91,7 +91,7 @@ def write_hf(
 
 
 def _preprocessor(model: Model, share: float) -> dict:
-    """transformers' words for normalising a picture, the whole of it or the central square of so large a share of its
+    """transformers' words for normalising an image, the whole of it or the central square of so large a share of its
     shorter side."""
     height, width = model.input_size
     whole = {"height": height, "width": width}

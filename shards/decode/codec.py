@@ -1,6 +1,6 @@
 """Bytes to pixels and back: all that Pillow does here; shards.decode.jpeg has faster ways to the same pixels of a JPEG.
 
-Pixels are uint8 [H, W, 3] RGB. Everyone who decodes a picture decodes it here, so tokenizer and encoder see the same
+Pixels are uint8 [H, W, 3] RGB. Everyone who decodes an image decodes it here, so tokenizer and encoder see the same
 values. What is not in the pixels is ignored: EXIF turns (packing applies them once), alpha (dropped, as
 `convert("RGB")` does, not composited), colour profiles, every frame but the first.
 """
@@ -29,9 +29,9 @@ from beitforge.shards.format.index import (
 
 MAX_PIXELS = 2**27
 
-_REGION_SHARE = 0.9  # of a picture; a larger crop is cut from the whole
+_REGION_SHARE = 0.9  # of an image; a larger crop is cut from the whole
 
-# Plug-ins that are asked, and no others: some of Pillow's run programs (EPS) or read what is no picture.
+# Plug-ins that are asked, and no others: some of Pillow's run programs (EPS) or read what is no image.
 _READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION = 0x0112
 # Pillow reads a PNG to its end to look for EXIF; one that holds none of these has none.
@@ -51,12 +51,12 @@ _DAMAGE = (
 
 
 class ImageError(ShardError):
-    """A picture that cannot be used; the message is the reason."""
+    """An image that cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture says of itself. Width and height are in pixels as stored, before any EXIF turn.
+    """What an image says of itself. Width and height are in pixels as stored, before any EXIF turn.
 
     `format` is jpg, png, webp, or Pillow's name in lower case; `flags` are FLAG_* of shards.format.index; `orientation`
     is EXIF's 1-8; `bits` is 8, or 16 where `decode` has to drop the lower byte.
@@ -72,7 +72,7 @@ class Header:
 
 @contextmanager
 def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """Open a picture, refuse a bomb before any pixel is decoded, and turn every parser's complaint into PictureError.
+    """Open an image, refuse a bomb before any pixel is decoded, and turn every parser's complaint into ImageError.
 
     Sets two process-wide things, because Pillow offers no narrower way: its own bomb check is off (ours replaces it),
     and its warnings about odd metadata, which never change pixels, are silent.
@@ -90,7 +90,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError("not a picture that is read here (JPEG, PNG, WebP, GIF, BMP, TIFF), or damaged") from error
+        raise ImageError("not an image that is read here (JPEG, PNG, WebP, GIF, BMP, TIFF), or damaged") from error
     except _DAMAGE as error:
         raise ImageError(f"does not decode: {str(error).strip() or type(error).__name__}") from error
 
@@ -130,27 +130,27 @@ def _pixels(image: Image.Image) -> np.ndarray:
         grey = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise ImageError("32-bit pixels have no defined white: convert the picture to 8 or 16 bits first")
+        raise ImageError("32-bit pixels have no defined white: convert the image to 8 or 16 bits first")
     return np.array(image.convert("RGB"))
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """What the picture says of itself, without decoding it. Raises PictureError: empty, no picture, too large."""
+    """What the image says of itself, without decoding it. Raises ImageError: empty, no image, too large."""
     with _opened(data, max_pixels) as image:
         return _header(image, data)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8 [H, W, 3] RGB, as stored (EXIF turn not applied), writable. Raises PictureError: read_header's, damaged."""
+    """uint8 [H, W, 3] RGB, as stored (EXIF turn not applied), writable. Raises ImageError: read_header's, damaged."""
     with _opened(data, max_pixels) as image:
         return _pixels(image)
 
 
 def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, decoder: str = "auto") -> np.ndarray:
     """uint8 [height, width, 3]: `decode` cut to a box x, y, width, height, by the decoder of that name (jpeg.DECODERS),
-    which may decode no more than it needs. size (width, height) and flags: the picture's in its index.
+    which may decode no more than it needs. size (width, height) and flags: the image's in its index.
 
-    Raises PictureError as `decode` does, ShardError when the box leaves the picture.
+    Raises ImageError as `decode` does, ShardError when the box leaves the image.
     """
     check_box(box, size)
     fast = jpeg.decoder(decoder)
@@ -173,7 +173,7 @@ def _plain_jpeg(flags: int) -> bool:
 
 
 def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, np.ndarray]:
-    """`read_header` and `decode` of a picture that comes into a set: a JPEG of which libjpeg says that it is damaged is
+    """`read_header` and `decode` of an image that comes into a set: a JPEG of which libjpeg says that it is damaged is
     refused, too, though it decodes to something."""
     with _opened(data, max_pixels) as image:
         header, pixels = _header(image, data), _pixels(image)
@@ -207,20 +207,20 @@ def crop(pixels: np.ndarray, box: list[int]) -> np.ndarray:
 
 
 def check_box(box: list[int], size: tuple[int, int]) -> None:
-    """Raise ShardError when a box x, y, width, height leaves a picture of size (width, height)."""
+    """Raise ShardError when a box x, y, width, height leaves an image of size (width, height)."""
     x, y, width, height = box
     if min(x, y) < 0 or min(width, height) < 1 or x + width > size[0] or y + height > size[1]:
         raise ShardError(
-            f"view box {tuple(box)} (x, y, width, height) leaves a picture of {size[0]}x{size[1]}: view and picture do "
+            f"view box {tuple(box)} (x, y, width, height) leaves an image of {size[0]}x{size[1]}: view and image do "
             "not belong together; run `verify`"
         )
 
 
 def encode(pixels: np.ndarray, format: str, quality: int) -> bytes:
-    """Encode uint8 [H, W, 3] as jpg, png (lossless, `quality` unused) or webp. Raises PictureError: too large for it.
+    """Encode uint8 [H, W, 3] as jpg, png (lossless, `quality` unused) or webp. Raises ImageError: too large for it.
 
-    JPEG keeps chroma at full resolution (4:4:4): the picture was decoded once already, and halving its chroma again
-    would lose what a shrunk picture still has. It costs about a fifth more bytes.
+    JPEG keeps chroma at full resolution (4:4:4): the image was decoded once already, and halving its chroma again
+    would lose what a shrunk image still has. It costs about a fifth more bytes.
     """
     file = io.BytesIO()
     image = Image.fromarray(pixels)

@@ -1,7 +1,7 @@
 """JPEG by the fastest decoder installed, to the pixels Pillow gives. It alone knows nvImageCodec and simplejpeg.
 
 All are libjpeg-turbo inside. nvImageCodec decodes no more than the rows and blocks a crop needs, on the CPU. A decoder
-is taken only after it gave Pillow's pixels for a test picture on this machine; what it will not decode, Pillow does.
+is taken only after it gave Pillow's pixels for a test image on this machine; what it will not decode, Pillow does.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def _decoder(wanted: str, _: int) -> JpegDecoder:
 
 
 def _with_faster_whole(made: JpegDecoder) -> JpegDecoder:
-    """With simplejpeg for whole pictures, where it works: it is a seventh faster at them than nvImageCodec."""
+    """With simplejpeg for whole images, where it works: it is a seventh faster at them than nvImageCodec."""
     with contextlib.suppress(ShardError):
         other = decoder("simplejpeg")
         if made.region:
@@ -98,7 +98,7 @@ def _version(name: str) -> str:
 
 
 def _same_pixels(made: JpegDecoder) -> bool:
-    """Whether it decodes a picture of noise, with halved chroma, as Pillow does, whole and in part."""
+    """Whether it decodes an image of noise, with halved chroma, as Pillow does, whole and in part."""
     noise = (np.arange(64 * 48 * 3, dtype=np.uint32) * 2654435761 >> 24).astype(np.uint8).reshape(48, 64, 3)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "JPEG", quality=80, subsampling=2)

@@ -20,7 +20,7 @@ from beitforge.shards.storage.remote import FETCHES, Missing, Remote, is_url
 SCHEMA = 1
 NAME = "manifest.json"
 
-_LEAST_BYTES = 512  # of a sample in a tar: the header of its picture
+_LEAST_BYTES = 512  # of a sample in a tar: the header of its image
 
 
 @dataclass(frozen=True, kw_only=True)

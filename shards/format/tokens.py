@@ -1,8 +1,8 @@
-"""Token shards: the visual tokens of K recorded views of each picture of an image shard, row for row.
+"""Token shards: the visual tokens of K recorded views of each image of an image shard, row for row.
 
 `NAME.safetensors` per image shard `NAME.tar`: tokens u16 [views, samples, patches] · boxes, flips, jitters, orders (the
 records, shards.format.views.Views with leading [views, samples]) · keys u64 [samples] · bad u8 [samples] (1: the
-picture could not be read, its rows are zeros and the stream substitutes it) · checks u64 [views, samples], the checksum
+image could not be read, its rows are zeros and the stream substitutes it) · checks u64 [views, samples], the checksum
 of each row, which sets of earlier versions lack. View-major, so that more views can follow.
 """
 
@@ -52,7 +52,7 @@ class OpenTokenShard:
         return "" if self.checks is None else xxhash.xxh3_128_hexdigest(self.checks.tobytes())
 
     def row(self, view: int, row: int) -> "TokenRow":
-        """One picture's tokens u16 [patches] and record. Raises ShardError when they are not what was written."""
+        """One image's tokens u16 [patches] and record. Raises ShardError when they are not what was written."""
         found = TokenRow(self.tokens[view, row], *(getattr(self.views, name)[view, row] for name in FIELDS))
         if self.checks is not None and found.check(self.bad[row]) != int(self.checks[view, row]):
             raise ShardError(
@@ -63,7 +63,7 @@ class OpenTokenShard:
 
 
 class TokenRow(NamedTuple):
-    """One view of one picture: tokens u16 [patches], and its record (shards.format.views.Views)."""
+    """One view of one image: tokens u16 [patches], and its record (shards.format.views.Views)."""
 
     tokens: np.ndarray
     boxes: np.ndarray
@@ -72,7 +72,7 @@ class TokenRow(NamedTuple):
     orders: np.ndarray
 
     def check(self, bad: np.ndarray) -> int:
-        """xxh3-64 of all of it, and of whether the picture could be read."""
+        """xxh3-64 of all of it, and of whether the image could be read."""
         return xxhash.xxh3_64_intdigest(b"".join([*(part.tobytes() for part in self), bad.tobytes()]))
 
 
@@ -114,7 +114,7 @@ def open_token_shard(path: Path) -> OpenTokenShard:
 
 
 def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | str) -> None:
-    """Refuse token sets of other pictures: names, counts and image digests must agree shard by shard."""
+    """Refuse token sets of other images: names, counts and image digests must agree shard by shard."""
     ours, theirs = [shard.name for shard in images.shards], [shard.name for shard in tokens.shards]
     if ours != theirs:
         odd = sorted(set(ours) ^ set(theirs)) or ["the same names in another order"]
@@ -125,16 +125,14 @@ def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | s
                 f"{folder}: {token.name} has {token.samples} samples, its image shard {image.samples}: {_CURE}"
             )
         if image.digest != token.image_digest:
-            raise ShardError(f"{folder}: {token.name} was made from other pictures (image digest differs): {_CURE}")
+            raise ShardError(f"{folder}: {token.name} was made from other images (image digest differs): {_CURE}")
 
 
 def check_rows(name: str, keys: np.ndarray, image_keys: np.ndarray) -> None:
     """Refuse a token file whose rows are not the image shard's rows. keys, image_keys: u64 [samples]."""
     if len(keys) != len(image_keys) or not np.array_equal(keys, image_keys):
         wrong = int(np.argmax(keys != image_keys)) if len(keys) == len(image_keys) else min(len(keys), len(image_keys))
-        raise ShardError(
-            f"{name}: the token rows are not the pictures' rows (first difference in row {wrong}): {_CURE}"
-        )
+        raise ShardError(f"{name}: the token rows are not the images' rows (first difference in row {wrong}): {_CURE}")
 
 
 class TokenSet:

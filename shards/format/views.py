@@ -1,6 +1,6 @@
-"""A view: how a picture is cut and coloured. Drawn once, by `tokenize`; recorded; cut by the record ever after.
+"""A view: how an image is cut and coloured. Drawn once, by `tokenize`; recorded; cut by the record ever after.
 
-The order of BEiT's transform (arXiv 2106.08254, released code): colour jitter of the whole picture, horizontal flip,
+The order of BEiT's transform (arXiv 2106.08254, released code): colour jitter of the whole image, horizontal flip,
 one random resized crop. A record holds the crop box in source pixels, the flip, and the jitter as factors and order.
 """
 
@@ -24,7 +24,7 @@ ARITHMETIC = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ViewPolicy:
-    """What views are drawn from: crop area as a share of the picture, aspect as width / height, jitter half-widths."""
+    """What views are drawn from: crop area as a share of the image, aspect as width / height, jitter half-widths."""
 
     seed: int = 0
     area_min: float = 0.08
@@ -57,7 +57,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Views))
 def draw_views(
     policy: ViewPolicy, key_hashes: np.ndarray, numbers: np.ndarray | int, widths: np.ndarray, heights: np.ndarray
 ) -> Views:
-    """Views of n pictures, one each: view `numbers` of the pictures named by `key_hashes` (u64 [n]).
+    """Views of n images, one each: view `numbers` of the images named by `key_hashes` (u64 [n]).
 
     A pure function of its arguments. The crop is torchvision's RandomResizedCrop: ten tries, then the largest central
     crop within the aspect limits. `exp` and `sqrt` may differ by an ulp between machines, so the record is what counts.

@@ -22,7 +22,7 @@ _STRETCHES = 8  # windows of all lanes that are walked where the epoch is not
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A set and the cluster that reads it. bytes_per_sample: mean size of a picture in its tar."""
+    """A set and the cluster that reads it. bytes_per_sample: mean size of an image in its tar."""
 
     samples: int
     samples_per_shard: int = 10_000

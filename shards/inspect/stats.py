@@ -1,4 +1,4 @@
-"""What a shard set holds, as numbers: from manifests, indexes and token files, no picture is read."""
+"""What a shard set holds, as numbers: from manifests, indexes and token files, no image is read."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ _SHOWN_CLASSES = 20
 
 
 def image_stats(folder: Path) -> dict:
-    """Counts, bytes, sides (min, median, max over the pictures that decode), formats, flags, classes of an image set.
+    """Counts, bytes, sides (min, median, max over the images that decode), formats, flags, classes of an image set.
 
     Raises ShardError when there is no finished image set in `folder`.
     """
@@ -56,7 +56,7 @@ def image_stats(folder: Path) -> dict:
         "samples": manifest.samples,
         "shards": len(manifest.shards),
         "bytes": sum(entry.bytes for entry in manifest.shards),
-        "bytes per picture": round(float(columns["image_size"].mean()), 1),
+        "bytes per image": round(float(columns["image_size"].mean()), 1),
         **{name: _spread(values) for name, values in sides.items()},
         "formats": {**formats, "other": len(flags) - sum(formats.values())},
         "flags": {name: int(np.count_nonzero(flags & flag)) for name, flag in _FLAGS.items()},
@@ -74,7 +74,7 @@ def _spread(values: np.ndarray) -> dict:
 
 
 def token_stats(folder: Path) -> dict:
-    """Views, grid, vocabulary and codebook use of a token set. Rows of unreadable pictures are not counted.
+    """Views, grid, vocabulary and codebook use of a token set. Rows of unreadable images are not counted.
 
     Perplexity is exp of the entropy of the tokens' frequencies: how many tokens are in equal use.
     Raises ShardError when there is no finished token set in `folder`.
@@ -106,7 +106,7 @@ def token_stats(folder: Path) -> dict:
         "codebook use": round(np.count_nonzero(counts) / vocabulary, 4),
         "perplexity": round(float(np.exp(-(shares * np.log(shares)).sum())), 1),
         "commonest token's share": round(float(shares.max(initial=0.0)), 4),
-        "unreadable pictures": num_bad,
+        "unreadable images": num_bad,
         "policy": manifest.policy,
     }
 

@@ -32,7 +32,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class CheckJob:
-    """One image shard to check; `decode` also decodes every picture."""
+    """One image shard to check; `decode` also decodes every image."""
 
     folder: Path
     entry: ImageShard
@@ -95,7 +95,7 @@ def check_shard(job: CheckJob, beat: Beat) -> list[str]:
             findings.append(f"{beside} has {len(index)} rows, the manifest says {entry.samples}: run `index`")
         if tar.is_file():
             findings += _check_layout(tar, index)
-            findings += _check_pictures(tar, index, job.decode, tell)
+            findings += _check_images(tar, index, job.decode, tell)
     return findings
 
 
@@ -117,7 +117,7 @@ def _check_layout(tar: Path, index: Index) -> list[str]:
 
 
 def _difference(sample: Sample, index: Index, row: int, descriptor: int, tar: Path) -> str:
-    """How a sample of the tar differs from its row, the picture itself apart; "" where it does not."""
+    """How a sample of the tar differs from its row, the image itself apart; "" where it does not."""
     if sample.key != index.key(row) or hash_key(sample.key) != int(index.key_hash[row]):
         return f"the tar has the key {sample.key} there"
     nowhere = TarMember(0, 0)
@@ -137,8 +137,8 @@ def _difference(sample: Sample, index: Index, row: int, descriptor: int, tar: Pa
     return "" if label == int(index.label[row]) else f"its label is {label}, the index says {int(index.label[row])}"
 
 
-def _check_pictures(tar: Path, index: Index, decode: bool, tell: Beat) -> list[str]:
-    """Every picture's bytes against the checksum of its row, and decoded, against the row's other facts."""
+def _check_images(tar: Path, index: Index, decode: bool, tell: Beat) -> list[str]:
+    """Every image's bytes against the checksum of its row, and decoded, against the row's other facts."""
     findings = []
     with open(tar, "rb") as file:
         for row in range(len(index)):
@@ -150,7 +150,7 @@ def _check_pictures(tar: Path, index: Index, decode: bool, tell: Beat) -> list[s
                 findings.append(f"{where}: {error}")
                 continue
             if xxhash.xxh3_64_intdigest(data) != int(index.image_xxh3[row]):
-                findings.append(f"{where}: the picture's bytes are not what was packed (checksum differs)")
+                findings.append(f"{where}: the image's bytes are not what was packed (checksum differs)")
             elif decode and (difference := _decoded_difference(data, index, row)):
                 findings.append(f"{where}: {difference}")
             tell(place.size)

@@ -98,7 +98,7 @@ def _check_values(shard: OpenTokenShard, vocabulary: int) -> list[str]:
 
 
 def _check_pair(path: Path, shard: OpenTokenShard, index_file: Path) -> list[str]:
-    """The rows against those of the image shard: the same pictures, every box inside its picture."""
+    """The rows against those of the image shard: the same images, every box inside its image."""
     try:
         index = open_index(index_file)
         check_rows(str(path), shard.keys, index.key_hash)
@@ -113,6 +113,6 @@ def _check_boxes(path: Path, shard: OpenTokenShard, index: Index) -> list[str]:
     outside = (right > index.width) | (bottom > index.height)
     return [
         f"{path}: view {view} of row {row} ({index.key(row)}) has the box {boxes[view, row].tolist()} (x, y, width, "
-        f"height), outside its picture of {index.width[row]}x{index.height[row]}"
+        f"height), outside its image of {index.width[row]}x{index.height[row]}"
         for view, row in np.argwhere(outside).tolist()
     ]

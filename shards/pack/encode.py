@@ -1,4 +1,4 @@
-"""A picture file as it goes into a tar: its own bytes where they will do, encoded anew where they will not."""
+"""An image file as it goes into a tar: its own bytes where they will do, encoded anew where they will not."""
 
 import errno
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from beitforge.shards.format.index import FLAG_ANIMATED
 from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts
 
 _MAX_FILE_BYTES = 2**30
-# The file's own fault; any other error is the disk's, and leaving pictures out would hide it.
+# The file's own fault; any other error is the disk's, and leaving images out would hide it.
 _THIS_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """What packing does to a picture. Sides are in pixels, 0: no limit; a picture is never enlarged.
+    """What packing does to an image. Sides are in pixels, 0: no limit; an image is never enlarged.
 
     `max_side` bounds the longest side, `short_side` the shortest; with both, the smaller result. `reencode` is never,
-    or the format (jpg, png, webp) every picture is encoded in anew. `quality` is JPEG's and WebP's, 1-100.
+    or the format (jpg, png, webp) every image is encoded in anew. `quality` is JPEG's and WebP's, 1-100.
     """
 
     max_side: int = 0
@@ -41,11 +41,11 @@ class Prepared:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a picture file. Raises PictureError when this file cannot be read; OSError when the disk fails."""
+    """The bytes of an image file. Raises ImageError when this file cannot be read; OSError when the disk fails."""
     try:
         size = path.stat().st_size
         if size > _MAX_FILE_BYTES:
-            raise ImageError(f"the file has {size} bytes, more than the {_MAX_FILE_BYTES} a picture may have")
+            raise ImageError(f"the file has {size} bytes, more than the {_MAX_FILE_BYTES} an image may have")
         return path.read_bytes()
     except OSError as error:
         if error.errno not in _THIS_FILE:
@@ -54,10 +54,10 @@ def read_file(path: Path) -> bytes:
 
 
 def encode(data: bytes, options: EncodeOptions) -> Prepared:
-    """Bytes of a picture file to bytes for the tar. Raises PictureError when it cannot be used.
+    """Bytes of an image file to bytes for the tar. Raises ImageError when it cannot be used.
 
     The bytes stay as they are if they are 8-bit JPEG, PNG or WebP with one frame, upright, within the side limits.
-    Otherwise the picture is turned upright, shrunk (Lanczos), and stored without metadata: JPEG as JPEG and lossy
+    Otherwise the image is turned upright, shrunk (Lanczos), and stored without metadata: JPEG as JPEG and lossy
     WebP as WebP at `quality`, all else as PNG, so that what had no loss gets none.
     """
     header, pixels = codec.read_image(data)

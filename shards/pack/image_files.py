@@ -1,4 +1,4 @@
-"""The picture files of a folder, the keys they get, and the classes their sub-folders name."""
+"""The image files of a folder, the keys they get, and the classes their sub-folders name."""
 
 import errno
 import os
@@ -18,9 +18,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """n picture files, sorted by key. `paths` are relative to the folder, with "/"; `sizes` bytes, `times` mtime in ns.
+    """n image files, sorted by key. `paths` are relative to the folder, with "/"; `sizes` bytes, `times` mtime in ns.
 
-    `others` counts the files that are no pictures by their name; hidden ones are not counted.
+    `others` counts the files that are no images by their name; hidden ones are not counted.
     """
 
     paths: list[str]
@@ -35,12 +35,12 @@ class ImageFiles:
 
 
 def list_images(folder: Path, leave_out: Path) -> ImageFiles:
-    """Every picture below `folder`, hidden files and the folder `leave_out` excepted.
+    """Every image below `folder`, hidden files and the folder `leave_out` excepted.
 
-    Raises ShardError when there is no folder, no picture in it, a sub-folder cannot be read, or two keys share a hash.
+    Raises ShardError when there is no folder, no image in it, a sub-folder cannot be read, or two keys share a hash.
     """
     if not folder.is_dir():
-        raise ShardError(f"{folder} is not a folder; give the folder that holds the pictures")
+        raise ShardError(f"{folder} is not a folder; give the folder that holds the images")
     found: list[tuple[str, int, int]] = []
     others = 0
     for path, status in _walk(folder, "", [], leave_out.resolve()):
@@ -50,7 +50,7 @@ def list_images(folder: Path, leave_out: Path) -> ImageFiles:
             found.append((path, status.st_size, status.st_mtime_ns) if status else (path, 0, 0))
     if not found:
         seen = f"; it holds {others} other files" if others else ""
-        raise ShardError(f"{folder} holds no picture ({' '.join(EXTENSIONS)}){seen}: give the folder of the pictures")
+        raise ShardError(f"{folder} holds no image ({' '.join(EXTENSIONS)}){seen}: give the folder of the images")
     keys = keys_of([path for path, _, _ in found])
     by_key = sorted(range(len(found)), key=lambda i: keys[i])
     sorted_keys = [keys[i] for i in by_key]
@@ -143,15 +143,15 @@ def _distinct_hashes(keys: list[str]) -> np.ndarray:
     same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     if len(same):
         first, second = keys[order[same[0]]], keys[order[same[0] + 1]]
-        raise ShardError(f"the keys {first} and {second} have the same 64-bit hash: rename one of the two pictures")
+        raise ShardError(f"the keys {first} and {second} have the same 64-bit hash: rename one of the two images")
     return hashes
 
 
 def classes_of(paths: list[str], labels: str) -> tuple[list[str], list[int]]:
-    """Class names, sorted, and the class of each path; both empty when the pictures are not labelled.
+    """Class names, sorted, and the class of each path; both empty when the images are not labelled.
 
-    labels: `folder` makes the first folder of each path its class, `auto` does so if every picture lies in a folder
-    and there are at least two, `none` never. Raises ShardError when `folder` is asked for and a picture lies in none.
+    labels: `folder` makes the first folder of each path its class, `auto` does so if every image lies in a folder
+    and there are at least two, `none` never. Raises ShardError when `folder` is asked for and an image lies in none.
     """
     if labels == "none":
         return [], []

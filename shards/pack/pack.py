@@ -1,4 +1,4 @@
-"""Pictures in, image shard set out. A shard is finished when its index exists; the set when its manifest does."""
+"""Images in, image shard set out. A shard is finished when its index exists; the set when its manifest does."""
 
 import contextlib
 import json
@@ -36,14 +36,14 @@ class Packed:
 
 
 def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, num_workers: int) -> Packed:
-    """Pack the pictures below `images` into the shard set `target` (with splits: one set per split below it).
+    """Pack the images below `images` into the shard set `target` (with splits: one set per split below it).
 
-    max_rejected: how many pictures may be unusable, a count ("25") or a share ("1%", but never fewer than 10).
-    Goes on where an earlier run of the same options and pictures was killed. Raises ShardError when `target` holds
-    something else, when too many pictures are unusable, and for what `make_plan` forbids.
+    max_rejected: how many images may be unusable, a count ("25") or a share ("1%", but never fewer than 10).
+    Goes on where an earlier run of the same options and images was killed. Raises ShardError when `target` holds
+    something else, when too many images are unusable, and for what `make_plan` forbids.
     """
     plan = make_plan(images, target, options)
-    limit = rejection_limit(max_rejected, len(plan.pictures))
+    limit = rejection_limit(max_rejected, len(plan.files))
     _refuse_others(plan)
     finished = [shard for job in plan.jobs(limit) if (shard := finished_shard(job))]
     kept = len(finished)
@@ -61,12 +61,12 @@ def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, nu
     return _close(plan, finished, kept)
 
 
-def rejection_limit(text: str, num_pictures: int) -> int:
-    """The count that "25" or "1%" of the pictures stand for. Raises ShardError when the text is neither."""
+def rejection_limit(text: str, num_images: int) -> int:
+    """The count that "25" or "1%" of the images stand for. Raises ShardError when the text is neither."""
     try:
         if text.endswith("%"):
             share = float(text[:-1])
-            limit = max(_LEAST_LIMIT, int(num_pictures * share / 100))
+            limit = max(_LEAST_LIMIT, int(num_images * share / 100))
         else:
             share = limit = int(text)
         if share >= 0:
@@ -82,10 +82,10 @@ def _run(plan: Plan, limit: int, num_workers: int, finished: list[PackedShard]) 
     jobs = (job for job in plan.jobs(limit) if (job.folder, job.name) not in known)
     done = sum(shard.entry.samples + len(shard.rejected) for shard in finished)
     rejected = [row for shard in finished for row in shard.rejected]
-    if done == len(plan.pictures):
+    if done == len(plan.files):
         return
     with (
-        Progress("pack", len(plan.pictures), "pictures", done=done) as progress,
+        Progress("pack", len(plan.files), "images", done=done) as progress,
         contextlib.closing(
             each_shard(pack_shard, jobs, min(num_workers, plan.num_shards - len(known)), progress)
         ) as shards,
@@ -149,7 +149,7 @@ def _difference(plan: Plan, made_by: dict) -> str:
     cure = "choose another folder, or delete this one to pack anew"
     theirs, ours = made_by.get("options"), json.loads(json.dumps(plan.describe()["options"]))
     if not isinstance(theirs, dict):
-        return f"{'other options or pictures' if 'plan' in made_by else 'it was not made by `pack`'}; {cure}"
+        return f"{'other options or images' if 'plan' in made_by else 'it was not made by `pack`'}; {cure}"
     flat_theirs, flat_ours = {**theirs, **theirs.get("picture", {})}, {**ours, **ours["picture"]}
     differing = [
         f"{name} was {flat_theirs.get(name)}, is {value}"
@@ -157,9 +157,9 @@ def _difference(plan: Plan, made_by: dict) -> str:
         if name != "picture" and flat_theirs.get(name) != value
     ]
     what = ", ".join(differing) or (
-        f"the pictures differ (names, sizes or times; {made_by.get('pictures')} then, {len(plan.pictures)} now)"
+        f"the images differ (names, sizes or times; {made_by.get('pictures')} then, {len(plan.files)} now)"
     )
-    return f"{what}; give the same options and pictures to go on with it, or {cure}"
+    return f"{what}; give the same options and images to go on with it, or {cure}"
 
 
 def _read_json(path: Path) -> dict:
@@ -176,7 +176,7 @@ def _by_path(rejected: list[dict]) -> list[dict]:
 
 
 def _write_rejected(target: Path, rejected: list[dict]) -> None:
-    """The list of the pictures left out; no file when there are none."""
+    """The list of the images left out; no file when there are none."""
     if rejected:
         write_text(target / REJECTED, "".join(json.dumps(row) + "\n" for row in _by_path(rejected)))
     else:
@@ -184,7 +184,7 @@ def _write_rejected(target: Path, rejected: list[dict]) -> None:
 
 
 def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
-    """Write the list of rejected pictures, then the manifests; then the set is finished."""
+    """Write the list of rejected images, then the manifests; then the set is finished."""
     rejected = [row for shard in finished for row in shard.rejected]
     made_by = {**plan.describe(), "rejected": len(rejected)}
     made_by["versions"] = {name: version(name) for name in ("webdataset", "pillow")}
@@ -194,7 +194,7 @@ def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
         mine = [shard.entry for shard in finished if shard.folder == plan.folder(split) and shard.entry.samples]
         if not mine:
             raise ShardError(
-                f"none of the {len(plan.orders[split])} pictures for {plan.folder(split)} can be used: see "
+                f"none of the {len(plan.orders[split])} images for {plan.folder(split)} can be used: see "
                 f"{plan.target / REJECTED} for the reasons"
             )
         shards = sorted(mine, key=lambda entry: entry.name)

@@ -1,4 +1,4 @@
-"""Which picture goes into which shard: decided before any is read, so that a killed packing goes on as it began."""
+"""Which image goes into which shard: decided before any is read, so that a killed packing goes on as it began."""
 
 import dataclasses
 import json
@@ -30,12 +30,18 @@ class PackOptions:
     labels: str = "auto"
     splits: tuple[tuple[str, float], ...] = ()
     seed: int = 0
-    picture: EncodeOptions = field(default_factory=EncodeOptions)
+    encoding: EncodeOptions = field(default_factory=EncodeOptions)
+
+    def recorded(self) -> dict:
+        """The options as manifests name them."""
+        values = dataclasses.asdict(self)
+        values["picture"] = values.pop("encoding")
+        return values
 
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One picture on its way into a tar. label -1: the set has no classes."""
+    """One image on its way into a tar. label -1: the set has no classes."""
 
     path: str
     key: str
@@ -44,12 +50,12 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All a worker needs to pack one shard. At most `max_rejected` of its pictures may be unreadable."""
+    """All a worker needs to pack one shard. At most `max_rejected` of its images may be unreadable."""
 
     images: Path
     folder: Path
     name: str
-    pictures: list[PlannedImage]
+    planned: list[PlannedImage]
     options: EncodeOptions
     plan: str
     max_rejected: int
@@ -59,13 +65,13 @@ class ShardJob:
 class Plan:
     """A packing decided.
 
-    `orders` has the numbers of the pictures, in shard order, for each folder below the target ("": the target itself).
+    `orders` has the numbers of the images, in shard order, for each folder below the target ("": the target itself).
     """
 
     images: Path
     target: Path
     options: PackOptions
-    pictures: ImageFiles
+    files: ImageFiles
     classes: list[str]
     labels: list[int]
     orders: dict[str, np.ndarray]
@@ -80,8 +86,8 @@ class Plan:
 
     def describe(self) -> dict:
         """What manifests and the marker of an unfinished packing keep of the plan."""
-        options = dataclasses.asdict(self.options)
-        return {"verb": "pack", "plan": self.fingerprint, "options": options, "pictures": len(self.pictures)}
+        options = self.options.recorded()
+        return {"verb": "pack", "plan": self.fingerprint, "options": options, "pictures": len(self.files)}
 
     def jobs(self, max_rejected: int) -> Iterator[ShardJob]:
         """Every shard of every split, in order."""
@@ -92,42 +98,42 @@ class Plan:
                     images=self.images,
                     folder=self.folder(split),
                     name=f"{self.options.name}-{number:06d}",
-                    pictures=[self._planned(i) for i in order[start : start + step].tolist()],
-                    options=self.options.picture,
+                    planned=[self._planned(i) for i in order[start : start + step].tolist()],
+                    options=self.options.encoding,
                     plan=self.fingerprint,
                     max_rejected=max_rejected,
                 )
 
     def _planned(self, i: int) -> PlannedImage:
         label = self.labels[i] if self.labels else -1
-        return PlannedImage(self.pictures.paths[i], self.pictures.keys[i], label)
+        return PlannedImage(self.files.paths[i], self.files.keys[i], label)
 
 
 def make_plan(images: Path, target: Path, options: PackOptions) -> Plan:
-    """List the pictures and decide where each goes. Raises ShardError for what pictures or options forbid."""
+    """List the images and decide where each goes. Raises ShardError for what images or options forbid."""
     check_options(options)
     inner, outer = images.resolve(), target.resolve()
     if inner == outer or outer in inner.parents:
-        raise ShardError(f"the pictures in {images} lie inside the shard folder {target}: choose another shard folder")
-    pictures = list_images(images, target)
-    classes, labels = classes_of(pictures.paths, options.labels)
-    order = np.argsort(counter_rng.bits(counter_rng.PACK_ORDER, options.seed, pictures.hashes), kind="stable")
+        raise ShardError(f"the images in {images} lie inside the shard folder {target}: choose another shard folder")
+    files = list_images(images, target)
+    classes, labels = classes_of(files.paths, options.labels)
+    order = np.argsort(counter_rng.bits(counter_rng.PACK_ORDER, options.seed, files.hashes), kind="stable")
     return Plan(
         images=images,
         target=target,
         options=options,
-        pictures=pictures,
+        files=files,
         classes=classes,
         labels=labels,
-        orders=_split(order, pictures, options),
-        fingerprint=_fingerprint(pictures, options),
+        orders=_split(order, files, options),
+        fingerprint=_fingerprint(files, options),
     )
 
 
-def _split(order: np.ndarray, pictures: ImageFiles, options: PackOptions) -> dict[str, np.ndarray]:
+def _split(order: np.ndarray, files: ImageFiles, options: PackOptions) -> dict[str, np.ndarray]:
     if not options.splits:
         return {"": order}
-    draw = counter_rng.uniform(counter_rng.SPLIT, options.seed, pictures.hashes)[order]
+    draw = counter_rng.uniform(counter_rng.SPLIT, options.seed, files.hashes)[order]
     orders: dict[str, np.ndarray] = {}
     low = 0.0
     for name, fraction in options.splits:
@@ -136,31 +142,31 @@ def _split(order: np.ndarray, pictures: ImageFiles, options: PackOptions) -> dic
     orders[REST] = order[draw >= low]
     for name, members in orders.items():
         if not len(members):
-            raise ShardError(f"split {name} would get none of the {len(order)} pictures: give it a larger fraction")
+            raise ShardError(f"split {name} would get none of the {len(order)} images: give it a larger fraction")
     return orders
 
 
-def _fingerprint(pictures: ImageFiles, options: PackOptions) -> str:
-    state = xxhash.xxh3_128(json.dumps([_FORMAT, dataclasses.asdict(options)], sort_keys=True).encode())
-    for path in pictures.paths:
+def _fingerprint(files: ImageFiles, options: PackOptions) -> str:
+    state = xxhash.xxh3_128(json.dumps([_FORMAT, options.recorded()], sort_keys=True).encode())
+    for path in files.paths:
         state.update(path.encode("utf-8", "surrogateescape") + b"\0")
-    state.update(pictures.sizes.tobytes())
-    state.update(pictures.times.tobytes())
+    state.update(files.sizes.tobytes())
+    state.update(files.times.tobytes())
     return state.hexdigest()
 
 
 def check_options(options: PackOptions) -> None:
     """Raises ShardError naming the option, its value and the rule."""
-    picture = options.picture
+    encoding = options.encoding
     for name, value, least in (
         ("--samples-per-shard", options.samples_per_shard, 1),
-        ("--max-side", picture.max_side, 0),
-        ("--short-side", picture.short_side, 0),
+        ("--max-side", encoding.max_side, 0),
+        ("--short-side", encoding.short_side, 0),
     ):
         if value < least:
             raise ShardError(f"{name} is {value}, it must be at least {least}")
-    if not 1 <= picture.quality <= 100:
-        raise ShardError(f"--quality is {picture.quality}, it must be from 1 to 100")
+    if not 1 <= encoding.quality <= 100:
+        raise ShardError(f"--quality is {encoding.quality}, it must be from 1 to 100")
     names = [name for name, _ in options.splits]
     for flag, name in [("--name", options.name), *(("--split", name) for name in names)]:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):

@@ -20,7 +20,7 @@ _SHOWN = 3
 
 
 class TooManyRejected(ShardError):
-    """More pictures cannot be used than the limit allows; `rejected` has those known, each {path, reason}."""
+    """More images cannot be used than the limit allows; `rejected` has those known, each {path, reason}."""
 
     def __init__(self, message: str, rejected: list[dict]):
         super().__init__(message, rejected)
@@ -32,7 +32,7 @@ class TooManyRejected(ShardError):
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A finished shard: its folder, its manifest entry, and the pictures left out of it, each {path, reason}."""
+    """A finished shard: its folder, its manifest entry, and the images left out of it, each {path, reason}."""
 
     folder: Path
     entry: ImageShard
@@ -44,14 +44,14 @@ def check_rejected(rejected: list[dict], limit: int) -> None:
     if len(rejected) > limit:
         first = "; ".join(f"{row['path']}: {row['reason']}" for row in rejected[:_SHOWN])
         raise TooManyRejected(
-            f"more than {limit} pictures cannot be used ({first}; …): mend or remove them (rejected.jsonl lists those "
+            f"more than {limit} images cannot be used ({first}; …): mend or remove them (rejected.jsonl lists those "
             "found so far), or allow more with --max-rejected and run the same command again",
             rejected,
         )
 
 
 def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
-    """Write one tar, then its index. A shard all of whose pictures are rejected leaves an index of no rows, no tar.
+    """Write one tar, then its index. A shard all of whose images are rejected leaves an index of no rows, no tar.
 
     Raises TooManyRejected when this shard alone passes the limit, OSError when the disk fails.
     """
@@ -59,7 +59,7 @@ def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
     rejected: list[dict] = []
     with atomic_path(tar) as partial:
         facts = _write_tar(partial, job, rejected, beat)
-        labels = {picture.key: picture.label for picture in job.pictures}
+        labels = {image.key: image.label for image in job.planned}
         samples = read_samples(partial)
         rows: list[IndexRow] = [
             index_row(sample, described, labels[sample.key]) for sample, described in zip(samples, facts, strict=True)
@@ -74,24 +74,24 @@ def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
 
 
 def _write_tar(path: Path, job: ShardJob, rejected: list[dict], beat: Beat) -> list[Facts]:
-    """Write the pictures that can be used, in the job's order; their facts. The others are added to `rejected`."""
+    """Write the images that can be used, in the job's order; their facts. The others are added to `rejected`."""
     from webdataset.writer import TarWriter
 
     facts = []
     with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=_MTIME) as writer:
-        for picture in job.pictures:
+        for image in job.planned:
             try:
-                prepared = encode(read_file(job.images / picture.path), job.options)
+                prepared = encode(read_file(job.images / image.path), job.options)
             except ImageError as error:
-                rejected.append({"path": picture.path, "reason": str(error)})
+                rejected.append({"path": image.path, "reason": str(error)})
                 check_rejected(rejected, job.max_rejected)
                 continue
             finally:
                 beat(1)
-            about = {"source": picture.path, "width": prepared.facts.width, "height": prepared.facts.height}
-            sample = {"__key__": picture.key, prepared.extension: prepared.data, "json": json.dumps(about).encode()}
-            if picture.label >= 0:
-                sample["cls"] = str(picture.label).encode()
+            about = {"source": image.path, "width": prepared.facts.width, "height": prepared.facts.height}
+            sample = {"__key__": image.key, prepared.extension: prepared.data, "json": json.dumps(about).encode()}
+            if image.label >= 0:
+                sample["cls"] = str(image.label).encode()
             writer.write(sample)
             facts.append(prepared.facts)
     return facts

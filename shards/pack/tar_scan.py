@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the index keeps of a picture's bytes."""
+    """What the index keeps of an image's bytes."""
 
     xxh3: int
     width: int
@@ -70,7 +70,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def describe(data: bytes) -> Facts:
-    """The facts of a picture; of one that does not decode, its checksum and FLAG_BAD."""
+    """The facts of an image; of one that does not decode, its checksum and FLAG_BAD."""
     digest = xxhash.xxh3_64_intdigest(data)
     try:
         header, pixels = codec.read_image(data)
@@ -109,9 +109,9 @@ def read_label(data: bytes, where: str) -> int:
 
 
 def scan_tar(path: Path, beat: Callable[[int], None]) -> list[IndexRow]:
-    """Every index row of a tar, in tar order, each picture decoded. `beat` is told each picture's bytes.
+    """Every index row of a tar, in tar order, each image decoded. `beat` is told each image's bytes.
 
-    Raises ShardError for a damaged tar and for samples that are not WebDataset's (see `read_samples`). A picture that
+    Raises ShardError for a damaged tar and for samples that are not WebDataset's (see `read_samples`). An image that
     does not decode is a row with FLAG_BAD, not an error.
     """
     rows = []
@@ -186,7 +186,7 @@ def _check_image(path: Path, sample: Sample) -> None:
         wanted = "|".join(IMAGE_EXTENSIONS)
         raise ShardError(
             f"{path}: sample {sample.key} at byte {first} has {len(images)} image members ({found}), it must have one "
-            f"of {wanted}: leave it out of the tar, or give its pictures keys of their own"
+            f"of {wanted}: leave it out of the tar, or give its images keys of their own"
         )
 
 

@@ -77,7 +77,7 @@ class ImageSet:
         return self._shard(shard).index
 
     def read(self, shard: int, row: int) -> bytes:
-        """The encoded picture. Raises DamagedSample when its checksum or flags say it cannot be used."""
+        """The encoded image. Raises DamagedSample when its checksum or flags say it cannot be used."""
         opened = self._shard(shard)
         index, name = opened.index, self.manifest.shards[shard].name
         columns = index.columns
@@ -93,8 +93,8 @@ class ImageSet:
         return data
 
     def _read_remote(self, remote: Remote, shard: int, row: int, digest: int) -> bytes:
-        """A picture out of the cache, or past it where it has no room. When it is not what was packed, its chunk is
-        fetched once more, which mends the cache, and then the picture alone: processes that share a chunk may each
+        """An image out of the cache, or past it where it has no room. When it is not what was packed, its chunk is
+        fetched once more, which mends the cache, and then the image alone: processes that share a chunk may each
         drop what another has just fetched anew."""
         index, entry, now = self.index(shard), self._entry(shard, row // self.chunk), ALWAYS
         if self.reading is not None:
@@ -147,7 +147,7 @@ class ImageSet:
         return {shard.name: number for number, shard in enumerate(self.manifest.shards)}
 
     def _span(self, shard: int, number: int) -> tuple[int, int]:
-        """The bytes of the tar from the first picture of a chunk to the end of its last."""
+        """The bytes of the tar from the first image of a chunk to the end of its last."""
         columns = self.index(shard).columns
         first, last = number * self.chunk, min((number + 1) * self.chunk, len(columns["key_hash"])) - 1
         return int(columns["image_offset"][first]), int(columns["image_offset"][last] + columns["image_size"][last])

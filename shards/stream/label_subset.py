@@ -1,4 +1,4 @@
-"""A share of a labelled set's pictures: of every class those whose hash is smallest. What few-label training reads."""
+"""A share of a labelled set's images: of every class those whose hash is smallest. What few-label training reads."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from beitforge.shards.stream.order import Order, OrderPolicy
 
 
 class Subset:
-    """The order of the chosen pictures alone: sample s of a run, as shards.stream.order.Order has it of all."""
+    """The order of the chosen images alone: sample s of a run, as shards.stream.order.Order has it of all."""
 
     def __init__(self, rows: list[np.ndarray], policy: OrderPolicy):
         """rows: of every shard the chosen rows, i64, ascending. Raises ShardError where there are none at all."""
@@ -24,7 +24,7 @@ class Subset:
 
 
 def chosen_rows(images: ImageSet, share: float, seed: int) -> list[np.ndarray]:
-    """Of every shard the rows that belong to the share (0, 1]: round(share · n), at least one, of the n pictures of
+    """Of every shard the rows that belong to the share (0, 1]: round(share · n), at least one, of the n images of
     each class, those with the smallest hash of (seed, key). A larger share holds all of a smaller one's."""
     columns = [images.index(shard).columns for shard in range(len(images.manifest.shards))]
     labels = np.concatenate([column["label"] for column in columns])

@@ -143,10 +143,10 @@ class Stream:
         if self.images.reading is not None:
             self.images.reading.sample = int(samples.min())
         bad: list[BadSample] = []
-        pictures = []
+        encoded = []
         for i, sample in enumerate(samples.tolist()):
-            rows[i], picture = self._picture(i, sample, int(shards[i]), int(rows[i]), refused, bad)
-            pictures.append(picture)
+            rows[i], data = self._read_usable(i, sample, int(shards[i]), int(rows[i]), refused, bad)
+            encoded.append(data)
         indexes = [self.images.index(shard) for shard in shards.tolist()]
         columns = {
             name: np.array([index.columns[name][row] for index, row in zip(indexes, rows.tolist(), strict=True)])
@@ -157,10 +157,10 @@ class Stream:
         limits = unclipped_limits(views, columns["mean_grey"]).tolist()
         sizes = zip(columns["width"].tolist(), columns["height"].tolist(), strict=True)
         records = zip(views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
-        how = zip(pictures, sizes, columns["flags"].tolist(), records, strict=True)
-        for i, (picture, size, flags, (box, flip, limit)) in enumerate(how):
+        how = zip(encoded, sizes, columns["flags"].tolist(), records, strict=True)
+        for i, (data, size, flags, (box, flip, limit)) in enumerate(how):
             try:
-                crop = codec.decode_view(picture, box, size, flags, self.decoder)
+                crop = codec.decode_view(data, box, size, flags, self.decoder)
             except codec.ImageError as error:
                 raise _Undecodable((i, int(rows[i])), str(error)) from error
             except ShardError as error:
@@ -185,10 +185,10 @@ class Stream:
             bad,
         )
 
-    def _picture(
+    def _read_usable(
         self, i: int, sample: int, shard: int, row: int, refused: dict[tuple[int, int], str], bad: list[BadSample]
     ) -> tuple[int, bytes]:
-        """The picture at place i and its row, or those of the first usable substitute: a pure function of the
+        """The image at place i and its row, or those of the first usable substitute: a pure function of the
         sample."""
         index, name = self.images.index(shard), self.images.manifest.shards[shard].name
         key_hash, reason, candidate = int(index.key_hash[row]), "", row
@@ -198,7 +198,7 @@ class Stream:
                     raise DamagedSample(refused[i, candidate])
                 if not self.source.usable(shard, candidate):
                     raise DamagedSample("`tokenize` could not read it, so it has no tokens")
-                picture = self.images.read(shard, candidate)
+                data = self.images.read(shard, candidate)
                 break
             except DamagedSample as error:
                 reason = reason or str(error)
@@ -207,11 +207,11 @@ class Stream:
             raise ShardError(f"{name}: {_SUBSTITUTES} samples tried for {index.key(row)}, none usable; run `verify`")
         if candidate != row:
             bad.append(BadSample(sample, name, index.key(row), reason, index.key(candidate)))
-        return candidate, picture
+        return candidate, data
 
 
 class _Undecodable(Exception):
-    """A picture whose bytes are as packed does not decode: its place in the batch and its row."""
+    """An image whose bytes are as packed does not decode: its place in the batch and its row."""
 
     def __init__(self, place: tuple[int, int], reason: str):
         super().__init__(reason)

@@ -48,7 +48,7 @@ class Order:
         samples = np.asarray(shard_samples, dtype=np.int64)
         self.samples = int(samples.sum())
         if self.samples == 0:
-            raise ShardError("the shard set holds no samples; pack some pictures first")
+            raise ShardError("the shard set holds no samples; pack some images first")
         chunks = -(-samples // policy.chunk)
         self._first_chunk = np.concatenate([[0], np.cumsum(chunks)])
         short = np.flatnonzero(samples % policy.chunk)

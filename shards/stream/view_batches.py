@@ -1,4 +1,4 @@
-"""Many views of each picture of a shard, built in the worker: for `tokenize`. Uses torch, as shards.stream.loader
+"""Many views of each image of a shard, built in the worker: for `tokenize`. Uses torch, as shards.stream.loader
 does."""
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from beitforge.shards.stream.loader import cut_into, start_worker
 
 
 class ViewBatch(NamedTuple):
-    """K views of n pictures of one shard: rows i64 [n] · pixels u8 [n, K, 3, H, W] · bad u8 [n] (1: unreadable)."""
+    """K views of n images of one shard: rows i64 [n] · pixels u8 [n, K, 3, H, W] · bad u8 [n] (1: unreadable)."""
 
     rows: torch.Tensor
     pixels: torch.Tensor
@@ -25,7 +25,7 @@ class ViewBatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardViews(Dataset):
-    """Item i is `per_item` pictures of a shard from row i · per_item on, each decoded once and cut by K records.
+    """Item i is `per_item` images of a shard from row i · per_item on, each decoded once and cut by K records.
 
     `views` are those of the whole shard, with leading [K, samples]; `resample` is the tokenizer's filter.
     """
@@ -53,16 +53,16 @@ class ShardViews(Dataset):
         pixels = torch.zeros((len(rows), len(views.flips), 3, *self.size), dtype=torch.uint8)
         bad = np.zeros(len(rows), dtype=np.uint8)
         for n, row in enumerate(rows.tolist()):
-            picture = self._picture(row)
-            if picture is None:
+            image = self._image(row)
+            if image is None:
                 bad[n] = 1
                 continue
             for k, box in enumerate(views.boxes[:, row].tolist()):
                 how = bool(views.flips[k, row]), limits[k, n].tolist()
-                cut_into(pixels[n, k], codec.crop(picture, box), *how, self.resample)
+                cut_into(pixels[n, k], codec.crop(image, box), *how, self.resample)
         return ViewBatch(torch.from_numpy(rows), pixels, torch.from_numpy(bad))
 
-    def _picture(self, row: int) -> np.ndarray | None:
+    def _image(self, row: int) -> np.ndarray | None:
         try:
             flags = int(self.images.index(self.shard).flags[row])
             return codec.decode_whole(self.images.read(self.shard, row), flags, self.decoder)

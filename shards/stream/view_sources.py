@@ -1,6 +1,6 @@
 """Where a stream's views come from: recorded beside their tokens, drawn afresh, or the plain central ones.
 
-Each source answers one question for n pictures at once: which view of each, and which tokens belong to it.
+Each source answers one question for n images at once: which view of each, and which tokens belong to it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from beitforge.shards.stream.image_set import ImageSet
 
 @dataclass(frozen=True)
 class Selection:
-    """n pictures by place, with what the index says of them (all [n])."""
+    """n images by place, with what the index says of them (all [n])."""
 
     epochs: np.ndarray
     shards: np.ndarray
@@ -28,7 +28,7 @@ class Selection:
 
 
 class ViewSource(Protocol):
-    """Views (leading dimension n) and tokens u16 [n, patches] of n pictures; tokens are empty where there are none."""
+    """Views (leading dimension n) and tokens u16 [n, patches] of n images; tokens are empty where there are none."""
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]: ...
 
@@ -67,7 +67,7 @@ class CentralViews:
 
 
 class RecordedViews:
-    """The views `tokenize` recorded, with their tokens: view (epoch + hash(key)) mod K of each picture."""
+    """The views `tokenize` recorded, with their tokens: view (epoch + hash(key)) mod K of each image."""
 
     def __init__(self, images: ImageSet, where: Path | str, cache: Cache | None = None):
         """where: a folder, or a URL with a cache. Raises ShardError when the token set there was not made from
@@ -77,7 +77,7 @@ class RecordedViews:
         check_pairing(images.manifest, self.tokens.manifest, where)
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
-        """Reads one row per picture from the mapped token files."""
+        """Reads one row per image from the mapped token files."""
         numbers = (picked.key_hashes + picked.epochs.astype(np.uint64)) % np.uint64(self.tokens.manifest.num_views)
         places = list(zip(picked.shards.tolist(), numbers.tolist(), picked.rows.tolist(), strict=True))
         opened = [self.tokens.shard(shard, self.images.index(shard).key_hash) for shard, _, _ in places]
@@ -86,5 +86,5 @@ class RecordedViews:
         return Views(*records), tokens
 
     def usable(self, shard: int, row: int) -> bool:
-        """False where `tokenize` could not read the picture."""
+        """False where `tokenize` could not read the image."""
         return not self.tokens.shard(shard, self.images.index(shard).key_hash).bad[row]

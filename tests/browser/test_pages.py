@@ -42,8 +42,8 @@ EMPTY = """() => {
       || path.getAttribute("d").includes("h0"));
     if (!drawn.length) found.push(`chart ${chart.querySelector("h3").textContent} is empty`);
   }
-  for (const picture of document.images)
-    if (!picture.complete || !picture.naturalWidth) found.push(`picture ${picture.alt} is not decoded`);
+  for (const image of document.images)
+    if (!image.complete || !image.naturalWidth) found.push(`image ${image.alt} is not decoded`);
   return found;
 }"""
 
@@ -63,10 +63,10 @@ def test_a_page_opens_whole(opened, pages, name, width, scheme):
 
 
 def test_what_a_whole_page_has(opened, pages):
-    """Every kind of line and every kind of picture comes out as something."""
+    """Every kind of line and every kind of image comes out as something."""
     page = opened(pages["whole"]).page
     sections = page.evaluate("[...document.querySelectorAll('main > *')].map((part) => part.id).filter(Boolean)")
-    wanted = ["head", "numbers", "curves", "gaps", "survey", "pictures", "attention", "neighbours", "what-ran"]
+    wanted = ["head", "numbers", "curves", "gaps", "survey", "images", "attention", "neighbours", "what-ran"]
     assert sections == wanted
     titles = page.evaluate("[...document.querySelectorAll('figure h3')].map((title) => title.textContent)")
     for title in ("Loss nats", "Memory GiB", "What being new costs nats", "k-NN accuracy", "Attention distance px"):

@@ -69,12 +69,12 @@ def same(opened: Open, name: str) -> bool:
 @pytest.mark.parametrize("width", [1280, 375])
 def test_it_opens_and_changes(browser, run, width):
     with watching(run) as watch:
-        watch.until(lambda news: "pictures" in news["order"])
+        watch.until(lambda news: "images" in news["order"])
         with Open(browser, watch.url, width) as opened:
-            mark(opened, "pictures", "curves", "numbers")
+            mark(opened, "images", "curves", "numbers")
             append(run, train_line(42, time.time(), loss=1.2345))
             seen(opened, 42)
-            assert same(opened, "pictures") and not same(opened, "numbers") and not same(opened, "curves")
+            assert same(opened, "images") and not same(opened, "numbers") and not same(opened, "curves")
             assert opened.bar.get_attribute("data-state") == "running"
             assert opened.page.title().startswith("42 · run")
             assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
@@ -87,7 +87,7 @@ def test_it_opens_and_changes(browser, run, width):
 def test_what_the_reader_did_stays(browser, run):
     """Zoom, unfolded parts, the place scrolled to, the focus; and charts respond after an update as before it."""
     with watching(run) as watch:
-        watch.until(lambda news: "pictures" in news["order"])
+        watch.until(lambda news: "images" in news["order"])
         with Open(browser, watch.url) as opened:
             page = opened.page
             page.locator("#what-ran details summary").nth(2).click()
@@ -122,8 +122,8 @@ def test_what_the_reader_did_stays(browser, run):
 
 def test_nothing_is_taken_from_under_a_selection(browser, run):
     with watching(run) as watch, Open(browser, watch.url) as opened:
-        watch.until(lambda news: "pictures" in news["order"])
-        until(opened.page, "document.getElementById('pictures') !== null")
+        watch.until(lambda news: "images" in news["order"])
+        until(opened.page, "document.getElementById('images') !== null")
         opened.page.evaluate("getSelection().selectAllChildren(document.querySelector('#numbers .value'))")
         mark(opened, "numbers", "curves")
         append(run, train_line(42, time.time()))

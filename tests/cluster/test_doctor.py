@@ -269,20 +269,20 @@ def test_a_dead_rank_is_named_and_not_waited_for(lab, tiny, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def large_pictures(tmp_path_factory) -> TinySet:
-    """Pictures of four megapixels for a model that eats hundreds a second: no decoder keeps up."""
+def large_images(tmp_path_factory) -> TinySet:
+    """Images of four megapixels for a model that eats hundreds a second: no decoder keeps up."""
     from beitforge.pipeline.config.loading import load_config
     from beitforge.pipeline.stages import tokenize
     from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
 
     made = tmp_path_factory.mktemp("large")
-    write_images(made / "pictures", 4, 2, size=(1800, 2400))
+    write_images(made / "images", 4, 2, size=(1800, 2400))
     command = [
         sys.executable,
         "-m",
         "beitforge",
         "pack",
-        str(made / "pictures"),
+        str(made / "images"),
         str(made / "shards"),
         "--workers",
         "1",
@@ -297,9 +297,9 @@ def large_pictures(tmp_path_factory) -> TinySet:
     return TinySet(made, config)
 
 
-def test_a_starved_loader_is_named(lab, large_pictures, tmp_path):
+def test_a_starved_loader_is_named(lab, large_images, tmp_path):
     hosts = hostfile(tmp_path, "node2")
-    found = examined(lab, large_pictures.config, hosts, f"train.run={tmp_path}/run", "loader.workers=1")
+    found = examined(lab, large_images.config, hosts, f"train.run={tmp_path}/run", "loader.workers=1")
     assert found.code == 1, found.output
     assert "it would wait for data" in found.at("node2", "loader", "warning")
 

@@ -11,8 +11,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORMAL = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def pictures(count: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
-    """Random pixels and factors, every order; one picture of tied greys, one that nothing changes."""
+def images(count: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Random pixels and factors, every order; one image of tied greys, one that nothing changes."""
     generator = torch.Generator().manual_seed(height)
     pixels = torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
     pixels[0] = pixels[0, :1] // 2 * 2
@@ -27,21 +27,21 @@ def pictures(count: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (33, 31), (32, 64)], ids=str)
 def test_the_bits_of_the_reference(size, dtype, normal):
-    tensors = pictures(7, *size)
+    tensors = images(7, *size)
     ours, theirs = (jittered(*tensors, normal, dtype, name) for name in ("fused", "reference"))
     assert ours.dtype == dtype and torch.equal(ours, theirs)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cuts bfloat16 off instead of rounding it: needs a GPU")
 def test_the_bits_of_the_reference_in_bfloat16():
-    tensors = pictures(7, 224, 224)
+    tensors = images(7, 224, 224)
     ours, theirs = (jittered(*tensors, NORMAL, torch.bfloat16, name) for name in ("fused", "reference"))
     assert torch.equal(ours, theirs)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="compares a GPU with a CPU")
 def test_a_gpu_gives_what_a_cpu_gives():
-    tensors = pictures(7, 224, 224)
+    tensors = images(7, 224, 224)
     there = jittered(*tensors, NORMAL)
     assert torch.equal(there.cpu(), jittered(*(tensor.cpu() for tensor in tensors), NORMAL))
 

@@ -1,4 +1,4 @@
-"""The DALL-E tokenizer against OpenAI's own package and transformers' FlavaImageCodebook: same weights, same picture,
+"""The DALL-E tokenizer against OpenAI's own package and transformers' FlavaImageCodebook: same weights, same image,
 same logits, tokens and pixels. The files are those that the peers themselves write.
 """
 
@@ -69,7 +69,7 @@ def test_encoder(tmp_path, blocks, old):
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
 @torch.no_grad()
 def test_decoder(tmp_path, old):
-    """Of the peer, a one-hot picture; of ours, the tokens."""
+    """Of the peer, a one-hot image; of ours, the tokens."""
     encoder, peer = dall_e.Encoder(**SMALL), randomised(dall_e.Decoder(**SMALL, n_init=24, n_blk_per_group=3))
     dalle = ours(saved(encoder, tmp_path / "encoder.pkl", old), saved(peer, tmp_path / "decoder.pkl", old))
     assert dalle.decodes
@@ -86,11 +86,11 @@ def test_decoder(tmp_path, old):
 def test_published_sizes(tmp_path):
     """8192 codes, 256 channels: 53.79 M parameters (RECIPE); 112 pixels are 14 × 14 tokens."""
     peer = randomised(dall_e.Encoder())
-    picture = dall_e.map_pixels(pixels(112, 112)[:1])
-    peer.blocks.output.conv.b -= peer(picture).mean(dim=(0, 2, 3))  # else one code wins everywhere
+    image = dall_e.map_pixels(pixels(112, 112)[:1])
+    peer.blocks.output.conv.b -= peer(image).mean(dim=(0, 2, 3))  # else one code wins everywhere
     dalle = ours(saved(peer, tmp_path / "encoder.pkl"))
     assert round(sum(weight.numel() for weight in dalle.parameters()) / 1e6, 2) == 53.79
-    expected = peer(picture)
+    expected = peer(image)
     assert expected.argmax(dim=1).unique().numel() > 5
     assert_close(dalle.logits(pixels(112, 112)[:1]), expected)
     assert torch.equal(dalle.tokenize(pixels(112, 112)[:1]), expected.argmax(dim=1).flatten(1))

@@ -150,7 +150,7 @@ def test_a_finetuned_classifier_is_exported_with_its_head(tuned, tmp_path, to):
 @pytest.mark.parametrize("to", ["hf", "timm"])
 def test_an_exported_classifier_brings_its_names_and_its_view(tuned, tiny, tmp_path, to):
     """What the classes are called, and the central view that the test was taken on; transformers' own preprocessing of
-    a picture is then what the test sees."""
+    an image is then what the test sees."""
     assert export.run(tuned, tmp_path / "out", to) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     loaded = load_config(str(tiny.config), [])
@@ -160,12 +160,12 @@ def test_an_exported_classifier_brings_its_names_and_its_view(tuned, tiny, tmp_p
         return
     assert list(config["id2label"].values()) == list(names) == list(config["label2id"])
     slope = np.linspace(0, 255, 160)[None, :, None] * np.linspace(0.5, 1, 120)[:, None, None]
-    picture = Image.fromarray(np.repeat(slope, 3, axis=2).astype(np.uint8))
+    image = Image.fromarray(np.repeat(slope, 3, axis=2).astype(np.uint8))
     # by name: where timm was imported, transformers takes the stand-in for torchvision as a real one
-    theirs = BeitImageProcessorPil.from_pretrained(tmp_path / "out")(picture, return_tensors="pt")["pixel_values"][0]
+    theirs = BeitImageProcessorPil.from_pretrained(tmp_path / "out")(image, return_tensors="pt")["pixel_values"][0]
     side, mean, std = 0.875 * 120, loaded.model.mean, loaded.model.std
     box = (80 - side / 2, 60 - side / 2, 80 + side / 2, 60 + side / 2)
-    ours = np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC, box=box)) / 255
+    ours = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC, box=box)) / 255
     wanted = (torch.from_numpy(ours).permute(2, 0, 1).float() - torch.tensor(mean)[:, None, None]) / std[0]
     assert len(set(std)) == 1
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=0.05)

@@ -1,4 +1,4 @@
-"""The encoder against transformers' and timm's BEiT: same weights, same picture, same mask, same numbers."""
+"""The encoder against transformers' and timm's BEiT: same weights, same image, same mask, same numbers."""
 
 import dataclasses
 from pathlib import Path
@@ -86,7 +86,7 @@ def published_names(peer, folder: Path, tensors: dict[str, torch.Tensor]) -> dic
 @pytest.mark.parametrize("size", [Size(32, 32), Size(40, 40), Size(32, 48), Size(56, 24)], ids=str)
 @pytest.mark.parametrize("positions", MODES)
 def test_features_are_timms_on_any_grid(tmp_path, positions, size):
-    """timm takes pictures that are not square; transformers' interpolation is wrong for them, and write_hf says so."""
+    """timm takes images that are not square; transformers' interpolation is wrong for them, and write_hf says so."""
     model = dataclasses.replace(BASE, positions=positions, input_size=size)
     beit = randomised(model)
     export_formats.write_timm(tmp_path, beit.state_dict(), model, V)

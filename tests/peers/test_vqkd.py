@@ -190,11 +190,11 @@ def test_half_precision_ends_in_float32(tmp_path):
 
 
 def test_what_it_cannot_do(tmp_path):
-    """Other sizes than its positions', and pictures from tokens: one line that says why."""
+    """Other sizes than its positions', and images from tokens: one line that says why."""
     needed, _ = published(SMALL)
     vqkd = loaded(checkpoint(tmp_path, drawn(needed)))
     assert not vqkd.decodes
     with pytest.raises(ConfigError, match="takes 32 × 32 pixels, not 40 × 40"):
         vqkd.tokenize(pixels(40))
-    with pytest.raises(ConfigError, match="no pictures from its tokens"):
+    with pytest.raises(ConfigError, match="no images from its tokens"):
         vqkd.decode(torch.zeros(1, 16, dtype=torch.int64), (4, 4))

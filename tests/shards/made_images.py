@@ -1,4 +1,4 @@
-"""Pictures for the tests, made as cameras, scanners and accidents make them."""
+"""Images for the tests, made as cameras, scanners and accidents make them."""
 
 import gc
 import io
@@ -15,7 +15,7 @@ ORIENTATION = 0x0112
 
 
 def photo(width: int = 48, height: int = 32, seed: int = 0) -> np.ndarray:
-    """A smooth picture with some noise, uint8 [H, W, 3]: compresses like a photograph, no two seeds alike."""
+    """A smooth image with some noise, uint8 [H, W, 3]: compresses like a photograph, no two seeds alike."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
     phase, slope = rng.uniform(0, 6, 3), rng.uniform(0.05, 0.25, (3, 2))

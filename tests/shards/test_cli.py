@@ -62,8 +62,8 @@ def test_everything_runs_without_torch(images, tmp_path):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['deepspeed'] = None\n"
         "from beitforge.pipeline.cli import main\n"
-        "pictures, folder = sys.argv[1:]\n"
-        "assert main(['pack', pictures, folder, '--workers', '1']) == 0\n"
+        "images, folder = sys.argv[1:]\n"
+        "assert main(['pack', images, folder, '--workers', '1']) == 0\n"
         "for verb in ('index', 'verify', 'stats'): assert main([verb, folder]) == 0, verb\n"
     )
     done = python(code, str(images), str(tmp_path / "set"))
@@ -80,8 +80,8 @@ def test_the_verbs_in_turn(images, tmp_path, capsys):
     pack = ["pack", str(tmp_path / "in"), folder, "--workers", "1", "--samples-per-shard", "4"]
     assert main(pack) == 0
     out = capsys.readouterr().out
-    assert "passed over, no pictures by their extension: 1" in out
-    assert "pictures that cannot be used: 1, with reasons in" in out and "rejected.jsonl" in out
+    assert "passed over, no images by their extension: 1" in out
+    assert "images that cannot be used: 1, with reasons in" in out and "rejected.jsonl" in out
     assert "10 samples in 3 shards" in out and "3 classes" in out
     assert main(pack) == 0
     assert "an earlier run had finished all of them; nothing to do" in capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_stats_as_json(packed, images, tmp_path, capsys):
     assert stats["bytes"] == (tmp_path / "out/shard-000000.tar").stat().st_size
 
 
-def test_splits_and_picture_options_arrive(images, tmp_path):
+def test_splits_and_image_options_arrive(images, tmp_path):
     """Every option of the command line reaches the plan that the manifest keeps."""
     arguments = "--workers 1 --split val=0.3 --seed 3 --max-side 40 --short-side 16 --quality 80 --reencode webp"
     arguments += " --name pic --labels none --samples-per-shard 3 --max-rejected 5"
@@ -142,7 +142,7 @@ def test_splits_and_picture_options_arrive(images, tmp_path):
     ("arguments", "message"),
     [
         (["pack", "{tmp}/none", "{tmp}/out"], "none is not a folder"),
-        (["pack", "{tmp}/empty", "{tmp}/out"], "holds no picture"),
+        (["pack", "{tmp}/empty", "{tmp}/out"], "holds no image"),
         (["pack", "{images}", "{images}/cat/.."], "lie inside the shard folder"),
         (["pack", "{images}", "{tmp}/out", "--split", "val"], "--split is 'val'"),
         (["pack", "{images}", "{tmp}/out", "--max-rejected", "few"], "--max-rejected is 'few'"),
@@ -189,4 +189,4 @@ def test_names_that_are_no_text_are_printed(tmp_path):
     command = [sys.executable, "-m", "beitforge", "verify", str(tmp_path), "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert r"row 0 (caf\udce9): the picture's bytes are not what was packed" in done.stdout
+    assert r"row 0 (caf\udce9): the image's bytes are not what was packed" in done.stdout

@@ -16,12 +16,12 @@ from benchmarks.faults.corpus.judge import Verdict, ended
 from benchmarks.faults.faults import KINDS, SEED, Bases, Ended, make_bases, run, table
 
 CASES = 20 * len(KINDS)
-FLIPPED = [name for name, _ in KINDS].index("packed set: bits flipped in pictures")
+FLIPPED = [name for name, _ in KINDS].index("packed set: bits flipped in images")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Thousands of tiny pictures: threads cost more than they give."""
+    """Thousands of tiny images: threads cost more than they give."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,19 +53,19 @@ def test_most_cases_do_harm(bases, tmp_path):
     for case in done:
         ends.setdefault(case.kind, set()).add(case.verdict.outcome)
     for kind, expected in {
-        "packed set: bits flipped in pictures": {"substituted"},
+        "packed set: bits flipped in images": {"substituted"},
         "packed set: bits flipped in an index": {"refused"},
         "packed set: bits flipped in a token file": {"refused", "harmless"},
-        "packed set: pictures of one size swapped": {"substituted"},
+        "packed set: images of one size swapped": {"substituted"},
         "packed set: tar cut on a member boundary": {"refused"},
         "packed set: token file or manifest of another set": {"refused"},
         "foreign tar: tar cut on a member boundary": {"refused"},
         "foreign tar: duplicate keys": {"refused"},
         "foreign tar: index harmed, indexed again": {"mended"},
-        "picture in a foreign tar: empty file": {"substituted"},
-        "picture in a foreign tar: progressive JPEG": {"harmless"},
-        "picture to pack: 16-bit PNG": {"mended"},
-        "picture to pack: decompression bomb": {"refused"},
+        "image in a foreign tar: empty file": {"substituted"},
+        "image in a foreign tar: progressive JPEG": {"harmless"},
+        "image to pack: 16-bit PNG": {"mended"},
+        "image to pack: decompression bomb": {"refused"},
     }.items():
         assert ends[kind] == expected, kind
 

@@ -73,7 +73,7 @@ def test_giving_up_stops_work_in_the_middle():
 
 @pytest.mark.parametrize("told", [[], [1 << 19] * 3, [5 << 20], [9 << 20]])
 def test_megabytes_add_up(told):
-    """A bar over files ends at their size in MiB, whatever part of them the pictures are."""
+    """A bar over files ends at their size in MiB, whatever part of them the images are."""
     counted: list[int] = []
     with in_megabytes(counted.append, 7 << 20) as tell:
         for size in told:

@@ -1,7 +1,7 @@
 """Damage to whole shard sets: what disks, copies and people do to the files after packing.
 
 Each function takes a generator and a copy of a set (sets.linked) and changes the copy; `other` is a set of the same
-shard names and sizes that holds other pictures. Bytes alone are changed here: nothing of shards' own code is used.
+shard names and sizes that holds other images. Bytes alone are changed here: nothing of shards' own code is used.
 """
 
 import io
@@ -19,7 +19,7 @@ Thing = TypeVar("Thing")
 Damage = Callable[[np.random.Generator, Stored, Stored], None]
 
 BLOCK = 512
-# Where `other` keeps tokens of our own pictures by another tokenizer.
+# Where `other` keeps tokens of our own images by another tokenizer.
 OTHER_TOKENS = "tokens_of_another_tokenizer"
 _OTHER_VALUES: tuple[Any, ...] = (None, "", "x", 0, -1, 1.5, True, [], [1], {}, 10**30, float("nan"))
 
@@ -83,13 +83,13 @@ def flip_tar(rng: np.random.Generator, stored: Stored, other: Stored) -> None:
     rewrite(path, flipped(rng, path.read_bytes()))
 
 
-def flip_pictures(rng: np.random.Generator, stored: Stored, other: Stored) -> None:
-    """A bit in each of one to five pictures of a tar."""
+def flip_images(rng: np.random.Generator, stored: Stored, other: Stored) -> None:
+    """A bit in each of one to five images of a tar."""
     path = tar_of(rng, stored)
     data = path.read_bytes()
-    pictures = [member for member in members_of(data) if not member.name.endswith((".json", ".cls"))]
-    for number in rng.choice(len(pictures), int(rng.integers(1, 6)), replace=False).tolist():
-        place = pictures[number].offset_data + int(rng.integers(pictures[number].size))
+    members = [member for member in members_of(data) if not member.name.endswith((".json", ".cls"))]
+    for number in rng.choice(len(members), int(rng.integers(1, 6)), replace=False).tolist():
+        place = members[number].offset_data + int(rng.integers(members[number].size))
         data = filled(data, place, bytes([data[place] ^ (1 << int(rng.integers(8)))]))
     rewrite(path, data)
 
@@ -160,12 +160,12 @@ def zero_blocks(rng: np.random.Generator, stored: Stored, other: Stored) -> None
 
 
 def swap_same_size(rng: np.random.Generator, stored: Stored, other: Stored) -> None:
-    """The bytes of two pictures of one size stand in each other's place, headers and all sizes untouched."""
+    """The bytes of two images of one size stand in each other's place, headers and all sizes untouched."""
     pairs = []
     for name in stored.names:
         path = stored.images / f"{name}.tar"
-        pictures = [member for member in members_of(path.read_bytes()) if member.name.endswith(".png")]
-        pairs += [(path, a, b) for a in pictures for b in pictures if a.offset < b.offset and a.size == b.size]
+        members = [member for member in members_of(path.read_bytes()) if member.name.endswith(".png")]
+        pairs += [(path, a, b) for a in members for b in members if a.offset < b.offset and a.size == b.size]
     path, a, b = one_of(rng, pairs)
     data = path.read_bytes()
     first, second = (data[member.offset_data : member.offset_data + member.size] for member in (a, b))
@@ -211,7 +211,7 @@ def tar_of_another(rng: np.random.Generator, stored: Stored, other: Stored) -> N
 
 
 def tokens_of_another(rng: np.random.Generator, stored: Stored, other: Stored) -> None:
-    """A token file or the manifest of a set that belongs to other pictures, or to these but by another tokenizer."""
+    """A token file or the manifest of a set that belongs to other images, or to these but by another tokenizer."""
     source = (other.tokens, other.folder / OTHER_TOKENS)[int(rng.integers(2))]
     name = tokens_of(rng, stored).name if rng.integers(2) else "manifest.json"
     rewrite(stored.tokens / name, (source / name).read_bytes())
@@ -231,7 +231,7 @@ def cut_short(rng: np.random.Generator, stored: Stored, other: Stored) -> None:
 # The kinds of damage, in the order of the table.
 STORED: tuple[tuple[str, Damage], ...] = (
     ("bits flipped anywhere in a tar", flip_tar),
-    ("bits flipped in pictures", flip_pictures),
+    ("bits flipped in images", flip_images),
     ("bits flipped in an index", flip_index),
     ("bits flipped in a token file", flip_tokens),
     ("bits flipped in a manifest", flip_manifest),
@@ -242,7 +242,7 @@ STORED: tuple[tuple[str, Damage], ...] = (
     ("header zeroed", zero_header),
     ("header garbage", garbage_header),
     ("blocks zeroed in any file", zero_blocks),
-    ("pictures of one size swapped", swap_same_size),
+    ("images of one size swapped", swap_same_size),
     ("members swapped", swap_members),
     ("bytes appended to any file", append),
     ("index of another shard or set", index_of_another),

@@ -1,6 +1,6 @@
 """Damage to tars that nobody has indexed yet: a colleague's folder, copied badly or made wrongly.
 
-Each function takes a generator and a folder of two whole tars (`make_tars`) and changes it. Flipped bits in pictures
+Each function takes a generator and a folder of two whole tars (`make_tars`) and changes it. Flipped bits in images
 are not among them: without a checksum nobody can know.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.faults.corpus.damage import BLOCK, ends_of, filled, flipped, members_of, one_of
-from benchmarks.faults.corpus.sets import picture, rewrite
+from benchmarks.faults.corpus.sets import encoded_image, rewrite
 
 Damage = Callable[[np.random.Generator, Path], None]
 Members = list[tuple[str, bytes]]
@@ -36,7 +36,7 @@ def write_tar(path: Path, members: Members, format: int = tarfile.USTAR_FORMAT) 
 def make_tars(rng: np.random.Generator, folder: Path) -> dict[str, tuple[bytes, int]]:
     """Two tars of PER_TAR labelled samples in any of the tar formats, some with names too long for a plain header.
 
-    Returns each key's picture and label.
+    Returns each key's image and label.
     """
     folder.mkdir(parents=True)
     truth = {}
@@ -44,7 +44,7 @@ def make_tars(rng: np.random.Generator, folder: Path) -> dict[str, tuple[bytes, 
         format, members = _FORMATS[int(rng.integers(3))], []
         long = "" if format == tarfile.USTAR_FORMAT or rng.integers(2) else "a long name " * 12
         for number in range(turn * PER_TAR, (turn + 1) * PER_TAR):
-            data, extension = picture(int(rng.integers(10**6)))
+            data, extension = encoded_image(int(rng.integers(10**6)))
             key, label = f"{long}{number:04d}", int(rng.integers(10))
             truth[key] = data, label
             members += [(f"{key}.{extension}", data), (f"{key}.cls", str(label).encode())]
@@ -116,17 +116,17 @@ def flip_header(rng: np.random.Generator, folder: Path) -> None:
 
 
 def same_key(rng: np.random.Generator, folder: Path) -> None:
-    """A picture more under a key that is taken, in the same tar or in the other one."""
+    """An image more under a key that is taken, in the same tar or in the other one."""
     path, source = some_tar(rng, folder), some_tar(rng, folder)
     name = one_of(rng, read_members(source))[0].rpartition(".")[0]
-    data, extension = picture(int(rng.integers(10**6)))
+    data, extension = encoded_image(int(rng.integers(10**6)))
     members = read_members(path)
     members.insert(int(rng.integers(len(members) + 1)), (f"{name}.{extension}", data))
     write_tar(path, members, tarfile.PAX_FORMAT)
 
 
 def torn_apart(rng: np.random.Generator, folder: Path) -> None:
-    """A label stands away from its picture, behind another sample."""
+    """A label stands away from its image, behind another sample."""
     path = some_tar(rng, folder)
     members = read_members(path)
     taken = members.pop(2 * int(rng.integers(PER_TAR)) + 1)
@@ -150,7 +150,7 @@ def swap_members(rng: np.random.Generator, folder: Path) -> None:
 
 
 def wrong_images(rng: np.random.Generator, folder: Path) -> None:
-    """A sample without a picture, or with two."""
+    """A sample without an image, or with two."""
     path = some_tar(rng, folder)
     members = read_members(path)
     at = 2 * int(rng.integers(PER_TAR))
@@ -159,7 +159,7 @@ def wrong_images(rng: np.random.Generator, folder: Path) -> None:
     else:
         key = members[at][0].rpartition(".")[0]
         taken = {name.rpartition(".")[2] for name, _ in members[at : at + 2]}
-        members.insert(at + 1, (f"{key}.{'png' if 'png' not in taken else 'jpg'}", picture(1)[0]))
+        members.insert(at + 1, (f"{key}.{'png' if 'png' not in taken else 'jpg'}", encoded_image(1)[0]))
     write_tar(path, members, tarfile.PAX_FORMAT)
 
 
@@ -200,6 +200,6 @@ FOREIGN: tuple[tuple[str, Damage], ...] = (
     ("duplicate keys", same_key),
     ("sample torn apart", torn_apart),
     ("members swapped", swap_members),
-    ("samples with no or two pictures", wrong_images),
+    ("samples with no or two images", wrong_images),
     ("tars joined, compressed, or followed by more", joined),
 )

@@ -114,7 +114,7 @@ def truth_of(images: Path, tokens: Path | None) -> Truth:
 
 
 def central_sample(data: bytes, label: int) -> bytes:
-    """What a stream of central views must give for a picture of these bytes, made here without it."""
+    """What a stream of central views must give for an image of these bytes, made here without it."""
     pixels = codec.decode(data)
     box = central_views(np.array([pixels.shape[1]]), np.array([pixels.shape[0]])).boxes[0].tolist()
     view = codec.resize(codec.crop(pixels, box), SIZE, "lanczos").transpose(2, 0, 1)

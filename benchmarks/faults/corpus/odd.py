@@ -1,4 +1,4 @@
-"""Single pictures as accidents, scanners and mischief make them, each with what its pixels should be."""
+"""Single images as accidents, scanners and mischief make them, each with what its pixels should be."""
 
 import struct
 import zlib
@@ -15,9 +15,9 @@ SIDE = 36
 
 @dataclass(frozen=True)
 class Odd:
-    """`pixels`: what an accepted picture must show, to a mean difference of `tolerance`; None: must not be accepted.
+    """`pixels`: what an accepted image must show, to a mean difference of `tolerance`; None: must not be accepted.
 
-    `unknowable`: the bytes were damaged before anyone took their checksum, and a decoder may take them for a picture.
+    `unknowable`: the bytes were damaged before anyone took their checksum, and a decoder may take them for an image.
     """
 
     data: bytes
@@ -28,7 +28,7 @@ class Odd:
 
 
 def plain(rng: np.random.Generator) -> np.ndarray:
-    """Some picture."""
+    """Some image."""
     return smooth(int(rng.integers(10**6)), SIDE, int(rng.integers(24, 40)))
 
 
@@ -126,7 +126,7 @@ def bomb(rng: np.random.Generator) -> Odd:
 
 
 def text(rng: np.random.Generator) -> Odd:
-    """A web server's apology saved as a picture, or noise."""
+    """A web server's apology saved as an image, or noise."""
     page = b"<!DOCTYPE html><html><title>404 Not Found</title></html>" * int(rng.integers(1, 9))
     return Odd(page if rng.integers(2) else rng.bytes(int(rng.integers(1, 3000))), "jpg", None)
 

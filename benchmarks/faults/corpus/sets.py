@@ -42,7 +42,7 @@ class Stored:
 
 
 def smooth(seed: int, width: int, height: int) -> np.ndarray:
-    """A smooth picture with a little noise, uint8 [H, W, 3]; no two seeds alike."""
+    """A smooth image with a little noise, uint8 [H, W, 3]; no two seeds alike."""
     rng = np.random.default_rng([7, seed])
     rows, columns = np.mgrid[0:height, 0:width]
     phase, slope = rng.uniform(0, 6, 3), rng.uniform(0.05, 0.25, (3, 2))
@@ -51,15 +51,15 @@ def smooth(seed: int, width: int, height: int) -> np.ndarray:
 
 
 def saved(pixels: np.ndarray | Image.Image, format: str, **options: object) -> bytes:
-    """A picture in Pillow's `format`."""
+    """An image in Pillow's `format`."""
     file = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(file, format, **options)
     return file.getvalue()
 
 
-def picture(seed: int) -> tuple[bytes, str]:
-    """Bytes and extension of picture `seed`: JPEG, PNG, WebP, and PNG without compression, those all of one size."""
+def encoded_image(seed: int) -> tuple[bytes, str]:
+    """Bytes and extension of image `seed`: JPEG, PNG, WebP, and PNG without compression, those all of one size."""
     rng = np.random.default_rng([8, seed])
     pixels = smooth(seed, *rng.integers(24, 41, 2).tolist())
     turn = seed % 4
@@ -87,10 +87,10 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def make_set(folder: Path, seed: int) -> Stored:
-    """SHARDS shards of PER_SHARD labelled pictures each, packed, and their tokens, drawn at random."""
+    """SHARDS shards of PER_SHARD labelled images each, packed, and their tokens, drawn at random."""
     files = {}
     for number in range(SHARDS * PER_SHARD):
-        data, extension = picture(1000 * seed + number)
+        data, extension = encoded_image(1000 * seed + number)
         files[f"class{number % 3}/{number:03d}.{extension}"] = data
     sources = write_files(folder / "sources", files)
     stored = Stored(folder)

@@ -130,11 +130,11 @@ def test_the_script_of_finetune(tmp_path, config):
 
 def test_the_script_of_pack(tmp_path):
     """Its own options go through, wherever they stand, and --workers follows the CPUs."""
-    words = ["pack", "my pictures", "shards", "--split", "heldout=0.1", "--cpus-per-task", 16, "--short-side", 320]
+    words = ["pack", "my images", "shards", "--split", "heldout=0.1", "--cpus-per-task", 16, "--short-side", 320]
     done = slurm(*words, "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     script = tmp_path / "shards" / "slurm" / "pack.sbatch"
-    pack = "-m beitforge pack 'my pictures' shards --split heldout=0.1 --short-side 320 --workers 16"
+    pack = "-m beitforge pack 'my images' shards --split heldout=0.1 --short-side 320 --workers 16"
     assert pack in script.read_text()
     assert {"--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=16"} <= set(options(script))
     subprocess.run(["bash", "-n", str(script)], check=True)

@@ -39,7 +39,7 @@ TUNE |= {"input_size": 32, "layer_decay": 0.8, "test_every": "6 steps", "head_sc
 
 
 def write_classes(folder: Path, count: int, seed: int) -> None:
-    """Pictures whose colour tells their class, of three of unequal size: a half, a third, a sixth."""
+    """Images whose colour tells their class, of three of unequal size: a half, a third, a sixth."""
     from beitforge.shards.decode.codec import encode
 
     generator = np.random.default_rng(seed)
@@ -55,11 +55,11 @@ def write_classes(folder: Path, count: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> Path:
-    """A config with 60 labelled pictures to train on and 23 to test: 23 divides by no number of ranks."""
+    """A config with 60 labelled images to train on and 23 to test: 23 divides by no number of ranks."""
     folder = tmp_path_factory.mktemp("labelled")
     for part, count, seed in (("train", 60, 0), ("test", 23, 1)):
-        write_classes(folder / "pictures" / part, count, seed)
-        where = [str(folder / "pictures" / part), str(folder / part)]
+        write_classes(folder / "images" / part, count, seed)
+        where = [str(folder / "images" / part), str(folder / part)]
         command = [sys.executable, "-m", "beitforge", "pack", *where, "--samples-per-shard", "25", "--workers", "1"]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     data = {"labelled_images": str(folder / "train"), "labelled_test": str(folder / "test")}
@@ -120,7 +120,7 @@ def test_it_says_what_it_reads_and_how_it_does(whole, labelled):
     again = finished(tuned(labelled, whole, "log.every_steps=1"))
     assert f"{whole} is finished: step {STEPS} of {STEPS}" in again
     assert (whole / "metrics.jsonl").read_text() == lines
-    assert "60 pictures of 3 classes to train on, 23 to test" in again
+    assert "60 images of 3 classes to train on, 23 to test" in again
     done = alone(labelled, whole, "finetune.init=elsewhere")
     assert (
         done.returncode == 2
@@ -140,7 +140,7 @@ def test_killed_and_resumed_is_uninterrupted(labelled, whole, tmp_path):
     assert saved and saved[-1] < STEPS
     output = finished(tuned(labelled, run, "log.every_steps=1"))
     assert f"from step {saved[-1]}" in output
-    assert f"of the test pictures right after step {STEPS}" in output
+    assert f"of the test images right after step {STEPS}" in output
     ours, theirs = weights(run), weights(whole)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert read_metrics(run, "test")[-1]["loss"] == read_metrics(whole, "test")[-1]["loss"]
@@ -191,7 +191,7 @@ def test_workers_and_ranks_change_no_pixel(labelled):
         assert all(torch.equal(pixels[sample], tensor) for sample, tensor in found[0].items())
 
 
-def test_few_labels_see_few_pictures(labelled, tmp_path):
+def test_few_labels_see_few_images(labelled, tmp_path):
     """10 % of 60: three of the half, two of the third, one of the sixth; an epoch is six samples."""
     run = tmp_path / "run"
     result = alone(labelled, run, "finetune.label_share=0.1", "finetune.duration=2 epochs", "finetune.global_batch=6")
@@ -222,8 +222,8 @@ def words_of(config: Path, run: Path, *settings: str) -> str:
         (["finetune.label_share=0"], "finetune.label_share is 0.0; it lies in (0, 1]"),
         (["finetune.randaugment=auto"], "finetune.randaugment is 'auto', which timm does not read"),
         (["finetune.init=same", "finetune.run=same"], "finetune.init and finetune.run are both same"),
-        (["data.labelled_test={pictures}"], "of the same classes"),
-        (["data.labelled_images={plain}", "data.labelled_test="], "has pictures without a label"),
+        (["data.labelled_test={images}"], "of the same classes"),
+        (["data.labelled_images={plain}", "data.labelled_test="], "has images without a label"),
         (["data.labelled_images={single}", "data.labelled_test="], "has one class; there is nothing to learn"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -305,11 +305,11 @@ def others(tmp_path_factory) -> dict[str, Path]:
     shutil.copytree(folder / "made" / "class1", folder / "one" / "class1")
     for path in (folder / "made").rglob("*.jpg"):
         shutil.copy(path, folder / "flat" / path.name)
-    for name, where in (("made", "pictures"), ("flat", "plain"), ("one", "single")):
+    for name, where in (("made", "images"), ("flat", "plain"), ("one", "single")):
         command = [sys.executable, "-m", "beitforge", "pack", str(folder / name), str(folder / where), "--workers", "1"]
         command += ["--labels", "folder"] if name == "one" else []
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    return {name: folder / name for name in ("pictures", "plain", "single")}
+    return {name: folder / name for name in ("images", "plain", "single")}
 
 
 def test_without_timm_the_cure_is_named(labelled, tmp_path):

@@ -101,7 +101,7 @@ def test_a_wrong_config_is_one_line(config, verb, words, expected):
     assert not imported(result) & {*HEAVY, "numpy"}
 
 
-def test_missing_pictures_are_one_line(config):
+def test_missing_images_are_one_line(config):
     """Found out by a stage, after torch is loaded: still one line."""
     result = command("beitforge", "pretrain", "--rank", config, "data.images=nowhere")
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""`probe` on real shards: which pictures it takes, where its results go, what it refuses."""
+"""`probe` on real shards: which images it takes, where its results go, what it refuses."""
 
 import io
 import json
@@ -26,7 +26,7 @@ COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [200, 200, 60]]
 
 
 def sorted_set(folder: Path, each: int) -> str:
-    """Foreign tars, every class after the other; a picture's colour is its class."""
+    """Foreign tars, every class after the other; an image's colour is its class."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     with tarfile.open(folder / "shard-000000.tar", "w") as tar:
@@ -61,7 +61,7 @@ def said(encoder: Path, name: str = "probe.json") -> dict:
     return json.loads((encoder / name).read_text())
 
 
-def test_few_pictures_of_a_sorted_set_are_of_all_classes(sets, encoder):
+def test_few_images_of_a_sorted_set_are_of_all_classes(sets, encoder):
     """The first ones are of one class."""
     assert run(encoder, *sets, ProbeOptions(samples=24, epochs=5)) == 0
     found = said(encoder)
@@ -81,7 +81,7 @@ def test_results_of_few_labels_are_not_the_runs(sets, encoder, capsys):
     assert few["train_samples"] == CLASSES * 2 and few["test_samples"] == CLASSES * 6 and few["tested_apart"]
     assert not few["results"]["trained"]["chosen"]
     printed = "".join(capsys.readouterr())
-    assert "too few pictures of a class to choose by" in printed and f"in {encoder / 'probe-0.1-3.json'}" in printed
+    assert "too few images of a class to choose by" in printed and f"in {encoder / 'probe-0.1-3.json'}" in printed
 
 
 def test_a_set_alone_is_tested_on_its_fifth(sets, encoder):
@@ -106,17 +106,15 @@ def test_what_cannot_be_done_is_refused(sets, encoder, asked, words):
 
 def packed(folder: Path, classes: list[str]) -> str:
     for name in classes:
-        (folder / "pictures" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         for number in range(4):
-            (folder / "pictures" / name / f"{number}.jpg").write_bytes(
-                encode(np.zeros((40, 40, 3), np.uint8), "jpg", 90)
-            )
+            (folder / "images" / name / f"{number}.jpg").write_bytes(encode(np.zeros((40, 40, 3), np.uint8), "jpg", 90))
     command = [
         sys.executable,
         "-m",
         "shards",
         "pack",
-        str(folder / "pictures"),
+        str(folder / "images"),
         str(folder / "shards"),
         "--workers",
         "1",

@@ -62,7 +62,7 @@ def test_goes_on_after_a_kill(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", ["view.flip=0.25", "view.num_views=2", "data.images={test}"], ids=["policy", "views", "pictures"]
+    "setting", ["view.flip=0.25", "view.num_views=2", "data.images={test}"], ids=["policy", "views", "images"]
 )
 def test_tokens_of_another_task_are_not_mixed(tiny, tmp_path, setting):
     """A folder that holds another tokenizer's or policy's files is left alone, with one line."""

@@ -260,7 +260,7 @@ def test_an_override_of_an_empty_section(tmp_path):
 
 
 def test_a_folder_is_taken_as_it_is_written(tmp_path):
-    assert load(tmp_path, "", "data.images=/pictures #1").data.images == "/pictures #1"
+    assert load(tmp_path, "", "data.images=/images #1").data.images == "/images #1"
 
 
 def test_a_seed_keeps_its_digits(tmp_path):

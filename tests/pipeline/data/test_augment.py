@@ -1,4 +1,4 @@
-"""What fine-tuning does to pictures: timm's values where timm has them, and nothing that depends on who computes it."""
+"""What fine-tuning does to images: timm's values where timm has them, and nothing that depends on who computes it."""
 
 import random
 
@@ -20,7 +20,7 @@ WORDS = "rand-m9-mstd0.5-inc1"
 MEAN = (0.5, 0.5, 0.5)
 
 
-def picture(seed: int = 0) -> torch.Tensor:
+def sample_pixels(seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -32,11 +32,11 @@ def test_randaugment_is_the_samples_own():
     expected = random.Random(1).random(), np.random.RandomState(1).rand()
     first = {}
     for sample in (0, 5, 7, 9):
-        first[sample] = picture()
+        first[sample] = sample_pixels()
         augment(sample, first[sample])
     assert (random.random(), np.random.rand()) == expected
     for sample in (9, 0, 7, 5):
-        again = picture()
+        again = sample_pixels()
         RandAugment(WORDS, (24, 32), MEAN, seed=3)(sample, again)
         assert torch.equal(again, first[sample])
     assert len({tuple(pixels.flatten().tolist()) for pixels in first.values()}) > 1
@@ -49,16 +49,16 @@ def test_randaugment_is_timms():
 
     augment, changed = RandAugment(WORDS, (24, 32), MEAN, seed=3), 0
     for sample in range(12):
-        ours = picture()
+        ours = sample_pixels()
         augment(sample, ours)
         number = int(counter_rng.bits(counter_rng.AUGMENT, 3, sample)[0])
         random.seed(number)
         np.random.seed([number & 0xFFFFFFFF, number >> 32])
         settings = {"translate_const": 10, "img_mean": (128, 128, 128), "interpolation": Image.Resampling.BICUBIC}
-        image = Image.fromarray(picture().permute(1, 2, 0).numpy())
+        image = Image.fromarray(sample_pixels().permute(1, 2, 0).numpy())
         theirs = torch.from_numpy(np.array(rand_augment_transform(WORDS, settings)(image))).permute(2, 0, 1)
         assert torch.equal(ours, theirs)
-        changed += not torch.equal(ours, picture())
+        changed += not torch.equal(ours, sample_pixels())
     assert changed > 4
 
 
@@ -100,7 +100,7 @@ def test_shares_are_beta_distributed():
 
 
 def test_rectangles_are_timms():
-    """How often one is erased, and the share of the picture that goes, as timm's RandomErasing has them."""
+    """How often one is erased, and the share of the image that goes, as timm's RandomErasing has them."""
     from timm.data.random_erasing import RandomErasing
 
     samples = np.arange(3000)

@@ -68,7 +68,7 @@ def test_both_networks_see_one_view(tiny):
     batch = source.stream.batch(np.arange(8, dtype=np.int64))
     apart = (batch.pixels.float() - batch.tokenizer_pixels.float()).abs().mean(dim=(1, 2, 3))
     crossed = (batch.pixels.float() - batch.tokenizer_pixels.roll(1, 0).float()).abs().mean(dim=(1, 2, 3))
-    assert (apart < 0.5 * crossed).all(), "bicubic and Lanczos of one view are nearer than views of two pictures"
+    assert (apart < 0.5 * crossed).all(), "bicubic and Lanczos of one view are nearer than views of two images"
     assert apart.max() > 0, "two filters"
 
 

@@ -27,13 +27,13 @@ PLAIN = ViewPolicy(brightness=0.0, contrast=0.0, saturation=0.0)
 
 
 class InRounds:
-    """All pictures of the only shard, again and again, each round an epoch."""
+    """All images of the only shard, again and again, each round an epoch."""
 
-    def __init__(self, pictures: int):
-        self.pictures, self.samples = pictures, pictures
+    def __init__(self, count: int):
+        self.count, self.samples = count, count
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return samples // self.pictures, np.zeros_like(samples), samples % self.pictures
+        return samples // self.count, np.zeros_like(samples), samples % self.count
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
         paths = [path for path in find_photographs() if path.stem in NAMES]
     except ConfigError as error:
         pytest.skip(str(error))
-    (folder / "pictures" / "all").mkdir(parents=True)
+    (folder / "images" / "all").mkdir(parents=True)
     for path in paths:
-        shutil.copy(path, folder / "pictures" / "all")
-    command = [sys.executable, "-m", "beitforge", "pack", str(folder / "pictures"), str(folder / "shards")]
+        shutil.copy(path, folder / "images" / "all")
+    command = [sys.executable, "-m", "beitforge", "pack", str(folder / "images"), str(folder / "shards")]
     subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, capture_output=True)
     return ImageSet(folder / "shards")
 
@@ -66,28 +66,28 @@ def built(images: ImageSet, policy: ViewPolicy) -> tuple[Batch, list[Draw]]:
     for i, row in enumerate(rows.tolist()):
         name = Path(index.key(row)).stem
         with Image.open(paths[name]) as image:
-            picture = np.array(image.convert("RGB"))
+            pixels = np.array(image.convert("RGB"))
         box, flip = views.boxes[i].tolist(), bool(views.flips[i])
-        draws.append(Draw(name, picture, 0.0, box, flip, views.jitters[i], int(views.orders[i])))
+        draws.append(Draw(name, pixels, 0.0, box, flip, views.jitters[i], int(views.orders[i])))
     return stream.batch(samples), draws
 
 
 def pooled(found_BCHW: torch.Tensor, expected: list[np.ndarray]) -> float:
-    """PSNR in dB from the mean squared error over all pictures; found in [0, 1], expected u8 [H, W, 3] each."""
+    """PSNR in dB from the mean squared error over all images; found in [0, 1], expected u8 [H, W, 3] each."""
     stacked = torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2).double()
     return float(10 * torch.log10(255**2 / (found_BCHW.double() * 255 - stacked).square().mean().clamp(min=1e-9)))
 
 
 @pytest.fixture(scope="module")
 def jittered(images) -> tuple[Batch, list[Draw], list[np.ndarray]]:
-    """Views under the default policy, their records, and the whole pictures under the official jitter."""
+    """Views under the default policy, their records, and the whole images under the official jitter."""
     batch, draws = built(images, ViewPolicy())
     return batch, draws, [official_jitter(draw) for draw in draws]
 
 
 @pytest.mark.parametrize(("view", "field"), [(ENCODER, "pixels"), (TOKENIZER, "tokenizer_pixels")])
 def test_the_view_is_the_official_one(jittered, view, field):
-    """Jittered after the cut, against Pillow's jitter of the whole picture before it: 45 dB, an error of 1.4 levels."""
+    """Jittered after the cut, against Pillow's jitter of the whole image before it: 45 dB, an error of 1.4 levels."""
     batch, draws, whole = jittered
     ours = jitter(getattr(batch, field), batch.jitters, batch.orders, batch.mean_greys)
     expected = [official_cut(pixels, draw, *view) for pixels, draw in zip(whole, draws, strict=True)]
@@ -98,6 +98,6 @@ def test_the_view_is_the_official_one(jittered, view, field):
 def test_the_cut_is_the_official_one(images):
     """Without jitter: the tokenizer's is Pillow's bit for bit, torch's bicubic rounds a level apart here and there."""
     batch, draws = built(images, PLAIN)
-    assert pooled(batch.pixels / 255, [official_cut(draw.picture, draw, *ENCODER) for draw in draws]) >= 60
-    expected = np.stack([official_cut(draw.picture, draw, *TOKENIZER) for draw in draws])
+    assert pooled(batch.pixels / 255, [official_cut(draw.pixels, draw, *ENCODER) for draw in draws]) >= 60
+    expected = np.stack([official_cut(draw.pixels, draw, *TOKENIZER) for draw in draws])
     assert np.array_equal(batch.tokenizer_pixels.permute(0, 2, 3, 1).numpy(), expected)

@@ -139,8 +139,8 @@ def first_shard(data: TinySet, kind: str = "shards/train", ending: str = ".tar")
 def test_a_well_set_has_no_fault(data):
     local = looked_at(data)
     assert worst(local.found) == 0, local.found
-    assert "50 pictures" in found(local, "images", OK)
-    assert "random pictures" in found(local, "digests", OK)
+    assert "50 images" in found(local, "images", OK)
+    assert "random images" in found(local, "digests", OK)
 
 
 def test_a_missing_shard(data):
@@ -161,7 +161,7 @@ def test_a_stale_index(data):
     assert f"{first} is not the index" in found(looked_at(data), "images", STOP)
 
 
-def test_pictures_that_are_not_what_was_packed(data):
+def test_images_that_are_not_what_was_packed(data):
     """Same size, same index: only reading shows it."""
     for path in (data.folder / "shards/train").glob("*.tar"):
         content = bytearray(path.read_bytes())
@@ -170,7 +170,7 @@ def test_pictures_that_are_not_what_was_packed(data):
     assert "checksum" in found(looked_at(data), "digests", WARNING)
 
 
-def test_tokens_of_other_pictures(data):
+def test_tokens_of_other_images(data):
     local = looked_at(data, f"data.tokens={data.folder}/tokens/test")
     assert "does not list the image set's shards" in found(local, "tokens", STOP)
 

@@ -76,7 +76,7 @@ def batch_of(config: Config, source: DataSource, samples: int):
 
 
 def predictions(config: Config, beit: Beit, batch) -> tuple[Tensor, Tensor]:
-    """Logits of all masked patches [n, V] and their tokens [n], from the whole picture's logits."""
+    """Logits of all masked patches [n, V] and their tokens [n], from the whole image's logits."""
     mask = batch.draws["mask"]
     return beit.all_logits(encoder_input(config, batch), mask)[mask], batch.tokens[mask]
 
@@ -338,7 +338,7 @@ def test_no_tokenizer_no_new_views(tiny, config, tmp_path):
 
 
 def test_views_judged_are_those_they_say(config):
-    """New views: of the pictures and under the masks of the seen ones, which training sees in its first epoch."""
+    """New views: of the images and under the masks of the seen ones, which training sees in its first epoch."""
     from beitforge.pipeline.data.pretraining import pretraining
 
     samples = np.arange(20)
@@ -351,7 +351,7 @@ def test_views_judged_are_those_they_say(config):
     assert "keep" in trained.draws and "keep" not in seen.draws and "keep" not in new.draws
 
 
-def test_labelled_pictures_come_from_all_over_the_set(config):
+def test_labelled_images_come_from_all_over_the_set(config):
     """A set sorted by class would otherwise be judged by its first classes."""
     source = labelled(config, config.data.labelled_images, 10)
     _, shards, rows = source.stream.places.locate(np.arange(10))
@@ -368,18 +368,18 @@ def test_sets_that_k_nn_cannot_use_are_one_line(tiny, settings, tmp_path):
             "-m",
             "beitforge",
             "pack",
-            str(tmp_path / "pictures"),
+            str(tmp_path / "images"),
             str(tmp_path / name),
             *options,
         ]
         subprocess.run([*command, "--workers", "1"], check=True, cwd=ROOT, capture_output=True)
         return str(tmp_path / name)
 
-    write_images(tmp_path / "pictures", 6, 2)
-    (tmp_path / "pictures" / "class1").rename(tmp_path / "pictures" / "other")
+    write_images(tmp_path / "images", 6, 2)
+    (tmp_path / "images" / "class1").rename(tmp_path / "images" / "other")
     plain, others = packed("plain", "--labels", "none"), packed("others")
     with pytest.raises(
-        ConfigError, match=r"plain.*has pictures without a label .*k-NN needs labelled shards: pack a folder"
+        ConfigError, match=r"plain.*has images without a label .*k-NN needs labelled shards: pack a folder"
     ):
         open_evaluation_sets(load_config(str(tiny.config), [f"data.labelled_images={plain}"]))
     with pytest.raises(ConfigError, match=r"data\.labelled_test has class"):

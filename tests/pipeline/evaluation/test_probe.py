@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def judged(train: dict[str, Tensor], train_labels: Tensor, test: dict[str, Tensor], test_labels: Tensor) -> ProbeResult:
-    """With twenty epochs, which is enough for a few hundred pictures."""
+    """With twenty epochs, which is enough for a few hundred images."""
     return probe(train, train_labels, test, test_labels, default=next(iter(train)), epochs=20)
 
 
@@ -44,7 +44,7 @@ def test_separable_classes_are_told_apart():
 
 
 def test_noise_is_chance():
-    """500 test pictures of 4 classes: 25 % give or take 3 standard deviations of 1.9 %."""
+    """500 test images of 4 classes: 25 % give or take 3 standard deviations of 1.9 %."""
     (train, train_labels), (test, test_labels) = blobs(400, 0.0, 1), blobs(500, 0.0, 2)
     verdict = judged({"only": train}, train_labels, {"only": test}, test_labels)
     assert verdict.linear == pytest.approx(0.25, abs=0.06)
@@ -52,7 +52,7 @@ def test_noise_is_chance():
 
 
 def sets(count: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Three feature sets of the same pictures: noise, classes well apart, classes somewhat apart."""
+    """Three feature sets of the same images: noise, classes well apart, classes somewhat apart."""
     good, labels = blobs(count, 6.0, seed)
     generator = torch.Generator().manual_seed(seed + 100)
     poor = good + 6 * torch.randn(good.shape, generator=generator)
@@ -67,7 +67,7 @@ def test_the_better_features_are_chosen():
 
 
 def test_the_test_set_takes_no_part_in_the_choice():
-    """Permuting the test labels, or putting other pictures there, changes accuracies and never what was chosen."""
+    """Permuting the test labels, or putting other images there, changes accuracies and never what was chosen."""
     (train, train_labels), (test, test_labels) = sets(300, 1), sets(200, 2)
     verdict = judged(train, train_labels, test, test_labels)
     shuffled = test_labels[torch.randperm(200, generator=torch.Generator().manual_seed(3))]
@@ -79,7 +79,7 @@ def test_the_test_set_takes_no_part_in_the_choice():
 
 
 def test_the_test_set_takes_no_part_in_the_scaling():
-    """One test picture alone is judged as it is among others."""
+    """One test image alone is judged as it is among others."""
     (train, train_labels), (test, test_labels) = sets(300, 1), sets(200, 2)
     together = judged(train, train_labels, test, test_labels)
     parts = [
@@ -115,8 +115,8 @@ def test_a_class_seen_in_the_test_set_only():
     assert verdict.knn == pytest.approx(expected, abs=0.02)
 
 
-def test_few_pictures_are_no_ground_for_a_choice():
-    """Below five of a class the default features are reported, whatever folds of one or two pictures would say."""
+def test_few_images_are_no_ground_for_a_choice():
+    """Below five of a class the default features are reported, whatever folds of one or two images would say."""
     (train, train_labels), (test, test_labels) = sets(300, 1), sets(200, 2)
     few = torch.cat([(train_labels == c).nonzero()[:2, 0] for c in range(CLASSES)])
     part = {name: features[few] for name, features in train.items()}
@@ -149,11 +149,11 @@ def test_every_probe_of_a_sweep_is_the_one_fitted_alone():
 
 
 def test_knn_by_hand():
-    """Cosine similarity, votes weighted by exp(similarity / 0.07) (arXiv 1805.01978 §3.4), one test picture a time."""
+    """Cosine similarity, votes weighted by exp(similarity / 0.07) (arXiv 1805.01978 §3.4), one test image a time."""
     (train, train_labels), (test, test_labels) = blobs(60, 2.0, 1), blobs(80, 2.0, 2)
     right = 0
-    for picture, label in zip(test, test_labels, strict=True):
-        similarity = torch.stack([F.cosine_similarity(picture, other, dim=0) for other in train])
+    for image, label in zip(test, test_labels, strict=True):
+        similarity = torch.stack([F.cosine_similarity(image, other, dim=0) for other in train])
         votes = torch.zeros(CLASSES)
         for neighbour in similarity.argsort(descending=True)[:20].tolist():
             votes[train_labels[neighbour]] += torch.exp(similarity[neighbour] / 0.07)
@@ -162,7 +162,7 @@ def test_knn_by_hand():
     assert knn_accuracy(train, train_labels, test, test_labels, CLASSES) == right / 80
 
 
-def test_knn_of_fewer_pictures_than_neighbours():
+def test_knn_of_fewer_images_than_neighbours():
     train, labels = torch.eye(3), torch.tensor([0, 1, 2])
     assert knn_accuracy(train, labels, torch.eye(3), labels, 3) == 1.0
 

@@ -40,7 +40,7 @@ def pillow(photograph: np.ndarray, factors: tuple[float, ...], order: int) -> np
 
 
 def ours(photograph: np.ndarray, crop: tuple[int, int, int, int], factors: tuple[float, ...], order: int) -> np.ndarray:
-    """The crop jittered, with the whole picture's mean grey; float64 [H, W, 3] in 0-255."""
+    """The crop jittered, with the whole image's mean grey; float64 [H, W, 3] in 0-255."""
     pixels = torch.from_numpy(part(photograph, crop).copy()).permute(2, 0, 1)[None]
     grey = torch.tensor([mean_grey(photograph)])
     jittered = jitter(pixels, torch.tensor([factors]), torch.tensor([order]), grey)
@@ -52,7 +52,7 @@ def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def compared(photograph: np.ndarray, factors: tuple[float, ...], order: int) -> list[float]:
-    """PSNR of each of CROPS, the first being the whole picture."""
+    """PSNR of each of CROPS, the first being the whole image."""
     theirs = pillow(photograph, factors, order)
     return [psnr(ours(photograph, crop, factors, order), part(theirs, crop)) for crop in CROPS]
 
@@ -64,22 +64,22 @@ def part(photograph: np.ndarray, crop: tuple[int, int, int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("order", range(6))
 @pytest.mark.parametrize("factors", [(0.6, 0.6, 0.6), (0.75, 0.8, 1.3), (0.7, 1.35, 0.65)])
-def test_darker_pictures_are_pillows(photograph, factors, order):
+def test_darker_images_are_pillows(photograph, factors, order):
     """Pillow's arithmetic: what differs is the contrast's grey by a level, where brightness came before it. A crop has
-    the whole picture's grey, so it is as good."""
+    the whole image's grey, so it is as good."""
     assert min(compared(photograph, factors, order)) > 50
 
 
 @pytest.mark.parametrize("order", range(6))
 @pytest.mark.parametrize("factors", [(1.3, 0.7, 1.2), (1.4, 0.6, 1.4)])
-def test_brighter_pictures_are_pillows_up_to_clipping(photograph, factors, order):
-    """Pillow takes the mean grey of the brightened, clipped picture; ours is scaled and not clipped. Contrast before
+def test_brighter_images_are_pillows_up_to_clipping(photograph, factors, order):
+    """Pillow takes the mean grey of the brightened, clipped image; ours is scaled and not clipped. Contrast before
     brightness is as good as ever. The astronaut is white on white: this is about the worst case."""
     turns = JITTER_ORDERS[order].tolist()
     assert min(compared(photograph, factors, order)) > (41 if turns.index(1) < turns.index(0) else 31)
 
 
-def test_the_mean_grey_is_that_of_the_whole_picture(photograph):
+def test_the_mean_grey_is_that_of_the_whole_image(photograph):
     """The grey of a bright crop instead would be visibly another contrast."""
     crop, factors = CROPS[1], (1.0, 0.6, 1.0)
     theirs = part(pillow(photograph, factors, 0), crop)
@@ -98,7 +98,7 @@ def batch(count: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def plain_jitter(image: np.ndarray, factors: np.ndarray, order: int, mean: float) -> np.ndarray:
-    """One picture [3, H, W] in float64, step by step; whole numbers after each, as Pillow has them."""
+    """One image [3, H, W] in float64, step by step; whole numbers after each, as Pillow has them."""
     x = image.astype(np.float64)
     luma = np.array([0.299, 0.587, 0.114])
     for operation in JITTER_ORDERS[order]:
@@ -125,8 +125,8 @@ def test_equals_the_plain_definition():
         assert levels.max() < 1.001 and (levels > 0.001).mean() < 0.01
 
 
-def test_each_picture_is_jittered_alone():
-    """Nothing of a picture depends on its neighbours in the batch."""
+def test_each_image_is_jittered_alone():
+    """Nothing of an image depends on its neighbours in the batch."""
     everything = batch()
     together = jitter(*everything)
     for i in range(6):

@@ -63,7 +63,7 @@ def test_probes_of_other_conditions_have_no_best(runs):
     probed(runs[1], 40, 0.7)
     found = rows(body(records(runs)), "numbers")
     assert found["linear probe"] == ["60.0%", "70.0%", "–"]
-    assert found["pictures the probe was fitted on"] == ["400", "40", "–"]
+    assert found["images the probe was fitted on"] == ["400", "40", "–"]
 
 
 def test_every_chart_has_a_line_of_each_run_that_has_the_value(runs):

@@ -18,7 +18,7 @@ from beitforge.pipeline.reports.components import Block, Card, Figure, Tick
 from beitforge.pipeline.runs.formatting import number
 
 HOSTILE = "</script><script>alert('x')</script>\"&<b>"
-PICTURE = Figure(b"x", "png", HOSTILE, True)
+IMAGE = Figure(b"x", "png", HOSTILE, True)
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -193,7 +193,7 @@ def test_a_logarithmic_chart_of_something_not_positive_is_linear():
         ),
         components.bars([HOSTILE], [(HOSTILE, [0.5])]),
         components.strip(HOSTILE, [Block(0.0, 1.0, HOSTILE)], [Tick(0.5, HOSTILE, HOSTILE)], HOSTILE, HOSTILE),
-        components.image_row(HOSTILE, HOSTILE, [PICTURE]),
+        components.image_row(HOSTILE, HOSTILE, [IMAGE]),
         components.folds([(HOSTILE, HOSTILE, "")]),
         components.code(HOSTILE),
         components.footer(HOSTILE),
@@ -207,8 +207,8 @@ def test_text_is_escaped_everywhere(html):
 
 def test_a_page_asks_for_nothing_outside_itself():
     chart = line_chart("Loss", [line([(0, 1.0), (1, 2.0)])])
-    picture = components.image_row("a", "", [Figure(b"x", "jpg", "view", False)])
-    html = components.page("run", components.charts([chart]) + components.image_grid([picture]))
+    image = components.image_row("a", "", [Figure(b"x", "jpg", "view", False)])
+    html = components.page("run", components.charts([chart]) + components.image_grid([image]))
     assert_well_formed(html)
     assert "default-src 'none'" in html and "data:image/jpeg;base64,eA==" in html
     assert re.findall(r'(?:src|href)\s*=\s*"(?!data:)', html) == []

@@ -60,14 +60,14 @@ def test_what_was_not_measured_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("new", "seen", "heldout", "words_said"),
     [
-        (2.01, 2.0, 2.5, "the 2 stored views of a picture are enough so far"),
+        (2.01, 2.0, 2.5, "the 2 stored views of an image are enough so far"),
         (2.1, 2.0, 2.5, "more than 2 views of each would mend little"),
         (2.4, 2.0, 2.5, "it learns the 2 stored views by heart"),
         (
             1.9,
             2.0,
             2.5,
-            "costs −0.100 nats against one it was trained on, a held-out picture +0.600 against a new view: the 2",
+            "costs −0.100 nats against one it was trained on, a held-out image +0.600 against a new view: the 2",
         ),
     ],
 )
@@ -104,7 +104,7 @@ def test_a_fine_tuning_is_reported_as_one(tmp_path):
     assert record.job == "finetune" and record.tokens is None and record.notes == []
     assert titles(curves(record))[:3] == ["Loss nats", "Accuracy", "Learning rate"]
     said = words(header(record)) + words(cards(record))
-    for expected in ("BEiT fine-tuning", "It names 90.0% of 9 test pictures right", "top 5 95.0%", "at step 60"):
+    for expected in ("BEiT fine-tuning", "It names 90.0% of 9 test images right", "top 5 95.0%", "at step 60"):
         assert expected in said, expected
     assert "masked" not in said
     whole = words(body(record, "", ""))

@@ -1,4 +1,4 @@
-"""Pictures of reports: attention is the encoder's own, neighbours are what is near, errors are where they are."""
+"""Images of reports: attention is the encoder's own, neighbours are what is near, errors are where they are."""
 
 import dataclasses
 
@@ -21,8 +21,8 @@ from beitforge.pipeline.stages import report
 from beitforge.pipeline.weights.from_run import encoder_of
 from tests.pipeline.runs.made_runs import (
     config_of,
+    images_of,
     make_sets,
-    pictures_of,
     tuned_lines,
     words,
     write_checkpoint,
@@ -75,8 +75,8 @@ def test_looks_mark_the_busiest_and_the_plainest_patch():
     pixels[..., 16:24, 0:8] = 0.25
     assert busiest_and_plainest(pixels, 8).tolist() == [[4 + 2, 8 + 0]]
     (look,) = attention_maps(encoder("relative_shared"), pixels)
-    for picture in (look.image, look.middle, look.last, *look.patches):
-        assert picture.shape == (24, 32, 3) and picture.dtype == np.uint8
+    for shown in (look.image, look.middle, look.last, *look.patches):
+        assert shown.shape == (24, 32, 3) and shown.dtype == np.uint8
     mark = outlined(np.zeros((24, 32, 3), np.uint8), 6, 8, 4)
     assert np.array_equal(look.patches[0][8:16, 16:24][0], mark[8:16, 16:24][0]), "an edge in the mark's colour"
 
@@ -86,7 +86,7 @@ def test_heat_goes_from_dark_to_light():
     assert (np.diff(shades) >= 0).all() and shades[0] < 60 and shades[-1] > 600
 
 
-def test_errors_are_bright_where_pictures_differ_and_right_patches_are_outlined():
+def test_errors_are_bright_where_images_differ_and_right_patches_are_outlined():
     one, other = torch.zeros(3, 16, 16), torch.zeros(3, 16, 16)
     other[:, 8:, 8:] = 1.0
     shown = errors(one, other, torch.tensor([True, False, False, False]), (2, 2)).astype(int)
@@ -95,7 +95,7 @@ def test_errors_are_bright_where_pictures_differ_and_right_patches_are_outlined(
 
 
 @pytest.mark.parametrize(("samples", "most"), [(1, 10), (2, 2), (97, 97), (1000, 64), (50_000, 1000)])
-def test_pictures_are_spread_over_the_set_and_none_comes_twice(samples, most):
+def test_images_are_spread_over_the_set_and_none_comes_twice(samples, most):
     numbers = spread(samples, most)
     assert len(set(numbers.tolist())) == len(numbers) == min(samples, most)
     assert numbers.min() >= 0 and numbers.max() < samples
@@ -114,7 +114,7 @@ def gathered(features, raw, labels):
     )
 
 
-def test_the_nearest_are_the_nearest_and_never_the_picture_itself():
+def test_the_nearest_are_the_nearest_and_never_the_image_itself():
     """Two directions in feature space, two places in pixels, crossed."""
     draw = torch.Generator().manual_seed(0)
     direction = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])[[0, 0, 0, 1, 1, 1]] + 0.01 * torch.randn(6, 2, generator=draw)
@@ -143,8 +143,8 @@ def test_a_fine_tuned_encoder_is_loaded_whatever_its_tables(made):
     assert isinstance(loaded, Classifier) and torch.equal(loaded(pixels), classifier.eval()(pixels))
     assert report.run([folder / "tuned"]) == 0
     html = (folder / "tuned" / "report.html").read_text()
-    assert pictures_of(html, "attention") == 4 * 5 and pictures_of(html, "neighbours") == 6 * 11
-    assert pictures_of(html, "pictures") == 0 and "test set, at step 60" in words(html)
+    assert images_of(html, "attention") == 4 * 5 and images_of(html, "neighbours") == 6 * 11
+    assert images_of(html, "images") == 0 and "test set, at step 60" in words(html)
 
 
 def test_weights_of_another_kind_are_a_line_not_a_traceback(made):
@@ -156,14 +156,14 @@ def test_weights_of_another_kind_are_a_line_not_a_traceback(made):
     assert "no classifier's of its config" in said and "Test accuracy" in said
 
 
-def test_a_tokenizers_report_shows_its_pictures(made):
+def test_a_tokenizers_report_shows_its_images(made):
     folder, config = made
     lines = [{**line, "reconstruction_mse": 0.01} for line in tuned_lines(20) if line["kind"] != "test"]
     write_run(folder / "tokenizer" / "training", config, lines)
     shown = folder / "tokenizer" / "reconstructions.png"
     assert report.run([folder / "tokenizer" / "training"]) == 0
     html = (folder / "tokenizer" / "training" / "report.html").read_text()
-    assert pictures_of(html, "pictures") == 0 and not shown.exists()
+    assert images_of(html, "images") == 0 and not shown.exists()
     shown.write_bytes(b"\x89PNG")
     assert report.run([folder / "tokenizer" / "training"]) == 0
-    assert pictures_of((folder / "tokenizer" / "training" / "report.html").read_text(), "pictures") == 1
+    assert images_of((folder / "tokenizer" / "training" / "report.html").read_text(), "images") == 1

@@ -29,9 +29,9 @@ from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
 from tests.conftest import ROOT
 from tests.pipeline.runs.made_runs import (
     config_of,
+    images_of,
     lines_of,
     make_sets,
-    pictures_of,
     start,
     words,
     write_checkpoint,
@@ -63,9 +63,9 @@ def test_a_finished_run_with_everything(run, capsys):
     said = words(html)
     for expected in ("finished", "20", "6.667 epochs of 12", "2.500", "from 3.400 at step 2", "3 min 20 s"):
         assert expected in said, expected
-    assert html.count("<svg") == 7 and pictures_of(html, "pictures") == 8 * 5
-    assert pictures_of(html, "attention") == 4 * 5 and pictures_of(html, "neighbours") == 6 * (1 + 5 + 5)
-    assert "first 8 pictures of the held-out set, at step 20" in said and "missing" not in said
+    assert html.count("<svg") == 7 and images_of(html, "images") == 8 * 5
+    assert images_of(html, "attention") == 4 * 5 and images_of(html, "neighbours") == 6 * (1 + 5 + 5)
+    assert "first 8 images of the held-out set, at step 20" in said and "missing" not in said
     assert len(html) < 1_200_000 and "report of step 20" in capsys.readouterr().err
     assert [path.name for path in run.iterdir() if ".partial" in path.name] == []
 
@@ -89,31 +89,31 @@ def test_a_run_of_which_nothing_else_is_there(tmp_path):
     (folder / "environment.json").unlink()
     assert report.run([folder]) == 0
     said = words((folder / "report.html").read_text())
-    for expected in ("not started", "No step has been logged yet", "Held-out pictures are missing: "):
+    for expected in ("not started", "No step has been logged yet", "Held-out images are missing: "):
         assert expected in said, expected
-    assert "Pictures are missing: " in said and "Token statistics" in said and "nan" not in said
+    assert "Images are missing: " in said and "Token statistics" in said and "nan" not in said
 
 
 @pytest.mark.parametrize(
-    ("lost", "pictures", "line"),
+    ("lost", "images", "line"),
     [
         (["run/checkpoints"], 3, "Predictions are missing: "),
         (["tokenizer"], 2, "Decoded tokens are missing: "),
-        (["heldout_images"], 5, "Held-out pictures are missing: "),
-        (["heldout_tokens"], 5, "Held-out pictures are missing: "),
-        (["heldout_images", "images"], 0, "Pictures are missing: "),
-        (["images"], 5, "Training pictures: "),
+        (["heldout_images"], 5, "Held-out images are missing: "),
+        (["heldout_tokens"], 5, "Held-out images are missing: "),
+        (["heldout_images", "images"], 0, "Images are missing: "),
+        (["images"], 5, "Training images: "),
     ],
 )
-def test_what_is_gone_is_named_and_the_rest_is_shown(run, lost, pictures, line):
+def test_what_is_gone_is_named_and_the_rest_is_shown(run, lost, images, line):
     for name in lost:
         shutil.rmtree(run.parent / name)
     assert report.run([run]) == 0
     html = (run / "report.html").read_text()
-    assert pictures_of(html, "pictures") == 8 * pictures
+    assert images_of(html, "images") == 8 * images
     assert line in words(html)
     origin = "training set" if "heldout" in lost[0] else "held-out set"
-    assert pictures == 0 or f"first 8 pictures of the {origin}" in words(html)
+    assert images == 0 or f"first 8 images of the {origin}" in words(html)
 
 
 def test_another_tokenizer_or_encoder_is_not_shown_as_this_one(run):
@@ -216,7 +216,7 @@ def test_cards_of_the_numbers_that_matter(tmp_path):
         "perplexity 17",
         "25.0%",
         "2.000",
-        "9 pictures",
+        "9 images",
     ):
         assert expected in said, expected
 
@@ -267,7 +267,7 @@ def test_the_majority_token_is_chosen_by_training_and_judged_apart(made):
     assert use.used == (counts > 0).sum() and use.vocabulary == 24 and use.measured_apart
     share = counts[counts > 0] / counts.sum()
     assert use.perplexity == pytest.approx(np.exp(-(share * np.log(share)).sum()))
-    # one of the two views of each held-out picture is in a pass; the statistic is over both
+    # one of the two views of each held-out image is in a pass; the statistic is over both
     assert use.majority == pytest.approx((apart == counts.argmax()).mean(), abs=0.1)
     alone = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_tokens=str(folder / "none")))
     assert token_use(alone).majority == pytest.approx(share.max()) and not token_use(alone).measured_apart
@@ -306,7 +306,7 @@ def test_predicted_tokens_are_the_likeliest_at_masked_patches_and_true_elsewhere
     assert np.array_equal(without.masked, rebuilt[0].masked)
 
 
-def test_masked_patches_show_nothing_of_the_picture():
+def test_masked_patches_show_nothing_of_the_image():
     draw = torch.Generator().manual_seed(0)
     one, other = (torch.rand(2, 3, 12, 16, generator=draw) for _ in range(2))
     mask = torch.rand(2, 12, generator=draw) < 0.5

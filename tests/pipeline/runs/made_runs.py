@@ -42,12 +42,12 @@ def make_sets(folder: Path) -> Config:
     draw = np.random.default_rng(0)
     for name, count in (("images", 12), ("heldout_images", 9)):
         for i in range(count):
-            there = folder / f"{name}-pictures" / ("even", "odd")[i % 2]
+            there = folder / f"{name}-images" / ("even", "odd")[i % 2]
             there.mkdir(parents=True, exist_ok=True)
             small = draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)
             data = codec.encode(codec.resize(small, (60, 80), "bicubic"), "png", 0)
             (there / f"{name}-{i:02}.png").write_bytes(data)
-        pack(folder / f"{name}-pictures", folder / name, PackOptions(samples_per_shard=5), "0", 1)
+        pack(folder / f"{name}-images", folder / name, PackOptions(samples_per_shard=5), "0", 1)
     save_dvae(folder / "tokenizer", Dvae(config.tokenizer, seed=0), config.tokenizer)
     single = dataclasses.replace(config, loader=dataclasses.replace(config.loader, workers=0))
     assert tokenize.run(single) == 0
@@ -137,8 +137,8 @@ def words(html: str) -> str:
     return unescape(re.sub(r"<[^>]*>", " ", re.sub(r"(?s)<(style|script).*?</\1>|(?<=src=)\"data:[^\"]*\"", "", html)))
 
 
-def pictures_of(html: str, section: str) -> int:
-    """How many pictures a section of the page shows."""
+def images_of(html: str, section: str) -> int:
+    """How many images a section of the page shows."""
     found = re.search(rf'(?s)<section id="{section}">.*?</section>', html)
     return found.group().count("<img") if found else 0
 

@@ -51,11 +51,11 @@ def test_shapes():
 def test_a_token_lies_where_its_field_is(row, column):
     """Token i belongs to row i div w, column i mod w: changing its field changes the tokens around it, and no other."""
     dvae = Dvae(dataclasses.replace(SETTINGS, vocabulary=4096), seed=0)
-    picture = pixels(1, 64, 64)
-    changed = picture.clone()
+    image = pixels(1, 64, 64)
+    changed = image.clone()
     field = (..., slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
     changed[field] = 1 - changed[field]
-    moved = (dvae.logits(picture) != dvae.logits(changed))[0].any(dim=0)
+    moved = (dvae.logits(image) != dvae.logits(changed))[0].any(dim=0)
     reach = 1 + SETTINGS.residual_blocks  # in fields: one for the strided convolutions, one for each block's 3 × 3
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1] = True

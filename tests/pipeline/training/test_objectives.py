@@ -85,7 +85,7 @@ def test_encoder_input_is_jittered_then_normalised():
 
 
 def test_the_loss_is_the_cross_entropy_of_the_masked_patches():
-    """By hand: pick the masked patches of all pictures, compare with their tokens, take the mean."""
+    """By hand: pick the masked patches of all images, compare with their tokens, take the mean."""
     batch = views()
     logits = torch.randn(4, N, V, generator=torch.Generator().manual_seed(3))
     mask = batch.draws["mask"]

@@ -242,7 +242,7 @@ def test_compiled_training_gives_the_same_losses(tiny, whole, tmp_path):
 
 
 def test_the_budget_of_bad_samples_stops_the_run(tiny, tmp_path):
-    """A budget of zero and one damaged picture: named in bad_samples.jsonl, then the end."""
+    """A budget of zero and one damaged image: named in bad_samples.jsonl, then the end."""
     from tests.shards.stream.test_stream import copied, damage, moved
 
     folder = copied(tiny, tmp_path)

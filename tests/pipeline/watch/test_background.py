@@ -61,7 +61,7 @@ def children(pid: int) -> dict[int, tuple[str, int]]:
     return found
 
 
-def test_pictures_are_made_by_a_process_that_yields(tmp_path):
+def test_images_are_made_by_a_process_that_yields(tmp_path):
     """And that ends with the server, however that ends."""
     with watching(write_run(tmp_path, lines_of(20, 100))) as watch:
         watch.page()

@@ -47,7 +47,7 @@ def test_the_first_page(watch):
     assert page.count('<figure class="chart') >= 6 and page.count("<script>") == 2
     news = watch.live()
     assert set(news["order"]) == set(news["sections"]) >= {"head", "numbers", "curves", "what-ran"}
-    assert all(html in page or name in ("pictures", "notes") for name, html in news["sections"].items())
+    assert all(html in page or name in ("images", "notes") for name, html in news["sections"].items())
     assert news["status"]["state"] == "running" and news["status"]["title"] == "20 · run · running"
 
 
@@ -117,13 +117,13 @@ def test_torch_is_not_in_the_server(watch):
 def test_lines_that_are_appended_come_and_nothing_else(tmp_path):
     run = write_run(tmp_path, lines_of(20, 100))
     with watching(run) as watch:
-        before = watch.until(lambda news: "pictures" in news["order"])["stamp"]
+        before = watch.until(lambda news: "images" in news["order"])["stamp"]
         assert watch.live(before)["sections"] == {}
         append(run, train_line(22, time.time(), loss=1.2345))
         watch.until(lambda news: "22 of 100" in news["status"]["words"])
         news = watch.until(lambda news: "1.234" in news["sections"]["numbers"])
         new = watch.live(before)
-        assert {"curves", "numbers"} <= set(new["sections"]) and "pictures" not in new["sections"]
+        assert {"curves", "numbers"} <= set(new["sections"]) and "images" not in new["sections"]
         assert new["order"] == news["order"] and new["status"]["seconds"] < 5
         append(run, '{"step": 24, "kind": "train", "ti')
         time.sleep(1.5)
@@ -284,7 +284,7 @@ def test_nothing_is_written_and_nothing_need_be_writable(tmp_path):
         before = snapshot(tmp_path)
         with watching(run, before=(sys.executable, "-c", DROP)) as watch:
             watch.page()
-            watch.until(lambda news: "pictures" in news["order"])
+            watch.until(lambda news: "images" in news["order"])
         assert snapshot(tmp_path) == before
     finally:
         for folder in folders:
@@ -370,6 +370,6 @@ def test_a_job_that_is_killed_and_started_again(tiny, tmp_path):
         news = watch.until(lambda news: news["status"]["state"] == "finished")
         assert news["status"]["words"] == "finished: step 400 of 400"
         assert "2 starts" in news["sections"]["curves"] and "<summary>Starts<span>2<" in news["sections"]["what-ran"]
-        watch.until(lambda news: "data:image/" in news["sections"].get("pictures", ""), 120)
+        watch.until(lambda news: "data:image/" in news["sections"].get("images", ""), 120)
     names = {path.name for path in run.iterdir()}
     assert names <= {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "ended", ".lock", "ranks.json"}

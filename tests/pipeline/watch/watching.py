@@ -55,7 +55,7 @@ class Watch:
         return json.loads(content)
 
     def until(self, holds: Callable[[dict], bool], seconds: float = 180) -> dict[str, Any]:
-        """Everything, once something holds of it. Pictures come late on a busy machine: they yield to everything."""
+        """Everything, once something holds of it. Images come late on a busy machine: they yield to everything."""
         end = time.monotonic() + seconds
         while not holds(found := self.live()):
             assert time.monotonic() < end, {**found, "sections": list(found["sections"])}

@@ -1,4 +1,4 @@
-"""The codec: every kind of picture gives the right pixels or a PictureError, and nothing else."""
+"""The codec: every kind of image gives the right pixels or an ImageError, and nothing else."""
 
 import io
 import random
@@ -120,7 +120,7 @@ def test_orientation_is_read(orientation):
     assert codec.read_header(encoded(PHOTO, "JPEG", exif=exif(orientation))).orientation == orientation
 
 
-def test_damaged_exif_costs_no_picture_and_no_warning():
+def test_damaged_exif_costs_no_image_and_no_warning():
     """Broken metadata is common and harmless; Pillow warns about it, and warnings are errors in this suite."""
     good = encoded(PHOTO, "JPEG", exif=exif(6))
     at = good.index(b"Exif\0\0")
@@ -133,17 +133,17 @@ def test_damaged_exif_costs_no_picture_and_no_warning():
     ("data", "reason"),
     [
         (b"", "zero bytes"),
-        (b"<html>404</html>" * 50, "not a picture"),
+        (b"<html>404</html>" * 50, "not an image"),
         (jpeg(width=200, height=200)[:-2000], "does not decode.*truncated"),
         (encoded(PHOTO, "PNG")[:-700], "does not decode"),
-        (encoded(PHOTO, "WEBP")[:-100], "does not decode|not a picture"),
+        (encoded(PHOTO, "WEBP")[:-100], "does not decode|not an image"),
         (encoded(PHOTO, "BMP")[:-100], "does not decode"),
         (encoded(Image.fromarray(PHOTO[..., 0].astype(np.float32)), "TIFF"), "no defined white"),
     ],
     ids=["empty", "html", "jpg-cut", "png-cut", "webp-cut", "bmp-cut", "float"],
 )
-def test_unusable_pictures_say_why(data, reason):
-    """One exception type, with the reason a person needs; a truncated picture is never half a picture."""
+def test_unusable_images_say_why(data, reason):
+    """One exception type, with the reason a person needs; a truncated image is never half an image."""
     with pytest.raises(ImageError, match=reason):
         codec.decode(data)
 
@@ -173,7 +173,7 @@ FUZZED = [LOSSLESS[kind][0] for kind in LOSSLESS] + [jpeg(exif=exif(6)), encoded
 
 @pytest.mark.parametrize("seed", range(8))
 def test_damage_never_raises_anything_else(seed):
-    """Cuts and flipped bytes anywhere give pixels of the header's size or PictureError: no other error, no warning."""
+    """Cuts and flipped bytes anywhere give pixels of the header's size or ImageError: no other error, no warning."""
     rng = random.Random(seed)
     outcomes = {"pixels": 0, "error": 0}
     for _ in range(150):
@@ -199,7 +199,7 @@ def test_mean_grey_is_pillows(seed):
 
 
 @pytest.mark.parametrize("box", [[0, 0, 49, 32], [0, 1, 48, 32], [-1, 0, 5, 5], [0, 0, 0, 5]])
-def test_crop_refuses_a_box_outside_the_picture(box):
+def test_crop_refuses_a_box_outside_the_image(box):
     """NumPy would silently cut less, and tokens and pixels would no longer match."""
     with pytest.raises(ShardError, match="48x32"):
         codec.crop(PHOTO, box)

@@ -1,4 +1,4 @@
-"""Every decoder of JPEGs gives Pillow's pixels, whole and in part, or leaves the picture to Pillow."""
+"""Every decoder of JPEGs gives Pillow's pixels, whole and in part, or leaves the image to Pillow."""
 
 import io
 import os
@@ -113,17 +113,17 @@ def test_damage_that_pillow_decodes_gives_the_same(decoder):
 
 
 @pytest.mark.parametrize("decoder", jpeg.DECODERS)
-def test_what_does_not_decode_is_a_picture_error(decoder):
+def test_what_does_not_decode_is_a_image_error(decoder):
     data = stored(Image.fromarray(PHOTO), quality=92)
     with pytest.raises(codec.ImageError):
         codec.decode_whole(data[: len(data) // 2], FLAG_JPEG, decoder)
     with pytest.raises(codec.ImageError):
-        codec.decode_view(b"no picture", [0, 0, 1, 1], (WIDTH, HEIGHT), FLAG_JPEG, decoder)
+        codec.decode_view(b"no image", [0, 0, 1, 1], (WIDTH, HEIGHT), FLAG_JPEG, decoder)
 
 
 @pytest.mark.parametrize("decoder", jpeg.DECODERS)
 @pytest.mark.parametrize("box", [[0, 1, WIDTH, HEIGHT], [-1, 0, 4, 4], [0, 0, 0, 3]], ids=str)
-def test_a_box_outside_the_picture_is_refused(decoder, box):
+def test_a_box_outside_the_image_is_refused(decoder, box):
     """A decoder of regions would fill what lies outside with black."""
     data = stored(Image.fromarray(PHOTO))
     with pytest.raises(ShardError, match=f"{WIDTH}x{HEIGHT}"):
@@ -164,7 +164,7 @@ def test_it_starts_without_a_word():
 
 
 def test_decoding_does_not_leak():
-    """nvImageCodec 0.9.0 leaks at every address it gives out: 32 bytes a picture were a gigabyte a worker in a run."""
+    """nvImageCodec 0.9.0 leaks at every address it gives out: 32 bytes an image were a gigabyte a worker in a run."""
     code = """if True:
         import io
         import numpy as np

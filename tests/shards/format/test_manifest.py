@@ -48,7 +48,7 @@ def edited(folder: Path, place: list, value: object) -> None:
 @pytest.mark.parametrize("value", [None, "12", 1.5, True, -1, 0, [], 10**30, 21], ids=str)
 @pytest.mark.parametrize("shard", [0, 1])
 def test_counts_are_counts(tmp_path, shard, value):
-    """Nothing and less would leave the shard out of every epoch; 21 pictures have no room in 10240 bytes."""
+    """Nothing and less would leave the shard out of every epoch; 21 images have no room in 10240 bytes."""
     write_manifest(tmp_path, IMAGES)
     assert read_image_manifest(tmp_path) == IMAGES
     edited(tmp_path, ["shards", shard, "samples"], value)

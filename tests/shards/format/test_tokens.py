@@ -19,7 +19,7 @@ SIDES = np.full(5, 40)
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """One shard of one view of five pictures."""
+    """One shard of one view of five images."""
     views = draw_views(ViewPolicy(), KEYS, 0, SIDES, SIDES)
     views = dataclasses.replace(views, **{name: value[None] for name, value in vars(views).items()})
     tokens = np.arange(20).reshape(1, 5, 4)
@@ -31,7 +31,7 @@ def folder(tmp_path) -> Path:
 
 
 def rows(folder: Path) -> list[bytes]:
-    """Every row as the stream reads it, in bytes, and whether the picture could be read."""
+    """Every row as the stream reads it, in bytes, and whether the image could be read."""
     opened = TokenSet(folder).shard(0, KEYS)
     return [b"".join(part.tobytes() for part in opened.row(0, row)) + bytes([opened.bad[row]]) for row in range(5)]
 
@@ -77,7 +77,7 @@ def test_a_file_of_an_earlier_version_is_read_through_once_a_process(folder, mon
 
 
 def test_an_io_error_is_tried_again(folder, monkeypatch):
-    """As it is for pictures."""
+    """As it is for images."""
     as_before(folder)
     errors = iter([OSError(5, "Input/output error")])
 

@@ -1,4 +1,4 @@
-"""Views: frozen records, the same drawn alone or together, inside the picture, distributed as the policy says."""
+"""Views: frozen records, the same drawn alone or together, inside the image, distributed as the policy says."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ SIZES = [(1, 1), (1, 2), (2, 1), (3, 5000), (5000, 3), (7, 7), (64, 48), (500, 3
 
 
 def drawn(policy: ViewPolicy, count: int, width: int, height: int, number: int = 0) -> Views:
-    """Views of `count` pictures of one size."""
+    """Views of `count` images of one size."""
     keys = np.arange(count, dtype=np.uint64)
     return draw_views(policy, keys, number, np.full(count, width), np.full(count, height))
 
@@ -41,7 +41,7 @@ def test_types_are_those_of_the_record():
     assert [getattr(views, name).shape for name in FIELDS] == [(2, 4), (2,), (2, 3), (2,)]
 
 
-def test_a_view_depends_on_its_picture_alone():
+def test_a_view_depends_on_its_image_alone():
     """Together, one by one, or in another order: the same records."""
     count = 40
     keys = counter_rng.bits(99, np.arange(count))
@@ -74,7 +74,7 @@ def test_seed_number_and_key_each_change_the_view(change):
 
 
 def plain_box(policy: ViewPolicy, key: int, number: int, width: int, height: int) -> list[int]:
-    """torchvision's RandomResizedCrop.get_params, one picture at a time, driven by the same uniform numbers."""
+    """torchvision's RandomResizedCrop.get_params, one image at a time, driven by the same uniform numbers."""
 
     def uniform(what: int, attempt: int) -> float:
         return float(counter_rng.uniform(counter_rng.VIEW, policy.seed, key, number, what, attempt)[0])
@@ -97,7 +97,7 @@ def plain_box(policy: ViewPolicy, key: int, number: int, width: int, height: int
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("policy", [ViewPolicy(seed=5), ViewPolicy(area_min=0.9, aspect_min=0.5, aspect_max=0.6)])
-def test_boxes_are_torchvisions_and_inside_the_picture(policy, width, height):
+def test_boxes_are_torchvisions_and_inside_the_image(policy, width, height):
     count = 60
     boxes = drawn(policy, count, width, height, number=2).boxes.astype(np.int64)
     assert boxes.tolist() == [plain_box(policy, key, 2, width, height) for key in range(count)]

@@ -36,10 +36,10 @@ def tokens(tmp_path):
 
 
 def test_codebook_use_and_perplexity(tokens):
-    """Four tokens in equal use: perplexity 4; the zeros of unreadable pictures do not count as tokens."""
+    """Four tokens in equal use: perplexity 4; the zeros of unreadable images do not count as tokens."""
     stats = token_stats(tokens)
     assert (stats["samples"], stats["shards"], stats["views"], stats["grid"]) == (3, 2, 2, "1x2")
-    assert (stats["tokens used"], stats["codebook use"], stats["unreadable pictures"]) == (4, 0.5, 1)
+    assert (stats["tokens used"], stats["codebook use"], stats["unreadable images"]) == (4, 0.5, 1)
     assert math.isclose(stats["perplexity"], 4.0)
     assert math.isclose(stats["commonest token's share"], 0.25)
     assert "vocabulary               8" in table(stats)

@@ -72,14 +72,14 @@ def test_a_clean_set_is_clean(images, workers):
     assert found == []
 
 
-def test_one_flipped_bit_in_a_picture_is_found_and_placed(images):
-    """No JPEG decoder sees it; the digest says which tar, the checksum which picture."""
+def test_one_flipped_bit_in_a_image_is_found_and_placed(images):
+    """No JPEG decoder sees it; the digest says which tar, the checksum which image."""
     index = open_index(index_path(images, "shard-000001"))
     flip_bit(images / "shard-000001.tar", int(index.image_offset[2]) + 400)
     found = findings(images)
     assert len(found) == 2
     assert "shard-000001.tar is not the tar the manifest lists" in found[0]
-    assert f"shard-000001.tar row 2 ({index.key(2)}): the picture's bytes are not what was packed" in found[1]
+    assert f"shard-000001.tar row 2 ({index.key(2)}): the image's bytes are not what was packed" in found[1]
 
 
 def test_one_flipped_bit_anywhere_in_a_tar_is_found(images):
@@ -113,7 +113,7 @@ def test_every_harm_is_reported_not_only_the_first(images):
 
 
 def test_a_damaged_index_is_found(images):
-    """A cell flipped by the disk would otherwise cut another view or read another picture."""
+    """A cell flipped by the disk would otherwise cut another view or read another image."""
     path = index_path(images, "shard-000000")
     flip_bit(path, path.stat().st_size - 3)
     assert any("is not the index the manifest lists (digest differs)" in finding for finding in findings(images))
@@ -195,7 +195,7 @@ def rewrite_tokens(folder: Path, name: str, tensor: str, at: tuple, value: objec
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_clean_token_set_is_clean(images, tokens, paired):
-    """No false alarm, alone or beside its pictures."""
+    """No false alarm, alone or beside its images."""
     assert token_findings(tokens, images, paired) == []
 
 
@@ -204,12 +204,12 @@ def test_a_clean_token_set_is_clean(images, tokens, paired):
     [
         ("tokens", (0, 1, 2), VOCABULARY, "1 tokens of 50 or more"),
         ("boxes", (1, 2, 2), 0, "1 crop boxes without area"),
-        ("boxes", (1, 2, 0), 40000, r"view 1 of row 2 \(.*\) has the box \[40000, .* outside its picture of 48x32"),
+        ("boxes", (1, 2, 0), 40000, r"view 1 of row 2 \(.*\) has the box \[40000, .* outside its image of 48x32"),
         ("flips", (0, 0), 2, "1 flips other than 0 and 1"),
         ("orders", (0, 0), 6, "1 jitter orders of 6 or more"),
         ("jitters", (0, 0, 1), float("nan"), "1 jitter factors that are negative or not finite"),
         ("bad", (4,), 2, "1 marks for bad rows"),
-        ("keys", (3,), 1, r"not the pictures' rows \(first difference in row 3\)"),
+        ("keys", (3,), 1, r"not the images' rows \(first difference in row 3\)"),
     ],
 )
 def test_impossible_records_are_found(images, tokens, tensor, at, value, message):
@@ -250,9 +250,9 @@ def test_tokens_of_another_shape_are_found(images, tokens):
     assert len(found) == 3 and all("holds tokens of shape (2, " in finding for finding in found)
 
 
-def test_tokens_of_other_pictures_are_found(images, tokens, tmp_path):
-    """The pairing: the same names, other pictures."""
+def test_tokens_of_other_images_are_found(images, tokens, tmp_path):
+    """The pairing: the same names, other images."""
     pack(two_classes(tmp_path / "in", 5), tmp_path / "other", PackOptions(samples_per_shard=5), "1%", 1)
     found = token_findings(tokens, tmp_path / "other")
     assert "does not list the image set's shards" in found[0]
-    assert any("the token rows are not the pictures' rows" in finding for finding in found)
+    assert any("the token rows are not the images' rows" in finding for finding in found)

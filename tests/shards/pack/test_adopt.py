@@ -142,9 +142,9 @@ def test_keys_of_one_hash_are_listed(foreign, monkeypatch):
         run(foreign)
 
 
-def test_bad_pictures_are_counted(foreign):
+def test_bad_images_are_counted(foreign):
     """They keep their rows, so the samples stay the tar's own."""
-    write_tar(foreign, "00003", [("bad.jpg", b"no picture"), ("good.jpg", jpeg(77))])
+    write_tar(foreign, "00003", [("bad.jpg", b"no image"), ("good.jpg", jpeg(77))])
     adopted = run(foreign)
     assert (adopted.num_bad, adopted.manifest.samples) == (1, 9)
 

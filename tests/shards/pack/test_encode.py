@@ -1,4 +1,4 @@
-"""Preparing a picture: bytes untouched where possible, turned exactly once, shrunk and encoded where asked."""
+"""Preparing an image: bytes untouched where possible, turned exactly once, shrunk and encoded where asked."""
 
 import io
 
@@ -37,7 +37,7 @@ def test_bytes_stay_where_nothing_must_change(data, extension):
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turn_is_applied_exactly_once(orientation, format):
-    """The stored picture is upright, says so, and preparing it again changes nothing."""
+    """The stored image is upright, says so, and preparing it again changes nothing."""
     source = encoded(PHOTO, format, exif=exif(orientation))
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(source))).convert("RGB"))
     prepared = encode(source, PLAIN)
@@ -107,15 +107,15 @@ def test_shrinking_is_lanczos_and_keeps_the_format():
     assert encode(encoded(PHOTO, "WEBP", lossless=True), options).extension == "png"
 
 
-def test_turned_and_shrunk_picture_meets_the_limits_as_seen():
-    """Side limits apply to the upright picture."""
+def test_turned_and_shrunk_image_meets_the_limits_as_seen():
+    """Side limits apply to the upright image."""
     source = encoded(PHOTO, "JPEG", exif=exif(6))
     facts = encode(source, EncodeOptions(max_side=24)).facts
     assert (facts.width, facts.height) == (16, 24)
 
 
 @pytest.mark.parametrize("format", ["jpg", "png", "webp"])
-def test_reencode_makes_every_picture_that_format(format):
+def test_reencode_makes_every_image_that_format(format):
     """One decoder path for a whole set, if that is wanted; quality counts."""
     for data in (jpeg(), encoded(PHOTO, "PNG"), encoded(IMAGE, "GIF")):
         prepared = encode(data, EncodeOptions(reencode=format))
@@ -124,7 +124,7 @@ def test_reencode_makes_every_picture_that_format(format):
     assert sizes[0] == sizes[1] if format == "png" else sizes[0] < sizes[1]
 
 
-def test_files_that_cannot_be_read_are_pictures_that_cannot_be_used(tmp_path):
+def test_files_that_cannot_be_read_are_images_that_cannot_be_used(tmp_path):
     """A dangling link is one reject, not the end of a packing of millions."""
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")

@@ -1,4 +1,4 @@
-"""Listing pictures: nothing missed, nothing twice, and keys that WebDataset takes as they are."""
+"""Listing images: nothing missed, nothing twice, and keys that WebDataset takes as they are."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from tests.shards.made_images import write_folder
 
 
 def listed(folder):
-    pictures = list_images(folder, folder / "out")
-    return dict(zip(pictures.paths, pictures.keys, strict=True))
+    images = list_images(folder, folder / "out")
+    return dict(zip(images.paths, images.keys, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -60,21 +60,21 @@ def test_keys_are_distinct_and_webdatasets_own(paths):
         assert not re.match(r"__[^/]*__($|/)", key)
 
 
-def test_every_picture_is_found_and_others_counted(tmp_path):
-    """Any case of the extension, any depth; hidden files ignored; files that are no pictures are counted, not lost."""
+def test_every_image_is_found_and_others_counted(tmp_path):
+    """Any case of the extension, any depth; hidden files ignored; files that are no images are counted, not lost."""
     names = ["a.JPG", "b/c.jpeg", "b/d/e.Tif", "f.webp", "g.gif", "h.bmp", "i.png", "j.tiff"]
     others = ["README", "b/notes.txt", "k.jpg.txt"]
     hidden = [".l.jpg", ".git/m.jpg", "b/._c.jpeg"]
     write_folder(tmp_path, dict.fromkeys(names + others + hidden, b"x"))
-    pictures = list_images(tmp_path, tmp_path / "out")
-    assert sorted(pictures.paths) == sorted(names)
-    assert pictures.others == len(others)
-    assert pictures.sizes.tolist() == [1] * len(names)
-    assert pictures.keys == sorted(pictures.keys)
+    images = list_images(tmp_path, tmp_path / "out")
+    assert sorted(images.paths) == sorted(names)
+    assert images.others == len(others)
+    assert images.sizes.tolist() == [1] * len(names)
+    assert images.keys == sorted(images.keys)
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path):
-    """Picture folders are often linked together; a loop must end."""
+    """Image folders are often linked together; a loop must end."""
     write_folder(tmp_path, {"in/a/x.jpg": b"x", "far/y.jpg": b"y"})
     (tmp_path / "in/a/up").symlink_to(tmp_path / "in")
     (tmp_path / "in/far").symlink_to(tmp_path / "far")
@@ -84,21 +84,21 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     assert set(listed(tmp_path / "in")) == {"a/x.jpg", "far/y.jpg", "far/back/x.jpg", "gone.jpg"}
 
 
-def test_the_shard_folder_inside_the_pictures_is_left_out(tmp_path):
-    """Shards may lie below the pictures they are made of."""
+def test_the_shard_folder_inside_the_images_is_left_out(tmp_path):
+    """Shards may lie below the images they are made of."""
     write_folder(tmp_path, {"a.jpg": b"x", "out/b.jpg": b"x"})
     assert set(listed(tmp_path)) == {"a.jpg"}
 
 
 def test_undecodable_names_are_read(tmp_path):
-    """A Latin-1 file name from an old disk is a picture like any other."""
+    """A Latin-1 file name from an old disk is an image like any other."""
     with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as file:
         file.write(b"x")
     assert list(listed(tmp_path).values()) == ["caf%E9"]
 
 
-@pytest.mark.parametrize(("files", "message"), [({}, "holds no picture"), ({"a.txt": b"x"}, "it holds 1 other files")])
-def test_a_folder_without_pictures(tmp_path, files, message):
+@pytest.mark.parametrize(("files", "message"), [({}, "holds no image"), ({"a.txt": b"x"}, "it holds 1 other files")])
+def test_a_folder_without_images(tmp_path, files, message):
     """Said before anything is written."""
     write_folder(tmp_path, files)
     with pytest.raises(ShardError, match=message):
@@ -134,7 +134,7 @@ def test_classes(paths, labels, expected):
     assert classes_of(paths, labels) == expected
 
 
-def test_folder_labels_refuse_a_stray_picture():
-    """Asked for classes, a picture without one is an error and not class 0."""
+def test_folder_labels_refuse_a_stray_image():
+    """Asked for classes, an image without one is an error and not class 0."""
     with pytest.raises(ShardError, match=r"3\.jpg lies in no sub-folder"):
         classes_of(["a/1.jpg", "3.jpg"], "folder")

@@ -56,13 +56,13 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(images, tmp_path_factory) -> Path:
-    """The 24 pictures in four shards, packed without interruption by one process. Do not write here."""
+    """The 24 images in four shards, packed without interruption by one process. Do not write here."""
     target = tmp_path_factory.mktemp("packed") / "set"
     run(images, target)
     return target
 
 
-def test_webdataset_reads_every_picture_once(images, packed):
+def test_webdataset_reads_every_image_once(images, packed):
     """The tars are plain WebDataset: same keys, same bytes, same labels, through its default reader."""
     read = {sample["__key__"]: sample for sample in samples_of(packed)}
     assert len(read) == 24
@@ -121,7 +121,7 @@ AWKWARD = {
 }
 
 
-def test_every_awkward_picture_and_name_arrives(tmp_path):
+def test_every_awkward_image_and_name_arrives(tmp_path):
     """Mixed formats, shared stems, dots, spaces, unicode, undecodable bytes: each is one sample for webdataset too."""
     write_folder(tmp_path / "in", AWKWARD)
     with open(os.fsencode(tmp_path) + b"/in/a/caf\xe9.jpg", "wb") as file:
@@ -156,8 +156,8 @@ UNUSABLE = {
 }
 
 
-def test_unusable_pictures_are_listed_with_the_reason(tmp_path):
-    """The rest is packed; every picture is either a sample or a line in rejected.jsonl."""
+def test_unusable_images_are_listed_with_the_reason(tmp_path):
+    """The rest is packed; every image is either a sample or a line in rejected.jsonl."""
     write_folder(tmp_path / "in", UNUSABLE)
     two_classes(tmp_path / "in", 3)
     packed = run(tmp_path / "in", tmp_path / "out")
@@ -166,7 +166,7 @@ def test_unusable_pictures_are_listed_with_the_reason(tmp_path):
     reasons = {line["path"]: line["reason"] for line in lines}
     assert list(reasons) == sorted(UNUSABLE)
     assert "zero bytes" in reasons["bad/empty.jpg"] and "truncated" in reasons["bad/cut.jpg"]
-    assert "20000x20000" in reasons["bad/bomb.png"] and "not a picture" in reasons["bad/page.jpg"]
+    assert "20000x20000" in reasons["bad/bomb.png"] and "not an image" in reasons["bad/page.jpg"]
     assert read_image_manifest(tmp_path / "out").samples == 6
 
 
@@ -186,7 +186,7 @@ def test_past_the_limit_packing_stops_and_goes_on_when_allowed(tmp_path, workers
     """A wrong folder or a broken copy must not end as a small set; what is finished stays."""
     bad = {f"bad/{i}.jpg": b"no" for i in range(6)}
     write_folder(two_classes(tmp_path / "in", 10), bad)
-    with pytest.raises(TooManyRejected, match=r"more than 3 pictures .*bad/\d\.jpg: not a picture.*--max-rejected"):
+    with pytest.raises(TooManyRejected, match=r"more than 3 images .*bad/\d\.jpg: not an image.*--max-rejected"):
         run(tmp_path / "in", tmp_path / "out", workers=workers, limit="3")
     assert not (tmp_path / "out/manifest.json").exists()
     lines = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
@@ -199,7 +199,7 @@ def test_past_the_limit_packing_stops_and_goes_on_when_allowed(tmp_path, workers
 def test_all_rejected(tmp_path):
     """No set is better than an empty one."""
     write_folder(tmp_path / "in", UNUSABLE)
-    with pytest.raises(ShardError, match=r"none of the 4 pictures for .*out can be used: see .*rejected\.jsonl"):
+    with pytest.raises(ShardError, match=r"none of the 4 images for .*out can be used: see .*rejected\.jsonl"):
         run(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
 
@@ -221,7 +221,7 @@ def test_rejection_limit_refuses(text):
 
 
 def test_splits(images, tmp_path):
-    """Every picture lies in one split; where it lies depends on its key alone, so adding pictures moves none."""
+    """Every image lies in one split; where it lies depends on its key alone, so adding images moves none."""
     options = PackOptions(samples_per_shard=7, splits=(("val", 0.3), ("test", 0.2)))
     packed = run(images, tmp_path / "out", options)
     keys = {name: {s["__key__"] for s in samples_of(tmp_path / "out" / name)} for name in ("train", "val", "test")}
@@ -242,7 +242,7 @@ def test_splits(images, tmp_path):
 
 def test_an_empty_split_is_refused(images, tmp_path):
     """A validation set of nothing would be found out much later."""
-    with pytest.raises(ShardError, match="split val would get none of the 24 pictures"):
+    with pytest.raises(ShardError, match="split val would get none of the 24 images"):
         run(images, tmp_path / "out", PackOptions(splits=(("val", 1e-9),)))
 
 
@@ -250,8 +250,8 @@ def test_an_empty_split_is_refused(images, tmp_path):
     ("options", "message"),
     [
         (PackOptions(samples_per_shard=0), "--samples-per-shard is 0"),
-        (PackOptions(picture=EncodeOptions(max_side=-1)), "--max-side is -1"),
-        (PackOptions(picture=EncodeOptions(quality=101)), "--quality is 101"),
+        (PackOptions(image=EncodeOptions(max_side=-1)), "--max-side is -1"),
+        (PackOptions(image=EncodeOptions(quality=101)), "--quality is 101"),
         (PackOptions(name="a/b"), "--name has the name 'a/b'"),
         (PackOptions(splits=(("train", 0.1),)), "--split names must differ"),
         (PackOptions(splits=(("val", 0.1), ("val", 0.1))), "--split names must differ"),
@@ -268,8 +268,8 @@ def test_impossible_options(images, tmp_path, options, message):
 
 
 @pytest.mark.parametrize("target", [".", ".."])
-def test_pictures_inside_the_shard_folder(tmp_path, target):
-    """Packing into the pictures' own folder, or one above, would mix both."""
+def test_images_inside_the_shard_folder(tmp_path, target):
+    """Packing into the images' own folder, or one above, would mix both."""
     write_folder(tmp_path / "in/deep", {"a.jpg": jpeg()})
     with pytest.raises(ShardError, match="lie inside the shard folder"):
         run(tmp_path / "in/deep", tmp_path / "in/deep" / target)
@@ -288,7 +288,7 @@ def test_a_finished_set_is_left_as_it_is(images, packed, tmp_path):
     ("options", "message"),
     [
         (PackOptions(samples_per_shard=8), "samples_per_shard was 7, is 8"),
-        (PackOptions(samples_per_shard=7, picture=EncodeOptions(max_side=20)), "max_side was 0, is 20"),
+        (PackOptions(samples_per_shard=7, image=EncodeOptions(max_side=20)), "max_side was 0, is 20"),
         (PackOptions(samples_per_shard=7, splits=(("val", 0.5),)), r"splits was \[\], is \[\['val', 0.5\]\]"),
     ],
 )
@@ -301,12 +301,12 @@ def test_other_options_do_not_mix(images, packed, tmp_path, options, message):
     assert contents(target) == before
 
 
-def test_other_pictures_do_not_mix(images, packed, tmp_path):
-    """A picture added, or changed in place, makes another set."""
+def test_other_images_do_not_mix(images, packed, tmp_path):
+    """An image added, or changed in place, makes another set."""
     target = shutil.copytree(packed, tmp_path / "set")
     changed = shutil.copytree(images, tmp_path / "in", copy_function=shutil.copy2)
     os.utime(changed / "cat/3.jpg", (1, 1))
-    with pytest.raises(ShardError, match="the pictures differ"):
+    with pytest.raises(ShardError, match="the images differ"):
         run(changed, target)
 
 

@@ -70,7 +70,7 @@ def slow_images(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("slow"), {f"{i}.jpg": large for i in range(120)})
 
 
-SLOW = PackOptions(samples_per_shard=10, picture=EncodeOptions(max_side=300))
+SLOW = PackOptions(samples_per_shard=10, image=EncodeOptions(max_side=300))
 SLOW_FLAGS = ("--samples-per-shard", "10", "--max-side", "300")
 
 
@@ -114,7 +114,7 @@ def test_ctrl_c_ends_cleanly(slow_images, tmp_path, workers, moment):
 
 def test_an_index_damaged_meanwhile_is_made_again(tmp_path):
     """Its bits decide keys, labels and what was rejected; it must not be taken over into the manifest."""
-    images = write_folder(tmp_path / "in", {**{f"{i}.jpg": jpeg(i) for i in range(4)}, "no.jpg": b"no picture"})
+    images = write_folder(tmp_path / "in", {**{f"{i}.jpg": jpeg(i) for i in range(4)}, "no.jpg": b"no image"})
     options = PackOptions(samples_per_shard=4)
     run(images, tmp_path / "set", options)
     whole, marker = contents(tmp_path / "set"), json.dumps(make_plan(images, tmp_path / "set", options).describe())

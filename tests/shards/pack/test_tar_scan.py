@@ -129,11 +129,11 @@ def test_a_damaged_long_name_is_refused(tmp_path, format, number, harm):
         scan(path)
 
 
-def test_a_picture_that_does_not_decode_is_a_row(tmp_path):
+def test_a_image_that_does_not_decode_is_a_row(tmp_path):
     """It keeps its place, so that rows stay the tar's samples, and says that it is bad."""
-    rows = scan(write_tar(tmp_path / "x.tar", [("a.jpg", b"no picture"), ("b.jpg", jpeg())]))
+    rows = scan(write_tar(tmp_path / "x.tar", [("a.jpg", b"no image"), ("b.jpg", jpeg())]))
     assert (rows[0].flags, rows[0].width, rows[0].height, rows[0].mean_grey) == (FLAG_BAD, 0, 0, 0.0)
-    assert rows[0].image_xxh3 == xxhash.xxh3_64_intdigest(b"no picture")
+    assert rows[0].image_xxh3 == xxhash.xxh3_64_intdigest(b"no image")
     assert rows[1].flags == FLAG_JPEG
 
 

@@ -49,7 +49,7 @@ def quick(monkeypatch):
 def bucket(folder: Path, faults: Faults | None = None) -> Iterator[str]:
     """An S3 server with the files of `folder` in a bucket, and fsspec's configuration set to find it."""
     with contextlib.ExitStack() as stack:
-        endpoint = stack.enter_context(s3_server(folder, "pictures"))
+        endpoint = stack.enter_context(s3_server(folder, "images"))
         if faults is not None:
             endpoint = stack.enter_context(faulty(endpoint, faults))[0]
         known = {
@@ -61,7 +61,7 @@ def bucket(folder: Path, faults: Faults | None = None) -> Iterator[str]:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setitem(conf, "s3", known)
         remote._system.cache_clear()
-        yield "s3://pictures"
+        yield "s3://images"
     remote._system.cache_clear()
 
 
@@ -156,7 +156,7 @@ def kept(cache: Path) -> list[Path]:
     return sorted(path for path in cache.glob("*/*") if path.parent.name != ".locks")
 
 
-def test_a_picture_damaged_at_its_source_is_a_bad_sample(tiny, tmp_path):
+def test_a_image_damaged_at_its_source_is_a_bad_sample(tiny, tmp_path):
     """Fetched again and again, then replaced and counted like any other."""
     shutil.copytree(tiny.folder / "shards", tmp_path / "shards")
     index = ImageSet(tiny.folder / "shards" / "train").index(0)
@@ -199,7 +199,7 @@ def test_damage_in_the_cache_is_mended_and_logged(tiny, served, tmp_path, caplog
 
 
 def test_damage_in_the_cache_and_on_the_way(tiny, tmp_path):
-    """What comes instead of a damaged picture may be damaged too: the third try has it."""
+    """What comes instead of a damaged image may be damaged too: the third try has it."""
     cache = Cache(tmp_path / "cache", 10**9)
     expected = ImageSet(tiny.folder / "shards" / "train").read(0, 3)
     with http_server(tiny.folder) as upstream, faulty(upstream, Faults(seed=1, corrupt=1)) as (url, counts):
@@ -285,7 +285,7 @@ def test_what_is_used_last_makes_room(tiny, served, tmp_path):
     assert np.mean([all_uses[part] for part in parts]) < np.mean([all_uses[part] for part in everything - set(parts)])
 
 
-def test_tokens_are_made_of_remote_pictures(tiny, served, tmp_path):
+def test_tokens_are_made_of_remote_images(tiny, served, tmp_path):
     """The same tokens, from an image set that is read once and in turn; with room for a few chunks."""
     where = [f"data.images={served}/shards/train", f"data.tokens={tmp_path / 'tokens'}", "data.heldout_images="]
     where += ["data.heldout_tokens=", f"data.cache={tmp_path / 'cache'}", "data.cache_gb=0.0001"]

@@ -1,4 +1,4 @@
-"""A share of the labels: the same pictures of every class at any time, a larger share holds a smaller one."""
+"""A share of the labels: the same images of every class at any time, a larger share holds a smaller one."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from beitforge.shards.stream.order import OrderPolicy
 
 @pytest.fixture(scope="module")
 def images(tiny) -> ImageSet:
-    """50 pictures of 5 classes in 4 shards."""
+    """50 images of 5 classes in 4 shards."""
     return ImageSet(tiny.folder / "shards" / "train")
 
 
@@ -47,7 +47,7 @@ def test_an_epoch_is_the_chosen_each_once(images):
     assert alone == orders[0]
 
 
-def test_shards_without_a_chosen_picture_are_left_out(images):
+def test_shards_without_a_chosen_image_are_left_out(images):
     rows = chosen_rows(images, 0.001, seed=1)
     assert any(not len(chosen) for chosen in rows) or len(rows) < 5
     subset = Subset(rows, OrderPolicy(chunk=4, window=2, lanes=4))

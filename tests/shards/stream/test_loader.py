@@ -29,7 +29,7 @@ def test_a_view_is_pillows_crop_resize_mirror(box, flip, resample, limits):
     before, view = PHOTO.copy(), torch.empty((3, 16, 14), dtype=torch.uint8)
     cut_into(view, codec.crop(PHOTO, box), flip, limits, resample)
     np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), np.asarray(expected))
-    assert np.array_equal(PHOTO, before), "other views are cut from the same picture"
+    assert np.array_equal(PHOTO, before), "other views are cut from the same image"
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -62,5 +62,5 @@ def views(factors: tuple[float, float, float], first: int, second: int) -> Views
     ],
 )
 def test_limits_are_where_the_jitter_clips(factors, turns, limits):
-    """A picture of mean grey 100. Rounded outwards, so that nothing that would not clip is touched."""
+    """An image of mean grey 100. Rounded outwards, so that nothing that would not clip is touched."""
     assert unclipped_limits(views(factors, *turns), np.array([100.0], np.float32)).tolist() == [limits]

@@ -132,7 +132,7 @@ def test_webdataset_reads_our_image_shards(tiny):
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "cls", "__key__"))
     assert len(samples) == 50
     assert {label for _, label, _ in samples} == {0, 1, 2, 3, 4}
-    assert all(picture.mode == "RGB" and key.startswith(f"class{label}/") for picture, label, key in samples)
+    assert all(image.mode == "RGB" and key.startswith(f"class{label}/") for image, label, key in samples)
 
 
 def test_safetensors_reads_our_token_shards(tiny):
@@ -157,7 +157,7 @@ def moved(folder: Path) -> list[str]:
 
 
 def damage(folder: Path, shard: int, row: int) -> str:
-    """Flip one byte inside a picture; returns its key."""
+    """Flip one byte inside an image; returns its key."""
     images = ImageSet(folder / "shards" / "train")
     index = images.index(shard)
     with open(folder / "shards" / "train" / f"{images.manifest.shards[shard].name}.tar", "r+b") as file:
@@ -183,7 +183,7 @@ def test_one_flipped_bit_is_substituted_and_named(tiny, tmp_path):
     assert torch.equal(alone.tokens[0], whole.tokens[at])
 
 
-def test_a_shard_without_a_usable_picture_stops(tiny, tmp_path):
+def test_a_shard_without_a_usable_image_stops(tiny, tmp_path):
     folder = copied(tiny, tmp_path)
     entry = ImageSet(folder / "shards" / "train").manifest.shards[1]
     for row in range(entry.samples):
@@ -202,7 +202,7 @@ def edit_manifest(folder: Path, change) -> None:
 
 
 PAIRINGS = {
-    "digest": (lambda c: c["shards"][0].update(image_digest="0" * 32), "made from other pictures"),
+    "digest": (lambda c: c["shards"][0].update(image_digest="0" * 32), "made from other images"),
     "count": (lambda c: c["shards"][1].update(samples=3), "has 3 samples, its image shard 16"),
     "names": (lambda c: c["shards"].pop(), "does not list the image set's shards"),
     "vocabulary": (lambda c: c["tokenizer"].update(vocabulary=99), "vocabulary of 99"),
