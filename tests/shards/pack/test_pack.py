@@ -250,8 +250,8 @@ def test_an_empty_split_is_refused(images, tmp_path):
     ("options", "message"),
     [
         (PackOptions(samples_per_shard=0), "--samples-per-shard is 0"),
-        (PackOptions(image=EncodeOptions(max_side=-1)), "--max-side is -1"),
-        (PackOptions(image=EncodeOptions(quality=101)), "--quality is 101"),
+        (PackOptions(encoding=EncodeOptions(max_side=-1)), "--max-side is -1"),
+        (PackOptions(encoding=EncodeOptions(quality=101)), "--quality is 101"),
         (PackOptions(name="a/b"), "--name has the name 'a/b'"),
         (PackOptions(splits=(("train", 0.1),)), "--split names must differ"),
         (PackOptions(splits=(("val", 0.1), ("val", 0.1))), "--split names must differ"),
@@ -288,7 +288,7 @@ def test_a_finished_set_is_left_as_it_is(images, packed, tmp_path):
     ("options", "message"),
     [
         (PackOptions(samples_per_shard=8), "samples_per_shard was 7, is 8"),
-        (PackOptions(samples_per_shard=7, image=EncodeOptions(max_side=20)), "max_side was 0, is 20"),
+        (PackOptions(samples_per_shard=7, encoding=EncodeOptions(max_side=20)), "max_side was 0, is 20"),
         (PackOptions(samples_per_shard=7, splits=(("val", 0.5),)), r"splits was \[\], is \[\['val', 0.5\]\]"),
     ],
 )

@@ -70,7 +70,7 @@ def slow_images(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("slow"), {f"{i}.jpg": large for i in range(120)})
 
 
-SLOW = PackOptions(samples_per_shard=10, image=EncodeOptions(max_side=300))
+SLOW = PackOptions(samples_per_shard=10, encoding=EncodeOptions(max_side=300))
 SLOW_FLAGS = ("--samples-per-shard", "10", "--max-side", "300")
 
 
@@ -107,7 +107,7 @@ def test_ctrl_c_ends_cleanly(slow_images, tmp_path, workers, moment):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "interrupted: run the same command again to go on"
+    assert errors.splitlines()[-1] == "interrupted: run the same command again, it resumes"
     until_all_gone(process)
     assert not list(target.glob(f"*{PARTIAL}*")) and not (target / "manifest.json").exists()
 
