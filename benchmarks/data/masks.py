@@ -11,7 +11,7 @@ from beitforge.shards import counter_rng
 from benchmarks.results import write
 
 SAMPLES, GRID, SEED, TRIES = 20_000, 14, 0, 10
-# RECIPE, "Mask": 20,000 draws of the released generator
+# docs/recipe.md, "Mask": 20,000 draws of the released generator
 PUBLISHED = (
     ("mean masked", "74.47"),
     ("exactly 75", "66.6%"),

@@ -14,7 +14,7 @@ from benchmarks.results import write
 IMAGENET = 1_281_167
 _ALLOWED = 0.25
 
-# RECIPE; the paper's model has 1-D positions and no layer scale, attention as PyTorch 1.7 had it
+# docs/recipe.md; the paper's model has 1-D positions and no layer scale, attention as PyTorch 1.7 had it
 BASE = Model(positions="absolute", layer_scale=False, kernels="reference")
 LARGE = dataclasses.replace(BASE, layers=24, width=1024, heads=16)
 HUGE = dataclasses.replace(BASE, layers=32, width=1280, heads=16, patch_size=14)

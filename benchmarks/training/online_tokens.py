@@ -16,7 +16,7 @@ from benchmarks.results import launch, write
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, STEPS, ROUNDS = 8, 3, 2
-# multiply-adds of one image (RECIPE, "Cost"): three times the encoder's forward, and the DALL-E encoder's
+# multiply-adds of one image (docs/recipe.md, "Cost"): three times the encoder's forward, and the DALL-E encoder's
 COSTS = {"base": 54.0, "tokenizer": 26.06}
 
 

@@ -204,7 +204,7 @@ def main() -> None:
     notes = [
         f"A whole step in bf16 without loader and DeepSpeed, {', '.join(f'{n} {b} images' for n, _, b in SIZES)}; "
         f"median and the fifths at either end. MFU against the {product_rate / 1e12:.0f} TFLOP/s that a large product "
-        "reached on this chip; operations as RECIPE counts them, the last block whole."
+        "reached on this chip; operations as docs/recipe.md counts them, the last block whole."
     ]
     for size in SIZES:
         rows += measure(*size, product_rate)

@@ -60,7 +60,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What `tokenize` draws views from (RECIPE: BEiT's transform). A change asks for new token shards."""
+    """What `tokenize` draws views from (docs/recipe.md: BEiT's transform). A change asks for new token shards."""
 
     num_views: int = 16  # K, stored views of each image
     seed: int = 0
@@ -105,7 +105,7 @@ class Tokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The encoder and its head (RECIPE, "Model")."""
+    """The encoder and its head (docs/recipe.md, "Model")."""
 
     input_size: Size = Size(224, 224)
     patch_size: int = 16
@@ -134,7 +134,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Blockwise masking (RECIPE, "Mask")."""
+    """Blockwise masking (docs/recipe.md, "Mask")."""
 
     num_patches: int = 75  # masked patches of a view
     min_block: int = 16
@@ -144,7 +144,7 @@ class Mask:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW with a cosine per step (RECIPE, "Optimiser")."""
+    """AdamW with a cosine per step (docs/recipe.md, "Optimiser")."""
 
     lr: float = 1.5e-3
     lr_end: float = 1e-5
@@ -174,7 +174,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """Supervised training on data.labelled_images (RECIPE, "Fine-tuning"); what is not here is as in `train`,
+    """Supervised training on data.labelled_images (docs/recipe.md, "Fine-tuning"); what is not here is as in `train`,
     `optimizer` and `loader`."""
 
     run: str = "runs/finetune"  # run folder

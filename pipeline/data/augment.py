@@ -1,4 +1,4 @@
-"""What fine-tuning does to images (RECIPE, "Fine-tuning"): RandAugment by timm, rectangles to erase, how to mix.
+"""Augmentation of fine-tuning (docs/recipe.md, "Fine-tuning"): RandAugment by timm, rectangles to erase, how to mix.
 
 RandAugment works on the cut image in the loader. Erasing and mixing are drawn here and done on the device
 (pipeline.training.objectives): timm's own draw from global state and wait for the device. Everything is a pure function

@@ -69,7 +69,7 @@ def image_set(config: Config, where: str) -> ImageSet:
 
 
 def order_of(config: Config, images: ImageSet) -> Order:
-    """DESIGN §4's, of the config's loader section."""
+    """The order of samples (docs/formats.md), of the config's loader section."""
     loader = config.loader
     policy = OrderPolicy(seed=config.data.seed, chunk=loader.chunk, window=loader.window, lanes=loader.lanes)
     return Order([shard.samples for shard in images.manifest.shards], policy)
@@ -101,7 +101,7 @@ def fingerprints(sources: Mapping[str, DataSource | None]) -> dict[str, str]:
 
 
 def pretraining(config: Config) -> DataSource:
-    """Image shards with their token shards, in the order of DESIGN §4. Raises ShardError or ConfigError."""
+    """Image shards with their token shards, in the order of docs/formats.md. Raises ShardError or ConfigError."""
     images = image_set(config, config.data.images)
     draw = functools.partial(sample_draws, config.mask, config.model, config.data.seed)
     return _pairs(config, images, config.data.tokens, order_of(config, images), draw, view_policy(config.view))

@@ -1,4 +1,4 @@
-"""The encoder: BEiT's pre-norm vision transformer and its head over visual tokens (RECIPE, "Model").
+"""The encoder: BEiT's pre-norm vision transformer and its head over visual tokens (docs/recipe.md, "Model").
 
 Shape letters: B batch · C channels · H, W pixels · N patches · S = N + 1 with [S] (cls) in front · D width · A heads ·
 K head size · V vocabulary · M masked patches · L layers. Draws nothing at random but its initial weights: drop path
@@ -150,7 +150,7 @@ class Classifier(Encoder):
 
 @torch.no_grad()
 def initialise(encoder: Encoder, seed: int) -> None:
-    """Every parameter, in the order of named_parameters (RECIPE, "Init").
+    """Every parameter, in the order of named_parameters (docs/recipe.md, "Init").
 
     Weights and embeddings: normal 0.02 truncated at ±0.02. Biases and bias tables 0, norms 1, layer scale its constant.
     The matrices that end a residual branch are divided by √(2 · layer number from 1).

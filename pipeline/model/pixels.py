@@ -25,7 +25,7 @@ def normalise(pixels_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ..
 
 
 def tokenizer_input(pixels_BCHW: Tensor) -> Tensor:
-    """0.8 x + 0.1, the range of the DALL-E tokenizer (RECIPE, "Input")."""
+    """0.8 x + 0.1, the range of the DALL-E tokenizer (docs/recipe.md, "Input")."""
     return 0.8 * pixels_BCHW + 0.1
 
 

@@ -199,5 +199,5 @@ def _rate(text: str) -> float:
 
 
 def _flops_of(model: str, flops_per_image: float) -> float:
-    """Operations an image of the sizes that benchmarks/train measures (RECIPE, "Cost")."""
+    """Operations an image of the sizes that benchmarks/train measures (docs/recipe.md, "Cost")."""
     return {"base": 108.2e9, "large": 373.1e9}.get(model, flops_per_image)

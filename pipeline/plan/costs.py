@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from beitforge.pipeline.config.settings import Model, Tokenizer
 
 _STATISTICS = 8  # mean and 1/deviation of a LayerNorm's row, float32
-_DALLE_MACS = 26.06e9  # of the DALL-E encoder at 112 px (RECIPE, "Cost")
+_DALLE_MACS = 26.06e9  # of the DALL-E encoder at 112 px (docs/recipe.md, "Cost")
 _LOGITS_AT_A_TIME = 1 << 25  # kernels.cross_entropy.operator
 _CHAIN_EAGER, _CHAIN_COMPILED = 18.0, 4.0  # passes of a block beside GELU's, forward
 _LAUNCHED_EAGER, _LAUNCHED_COMPILED = (
@@ -78,7 +78,7 @@ def _block_macs(model: Model, positions: int, picked: int) -> float:
 
 
 def training_flops(model: Model, vocabulary: int, masked: int) -> float:
-    """Floating-point operations of one training step per image: forward × 3, matrix products only (RECIPE, "Cost").
+    """Operations of one training step per image: forward × 3, matrix products only (docs/recipe.md, "Cost").
 
     The last block counts in full although only its masked patches are computed, so that MFU compares with others'.
     """
@@ -179,7 +179,7 @@ def update_bytes(numbers: float) -> float:
 
 
 def tokenizer_macs(settings: Tokenizer, dalle: bool) -> float:
-    """Multiply-adds of one view's tokens: the own dVAE's encoder (pipeline.tokenizers.dvae), or DALL-E's (RECIPE,
+    """Multiply-adds of a view's tokens: the own encoder (pipeline.tokenizers.dvae), or DALL-E's (docs/recipe.md,
     "Cost")."""
     height, width = settings.input_size
     if dalle:

@@ -8,7 +8,7 @@ from beitforge.pipeline.plan.estimate import Estimate, Machine, kernels_of, size
 from beitforge.pipeline.plan.zero_model import zero_settings
 
 _SOURCES = """Formulas
-  parameters, operations   counted as pipeline.model.beit has them; MFU with the last block whole (RECIPE, Cost)
+  parameters, operations   those of pipeline.model.beit; MFU with the last block whole (docs/recipe.md, "Cost")
   model states             ZeRO, arXiv 1910.02054, section 5, with DeepSpeed 0.19's buckets and padding
   bytes sent               ring collectives (Patarasuk and Yuan 2009); ZeRO section 7, but DeepSpeed's ZeRO-1 and 2 send
                            3 Ψ, not 2 Ψ; each counted at the collectives (tests/pipeline/plan/test_plan_ranks.py)

@@ -1,4 +1,4 @@
-"""The own tokenizer: a discrete VAE from pixels to visual tokens and back (RECIPE, "Own tokenizer").
+"""The own tokenizer: a discrete VAE from pixels to visual tokens and back (docs/recipe.md, "Own tokenizer").
 
 Three stride-2 convolutions and residual blocks give logits over the vocabulary for each 8×8 field; the decoder mirrors
 them. Training draws from a Gumbel-softmax; a trained tokenizer takes the argmax. Shape letters as in

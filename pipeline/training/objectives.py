@@ -52,7 +52,7 @@ def online_tokens(tokenize: Callable[[Tensor], Tensor], batch: ObjectiveBatch) -
 def masked_token_loss(
     config: Config, model: Callable, batch: ObjectiveBatch, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy of the masked patches' tokens, mean over them (RECIPE, "Model"); and masked accuracy.
+    """Cross entropy of the masked patches' tokens, mean over them (docs/recipe.md, "Model"); and masked accuracy.
 
     `dtype` is that of the model's input; the loss is computed in float32.
     """

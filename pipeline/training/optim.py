@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate of every step (RECIPE, "Optimiser")."""
+"""AdamW's parameter groups and the learning rate of every step (docs/recipe.md, "Optimiser")."""
 
 import math
 

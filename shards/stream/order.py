@@ -2,7 +2,7 @@
 
 Sample s of a run belongs to epoch s div N at position s mod N. An epoch permutes all chunks of the set (C consecutive
 samples each, one read) and lays them end to end; cuts that sequence into L lanes; and permutes each lane within windows
-of G chunks' worth. Global position p of the epoch is lane p mod L, step p div L. (ARCHITECTURE.md, "Order".)
+of G chunks' worth. Global position p of the epoch is lane p mod L, step p div L. (docs/architecture.md, "Order".)
 
 Nothing is as long as the set: the permutation of the chunks is computed place by place, and where a place lies in the
 sequence follows from the few chunks that are short, the last ones of their shards.

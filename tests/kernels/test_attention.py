@@ -73,7 +73,7 @@ def test_relative_index_is_beits(rows, columns):
 
 
 def test_recipes_table_has_732_rows():
-    """RECIPE, "Model": (2·14 − 1)² + 3."""
+    """docs/recipe.md, "Model": (2·14 − 1)² + 3."""
     assert int(relative_index(14, 14).max()) + 1 == 732
 
 
@@ -122,7 +122,7 @@ def test_gradients_by_finite_differences(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_is_as_good_as_bfloat16_can_be(implementation):
-    """STYLE, "Kernel": the error is at most twice that of the plain low-precision computation."""
+    """docs/contributing.md, "Kernels": the error is at most twice that of the plain low-precision computation."""
     qkv, table, _ = inputs(8, 8, 2, 32, 2)
     bias = expand_bias(table, relative_index(8, 8))
     exact = plain_attention(qkv.bfloat16().double(), bias.bfloat16().double())

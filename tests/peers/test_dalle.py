@@ -84,7 +84,7 @@ def test_decoder(tmp_path, old):
 
 @torch.no_grad()
 def test_published_sizes(tmp_path):
-    """8192 codes, 256 channels: 53.79 M parameters (RECIPE); 112 pixels are 14 × 14 tokens."""
+    """8192 codes, 256 channels: 53.79 M parameters (docs/recipe.md); 112 pixels are 14 × 14 tokens."""
     peer = randomised(dall_e.Encoder())
     image = dall_e.map_pixels(pixels(112, 112)[:1])
     peer.blocks.output.conv.b -= peer(image).mean(dim=(0, 2, 3))  # else one code wins everywhere

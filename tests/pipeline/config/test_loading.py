@@ -26,7 +26,7 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 
 
 def test_the_defaults_are_the_recipe():
-    """RECIPE: input, mask, optimiser."""
+    """docs/recipe.md: input, mask, optimiser."""
     config = Config()
     sizes = (config.model.input_size, config.model.patch_size, config.tokenizer.input_size, config.tokenizer.stride)
     assert sizes == ((224, 224), 16, (112, 112), 8)

@@ -1,4 +1,4 @@
-"""Masks: RECIPE's statistics, the released algorithm sample by sample, and a function of the sample alone."""
+"""Masks: docs/recipe.md's statistics, the released algorithm sample by sample, and a function of the sample alone."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def uniforms(seed: int, samples: np.ndarray) -> Callable[[int], np.ndarray]:
 
 
 def plain_mask(mask: Mask, rows: int, columns: int, numbers: Iterator[np.ndarray]) -> tuple[np.ndarray, int]:
-    """RECIPE "Mask", and BEiT's released MaskingGenerator, in loops: the mask and its number of blocks. `numbers`
+    """docs/recipe.md, "Mask", and the released MaskingGenerator, in loops: the mask and its number of blocks. `numbers`
     gives (area, aspect, top, left) of each try in turn, as uniforms in [0, 1)."""
     masked, blocks = np.zeros((rows, columns), dtype=bool), 0
     low, high = math.log(mask.aspect_min), math.log(1 / mask.aspect_min)
@@ -80,7 +80,7 @@ def many() -> np.ndarray:
 
 
 def test_published_statistics(many):
-    """RECIPE: 20,000 draws, mean 74.47, exactly 75 in 66.6 %, least 64. Draws are fixed, so this never flakes."""
+    """docs/recipe.md: of 20,000, mean 74.47, exactly 75 in 66.6 %, least 64. Draws are fixed, so this never flakes."""
     counts = many.sum(axis=(1, 2))
     assert counts.mean() == pytest.approx(74.47, abs=0.05)
     assert (counts == 75).mean() == pytest.approx(0.666, abs=0.01)
@@ -89,7 +89,7 @@ def test_published_statistics(many):
 
 
 def test_published_places(many):
-    """RECIPE: masked with probability 0.040 in a corner, 0.189 in the middle of an edge, 0.716 in the centre; the same
+    """docs/recipe.md: masked with probability 0.040 in a corner, 0.189 mid-edge, 0.716 in the centre; the same
     on all sides."""
     share = many.mean(axis=0)
     corners = [share[0, 0], share[0, -1], share[-1, 0], share[-1, -1]]
@@ -102,7 +102,7 @@ def test_published_places(many):
 
 
 def test_published_blocks():
-    """RECIPE: 4.1 blocks a mask, as the plain algorithm counts them."""
+    """docs/recipe.md: 4.1 blocks a mask, as the plain algorithm counts them."""
     tries = np.stack([uniforms(0, np.arange(2000))(attempt) for attempt in range(120)])
     blocks = [plain_mask(PUBLISHED, 14, 14, iter(tries[:, sample]))[1] for sample in range(2000)]
     assert np.mean(blocks) == pytest.approx(4.1, abs=0.1)

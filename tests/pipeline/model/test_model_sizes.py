@@ -1,4 +1,4 @@
-"""The encoder's sizes, cost and initial weights are RECIPE's."""
+"""The encoder's sizes, cost and initial weights are docs/recipe.md's."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_an_own_table_in_every_layer_counts(monkeypatch):
 
 @pytest.mark.parametrize(("changes", "gigaflops"), [({}, 108), (LARGE, 373)])
 def test_training_cost_is_recipes(changes, gigaflops):
-    """RECIPE, "Cost"."""
+    """docs/recipe.md, "Cost"."""
     assert training_flops(Model(**changes), 8192, 75) / 1e9 == pytest.approx(gigaflops, rel=0.01)
 
 

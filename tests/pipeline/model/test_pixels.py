@@ -163,7 +163,7 @@ def test_normalise():
 
 
 def test_tokenizer_range():
-    """RECIPE: 0.8 x + 0.1; and back, clamped."""
+    """docs/recipe.md: 0.8 x + 0.1; and back, clamped."""
     values = torch.tensor([[[[0.0, 0.25, 1.0]]]])
     torch.testing.assert_close(tokenizer_input(values), torch.tensor([[[[0.1, 0.3, 0.9]]]]))
     torch.testing.assert_close(from_tokenizer(tokenizer_input(values)), values)

@@ -45,7 +45,7 @@ def test_parameters_of_other_shapes(monkeypatch, shape):
 
 
 def test_published_sizes():
-    """RECIPE's numbers: parameters, and operations per image."""
+    """docs/recipe.md's numbers: parameters, and operations per image."""
     base, large = Model(), Model(layers=24, width=1024, heads=16)
     assert costs.num_parameters(base, 8192) == 91_965_776
     assert costs.num_parameters(large, 8192) == 311_534_016

@@ -139,7 +139,7 @@ def test_a_measured_rate_is_what_comes_out():
 
 
 def test_online_tokens_cost_their_operations():
-    """DALL-E's encoder adds 48 % to base (RECIPE, "Cost") at the same rate."""
+    """DALL-E's encoder adds 48 % to base (docs/recipe.md, "Cost") at the same rate."""
     words = [BASE, "--gpus", "1", "--stages", "0", "train.global_batch=256", "train.compile=false"]
     machine = [
         "--assume",

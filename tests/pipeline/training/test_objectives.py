@@ -135,7 +135,7 @@ def test_fewer_masked_patches_than_m():
 
 
 def test_the_loss_starts_at_the_logarithm_of_the_vocabulary():
-    """RECIPE: ln 8192 = 9.011."""
+    """docs/recipe.md: ln 8192 = 9.011."""
     batch = views()
     loss, _ = masked_token_loss(CONFIG, beit(), batch, torch.float32)
     assert loss.item() == pytest.approx(math.log(V), rel=0.01)
@@ -250,7 +250,7 @@ def test_gumbel_noise_is_standard_and_comes_from_the_generator():
 
 
 def test_temperature_end_points():
-    """RECIPE: from 1 to 1/16, exponentially over anneal_share of training, then constant."""
+    """docs/recipe.md: from 1 to 1/16, exponentially over anneal_share of training, then constant."""
     settings = Tokenizer()
     assert dvae_temperature(settings, 0, 1000) == 1.0
     assert dvae_temperature(settings, 375, 1000) == pytest.approx(0.25)

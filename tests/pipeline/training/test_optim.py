@@ -21,7 +21,7 @@ def released_schedule(base: float, final: float, steps: int, warmup: int) -> np.
 
 @pytest.mark.parametrize(("steps", "warmup"), [(500, 50), (1000, 2), (37, 36), (10, 0), (187_680, 6256)])
 def test_learning_rate_is_the_released_schedule(steps, warmup):
-    """Every step of it; the last is RECIPE's 300 epochs of IN-1k with 10 of warm-up."""
+    """Every step of it; the last is docs/recipe.md's 300 epochs of IN-1k with 10 of warm-up."""
     expected = released_schedule(1.5e-3, 1e-5, steps, warmup)
     chosen = range(steps) if steps < 2000 else [*range(0, steps, 997), warmup - 1, warmup, warmup + 1, steps - 1]
     found = [learning_rate(step, peak=1.5e-3, end=1e-5, warmup=warmup, steps=steps) for step in chosen]
@@ -103,7 +103,7 @@ GAMMAS = {"blocks.0.gamma1", "blocks.0.gamma2"}
     ],
 )
 def test_weight_decay_name_by_name(positions, layer_scale, decayed, kept):
-    """RECIPE: on the mask embedding and the relative table, not on 1-D parameters, position and cls embeddings."""
+    """docs/recipe.md: on the mask embedding and the relative table, not on 1-D parameters, positions and cls."""
     assert names_by_decay(positions, layer_scale) == (decayed, kept)
 
 

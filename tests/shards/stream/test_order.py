@@ -17,7 +17,7 @@ SHARDS = [100, 3, 0, 57]  # uneven, one of them empty
 
 
 def plain_order(shard_samples: list[int], policy: OrderPolicy, epoch: int) -> list[tuple[int, int]]:
-    """Shard and row of every position of an epoch, as DESIGN §4 says it, in lists."""
+    """Shard and row of every position of an epoch, as docs/formats.md, "The order of samples", says it, in lists."""
     chunks = [
         [(shard, row) for row in range(start, min(start + policy.chunk, samples))]
         for shard, samples in enumerate(shard_samples)
@@ -180,7 +180,7 @@ def same_shard_ratio(policy: OrderPolicy) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_class_sorted_data_is_well_mixed(seed):
-    """DESIGN §4 measured 1.2 × a perfect permutation on 1280 shards; the lanes do it: one lane alone is far worse."""
+    """docs/formats.md: 1.2 × a perfect permutation on 1280 shards; the lanes do it: one lane alone is far worse."""
     assert 0.7 < same_shard_ratio(OrderPolicy(seed=seed)) < 1.6
     assert same_shard_ratio(OrderPolicy(seed=seed, chunk=1)) == pytest.approx(1, abs=0.05)
     assert same_shard_ratio(OrderPolicy(seed=seed, lanes=1)) > 5
