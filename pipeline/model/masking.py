@@ -1,4 +1,4 @@
-"""Blockwise masks (docs/recipe.md, "Mask"; the paper, §2.3, and the released MaskingGenerator), a whole batch at a time.
+"""Blockwise masks (docs/recipe.md, "Mask"; the paper, §2.3, and the released MaskingGenerator), a batch at a time.
 
 Randomness comes in as an argument, so a mask is a pure function of its sample. Must not know shards.
 """
