@@ -1,4 +1,4 @@
-"""`watch RUN`: a run as it goes on, as a page in a browser or in this terminal; read from its folder alone."""
+"""`watch RUN`: the progress of a run, as a page in a browser or in this terminal; read from its folder alone."""
 
 import argparse
 import signal
@@ -12,7 +12,7 @@ from beitforge.pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from beitforge.pipeline.watch.server import Server
 
-HELP = "show a run as it goes on, in a browser or in this terminal"
+HELP = "show the progress of a run, in a browser or in this terminal"
 _REDRAW_SECONDS = 1.0
 
 
@@ -48,7 +48,7 @@ def _serve(folder: Path, host: str, port: int) -> int:
         pass
     finally:
         server.server_close()
-        site.beside.stop()
+        site.background.stop()
     return 0
 
 

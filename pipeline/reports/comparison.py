@@ -5,14 +5,16 @@ Records in, HTML out; runs may be of different length and kind. Must not know to
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from beitforge.pipeline.config.loading import to_dict
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.charts import Series, line_chart
+from beitforge.pipeline.reports.components import Section
 from beitforge.pipeline.reports.summary import data_wait
-from beitforge.pipeline.runs.formatting import duration, number
+from beitforge.pipeline.runs.formatting import duration, number, utc_time
 from beitforge.pipeline.runs.record import RunRecord, points, value
 
 _TONES = 6  # colours of lines; they begin again after so many
@@ -20,11 +22,12 @@ _COMMIT = 12  # digits that tell one from another
 _ELSEWHERE = ("train.run", "finetune.run")  # where a run lies is its name
 
 
-def body(records: Sequence[RunRecord]) -> str:
-    """The whole content of <main>: head, differences, numbers, curves, and what could not be read."""
+def sections_of(records: Sequence[RunRecord]) -> list[Section]:
+    """The sections in order, without empty ones: head, notes (what could not be read), differences, numbers, curves and
+    footer."""
     names = names_of([record.run for record in records])
     said = [f"{name}: {line}" for name, record in zip(names, records, strict=True) for line in record.notes]
-    parts = [
+    sections = [
         components.header(
             "beitforge", " · ".join(names), f"{len(records)} runs", True, "What differs, and what came of it."
         ),
@@ -32,8 +35,9 @@ def body(records: Sequence[RunRecord]) -> str:
         _differences(names, records),
         _numbers(names, records),
         _curves(names, records),
+        components.footer(f"Written {utc_time(time.time())} by beitforge."),
     ]
-    return "\n".join(part for part in parts if part)
+    return [section for section in sections if section.html]
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
@@ -48,7 +52,7 @@ def names_of(runs: Sequence[Path]) -> list[str]:
     return names
 
 
-def _differences(names: list[str], records: Sequence[RunRecord]) -> str:
+def _differences(names: list[str], records: Sequence[RunRecord]) -> Section:
     """The settings, and what of the machines, that are not the same everywhere."""
     flat = [settings(record) for record in records]
     keys = list(dict.fromkeys(key for each in flat for key in each))
@@ -154,7 +158,7 @@ def _alike(title: str, records: Sequence[RunRecord]) -> bool:
     return title not in ("linear probe", "k-NN probe") or len(sizes) == 1
 
 
-def _numbers(names: list[str], records: Sequence[RunRecord]) -> str:
+def _numbers(names: list[str], records: Sequence[RunRecord]) -> Section:
     """The headline numbers, where anybody has them; the best of a row is set bold."""
     rows: list[list[str]] = []
     strong: set[tuple[int, int]] = set()
@@ -192,8 +196,8 @@ _CHARTS = (
 )
 
 
-def _curves(names: list[str], records: Sequence[RunRecord]) -> str:
-    """A line a run. Over samples where batches differ, since steps then are not the same."""
+def _curves(names: list[str], records: Sequence[RunRecord]) -> Section:
+    """One line per run. Where batch sizes differ the axis counts samples, since steps cannot be compared."""
     by_step = len({record.global_batch for record in records}) == 1
     factors = [1 if by_step else record.global_batch for record in records]
     end = float(max(record.step * factor for record, factor in zip(records, factors, strict=True)))

@@ -7,17 +7,24 @@ not know runs or torch.
 import base64
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
-
-from beitforge.pipeline.reports.css import STYLE
-from beitforge.pipeline.reports.js import SCRIPT
+from importlib.resources import files
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
+class Section:
+    """One child element of <main>. id: its HTML id, unique on the page; html: empty where there is nothing to show."""
+
+    id: str
+    html: str
+
+
+@dataclass(frozen=True)
 class Card:
-    """A number worth a card: what it is, the number, and a line about it."""
+    """A headline number: its label, the value, and a line of detail."""
 
     label: str
     value: str
@@ -36,39 +43,57 @@ class Figure:
     good: bool = False
 
 
-def page(title: str, body_html: str, *, connect: str = "", script: str = "") -> str:
-    """A whole HTML document. Bytes of file names that are no text (surrogates) come out as their escapes.
+@cache
+def asset(package: str, name: str) -> str:
+    """The text of the file `assets/name` of a package, read once."""
+    return (files(package) / "assets" / name).read_text(encoding="utf-8")
 
-    For a page that is served: connect, where its scripts may connect to ("'self'"), and a script beside the page's own,
-    which calls `start()` whenever it has replaced what is in <main>.
+
+def page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    bar_html: str = "",
+    connect: str = "",
+    script: str = "",
+    style: str = "",
+) -> str:
+    """A whole HTML document. Undecodable bytes of file names (surrogates) are written as escapes.
+
+    For a page that is served: bar_html stands above the sections, connect is where its scripts may connect to
+    ("'self'"), style and script are added to the page's own; the script calls `start()` whenever it has replaced
+    content of <main>.
     """
+    styles = asset(__package__, "report.css") + style
+    body_html = "\n".join(html for html in (bar_html, *(section.html for section in sections)) if html)
     policy = f"{_POLICY}; connect-src {connect}" if connect else _POLICY
     more = f"<script>{script}</script>" if script else ""
     html = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="referrer" content="no-referrer">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>\n'
-        f"<body><main>\n{body_html}\n</main><script>{SCRIPT}</script>{more}</body></html>\n"
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{styles}</style></head>\n'
+        f"<body><main>\n{body_html}\n</main><script>{asset(__package__, 'charts.js')}</script>{more}</body></html>\n"
     )
     return html.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def header(eyebrow: str, title: str, status: str, good: bool, *leads: str) -> str:
+def header(eyebrow: str, title: str, status: str, good: bool, *leads: str) -> Section:
     """The page's head: where it comes from, its name, how the run stands, and sentences; the first is the largest."""
     lines = "".join(f'<p class="lead{"" if i else " big"}">{escape(lead)}</p>' for i, lead in enumerate(leads) if lead)
-    return (
+    return Section(
+        "head",
         f'<header id="head"><p class="eyebrow">{escape(eyebrow)}</p><div class="head"><h1>{escape(title)}</h1>'
-        f'<span class="status {"good" if good else "wait"}">{escape(status)}</span></div>{lines}</header>'
+        f'<span class="status {"good" if good else "wait"}">{escape(status)}</span></div>{lines}</header>',
     )
 
 
-def section(name: str, title: str, about: str, *parts_html: str) -> str:
-    """A heading, a sentence about what follows, and the parts; nothing when there are no parts. name: its id."""
+def section(name: str, title: str, about: str, *parts_html: str) -> Section:
+    """A heading, a sentence about what follows, and the parts; empty when there are no parts. name: its id."""
     body = "\n".join(part for part in parts_html if part)
     lead = f'<p class="section">{escape(about)}</p>' if about else ""
     heading = f"<h2>{escape(title)}</h2>" if title else ""
-    return f'<section id="{escape(name)}">{heading}{lead}{body}</section>' if body else ""
+    return Section(name, f'<section id="{escape(name)}">{heading}{lead}{body}</section>' if body else "")
 
 
 def notes(lines: Sequence[str]) -> str:
@@ -77,17 +102,18 @@ def notes(lines: Sequence[str]) -> str:
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 
-def cards(items: Sequence[Card]) -> str:
-    """The numbers that matter, side by side in rows that are full where they can be."""
+def cards(items: Sequence[Card]) -> Section:
+    """The headline numbers side by side, in full rows where their count allows."""
     columns = next((columns for columns in (4, 5, 3) if len(items) % columns == 0), 4)
-    return (
+    return Section(
+        "numbers",
         f'<dl class="cards row{columns}" id="numbers">'
         + "".join(
             f'<div class="card"><dt>{escape(card.label)}</dt><dd class="value">{escape(card.value)}</dd>'
             f'<dd class="detail">{escape(card.detail)}</dd></div>'
             for card in items
         )
-        + "</dl>"
+        + "</dl>",
     )
 
 
@@ -208,7 +234,7 @@ def _cell(name: str, image: Figure) -> str:
 
 
 def image_grid(rows_html: Sequence[str]) -> str:
-    """The samples, two beside each other where there is room."""
+    """The samples, two in a row where there is room."""
     return f'<div class="images">{"".join(rows_html)}</div>' if rows_html else ""
 
 
@@ -230,6 +256,6 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def footer(text: str) -> str:
+def footer(text: str) -> Section:
     """The page's last line."""
-    return f"<footer>{escape(text)}</footer>"
+    return Section("footer", f'<footer id="footer">{escape(text)}</footer>')

@@ -8,7 +8,7 @@ import statistics
 
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.charts import Series, line_chart
-from beitforge.pipeline.reports.components import Block, Tick
+from beitforge.pipeline.reports.components import Block, Section, Tick
 from beitforge.pipeline.runs.formatting import duration, number, utc_time
 from beitforge.pipeline.runs.record import RunRecord, points, value
 
@@ -16,7 +16,7 @@ _SPIKY = 20  # a gradient norm so many times its median asks for a logarithmic a
 _LITTLE = 0.02  # nats that do not matter
 
 
-def curves(record: RunRecord) -> str:
+def curves(record: RunRecord) -> Section:
     """What is logged, against the step, restarts marked; and the time line."""
     if not record.train:
         return components.section("curves", "Curves", "", components.notes(["No step has been logged yet."]))
@@ -141,14 +141,14 @@ def _norm_chart(record: RunRecord) -> str:
     return _chart(record, "Gradient norm", series, log=spiky, zero=not spiky)
 
 
-def gaps(record: RunRecord) -> str:
+def gaps(record: RunRecord) -> Section:
     """What images and views that were never trained on cost, and what that says of the number of views."""
     kinds = ("seen_view", "new_view", "heldout")
     losses = {kind: dict(points(record.kinds.get(kind, []), "loss")) for kind in kinds}
     views = _difference(losses["new_view"], losses["seen_view"])
     unseen = _difference(losses["heldout"], losses["new_view"])
     if not losses["new_view"] or not (views or unseen):
-        return ""
+        return Section("gaps", "")
     series = [
         Series(name="views: new − seen", points=views, tone=3),
         Series(name="images: held-out − new view", points=unseen, tone=2),
@@ -159,7 +159,7 @@ def gaps(record: RunRecord) -> str:
         _chart(record, "What being new costs", [line for line in series if line.points], unit="nats", wide=True),
     ]
     return components.section(
-        "gaps", "What is new to it", _gap_words(record, views, unseen), components.charts(drawn, large=True)
+        "gaps", "Generalisation", _gap_words(record, views, unseen), components.charts(drawn, large=True)
     )
 
 
@@ -179,19 +179,19 @@ def _gap_words(record: RunRecord, views: list[tuple[float, float]], unseen: list
     if cost <= _LITTLE:
         return f"{there}: the {count} stored views of an image are enough so far."
     if cost < more:
-        return f"{there}: most of the gap is of the images, and more than {count} views of each would mend little."
-    return f"{there}: it learns the {count} stored views by heart, and more (view.num_views) would help."
+        return f"{there}: most of the gap is between images, and more than {count} views of each would help little."
+    return f"{there}: it memorises the {count} stored views, and more (view.num_views) would help."
 
 
 def _signed(nats: float) -> str:
     return f"{nats:+.3f}".replace("-", "−")
 
 
-def survey(record: RunRecord) -> str:
+def survey(record: RunRecord) -> Section:
     """What was looked at inside the run: k-NN, what is predicted, how far attention reaches."""
     lines = record.kinds.get("survey", [])
     if not lines:
-        return ""
+        return Section("survey", "")
 
     def of(*names: tuple[str, str]) -> list[Series]:
         found = [(words, points(lines, name)) for words, name in names]
@@ -211,8 +211,11 @@ def survey(record: RunRecord) -> str:
     share, samples = value(lines[-1], "share"), value(lines[-1], "knn_samples")
     about += f", {share:.1%} of its time with all evaluations" if math.isfinite(share) else ""
     about += f"; k-NN on {number(samples)} labelled images" if math.isfinite(samples) else ""
-    about += ". Attention distance: how far from a patch what it looks at lies, weighted, mean over heads."
-    return components.section("survey", "How the features grow", about, components.charts(drawn))
+    about += (
+        ". Attention distance: pixels between a patch and the patches it attends to, weighted by attention, "
+        "averaged over heads."
+    )
+    return components.section("survey", "Representation during training", about, components.charts(drawn))
 
 
 def _distance_chart(lines: list[dict]) -> str:

@@ -1,7 +1,7 @@
-"""The images of a report, as HTML: what an encoder fills in, where it looks, and what it finds alike.
+"""The images of a report, as HTML: reconstructions, attention maps and nearest neighbours.
 
-This is the part of a report that takes seconds; a page of a running run makes it once a checkpoint. Whatever the
-folders do not allow is a line that says so. Must not know any stage.
+These sections take seconds to make; a live page makes them once a checkpoint. What cannot be made is named in a note
+with the reason. Must not know any stage.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from beitforge.pipeline.evaluation.neighbours import FeatureBank, agreement, by_
 from beitforge.pipeline.evaluation.reconstructions import Reconstruction, reconstructions, sample_names
 from beitforge.pipeline.model.beit import Beit, Encoder
 from beitforge.pipeline.reports import components
-from beitforge.pipeline.reports.components import Figure
+from beitforge.pipeline.reports.components import Figure, Section
 from beitforge.pipeline.runs.checkpoints import State
 from beitforge.pipeline.runs.record import RunRecord, attempt
 from beitforge.pipeline.tokenizers.precision import autocast_as
@@ -33,15 +33,15 @@ from beitforge.shards.stream.loader import Batch
 
 _TITLE = "What it sees and what it fills in"
 _SHOWN = 8  # images of the grid
-_LOOKED, _LOOKED_FOR = 4, 32  # images whose attention is shown, chosen from so many
-_ASKED, _NEAREST = 6, 5  # images whose neighbours are shown, and how many
-_COMPARED, _SECONDS = 1000, 6.0  # among at most so many images, and as many as there is time for
+_ATTENTION_SHOWN, _ATTENTION_AMONG = 4, 32  # images whose attention is shown, chosen from this many
+_QUERIES, _NEAREST = 6, 5  # images whose neighbours are shown, and how many
+_COMPARED, _SECONDS = 1000, 6.0  # neighbours are searched among at most this many images, within this many seconds
 _LARGEST = 256  # pixels a side of an embedded image
-_SMALL = 96  # an image of at most so many pixels a side is enlarged pixel by pixel
+_SMALL = 96  # an image of at most this many pixels a side is enlarged pixel by pixel
 
 
-def render_gallery(record: RunRecord, state: State | None) -> str:
-    """The sections `images`, `attention` and `neighbours`, as far as there is something to show.
+def render_gallery(record: RunRecord, state: State | None) -> list[Section]:
+    """The sections `images`, `attention` and `neighbours`, without empty ones.
 
     On a CPU within some ten seconds of computing: eight images through tokenizer and encoder, four through its
     attention, and for the neighbours what six seconds allow.
@@ -49,19 +49,19 @@ def render_gallery(record: RunRecord, state: State | None) -> str:
     config = replace(record.config, loader=replace(record.config.loader, workers=0))
     step = f", at step {state.step:,}" if state is not None else ""
     if record.job == "tokenizer":
-        return _tokenizer_images(Path(config.data.tokenizer))
+        return [section for section in [_tokenizer_images(Path(config.data.tokenizer))] if section.html]
     missing: list[str] = []
     encoder = attempt("Predictions are missing", missing, lambda: encoder_of(config, record.run, record.job))
     config = replace(config, model=replace(encoder.model, kernels=config.model.kernels)) if encoder else config
-    parts = []
+    sections = []
     if record.job == "pretrain":
         beit = encoder if isinstance(encoder, Beit) else None
-        parts.append(_reconstructed(config, beit, step if beit else "", missing))
+        sections.append(_reconstructed(config, beit, step if beit else "", missing))
     elif missing:
-        parts.append(components.section("images", "Images", "", components.notes(missing)))
+        sections.append(components.section("images", "Images", "", components.notes(missing)))
     if encoder is not None:
-        parts.append(_alike_and_looks(config, encoder, record, step))
-    return "\n".join(part for part in parts if part)
+        sections += _encoder_sections(config, encoder, record, step)
+    return [section for section in sections if section.html]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class GridSamples:
     tokens: str
 
 
-def _reconstructed(config: Config, beit: Beit | None, step: str, missing: list[str]) -> str:
-    """The grid of what it fills in."""
+def _reconstructed(config: Config, beit: Beit | None, step: str, missing: list[str]) -> Section:
+    """The grid of masked images and their reconstructions."""
     shown = _samples(config, missing)
     if shown is None:
         return components.section("images", _TITLE, "", components.notes(missing))
@@ -151,8 +151,8 @@ def _figure(pixels: np.ndarray, caption: str, *, good: bool = False, largest: in
     return Figure(codec.encode(pixels, form, 88), form, caption, small, good)
 
 
-def _alike_and_looks(config: Config, encoder: Encoder, record: RunRecord, step: str) -> str:
-    """Attention and neighbours, of the central part of images the encoder was not trained on, where there are any."""
+def _encoder_sections(config: Config, encoder: Encoder, record: RunRecord, step: str) -> list[Section]:
+    """Attention maps and neighbours of centre crops, of images the encoder was not trained on where there are any."""
     data, missing = config.data, list[str]()
     if record.job == "finetune":
         sets = [(data.labelled_test, "test set"), (data.labelled_images, "training set")]
@@ -162,22 +162,23 @@ def _alike_and_looks(config: Config, encoder: Encoder, record: RunRecord, step: 
         source = attempt(f"The {name}", missing, lambda folder=folder: evaluation(config, folder)) if folder else None  # type: ignore[misc]
         if source is None:
             continue
-        gathered = attempt(
+        bank = attempt(
             f"The {name}",
             missing,
             lambda source=source: collect_features(encoder, source.stream, source.samples, _COMPARED, _SECONDS),  # type: ignore[misc]
         )
-        if gathered is not None:
-            return _looks(config, encoder, source, f"{name}{step}") + "\n" + _neighbours(source, gathered, name + step)
-    return ""
+        if bank is not None:
+            where = f"{name}{step}"
+            return [_attention(config, encoder, source, where), _neighbours(source, bank, where)]
+    return []
 
 
-def _looks(config: Config, encoder: Encoder, source: DataSource, where: str) -> str:
-    """Where it looks."""
-    count = min(_LOOKED_FOR, source.samples)
+def _attention(config: Config, encoder: Encoder, source: DataSource, where: str) -> Section:
+    """The attention maps of the images with most contrast."""
+    count = min(_ATTENTION_AMONG, source.samples)
     batch = next(evaluation_batches(config, source, samples=count, micro=count, rank=0, world=1))
     pixels, names = batch.pixels.float() / 255, sample_names(source, batch)
-    chosen = pixels.flatten(1).var(dim=1).topk(min(_LOOKED, count)).indices.sort().values
+    chosen = pixels.flatten(1).var(dim=1).topk(min(_ATTENTION_SHOWN, count)).indices.sort().values
     blocks = len(encoder.blocks)
     about = (
         f"Of the first {count} images of the {where}, those with most contrast, nothing masked. The heat is a "
@@ -186,65 +187,65 @@ def _looks(config: Config, encoder: Encoder, source: DataSource, where: str) -> 
         "the plainest."
     )
     rows = []
-    for i, look in zip(chosen.tolist(), attention_maps(encoder, pixels[chosen]), strict=True):
-        cells = [(look.image, "image"), (look.middle, "[S] middle"), (look.last, "[S] last")]
-        cells += list(zip(look.patches, ("busiest", "plainest"), strict=True))
+    for i, maps in zip(chosen.tolist(), attention_maps(encoder, pixels[chosen]), strict=True):
+        cells = [(maps.image, "image"), (maps.middle, "[S] middle"), (maps.last, "[S] last")]
+        cells += list(zip(maps.patches, ("busiest", "plainest"), strict=True))
         rows.append(components.image_row(names[i], "", [_figure(shown, caption) for shown, caption in cells]))
-    return components.section("attention", "Where it looks", about, components.image_grid(rows))
+    return components.section("attention", "Attention maps", about, components.image_grid(rows))
 
 
-def _neighbours(source: DataSource, gathered: FeatureBank, where: str) -> str:
-    """What it finds alike."""
-    total = len(gathered.numbers)
+def _neighbours(source: DataSource, bank: FeatureBank, where: str) -> Section:
+    """The nearest neighbours of the first images, by features and by pixels."""
+    total = len(bank.numbers)
     if total < 2:
-        return ""
-    ways = {"features": by_features(gathered, _NEAREST)[0], "pixels": by_pixels(gathered, _NEAREST)[0]}
-    names, labels = _names(source, gathered), _labels(source, gathered)
+        return Section("neighbours", "")
+    ways = {"features": by_features(bank, _NEAREST)[0], "pixels": by_pixels(bank, _NEAREST)[0]}
+    names, labels = _names(source, bank), _labels(source, bank)
     about = (
         f"Among {total:,} images spread over the {where}: the nearest others by the features after "
-        f"{gathered.layer} blocks (mean over patches, standardised, cosine), and by raw pixels."
+        f"{bank.layer} blocks (mean over patches, standardised, cosine), and by raw pixels."
     )
     if labels is not None:
-        shares = [f"{agreement(near, gathered.labels):.1%}" for near in ways.values()]
+        shares = [f"{agreement(near, bank.labels):.1%}" for near in ways.values()]
         about += (
             f" Of the {ways['features'].shape[1]} nearest, {shares[0]} have the image's label by features, "
             f"{shares[1]} by pixels; they are ticked below."
         )
 
-    def cell(i: int, asked: int) -> Figure:
-        same = labels is not None and i != asked and gathered.labels[i] == gathered.labels[asked]
+    def cell(i: int, query: int) -> Figure:
+        same = labels is not None and i != query and bank.labels[i] == bank.labels[query]
         caption = labels[i] if labels is not None else names[i].rpartition("/")[2]
-        return _figure(gathered.images[i], f"✓ {caption}" if same else caption, good=bool(same), largest=_SMALL)
+        return _figure(bank.images[i], f"✓ {caption}" if same else caption, good=bool(same), largest=_SMALL)
 
     rows = []
-    for asked in range(min(_ASKED, total)):
-        strips = [(f"by {way}", [cell(i, asked) for i in near[asked].tolist()]) for way, near in ways.items()]
-        rows.append(components.neighbour_row(names[asked], cell(asked, asked), strips))
-    return components.section("neighbours", "What it finds alike", about, components.image_grid(rows))
+    for query in range(min(_QUERIES, total)):
+        strips = [(f"by {way}", [cell(i, query) for i in near[query].tolist()]) for way, near in ways.items()]
+        rows.append(components.neighbour_row(names[query], cell(query, query), strips))
+    return components.section("neighbours", "Nearest neighbours", about, components.image_grid(rows))
 
 
-def _names(source: DataSource, gathered: FeatureBank) -> list[str]:
+def _names(source: DataSource, bank: FeatureBank) -> list[str]:
     images = source.stream.images
-    _, shards, rows = source.stream.places.locate(gathered.numbers)
+    _, shards, rows = source.stream.places.locate(bank.numbers)
     return [images.index(shard).key(row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
 
-def _labels(source: DataSource, gathered: FeatureBank) -> list[str] | None:
+def _labels(source: DataSource, bank: FeatureBank) -> list[str] | None:
     """The class of each image in words; None when they have none."""
     images = source.stream.images
-    _, shards, rows = source.stream.places.locate(gathered.numbers)
+    _, shards, rows = source.stream.places.locate(bank.numbers)
     places = zip(shards.tolist(), rows.tolist(), strict=True)
     if not all(images.index(shard).flags[row] & FLAG_LABELLED for shard, row in places):
         return None
     classes = images.manifest.classes
-    return [classes[label] if 0 <= label < len(classes) else str(label) for label in gathered.labels.tolist()]
+    return [classes[label] if 0 <= label < len(classes) else str(label) for label in bank.labels.tolist()]
 
 
-def _tokenizer_images(folder: Path) -> str:
-    """What the tokenizer makes of images, which its training leaves in the folder."""
+def _tokenizer_images(folder: Path) -> Section:
+    """The reconstructions that tokenizer training left in the folder."""
     path = folder / "reconstructions.png"
     if not path.exists():
-        return ""
+        return Section("images", "")
     about = "Images above, and below them what is decoded from their tokens."
     shown = Figure(path.read_bytes(), "png", "images and their reconstructions", True)
     return components.section(

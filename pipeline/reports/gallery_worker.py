@@ -1,7 +1,7 @@
-"""`python -m beitforge.pipeline.reports.gallery_worker RUN OUT`: what of a live page takes long, made in a process of
-its own.
+"""`python -m beitforge.pipeline.reports.gallery_worker RUN THREADS OUT`: the expensive sections of a live page, made in
+a process of its own.
 
-It yields to everything else on the node, uses few threads and no GPU, and ends with whoever started it. Must not know
+It has the lowest priority, uses THREADS threads and no GPU, and ends with the process that started it. Must not know
 any stage.
 """
 
@@ -16,39 +16,39 @@ from beitforge.__main__ import forget_working_folder
 from beitforge.pipeline.cluster.signals import end_with_launcher
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.reports import components
+from beitforge.pipeline.reports.components import Section
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.record import RunRecord, attempt, json_lines, record_of, token_use
-from beitforge.pipeline.watch.background import THREADS
 
 
-def main(run: Path, out: Path) -> None:
-    """Write {"images": HTML, "tokens": statistics of the token set or null, "notes": why not} into `out`."""
+def main(run: Path, threads: int, out: Path) -> None:
+    """Write {"images": [{"id", "html"}, …], "tokens": statistics of the token set or null, "notes": what is missing and
+    why} into `out`."""
     os.nice(19)
     end_with_launcher()
     config, notes = load_config(str(run / "config.yaml"), []), list[str]()
     record = record_of(run, config, json_lines(run / "metrics.jsonl"), [], None)
     tokens = attempt("Token statistics", notes, lambda: token_use(config)) if record.job == "pretrain" else None
-    answer = {"images": _images(record), "tokens": asdict(tokens) if tokens else None, "notes": notes}
-    out.write_text(json.dumps(answer), encoding="utf-8")
+    images = [asdict(section) for section in _images(record, threads)]
+    result = {"images": images, "tokens": asdict(tokens) if tokens else None, "notes": notes}
+    out.write_text(json.dumps(result), encoding="utf-8")
 
 
-def _images(record: RunRecord) -> str:
-    """Those of the newest checkpoint."""
+def _images(record: RunRecord, threads: int) -> list[Section]:
+    """The image sections of the newest checkpoint."""
     missing = [name for name in ("torch", "deepspeed") if importlib.util.find_spec(name) is None]
     if missing:
-        line = (
-            f"They need {' and '.join(missing)}, which this machine has not; `report` makes them where training runs."
-        )
-        return components.section("images", "Images", "", components.notes([line]))
+        line = f"They need {' and '.join(missing)}, not installed on this machine; run `report` where training runs."
+        return [components.section("images", "Images", "", components.notes([line]))]
     import torch
 
     from beitforge.pipeline.reports import gallery
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     found = newest(record.run, lambda _: None)
     return gallery.render_gallery(record, found[1] if found else None)
 
 
 if __name__ == "__main__":
     forget_working_folder()
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from beitforge.pipeline.config.loading import to_yaml
 from beitforge.pipeline.config.settings import ONLINE
 from beitforge.pipeline.reports import components
+from beitforge.pipeline.reports.components import Section
 from beitforge.pipeline.runs.checkpoints import State
 from beitforge.pipeline.runs.formatting import process_count, utc_time
 from beitforge.pipeline.runs.record import RunRecord, attempt, json_object
@@ -19,8 +20,8 @@ _BAD_SHOWN = 20
 _DIGITS = 16  # of a fingerprint; the whole one is in the manifest
 
 
-def what_ran(record: RunRecord, state: State | None, passed_over: list[str]) -> str:
-    """Parts to unfold. `state`: of the newest complete checkpoint; `passed_over`: why newer ones are not used."""
+def what_ran(record: RunRecord, state: State | None, passed_over: list[str]) -> Section:
+    """Details to unfold. `state`: of the newest complete checkpoint; `passed_over`: why newer ones are not used."""
     path = record.run / "config.yaml"  # an imported encoder has none
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else to_yaml(record.config)
     bad, checkpoints = record.bad_samples, _checkpoints(record.run)

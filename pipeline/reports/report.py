@@ -1,20 +1,22 @@
-"""What a report says, put together: the whole content of <main>, from a run's record and the parts that cost more.
+"""The sections of a report, from a run's record and the sections that are expensive to make.
 
-A pure function, so that a page of a running run can make the cheap parts again at every log line and the images once
-a checkpoint. Must not know torch or any stage.
+A live page makes the cheap sections again at every log line and the images once a checkpoint. Must not know
+torch or any stage.
 """
 
 import time
+from collections.abc import Sequence
 
 from beitforge.pipeline.reports import components, curves, summary
+from beitforge.pipeline.reports.components import Section
 from beitforge.pipeline.runs.formatting import utc_time
 from beitforge.pipeline.runs.record import RunRecord
 
 
-def body(record: RunRecord, images_html: str, what_ran_html: str) -> str:
-    """The sections in their order, each with an id of its own that stays: head, numbers, notes, probe, curves, gaps,
-    survey, those of the images (pipeline.reports.gallery) and what-ran (pipeline.reports.provenance)."""
-    parts = [
+def sections_of(record: RunRecord, images: Sequence[Section], what_ran: Section) -> list[Section]:
+    """The sections in order, without empty ones: head, numbers, notes, probe, curves, gaps, survey, those of the images
+    (pipeline.reports.gallery), what-ran (pipeline.reports.provenance) and footer."""
+    sections = [
         summary.header(record),
         summary.cards(record),
         components.section("notes", "", "", components.notes(record.notes)),
@@ -22,8 +24,8 @@ def body(record: RunRecord, images_html: str, what_ran_html: str) -> str:
         curves.curves(record),
         curves.gaps(record),
         curves.survey(record),
-        images_html,
-        what_ran_html,
+        *images,
+        what_ran,
         components.footer(f"Written {utc_time(time.time())} by beitforge, from {record.run}."),
     ]
-    return "\n".join(part for part in parts if part)
+    return [section for section in sections if section.html]

@@ -9,12 +9,12 @@ import math
 import statistics
 
 from beitforge.pipeline.reports import components
-from beitforge.pipeline.reports.components import Card
+from beitforge.pipeline.reports.components import Card, Section
 from beitforge.pipeline.runs.formatting import duration, number, process_count
 from beitforge.pipeline.runs.record import RunRecord, value
 
 
-def header(record: RunRecord) -> str:
+def header(record: RunRecord) -> Section:
     """The run's name, how it stands, what it learned in one sentence, and what it is."""
     if record.finished:
         status = "finished"
@@ -65,7 +65,7 @@ def _claim(record: RunRecord) -> str:
     )
 
 
-def cards(record: RunRecord) -> str:
+def cards(record: RunRecord) -> Section:
     """The headline numbers; a dash where there is none yet."""
     epochs = record.samples_seen / record.epoch_samples if record.epoch_samples else math.nan
     planned = f"of {record.planned_steps:,}, " if record.planned_steps else ""
@@ -202,12 +202,12 @@ def _chose(results: dict[str, dict]) -> str:
     return "and chose its features by a part of them"
 
 
-def probe(record: RunRecord) -> str:
-    """What probe.json says, as bars; nothing without it."""
+def probe(record: RunRecord) -> Section:
+    """The results in probe.json, as bars; empty without them."""
     said = record.probe
     results = {who: result for who, result in said.get("results", {}).items() if {"knn", "linear"} <= result.keys()}
     if not results:
-        return ""
+        return Section("probe", "")
     rows = [(who, [float(result["linear"]), float(result["knn"])]) for who, result in results.items()]
     if "majority_class" in said:
         rows.append(("majority class", [float(said["majority_class"])] * 2))

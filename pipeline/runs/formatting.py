@@ -1,4 +1,4 @@
-"""Numbers, lengths and times in words for people. Must not know runs."""
+"""Numbers, durations and times as text for people. Must not know runs."""
 
 import math
 import time
@@ -21,10 +21,13 @@ def number(value: float, *, percent: bool = False, step: float = 0.0) -> str:
     return f"{digits}e{int(power)}" if power else digits
 
 
+DURATION_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))  # also for a page's script
+
+
 def duration(seconds: float) -> str:
     """3 d 4 h · 2 h 5 min · 4 min 10 s · 7 s."""
     total = round(max(0.0, seconds))
-    for length, unit, part, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+    for length, unit, part, part_unit in DURATION_UNITS:
         if total >= length:
             return f"{total // length} {unit} {total % length // part} {part_unit}"
     return f"{total} s"

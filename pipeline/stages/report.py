@@ -1,25 +1,23 @@
-"""`report RUN`: RUN/report.html, one self-contained page: what was learned, how fast, what it looks like, what ran.
+"""`report RUN`: RUN/report.html, one self-contained page: results, curves, images, and what ran.
 
 `report A B C`: comparison.html in the working folder, one page for all of them.
 """
 
-import time
 from pathlib import Path
 
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.reports import comparison, components, gallery
 from beitforge.pipeline.reports.provenance import what_ran
-from beitforge.pipeline.reports.report import body
+from beitforge.pipeline.reports.report import sections_of
 from beitforge.pipeline.runs.checkpoints import newest
-from beitforge.pipeline.runs.formatting import utc_time
 from beitforge.pipeline.runs.record import read_record
 from beitforge.pipeline.weights.encoder import run_config
 from beitforge.shards.storage.files import write_text
 
 
 def run(run_folders: list[Path], out: Path | None = None) -> int:
-    """Write the page by rename; returns the exit code. Raises ConfigError when it is not a run folder."""
+    """Write the page atomically; returns the exit code. Raises ConfigError when a folder is not a run folder."""
     return _report(run_folders[0], out) if len(run_folders) == 1 else _compare(run_folders, out)
 
 
@@ -28,9 +26,9 @@ def _report(run_folder: Path, out: Path | None) -> int:
     passed_over: list[str] = []
     found = newest(run_folder, passed_over.append)
     state = found[1] if found else None
-    html = body(record, gallery.render_gallery(record, state), what_ran(record, state, passed_over))
+    sections = sections_of(record, gallery.render_gallery(record, state), what_ran(record, state, passed_over))
     path = out or run_folder / "report.html"
-    write_text(path, components.page(f"{run_folder.resolve().name} · beitforge", html))
+    write_text(path, components.page(f"{run_folder.resolve().name} · beitforge", sections))
     say(f"report of step {record.step}: {path}")
     return 0
 
@@ -39,8 +37,7 @@ def _compare(run_folders: list[Path], out: Path | None) -> int:
     if len({folder.resolve() for folder in run_folders}) < len(run_folders):
         raise ConfigError(f"a run is given twice in {' '.join(map(str, run_folders))}; give each once")
     records = [read_record(folder, run_config(folder)) for folder in run_folders]
-    html = comparison.body(records) + components.footer(f"Written {utc_time(time.time())} by beitforge.")
     path = out or Path("comparison.html")
-    write_text(path, components.page("comparison · beitforge", html))
+    write_text(path, components.page("comparison · beitforge", comparison.sections_of(records)))
     say(f"comparison of {len(records)} runs: {path}")
     return 0

@@ -9,111 +9,117 @@ import time
 from html import escape
 from pathlib import Path
 
-from beitforge.pipeline.reports import components, css, js
+from beitforge.pipeline.reports import components
+from beitforge.pipeline.reports.components import Section, asset
 from beitforge.pipeline.reports.provenance import what_ran
-from beitforge.pipeline.reports.report import body
-from beitforge.pipeline.runs.formatting import duration
+from beitforge.pipeline.reports.report import sections_of
+from beitforge.pipeline.runs.formatting import DURATION_UNITS, duration
 from beitforge.pipeline.runs.record import TokenUse, record_of
 from beitforge.pipeline.runs.status import Follower, RunStatus
-from beitforge.pipeline.watch import live_js
-from beitforge.pipeline.watch.background import BackgroundJob
-from beitforge.pipeline.watch.fragments import Fragment, Fragments, split
+from beitforge.pipeline.watch.background import THREADS, BackgroundJob
+from beitforge.pipeline.watch.fragments import Fragments
 
-_LOOK_SECONDS = 1.0  # between looks into the folder, however many ask
-_SHARE = 0.1  # of one core's time that making the page anew may take
+_REFRESH_SECONDS = 1.0  # between reads of the folder, however many readers ask
+_SHARE = 0.1  # of one core's time that rendering the page may take
 _POLL = {"finished": 15_000, "stopped": 15_000}  # milliseconds until a page asks again
 _POLL_ELSE = 3_000
-_SLOT = '<section id="images"></section>'  # where the images come in, which are cut up once
+_ASSETS = (
+    ("beitforge.pipeline.reports", "report.css"),
+    ("beitforge.pipeline.reports", "charts.js"),
+    ("beitforge.pipeline.watch", "live.css"),
+    ("beitforge.pipeline.watch", "live.js"),
+)
 
 
-def _words(stand: RunStatus) -> str:
-    return f"{stand.summary} · {duration(stand.left)} left" if math.isfinite(stand.left) else stand.summary
+def _headline(status: RunStatus) -> str:
+    left = f" · {duration(status.left)} left" if math.isfinite(status.left) else ""
+    return f"{status.summary}{left}"
 
 
 class Site:
-    """The page of a run as its folder is now. Its methods may be called from any thread."""
+    """The live page of a run. Its methods may be called from any thread."""
 
     def __init__(self, run_folder: Path):
         self.run = run_folder
         self.follower = Follower(run_folder)
-        self.beside = BackgroundJob(
-            [sys.executable, "-W", "ignore", "-m", "beitforge.pipeline.reports.gallery_worker", str(run_folder)]
-        )
-        self.parts = Fragments()
-        self.look = hashlib.sha256((css.STYLE + js.SCRIPT + live_js.SCRIPT).encode()).hexdigest()[:12]
+        worker = [sys.executable, "-W", "ignore", "-m", "beitforge.pipeline.reports.gallery_worker"]
+        self.background = BackgroundJob([*worker, str(run_folder), str(THREADS)])
+        self.fragments = Fragments()
+        # of the assets: a page that was loaded with other ones reloads itself
+        self.version = hashlib.sha256("".join(asset(*each) for each in _ASSETS).encode()).hexdigest()[:12]
         self._lock = threading.Lock()
-        self._look_at, self._make_at = 0.0, 0.0  # on the monotonic clock: not before
+        self._next_refresh, self._next_render = 0.0, 0.0  # on the monotonic clock
         self._shown = (-1, -1)
-        self._images: list[Fragment] = []
-        self._imaged = 0
 
     def page(self) -> str:
         """The whole document."""
         with self._lock:
             self._refresh()
             bar = self._bar()
-            html = "\n".join([bar, *(part.html for part in self.parts.now)])
-            title = self._title()
-        return components.page(title, html, connect="'self'", script=live_js.SCRIPT)
+            sections, title = self.fragments.now, self._title()
+        script, style = asset(__package__, "live.js"), asset(__package__, "live.css")
+        return components.page(title, sections, bar_html=bar, connect="'self'", script=script, style=style)
 
     def live(self, since: str) -> dict:
-        """What is new since the stamp of an earlier answer, and how the run stands."""
+        """The run's status, and the sections that are new since the stamp of an earlier answer."""
         with self._lock:
             self._refresh()
-            stand = self.follower.standing()
-            status = {
-                "state": stand.state,
-                "words": _words(stand),
-                "seconds": round(stand.silent, 1) if math.isfinite(stand.silent) else None,
+            status = self.follower.standing()
+            answer = {
+                "state": status.state,
+                "words": _headline(status),
+                "seconds": round(status.silent, 1) if math.isfinite(status.silent) else None,
                 "title": self._title(),
-                "every": _POLL.get(stand.state, _POLL_ELSE),
+                "every": _POLL.get(status.state, _POLL_ELSE),
             }
-            return {"look": self.look, "status": status, **self.parts.since(since)}
+            return {"version": self.version, "status": answer, **self.fragments.since(since)}
 
     def _title(self) -> str:
-        stand = self.follower.standing()
+        status = self.follower.standing()
         name = self.run.resolve().name
-        return f"{stand.step:,} · {name} · {stand.state}" if stand.step else f"{name} · {stand.state}"
+        return f"{status.step:,} · {name} · {status.state}" if status.step else f"{name} · {status.state}"
 
     def _bar(self) -> str:
-        stand = self.follower.standing()
+        status = self.follower.standing()
         command = f"./launch.sh watch {self.run}"
-        return (
-            f'<div class="live" data-state="{stand.state}" data-stamp="{self.parts.stamp}" data-look="{self.look}" '
-            f'data-command="{escape(command)}"><b>{escape(_words(stand))}</b><span></span></div>'
-        )
+        data = {
+            "state": status.state,
+            "stamp": self.fragments.stamp,
+            "version": self.version,
+            "units": json.dumps(DURATION_UNITS),
+            "command": command,
+        }
+        attributes = " ".join(f'data-{name}="{escape(text)}"' for name, text in data.items())
+        return f'<div class="live" {attributes}><b>{escape(_headline(status))}</b><span></span></div>'
 
     def _refresh(self) -> None:
-        """Look into the folder, unless that was just done, and make anew what may be different."""
+        """Read the folder, unless that was just done, and render the sections again when something has changed."""
         begun = time.monotonic()
-        if begun < self._look_at:
+        if begun < self._next_refresh:
             return
-        self._look_at = begun + _LOOK_SECONDS
+        self._next_refresh = begun + _REFRESH_SECONDS
         self.follower.refresh()
         if self.follower.config is not None:
-            self.beside.request(self.follower.saved.step if self.follower.saved else 0)
-        shown = (self.follower.changes, self.beside.changes)
-        if shown != self._shown and begun >= self._make_at:
+            self.background.request(self.follower.saved.step if self.follower.saved else 0)
+        shown = (self.follower.changes, self.background.changes)
+        if shown != self._shown and begun >= self._next_render:
             self._shown = shown
-            self.parts.show(self._made())
+            self.fragments.show(self._sections())
             ended = time.monotonic()
-            self._make_at = ended + (ended - begun) / _SHARE
+            self._next_render = ended + (ended - begun) / _SHARE
 
-    def _made(self) -> list[Fragment]:
-        """The parts of the page."""
+    def _sections(self) -> list[Section]:
+        """The sections of the page as the folder is now."""
         follower = self.follower
         if follower.config is None:
             where = self.run.resolve()
-            lead = follower.refused or "This page fills itself as soon as a run writes into the folder."
-            return split(components.header(str(where.parent), where.name, "waiting", False, lead))
-        answer = json.loads(self.beside.result or b"{}")
-        tokens = TokenUse(**answer["tokens"]) if answer.get("tokens") else None
+            lead = follower.refused or "This page updates itself as soon as a run writes into the folder."
+            return [components.header(str(where.parent), where.name, "waiting", False, lead)]
+        result = json.loads(self.background.result or b"{}")
+        tokens = TokenUse(**result["tokens"]) if result.get("tokens") else None
         count = (lambda: tokens) if tokens is not None else None
         record = record_of(self.run, follower.config, follower.lines, follower.bad_samples.lines, count)
-        record.notes.extend(answer.get("notes", []))
-        record.notes.extend([f"Images: {self.beside.error}"] if self.beside.error else [])
-        parts = split(body(record, _SLOT, what_ran(record, follower.saved, follower.passed_over)))
-        if self._imaged != self.beside.changes:
-            self._imaged, self._images = self.beside.changes, split(answer.get("images", ""))
-        place = next(i for i, part in enumerate(parts) if part.name == "images")
-        return [*parts[:place], *self._images, *parts[place + 1 :]]
+        record.notes.extend(result.get("notes", []))
+        record.notes.extend([f"Images: {self.background.error}"] if self.background.error else [])
+        images = [Section(**section) for section in result.get("images", [])]
+        return sections_of(record, images, what_ran(record, follower.saved, follower.passed_over))

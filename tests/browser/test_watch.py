@@ -172,7 +172,7 @@ def test_a_run_that_is_not_there_yet_fills_the_page(browser, tmp_path):
         write_run(tmp_path, lines_of(40, 1000, seconds=0.5))
         until(page, "document.querySelector('#curves figure') !== null")
         says(page, ".live", "step 40 of 1,000")
-        parts = page.evaluate("[...document.querySelectorAll('[data-part]')].map((part) => part.dataset.part)")
+        parts = page.evaluate("[...document.querySelectorAll('main > [id]')].map((one) => one.id)")
         assert parts[:2] == ["head", "numbers"] and parts[-1] == "footer"
         page.close()
 

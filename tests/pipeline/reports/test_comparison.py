@@ -7,7 +7,7 @@ import re
 import pytest
 
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.reports.comparison import body, names_of, settings
+from beitforge.pipeline.reports.comparison import names_of, sections_of, settings
 from beitforge.pipeline.runs.record import read_record
 from beitforge.pipeline.stages import report
 from tests.pipeline.runs.made_runs import config_of, lines_of, measured, tuned_lines, words, write_run
@@ -30,6 +30,10 @@ def records(runs):
     return [read_record(run, run_config(run)) for run in runs]
 
 
+def page_of(runs):
+    return "\n".join(section.html for section in sections_of(records(runs)))
+
+
 def rows(html, section):
     part = re.search(rf'(?s)<section id="{section}">.*?</section>', html).group()
     cells = [re.findall(r"(?s)<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"(?s)<tr>(.*?)</tr>", part)]
@@ -37,16 +41,16 @@ def rows(html, section):
 
 
 def test_only_what_differs_is_listed(runs):
-    html = body(records(runs[:2]))
+    html = page_of(runs[:2])
     assert rows(html, "differences") == {"": ["a/run", "b/run"], "optimizer.lr": ["0.0015", "0.0007"]}
     (runs[1] / "environment.json").write_text(json.dumps({"host": "other", "versions": {"torch": "2.14"}}))
-    found = rows(body(records(runs[:2])), "differences")
+    found = rows(page_of(runs[:2]), "differences")
     assert found["host"] == ["box", "other"] and found["torch"] == ["2.13", "2.14"] and found["world"] == ["2", "–"]
     assert "train.run" not in settings(records(runs)[0]) and "finetune.lr" not in settings(records(runs)[0])
 
 
 def test_numbers_stand_side_by_side_and_the_best_is_bold(runs):
-    found = rows(body(records(runs)), "numbers")
+    found = rows(page_of(runs), "numbers")
     assert found["steps"] == ["200", "60", "60"] and found["test accuracy"] == ["–", "–", "90.0%"]
     assert found["held-out loss"] == ["<b>2.600</b>", "2.700", "–"]
     assert found["k-NN inside the run"][1:] == ["–", "–"] and "linear probe" not in found
@@ -59,15 +63,15 @@ def test_probes_of_other_conditions_have_no_best(runs):
 
     probed(runs[0], 400, 0.6)
     probed(runs[1], 400, 0.7)
-    assert rows(body(records(runs)), "numbers")["linear probe"] == ["60.0%", "<b>70.0%</b>", "–"]
+    assert rows(page_of(runs), "numbers")["linear probe"] == ["60.0%", "<b>70.0%</b>", "–"]
     probed(runs[1], 40, 0.7)
-    found = rows(body(records(runs)), "numbers")
+    found = rows(page_of(runs), "numbers")
     assert found["linear probe"] == ["60.0%", "70.0%", "–"]
     assert found["images the probe was fitted on"] == ["400", "40", "–"]
 
 
 def test_every_chart_has_a_line_of_each_run_that_has_the_value(runs):
-    html = body(records(runs))
+    html = page_of(runs)
     charts = {
         words(re.search("<h3>.*?</h3>", chart).group()).split(" nats")[0].strip(): chart
         for chart in re.findall(r"(?s)<figure.*?</figure>", html)
@@ -82,9 +86,9 @@ def test_over_samples_where_batches_differ(runs):
     config = config_of(runs[2].parent)
     larger = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=8))
     write_run(runs[1], larger, lines_of(60, 200))
-    html = body(records(runs[:2]))
+    html = page_of(runs[:2])
     assert '"x":"sample"' in html and "Over samples seen" in html and "from 3.49 at sample 16" in html
-    assert '"x":"step"' in body(records([runs[0], runs[2]]))
+    assert '"x":"step"' in page_of([runs[0], runs[2]])
 
 
 def test_names_that_clash_get_their_parents(tmp_path):
@@ -107,5 +111,5 @@ def test_runs_that_have_not_begun_are_compared_too(tmp_path):
     config = config_of(tmp_path)
     for name in ("a", "b"):
         write_run(tmp_path / name, config, [])
-    html = body(records([tmp_path / "a", tmp_path / "b"]))
+    html = page_of([tmp_path / "a", tmp_path / "b"])
     assert "All settings are the same" in html and "nan" not in words(html) and "<figure" not in html

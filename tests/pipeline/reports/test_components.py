@@ -14,7 +14,7 @@ import pytest
 
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.charts import Series, line_chart, linear_axis, log_axis, thin
-from beitforge.pipeline.reports.components import Block, Card, Figure, Tick
+from beitforge.pipeline.reports.components import Block, Card, Figure, Section, Tick
 from beitforge.pipeline.runs.formatting import number
 
 HOSTILE = "</script><script>alert('x')</script>\"&<b>"
@@ -180,11 +180,11 @@ def test_a_logarithmic_chart_of_something_not_positive_is_linear():
 @pytest.mark.parametrize(
     "html",
     [
-        components.page(HOSTILE, ""),
-        components.header(HOSTILE, HOSTILE, HOSTILE, True, HOSTILE, HOSTILE),
-        components.section(HOSTILE, HOSTILE, HOSTILE, "<p>x</p>"),
+        components.page(HOSTILE, []),
+        components.header(HOSTILE, HOSTILE, HOSTILE, True, HOSTILE, HOSTILE).html,
+        components.section(HOSTILE, HOSTILE, HOSTILE, "<p>x</p>").html,
         components.notes([HOSTILE]),
-        components.cards([Card(HOSTILE, HOSTILE, HOSTILE)]),
+        components.cards([Card(HOSTILE, HOSTILE, HOSTILE)]).html,
         components.table([HOSTILE], [[HOSTILE]]),
         components.table([], [[HOSTILE, HOSTILE]]),
         components.table([HOSTILE], [[HOSTILE, HOSTILE]], {(0, 1)}),
@@ -196,7 +196,7 @@ def test_a_logarithmic_chart_of_something_not_positive_is_linear():
         components.image_row(HOSTILE, HOSTILE, [IMAGE]),
         components.folds([(HOSTILE, HOSTILE, "")]),
         components.code(HOSTILE),
-        components.footer(HOSTILE),
+        components.footer(HOSTILE).html,
         line_chart(HOSTILE, [Series(name=HOSTILE, points=[(0, 1.0)]), line([(0, 1.0)])], unit=HOSTILE, marks=[1.0]),
     ],
 )
@@ -208,7 +208,7 @@ def test_text_is_escaped_everywhere(html):
 def test_a_page_asks_for_nothing_outside_itself():
     chart = line_chart("Loss", [line([(0, 1.0), (1, 2.0)])])
     image = components.image_row("a", "", [Figure(b"x", "jpg", "view", False)])
-    html = components.page("run", components.charts([chart]) + components.image_grid([image]))
+    html = components.page("run", [Section("all", components.charts([chart]) + components.image_grid([image]))])
     assert_well_formed(html)
     assert "default-src 'none'" in html and "data:image/jpeg;base64,eA==" in html
     assert re.findall(r'(?:src|href)\s*=\s*"(?!data:)', html) == []
@@ -220,13 +220,13 @@ def test_nothing_makes_nothing():
         components.notes([])
         == components.charts([""])
         == components.image_grid([])
-        == components.section("name", "Title", "about", "", "")
+        == components.section("name", "Title", "about", "", "").html
         == ""
     )
 
 
 def test_bytes_of_a_file_name_that_are_no_text_do_not_stop_a_page():
-    assert "caf\\udce9.jpg" in components.page("run", components.code("caf\udce9.jpg"))
+    assert "caf\\udce9.jpg" in components.page("run", [Section("x", components.code("caf\udce9.jpg"))])
 
 
 @pytest.mark.parametrize("count", [1, 7, 4000, 4001, 30_000])
@@ -253,7 +253,7 @@ def test_values_that_no_float_holds_are_embedded_as_gaps():
 
 
 def test_a_served_page_may_connect_to_its_own_server_alone():
-    html = components.page("run", "", connect="'self'", script="start();")
+    html = components.page("run", [], connect="'self'", script="start();")
     assert "default-src 'none'" in html and "; connect-src 'self'\"" in html
     assert html.index("function start(") < html.index("<script>start();</script>")
-    assert "connect-src" not in components.page("run", "")
+    assert "connect-src" not in components.page("run", [])

@@ -181,10 +181,10 @@ def test_restarts_are_marked_and_their_work_is_counted(tmp_path):
     record = read_record(tmp_path / "run", config_of(tmp_path))
     assert [(s.first_step, s.last_step, s.ended - s.started) for s in record.sessions] == [(0, 12, 120), (8, 20, 120)]
     assert record.step == 20 and record.seconds == 240 and not record.finished and record.samples_seen == 80
-    html = curves(record)
+    html = curves(record).html
     assert html.count('class="mark" d="M400.0 0V1000"') == 7 and "2 starts, 4 min 0 s running in 18 min 40 s" in html
-    said = re.sub(r"\s+", " ", words(what_ran(record, None, [])))
-    assert "0 → 12 4 2" in said and "8 → 20 0 2" in said and ">step 20 of 40<" in header(record)
+    said = re.sub(r"\s+", " ", words(what_ran(record, None, []).html))
+    assert "0 → 12 4 2" in said and "8 → 20 0 2" in said and ">step 20 of 40<" in header(record).html
 
 
 def test_a_start_that_finds_the_run_finished_is_no_restart():
@@ -207,7 +207,7 @@ def test_cards_of_the_numbers_that_matter(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     measured = {"used": 21, "vocabulary": 24, "perplexity": 17.4}
     (tmp_path / "tokenizer" / "measured.json").write_text(json.dumps(measured))
-    said = words(cards(read_record(tmp_path / "run", config)))
+    said = words(cards(read_record(tmp_path / "run", config)).html)
     for expected in (
         "111",
         "25.0% of the time",
@@ -240,13 +240,13 @@ def test_a_path_that_leads_elsewhere_is_one_line(tmp_path):
 
 def test_the_probe_table(tmp_path):
     write_run(tmp_path / "run", config_of(tmp_path), [])
-    assert probe(read_record(tmp_path / "run", config_of(tmp_path))) == ""
+    assert probe(read_record(tmp_path / "run", config_of(tmp_path))).html == ""
     results = {
         who: {"knn": k, "linear": n, "features": "f"} for who, k, n in (("trained", 0.5, 0.6), ("raw", 0.2, 0.3))
     }
     content = {"step": 5, "test_samples": 1234, "classes": 7, "majority_class": 0.125, "results": results}
     (tmp_path / "run" / "probe.json").write_text(json.dumps(content))
-    said = words(probe(read_record(tmp_path / "run", config_of(tmp_path))))
+    said = words(probe(read_record(tmp_path / "run", config_of(tmp_path))).html)
     for expected in ("1,234", "7 classes", "60.0%", "50.0%", "30.0%", "12.5%", "majority class"):
         assert expected in said, expected
 

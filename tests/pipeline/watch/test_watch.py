@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from beitforge.pipeline.reports.components import Section
 from beitforge.pipeline.runs.jsonl import JsonlTail
 from beitforge.pipeline.runs.status import Follower, seconds_a_step
-from beitforge.pipeline.watch.fragments import Fragments, split
+from beitforge.pipeline.watch.fragments import Fragments
 from tests.conftest import ROOT
 from tests.pipeline.watch.watching import (
     Watch,
@@ -40,8 +41,8 @@ def test_the_first_page(watch):
     for words in (
         'data-state="running"',
         "<b>step 20 of 100 · 13 min 20 s left</b>",
-        'data-part="curves"',
-        'data-part="numbers"',
+        '<section id="curves">',
+        'id="numbers"',
     ):
         assert words in page, words
     assert page.count('<figure class="chart') >= 6 and page.count("<script>") == 2
@@ -241,33 +242,20 @@ def test_the_rate_is_of_the_last_start(tmp_path):
     assert seconds_a_step(lines[:-1]) != seconds_a_step(lines[:-1]), "one line says nothing"
 
 
-def test_a_page_is_cut_into_its_outermost_elements():
-    text = 'x<header id="head"><p>1 &gt; 0<br></p></header>\n<section><h2>Ä</h2><svg><path d="M0"/></svg></section>'
-    text += '<hr><section id="s"><script type="application/json">{"a":"<b>"}</script></section><footer>end</footer>'
-    parts = split(text)
-    assert [part.name for part in parts] == ["head", "section", "hr", "s", "footer"]
-    assert "".join(part.html for part in parts).replace("\n", "") == (
-        text.removeprefix("x").replace("\n", "")
-        .replace("<header", '<header data-part="head"')
-        .replace("<section><h2", '<section data-part="section"><h2')
-        .replace("<hr", '<hr data-part="hr"')
-        .replace('<section id', '<section data-part="s" id')
-        .replace("<footer", '<footer data-part="footer"')
-    )  # fmt: skip
-
-
-def test_parts_since_a_stamp():
-    parts = Fragments()
-    parts.show(split("<p>1</p><p>2</p>"))
-    first = parts.stamp
-    assert list(parts.since("")["sections"]) == ["p", "p 2"] and parts.since(first)["sections"] == {}
-    parts.show(split("<p>1</p><p>3</p><i>4</i>"))
-    assert list(parts.since(first)["sections"]) == ["p 2", "i"]
-    second = parts.stamp
-    parts.show(split("<p>1</p>"))
-    assert parts.since(second) == {"stamp": parts.stamp, "order": ["p"], "sections": {}}
-    for other in ("0-0", "x", "-1", f"{parts.server}-x", Fragments().stamp):
-        assert list(parts.since(other)["sections"]) == ["p"], "another server's stamp asks for everything"
+def test_sections_since_a_stamp():
+    page = Fragments()
+    page.show([Section("a", "1"), Section("b", "2")])
+    first = page.stamp
+    assert list(page.since("")["sections"]) == ["a", "b"] and page.since(first)["sections"] == {}
+    page.show([Section("a", "1"), Section("b", "3"), Section("c", "4")])
+    assert page.since(first)["sections"] == {"b": "3", "c": "4"}
+    second = page.stamp
+    page.show([Section("a", "1")])
+    assert page.since(second) == {"stamp": page.stamp, "order": ["a"], "sections": {}}
+    for other in ("0-0", "x", "-1", f"{page.server}-x", Fragments().stamp):
+        assert list(page.since(other)["sections"]) == ["a"], "another server's stamp asks for everything"
+    with pytest.raises(ValueError, match="must differ"):
+        page.show([Section("a", "1"), Section("a", "2")])
 
 
 # CAP_DAC_OVERRIDE would let root write anywhere; without it the mode of a folder holds for root, too.

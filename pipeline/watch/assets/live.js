@@ -1,40 +1,16 @@
-"""How a live page stays alive: the style of its bar, and the script that asks for what is new and puts it in place.
-
-What the reader has done to the page stays: zoom, unfolded parts, places scrolled to, the focus.
-"""
-
-import json
-
-_STYLE = """
-.live { position: sticky; top: 0; z-index: 5; margin: -12px -8px 20px; padding: 9px 8px 9px 27px;
-  background: var(--page); border-bottom: 1px solid var(--line); font-size: 14px; overflow-wrap: anywhere;
-  font-variant-numeric: tabular-nums; --dot: var(--t0); }
-.live::before { content: ""; position: absolute; left: 8px; top: 15px; width: 9px; height: 9px; border-radius: 9px;
-  background: var(--dot); }
-.live b { font-weight: 620; margin-right: 10px; }
-.live span { color: var(--soft); }
-.live[data-state=running], .live[data-state=finished] { --dot: var(--good); }
-.live[data-state=running]::before { animation: live 2s ease-in-out infinite; }
-.live[data-state=started], .live[data-state=waiting] { --dot: var(--t5); }
-.live[data-state=silent], .live[data-state=gone] { --dot: var(--t6); }
-.live[data-state=gone] b { color: var(--t6); }
-@keyframes live { 50% { opacity: .3; } }
-@media (prefers-reduced-motion: reduce) { .live::before { animation: none !important; } }
-@media print { .live { display: none; } }
-"""
-
-_SCRIPT = """
+// Keeps a live page up to date: asks the server for sections that are new and puts them in place.
+//
+// What the reader has done to the page is kept: zoom, unfolded details, scroll positions, the focus.
 "use strict";
 (() => {
-  document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
   const bar = document.querySelector(".live"), told = bar.querySelector("b"), ago = bar.querySelector("span");
-  const { look, command } = bar.dataset;
+  const { version, command } = bar.dataset, units = JSON.parse(bar.dataset.units);
   let stamp = bar.dataset.stamp, every = 3000, timer = 0, asking = false;
   let silent = null, heard = 0, lost = null, pointer = null, pressed = false;
 
   const duration = (seconds) => {
     const total = Math.round(Math.max(0, seconds));
-    for (const [length, unit, part, name] of [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]])
+    for (const [length, unit, part, name] of units)
       if (total >= length) return `${Math.floor(total / length)} ${unit} ${Math.floor(total % length / part)} ${name}`;
     return total + " s";
   };
@@ -43,7 +19,7 @@ _SCRIPT = """
       : "wrote " + duration(silent + (performance.now() - heard) / 1000) + " ago";
   };
 
-  // Where an element is in another, to find its like in the one that comes in its place.
+  // The child indices that lead from one element to another inside it, to find its counterpart in a replacement.
   const way = (from, to) => {
     const steps = [];
     for (let at = to; at !== from; at = at.parentElement) steps.unshift([...at.parentElement.children].indexOf(at));
@@ -69,9 +45,9 @@ _SCRIPT = """
     };
   };
 
-  const parts = () => new Map([...document.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]));
+  const sectionsNow = () => new Map([...document.querySelectorAll("main > [id]")].map((one) => [one.id, one]));
   const put = ({ order, sections }) => {
-    const before = parts(), anchor = [...before].find(([, part]) => part.getBoundingClientRect().bottom > 60);
+    const before = sectionsNow(), anchor = [...before].find(([, one]) => one.getBoundingClientRect().bottom > 60);
     const top = anchor?.[1].getBoundingClientRect().top, restore = [];
     for (const [name, html] of Object.entries(sections)) {
       const holder = document.createElement("template");
@@ -81,29 +57,29 @@ _SCRIPT = """
       else bar.parentElement.append(fresh);
     }
     let last = bar;
-    const now = parts();
+    const now = sectionsNow();
     for (const name of order) {
-      const part = now.get(name);
-      if (part && last.nextElementSibling !== part) last.after(part);
-      last = part ?? last;
+      const section = now.get(name);
+      if (section && last.nextElementSibling !== section) last.after(section);
+      last = section ?? last;
       now.delete(name);
     }
-    now.forEach((part) => part.remove());
+    now.forEach((section) => section.remove());
     if (Object.keys(sections).length) start();  // the page's own script: charts respond, zoomed as before
     restore.forEach((again) => again());
-    const moved = anchor && parts().get(anchor[0]);
+    const moved = anchor && sectionsNow().get(anchor[0]);
     if (moved && window.scrollY > 0) window.scrollBy(0, moved.getBoundingClientRect().top - top);
     if (pointer) document.elementFromPoint(...pointer)?.dispatchEvent(
       new PointerEvent("pointermove", { clientX: pointer[0], clientY: pointer[1], bubbles: true }));
   };
-  // What is selected, or dragged over, is not taken away meanwhile: it waits here.
+  // Sections that the reader is selecting or dragging over are not replaced yet: they wait here.
   const waiting = {};
   let order = [];
-  const selected = (name) => getSelection().type === "Range" && parts().has(name)
-    && getSelection().containsNode(parts().get(name), true);
+  const selected = (name) => getSelection().type === "Range" && sectionsNow().has(name)
+    && getSelection().containsNode(sectionsNow().get(name), true);
   const settle = () => {
     const ready = Object.keys(waiting).filter((name) => !selected(name));
-    const over = order.length > 0 && [...parts().keys()].some((name) => !order.includes(name));
+    const over = order.length > 0 && [...sectionsNow().keys()].some((name) => !order.includes(name));
     if (pressed || !(ready.length || over)) return;
     const sections = Object.fromEntries(ready.map((name) => [name, waiting[name]]));
     ready.forEach((name) => delete waiting[name]);
@@ -137,7 +113,7 @@ _SCRIPT = """
     asking = false;
     timer = setTimeout(ask, every);
     if (news === null) { miss(); return; }
-    if (news.look !== look) { location.reload(); return; }
+    if (news.version !== version) { location.reload(); return; }
     show(news.status);
     take(news);
   };
@@ -152,5 +128,3 @@ _SCRIPT = """
   setInterval(() => { tick(); settle(); }, 1000);
   ask();
 })();
-"""
-SCRIPT = _SCRIPT.replace("STYLE", json.dumps(_STYLE))

@@ -1,10 +1,7 @@
-"""The script of a report: reading and zooming charts. It asks nothing of a network and reads only the page it is in.
-
-`start()` binds the charts of the page; whoever replaces what is in <main> calls it again, and the zoom stays. Charts
-over steps share the step under the pointer and the range that is shown. The axes follow pipeline.reports.charts.
-"""
-
-SCRIPT = r"""
+// Reading and zooming the charts of a report. It makes no network request and reads only the page it is in.
+//
+// start() binds the charts of the page. Code that replaces content of <main> calls it again; the zoom is kept. Charts
+// over steps share the step under the pointer and the visible range. The axes follow pipeline/reports/charts.py.
 "use strict";
 const shared = { known: new WeakMap(), charts: [], range: null, at: null, pill: null };
 const DRAWN = 400, SIDE = 1000, DOTS = 40, MOVED = 5;
@@ -357,4 +354,3 @@ function keys(chart) {
 }
 
 start();
-"""
