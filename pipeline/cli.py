@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from beitforge.pipeline.cluster.error_reporting import USER_ERRORS, report, user_message
+from beitforge.pipeline.console import program_name
 
 # verb: module of pipeline/commands, in the order of the help
 VERBS = {
@@ -35,8 +36,9 @@ VERBS = {
     "export": "export",
     "import": "import_encoder",
 }
-_INSTALL = {"deepspeed": "train", "tensorboard": "train", "torch": "train", "skimage": "demo", "sklearn": "demo"}
-_INSTALL |= {"timm": "finetune", "fsspec": "remote", "scipy": "train", "wandb": "wandb"}
+# package: the extra of pyproject.toml that installs it
+_EXTRAS = dict.fromkeys(("torch", "deepspeed", "scipy", "tensorboard"), "train")
+_EXTRAS |= {"skimage": "demo", "sklearn": "demo", "timm": "finetune", "fsspec": "remote", "wandb": "wandb"}
 
 
 def load_command(verb: str) -> ModuleType:
@@ -83,19 +85,22 @@ def _overview() -> str:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Run a verb. An error that a user, a shard or a disk caused becomes one line on stderr and exit code 2."""
+    """Run a verb and return its exit code.
+
+    An error that a user, a shard or a disk caused, or a package that is missing, is one line on stderr and code 2.
+    """
     try:
         return load_command(arguments.verb).run(arguments)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again, it resumes", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _INSTALL:
+        if package not in _EXTRAS:
             raise
         print(
-            f"error: `beitforge {arguments.verb}` needs {package}, which is not installed for {sys.executable}: "
-            f"pip install 'beitforge[{_INSTALL[package]}]'",
+            f"error: `{program_name()} {arguments.verb}` needs {package}, which is not installed for {sys.executable}: "
+            f"pip install 'beitforge[{_EXTRAS[package]}]'",
             file=sys.stderr,
         )
         return 2

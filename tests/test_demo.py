@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,7 +72,10 @@ def test_demo_of_a_folder_killed_and_continued(tmp_path):
     output, _ = (second := demo(tmp_path / "images", out)).communicate(timeout=400)
     assert second.returncode == 0, output
     assert "== tokenizer: finished before" in output
-    assert "from step 0" not in output.partition("pretrain configs")[2]
+    _, command, pretraining = output.partition("== ./launch.sh pretrain ")
+    assert command, output
+    assert "from step 0" not in pretraining
+    assert re.search(r"from step [1-9]", pretraining), output
     for words in ("codebook use", "masked accuracy", "linear probe", "untrained", "raw pixels", "report.html"):
         assert words in output, output
     probe = json.loads((out / "pretrain" / "probe.json").read_text())

@@ -35,18 +35,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", action="store_true", help=text)
 
 
+def require_packages(*names: str) -> None:
+    """Raise ModuleNotFoundError for the first package that is not installed; none of them is imported."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _require_timm(randaugment: str) -> None:
+    try:
+        require_packages("timm")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"finetune.randaugment {randaugment} is timm's, which is not installed for {sys.executable}: "
+            f'`pip install timm`, or set finetune.randaugment=""'
+        ) from error
+
+
 def prepare(arguments: argparse.Namespace) -> tuple[Config, dict[str, int]]:
     """Before any process is started: the config, and the hosts of HOSTFILE with their slots ({}: this machine alone).
-    Raises ConfigError for what can be refused here, once."""
+
+    Raises ConfigError for what can be refused here, once, and ModuleNotFoundError for a package that ranks need.
+    """
     if "LOCAL_RANK" in os.environ:
         raise ConfigError(
             "LOCAL_RANK is set, so a launcher has started this process: add --rank to run as one of its ranks, or "
             "unset LOCAL_RANK"
         )
     config = load_config(arguments.config, arguments.overrides)
-    for package in ("torch", "deepspeed"):
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    trains = arguments.verb in ("pretrain", "finetune", "tokenizer")
+    require_packages("torch", "deepspeed", *(["tensorboard"] if trains and config.log.tensorboard else []))
+    if arguments.verb == "finetune":
+        require_packages("scipy")
+        if config.finetune.randaugment:
+            _require_timm(config.finetune.randaugment)
     hosts = read_hostfile(os.environ["HOSTFILE"]) if os.environ.get("HOSTFILE") else {}
     refuse_world(arguments.verb, config, sum(hosts.values()) or processes_here())
     return config, hosts

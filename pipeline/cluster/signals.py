@@ -5,7 +5,7 @@ steps. A second one, three seconds or more later, ends the process at once. Unde
 SLURM repeats itself before it kills (the end of a grace time, the time limit), and a save under way should be finished.
 Installed before torch is imported, so that an early signal is not lost.
 
-Two files of the run folder go with it. `stop`, written by `./launch.sh stop RUN`, is looked for by rank 0 between steps
+Two files of the run folder go with it. `stop`, written by `beitforge stop RUN`, is looked for by rank 0 between steps
 under every launcher, and is removed when the run has ended by it. `ended` says how the last start came to its end:
 exit codes do not arrive (srun answers 143 for a rank that ended first, DeepSpeed's launcher 0 for one that was killed).
 """

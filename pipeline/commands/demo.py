@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from beitforge.pipeline.cluster.launching import require_packages
 from beitforge.pipeline.errors import ConfigError
 
 HELP = "run the whole pipeline on this machine, on sample photographs or your own folder"
@@ -21,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = [word for word in arguments.words if "=" not in word]
     if len(folders) > 1:
         raise ConfigError(f"demo takes one folder of images, not {len(folders)}: {' '.join(folders)}")
+    require_packages("torch", "deepspeed", "tensorboard")  # before minutes of packing
     settings = [word for word in arguments.words if "=" in word]
     from beitforge.pipeline.stages import demo
 

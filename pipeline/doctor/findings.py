@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
+from beitforge.pipeline.console import align_columns
+
 OK, WARNING, STOP = "ok", "warning", "stop"
 LEVELS = (OK, WARNING, STOP)
 VERDICTS = ("go", "go with warnings", "stop")
@@ -143,8 +145,7 @@ def _table(found: list[Finding]) -> list[str]:
     for host in hosts:
         here = [finding for finding in found if finding.host == host]
         rows.append([host, *(_cell([f for f in here if f.check in checks]) for _, checks in COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return align_columns(rows)
 
 
 def _cell(found: list[Finding]) -> str:

@@ -1,7 +1,7 @@
 """What `doctor` asks of a host itself: versions, code and config, clock, name, port, signals, limits, shared memory.
 
 `python -m beitforge.pipeline.doctor.host CONFIG PORT [section.key=value …]` prints the facts of a host as JSON, over
-ssh before any rank is started; `compared` finds what differs between hosts. Must not know torch: it answers at once.
+ssh before any rank is started; `compare_hosts` finds what differs between hosts. Must not know torch: it starts fast.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from beitforge.__main__ import forget_working_folder
 from beitforge.pipeline.cluster.environment import RankInfo, under_srun
 from beitforge.pipeline.config.loading import load_config, to_yaml
 from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.console import program_name
 from beitforge.pipeline.doctor.findings import HOSTS, MARK, OK, STOP, WARNING, Finding, Local
 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "webdataset")
@@ -100,7 +101,7 @@ def _cure(name: str) -> str:
         return "give every host the same config file at the same path"
     if name == "driver":
         return "take one kind of node, or let the drivers be brought to one version"
-    return f"install the same {name} there: remove .venv and run ./launch.sh setup, or share one environment"
+    return f"install the same {name} on every host, or share one environment between them"
 
 
 def clocks(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
@@ -232,7 +233,7 @@ def own_signals(arrivals: Arrivals, environment: Mapping[str, str], local: Local
         local.add(STOP, "signals", "a SIGUSR1 to itself did not arrive", "see what changes its handlers")
     parent = _comm(os.getppid())
     if started_by_srun(environment) and not parent.startswith("slurmstepd"):
-        cure = "let srun start python itself (exec), as configs/slurm/training.sbatch does"
+        cure = f"let srun start python itself (exec), as the script of `{program_name()} slurm` does"
         local.add(WARNING, "signals", f"{parent} stands between srun and this rank: SLURM's signals end there", cure)
 
 

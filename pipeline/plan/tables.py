@@ -3,6 +3,7 @@
 import math
 
 from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.console import align_columns
 from beitforge.pipeline.plan.costs import training_flops
 from beitforge.pipeline.plan.estimate import Estimate, Machine, kernels_of, size_of, tokenizations
 from beitforge.pipeline.plan.zero_model import zero_settings
@@ -42,11 +43,7 @@ def render(
 
 
 def _table(title: str, columns: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
-    rows = [
-        "  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in [columns, *lines]
-    ]
-    return "\n".join([title, *(f"  {row}" for row in rows)])
+    return "\n".join([title, *(f"  {row}" for row in align_columns([columns, *lines], right=True))])
 
 
 def _head(config: Config, machine: Machine, images: int, origin: str) -> str:

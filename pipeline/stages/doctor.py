@@ -24,6 +24,7 @@ from torch import nn
 from beitforge.pipeline.cluster.environment import RankInfo, rank_info, rendezvous_variables
 from beitforge.pipeline.config.derived import micro_batch
 from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.console import program_name
 from beitforge.pipeline.data import pretraining
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.distributed.device import own_device
@@ -308,7 +309,7 @@ def _slurm_signals(me: _Me) -> None:
     elif me.arrivals.wait(before + 1, 5.0):
         me.local.add(OK, "signals", "SIGUSR1 arrives by SLURM")
     else:
-        cure = "let srun start python itself, as configs/slurm/training.sbatch does; see ProctrackType"
+        cure = f"let srun start python itself, as the script of `{program_name()} slurm` does; see ProctrackType"
         me.local.add(STOP, "signals", "SIGUSR1 sent by SLURM to this step does not arrive at this rank", cure)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from beitforge.pipeline.cli import parse_arguments
 from beitforge.pipeline.cluster.slurm_script import _seconds, render
 from beitforge.pipeline.config.loading import load_config
 from tests.conftest import ROOT
@@ -17,7 +18,7 @@ from tests.pipeline.commands.test_help import HEAVY, command, imported, said
 
 
 def slurm(*words: object, folder: Path) -> subprocess.CompletedProcess:
-    """`python -m pipeline slurm … --dry-run` in a folder, as ./launch.sh calls it."""
+    """`python -m beitforge slurm … --dry-run` in a folder, as ./launch.sh calls it."""
     program = [sys.executable, "-m", "beitforge", "slurm", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -345,3 +346,27 @@ def test_nothing_to_stop(tmp_path):
         assert result.returncode == 0
         assert "is finished" in result.stdout
         assert not (tmp_path / name / "stop").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "job", "more"),
+    [
+        ("pack IN OUT --workers 3 -- --mem=1", "pack IN OUT --workers 3", ("--mem=1",)),
+        ("pack --workers 3 IN OUT --time 1:00 --quality 90", "pack --workers 3 IN OUT --quality 90", ()),
+        ("--dry-run pack IN OUT --force-jpeg", "pack IN OUT --force-jpeg", ()),
+        ("pack IN OUT -- -- x", "pack IN OUT", ("--", "x")),
+        ("--nodes 2 configs/x.yaml a.b=c --dry-run", "configs/x.yaml a.b=c", ()),
+        ("--partition pack c.yaml --gpus-per-node 2", "c.yaml", ()),
+    ],
+)
+def test_words_in_any_order(words, job, more):
+    """Options of slurm may stand anywhere before --; what `pack` takes is left to it in its order."""
+    arguments = parse_arguments(["slurm", *words.split()])
+    assert arguments.words == job.split()
+    assert arguments.more == more
+
+
+@pytest.mark.parametrize("words", ["configs/x.yaml --workers 3", "--partition pack c.yaml --workers 3"])
+def test_only_pack_takes_options_of_its_own(words):
+    with pytest.raises(SystemExit):
+        parse_arguments(["slurm", *words.split()])
