@@ -1,4 +1,4 @@
-"""What evaluations look at beside losses: predictions, how far attention reaches, and k-NN on labels.
+"""What evaluations measure besides losses: predictions, attention distance, and k-NN on labels.
 
 Everything comes out of the engine's own forward pass, with hooks on the encoder's modules for as long as that takes: so
 ZeRO-3 has gathered a module's weights when they are read, and a compiled model need only be told to run eagerly. All

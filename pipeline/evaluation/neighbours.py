@@ -1,4 +1,4 @@
-"""Which images an encoder finds alike: the nearest in its feature space, beside the nearest by raw pixels.
+"""The nearest neighbours of images: in the encoder's feature space, and by raw pixels for comparison.
 
 Shape letters as in pipeline.model.beit. Must not know runs, HTML or any stage.
 """

@@ -133,7 +133,7 @@ class Follower:
         times = [float(when) for when in said if isinstance(when, int | float)]
         return max(times, default=time.time())
 
-    def standing(self) -> RunStatus:
+    def status(self) -> RunStatus:
         """How the run stands now."""
         lines = self.lines
         trained = [line for line in lines if line.get("kind") == "train"]

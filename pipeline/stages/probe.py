@@ -1,4 +1,4 @@
-"""`probe RUN SHARDS [TEST]`: k-NN and linear probe of a run, beside the same encoder untrained and raw pixels."""
+"""`probe RUN SHARDS [TEST]`: k-NN and linear probe of a run, compared with the untrained encoder and raw pixels."""
 
 import dataclasses
 import json

@@ -1,1 +1,1 @@
-"""The report of a run as it goes on: a page that updates itself, or a terminal."""
+"""The live report of a run: a page that updates itself, or a terminal."""

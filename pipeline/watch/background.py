@@ -1,4 +1,4 @@
-"""Work beside a server: one process at a time, of low priority, that writes its answer into a file.
+"""Background work of a server: one process at a time, of low priority, that writes its result into a file.
 
 Must not know runs, torch or any stage.
 """
@@ -17,9 +17,9 @@ _NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREA
 
 
 class BackgroundJob:
-    """Runs `command OUT` when asked to, not twice for the same, and at most half of the time. `answer`: what the last
-    one that went well wrote into OUT; `complaint`: the last line of the last one that did not. The process should end
-    when this one is gone."""
+    """Runs `command OUT` on request, once per request value and at most half of the time. `result`: what the last
+    successful process wrote into OUT; `error`: the last line on stderr of the last one when it failed. The process
+    should end when this one is gone."""
 
     def __init__(self, command: list[str]):
         self.command = command
@@ -31,16 +31,16 @@ class BackgroundJob:
 
     @property
     def busy(self) -> bool:
-        """Whether it is at work."""
+        """Whether a process is running."""
         return self._process is not None
 
     def request(self, what: object) -> None:
-        """Begin anew when `what` is not what was asked for last; not while it is at work or rests: ask again later."""
+        """Start a process when `what` differs from the last request; ignored while one runs or the job rests."""
         now = time.monotonic()
         if self._process is None and what != self._asked and now >= self._rests_until:
             self._asked, self._begun = what, now
             folder = tempfile.TemporaryDirectory(prefix="beitforge-watch-")
-            out = Path(folder.name) / "answer"
+            out = Path(folder.name) / "result"
             self._process = subprocess.Popen(
                 [*self.command, str(out)],
                 stdin=subprocess.DEVNULL,
@@ -64,7 +64,7 @@ class BackgroundJob:
         self._process = None
 
     def stop(self) -> None:
-        """End the process that is at work, if any."""
+        """Kill the running process, if any."""
         process = self._process
         if process is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -64,7 +64,7 @@ class Site:
         """The run's status, and the sections that are new since the stamp of an earlier answer."""
         with self._lock:
             self._refresh()
-            status = self.follower.standing()
+            status = self.follower.status()
             answer = {
                 "state": status.state,
                 "words": _headline(status),
@@ -75,12 +75,12 @@ class Site:
             return {"version": self.version, "status": answer, **self.fragments.since(since)}
 
     def _title(self) -> str:
-        status = self.follower.standing()
+        status = self.follower.status()
         name = self.run.resolve().name
         return f"{status.step:,} · {name} · {status.state}" if status.step else f"{name} · {status.state}"
 
     def _bar(self) -> str:
-        status = self.follower.standing()
+        status = self.follower.status()
         command = f"./launch.sh watch {self.run}"
         data = {
             "state": status.state,

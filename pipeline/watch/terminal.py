@@ -36,7 +36,7 @@ _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l" 
 def render(follower: Follower, width: int, plain: bool = False) -> list[str]:
     """What there is to say about a run, each line at most `width` columns. plain: in ASCII."""
     width = max(NARROWEST, min(width, _WIDEST))
-    stand = follower.standing()
+    stand = follower.status()
     lines = [_title(follower), _state(stand)]
     trained = latest(follower.lines, "train")
     if trained:

@@ -1,4 +1,4 @@
-"""Work beside the watch server: once for each wish, one at a time, of low priority, and ended with the server."""
+"""Background work of the watch server: once per request, one at a time, at low priority, ended with the server."""
 
 import signal
 import sys
@@ -10,40 +10,40 @@ from tests.pipeline.watch.watching import lines_of, wait_for, watching, write_ru
 WORK = "import pathlib, sys; open(sys.argv[1], 'a').write('x'); pathlib.Path(sys.argv[2]).write_text('done')"
 
 
-def ended(beside: BackgroundJob) -> None:
-    wait_for(lambda: not beside.busy, None, 30)
+def ended(job: BackgroundJob) -> None:
+    wait_for(lambda: not job.busy, None, 30)
 
 
 def test_work_beside_is_done_once_for_each_and_one_at_a_time(tmp_path):
-    beside = BackgroundJob([sys.executable, "-c", WORK, str(tmp_path / "count")])
+    job = BackgroundJob([sys.executable, "-c", WORK, str(tmp_path / "count")])
     for _ in range(3):
-        beside.request(8)
-    ended(beside)
-    beside.request(8)
-    assert (beside.result, beside.error, beside.changes, beside.busy) == (b"done", "", 1, False)
-    wait_for(lambda: beside.request(12) or beside.busy, None, 30)
-    ended(beside)
-    assert (tmp_path / "count").read_text() == "xx" and beside.changes == 2
+        job.request(8)
+    ended(job)
+    job.request(8)
+    assert (job.result, job.error, job.changes, job.busy) == (b"done", "", 1, False)
+    wait_for(lambda: job.request(12) or job.busy, None, 30)
+    ended(job)
+    assert (tmp_path / "count").read_text() == "xx" and job.changes == 2
 
 
 def test_work_beside_that_fails_says_why(tmp_path):
-    beside = BackgroundJob([sys.executable, "-c", "import sys; sys.exit('no room\\nnot at all')"])
-    beside.request(1)
-    ended(beside)
-    assert (beside.result, beside.error, beside.changes) == (b"", "not at all", 1)
-    beside = BackgroundJob([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
-    beside.request(1)
-    ended(beside)
-    assert beside.error == "ended with -9"
+    job = BackgroundJob([sys.executable, "-c", "import sys; sys.exit('no room\\nnot at all')"])
+    job.request(1)
+    ended(job)
+    assert (job.result, job.error, job.changes) == (b"", "not at all", 1)
+    job = BackgroundJob([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    job.request(1)
+    ended(job)
+    assert job.error == "ended with -9"
 
 
 def test_work_beside_ends_with_the_server(tmp_path):
-    beside = BackgroundJob([sys.executable, "-c", "import time; time.sleep(600)"])
-    beside.stop()
-    beside.request(1)
-    process = beside._process
+    job = BackgroundJob([sys.executable, "-c", "import time; time.sleep(600)"])
+    job.stop()
+    job.request(1)
+    process = job._process
     assert process is not None
-    beside.stop()
+    job.stop()
     assert process.returncode == -signal.SIGKILL
 
 

@@ -199,7 +199,7 @@ def test_only_new_bytes_are_read(tmp_path, monkeypatch):
 def standing(run: Path):
     follower = Follower(run)
     follower.refresh()
-    return follower.standing()
+    return follower.status()
 
 
 def test_how_a_run_stands(tmp_path):
@@ -230,9 +230,9 @@ def test_silence_is_told_by_this_machines_clock(tmp_path):
     follower = Follower(run)
     follower.refresh()
     append(run, train_line(22, time.time() - 5000))
-    assert follower.refresh() and follower.standing().silent < 1
+    assert follower.refresh() and follower.status().silent < 1
     append(run, train_line(24, time.time() + 5000))
-    assert follower.refresh() and 0 <= follower.standing().silent < 1
+    assert follower.refresh() and 0 <= follower.status().silent < 1
     assert 0 <= standing(run).silent < 1
 
 
