@@ -16,6 +16,7 @@ from torch import Tensor
 
 from beitforge.pipeline.config.settings import Size
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.tokenizers import user_class
 from beitforge.pipeline.tokenizers.published import Published
 
 _WEIGHTS, _CONFIG = "tokenizer.safetensors", "tokenizer.json"
@@ -77,11 +78,18 @@ def load_kind(name: str) -> Kind:
     return cast(Kind, importlib.import_module(KINDS[name]))
 
 
+def build(kind: str, shape: dict) -> VisualTokenizer:
+    """The tokenizer of a kind, `module:Class` outside this package included, with its weights still to be loaded."""
+    if ":" in kind:
+        return cast(VisualTokenizer, user_class.build(kind, shape))
+    return load_kind(kind).build(shape)
+
+
 def save_tokenizer(folder: Path, weights: dict[str, Tensor], kind: str, shape: dict, size: Size, resample: str) -> str:
     """Write weights, then tokenizer.json with their fingerprint; returns the fingerprint.
 
-    kind: a key of KINDS; shape: what its module is built from. size: of the views it takes, in pixels, resized with the
-    filter `resample` (bicubic or lanczos).
+    kind: a key of KINDS or what user_kind returns; shape: what its module is built from. size: of the views it takes,
+    in pixels, resized with the filter `resample` (bicubic or lanczos).
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _WEIGHTS
@@ -127,7 +135,7 @@ def load_tokenizer(folder: Path) -> tuple[VisualTokenizer, dict]:
             raise ConfigError(
                 f"{folder / _WEIGHTS} is not the file its {_CONFIG} was written for (sha256 differs): {_CURE}"
             )
-        tokenizer = load_kind(kind).build(shape)
+        tokenizer = build(kind, shape)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} holds no finished tokenizer ({error.filename} is missing): {_CURE}") from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -7,19 +7,20 @@ import functools
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import FLAG_BAD, Index, index_path, open_index
 from beitforge.shards.format.manifest import ImageManifest, read_image_manifest
 from beitforge.shards.storage.cache import ALWAYS, PART, Cache
 from beitforge.shards.storage.files import file_digest, open_files
-from beitforge.shards.storage.remote import FETCHES, Kept, Remote, is_url
+from beitforge.shards.storage.remote import FETCHES, Kept, Remote, cache_for, is_url
 from beitforge.shards.storage.retry import retry
 from beitforge.shards.stream.order import Chunks, Order
 
@@ -29,6 +30,19 @@ _log = logging.getLogger(__name__)
 
 class DamagedSample(ShardError):
     """One sample whose bytes are not what was packed, or do not decode. The stream substitutes it and counts it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a set: its key, its label (-1 where it has none) and the encoded file."""
+
+    key: str
+    label: int
+    data: bytes
+
+    def pixels(self) -> np.ndarray:
+        """The decoded image, uint8 [H, W, 3] in RGB, as stored. Raises ShardError when it does not decode."""
+        return codec.decode(self.data)
 
 
 @dataclass
@@ -71,6 +85,22 @@ class ImageSet:
 
     def __len__(self) -> int:
         return self.manifest.samples
+
+    def __getitem__(self, number: int) -> Sample:
+        """Sample `number` in the order of the manifest, with any index that a list takes. Raises DamagedSample as
+        `read` does."""
+        number = range(len(self))[number]
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        row = number - int(self._ends[shard]) + self.manifest.shards[shard].samples
+        index = self.index(shard)
+        return Sample(index.key(row), int(index.columns["label"][row]), self.read(shard, row))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[number] for number in range(len(self)))
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([shard.samples for shard in self.manifest.shards])
 
     def index(self, shard: int) -> Index:
         """The index of shard number `shard`, checked against the manifest when first opened."""
@@ -199,3 +229,11 @@ class ImageSet:
                 f"{entry.bytes} bytes and {entry.samples} samples: {_CURE}"
             )
         return _OpenShard(descriptor, index)
+
+
+def open_images(where: Path | str, *, cache: Path | str = "", cache_gb: float = 100.0) -> ImageSet:
+    """Open the image shard set in a folder or behind a URL. Raises ShardError when there is none.
+
+    cache: the folder that a remote set is read through, by default one in $TMPDIR; cache_gb: its size.
+    """
+    return ImageSet(where, cache_for(str(where), str(cache), cache_gb))

@@ -12,6 +12,7 @@ import numpy as np
 from beitforge.shards.format.tokens import TokenSet, check_pairing
 from beitforge.shards.format.views import ViewPolicy, Views, central_views, draw_views
 from beitforge.shards.storage.cache import Cache
+from beitforge.shards.storage.remote import cache_for
 from beitforge.shards.stream.image_set import ImageSet
 
 
@@ -88,3 +89,13 @@ class RecordedViews:
     def usable(self, shard: int, row: int) -> bool:
         """False where `tokenize` could not read the image."""
         return not self.tokens.shard(shard, self.images.index(shard).key_hash).bad[row]
+
+
+def open_tokens(
+    where: Path | str, images: ImageSet, *, cache: Path | str = "", cache_gb: float = 100.0
+) -> RecordedViews:
+    """Open the token shard set in a folder or behind a URL, paired with the image set that it was made from.
+
+    cache, cache_gb: as of shards.stream.image_set.open_images. Raises ShardError when the two do not belong together.
+    """
+    return RecordedViews(images, where, cache_for(str(where), str(cache), cache_gb))
