@@ -1,7 +1,7 @@
 """Line charts as text: an SVG that stretches with the page, and labels in HTML next to it that keep their size.
 
 Knows numbers and words, not runs. Colours are the page's CSS variables. The numbers are embedded, in more detail than
-is drawn, for the page's script, which draws a part of a chart anew when it is zoomed into (assets/charts.js).
+is drawn, for the page's script, which redraws the part zoomed into (pipeline/reports/assets/charts.js).
 """
 
 import base64
