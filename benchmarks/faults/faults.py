@@ -1,4 +1,4 @@
-"""How does every fault of a corpus of damaged sets end: mended, substituted and counted, or one clear error?
+"""How does every fault of a corpus of damaged sets end: repaired, substituted and counted, or one clear error?
 
 `python -m benchmarks.faults.faults 17` runs case 17 alone and prints how it ended.
 """
@@ -155,7 +155,7 @@ def indexed_again(case: Case, folder: Path) -> Verdict:
     def read() -> Verdict:
         again = adopt(folder, 1)
         verdict = read_foreign(folder, originals, 0)
-        return Verdict("mended") if verdict.outcome == "harmless" and again.kept < 2 else verdict
+        return Verdict("repaired") if verdict.outcome == "harmless" and again.kept < 2 else verdict
 
     return ended(read, [str(folder), "first", "second"])
 
@@ -227,7 +227,7 @@ def odd_packed(make: Callable[[np.random.Generator], Odd]) -> Judge:
                 return Verdict("refused" if reasons[name] else "silent", reasons[name])
             verdict = accepted(odd, stored["odd"][0])
             changed = stored["odd"] != (odd.data, odd.extension)
-            return Verdict("mended") if changed and verdict.outcome == "harmless" else verdict
+            return Verdict("repaired") if changed and verdict.outcome == "harmless" else verdict
 
         return ended(read, [str(folder), "odd"])
 
@@ -293,7 +293,7 @@ def main() -> None:
     notes = [
         "Each case is one random mutation of a small set, read for one epoch; every sample must be byte for byte "
         "(pixels, tokens, view, label) the undamaged set's in its place, or in the place of the substitute named for "
-        "it. *mended*: encoded anew by `pack` or indexed again by `index`, and right. *substituted*: another sample "
+        "it. *repaired*: encoded anew by `pack` or indexed again by `index`, and right. *substituted*: another sample "
         "stands in, named and counted. *refused*: one line that names file, shard or key, or a line of "
         "`rejected.jsonl`. *harmless*: read as if undamaged. *as found*: the file was damaged before anyone took its "
         "checksum, and the decoder takes it for an image; no reader can know. *silent* (a wrong sample, or fewer) "

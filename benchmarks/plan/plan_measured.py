@@ -149,7 +149,7 @@ def rank() -> None:
 
 
 def launched(world: int) -> list[dict]:
-    """What rank 0 of so many processes prints, each with one thread."""
+    """What rank 0 of `world` processes prints, each with one thread."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     command += ["-m", "benchmarks.plan.plan_measured", "--rank"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **_KEEPS_MEMORY}

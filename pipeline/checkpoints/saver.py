@@ -2,7 +2,7 @@
 
 A checkpoint exists when its state.json does: rank 0 writes it, by rename, after every rank has flushed its files, with
 the size of each file. A torn one is passed over with a line that says so. Any number of processes under any ZeRO stage
-goes on from it. Must not know model, shards or any stage.
+resumes from it. Must not know model, shards or any stage.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Saver:
     """Saves the checkpoints of a run. Every rank calls each method at the same step."""
 
     def __init__(self, engine: Engine, run: Path, *, keep: int, keep_every: int, asynchronous: bool):
-        """keep: the newest so many stay, and those whose step is a multiple of keep_every (0: none). asynchronous:
+        """keep: how many of the newest stay, and those whose step is a multiple of keep_every (0: none). asynchronous:
         files are written while training goes on, and closed at a later step."""
         self.engine, self.run, self.keep, self.keep_every = engine, run, keep, keep_every
         self.engine.writer.asynchronous = asynchronous
@@ -80,7 +80,7 @@ class Saver:
             free = shutil.disk_usage(folder).free
             raise SharedError(
                 f"cannot write {folder} ({free >> 20} MiB free there; {errors[0]}): make room, then start again; it "
-                f"goes on from the checkpoint before"
+                f"resumes from the checkpoint before"
             )
         if self.engine.world.first:
             _close(folder, state)
@@ -98,7 +98,7 @@ class Saver:
             return ""
         return (
             f"{self.run / 'checkpoints'}: {free / 2**20:.1f} MiB free, a checkpoint takes {needed / 2**20:.1f} MiB: "
-            f"make room, or keep fewer (checkpoint.keep), then start again; it goes on from the newest one"
+            f"make room, or keep fewer (checkpoint.keep), then start again; it resumes from the newest one"
         )
 
     def _prune(self, keep: int) -> None:

@@ -24,7 +24,9 @@ from beitforge.pipeline.cluster.ssh_environment import forwarded_lines, user_lin
 from beitforge.pipeline.errors import ConfigError
 
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
-_TOGETHER_SECONDS = 20.0  # all hosts of a training end within; where one ended alone the others wait for it in vain
+_TOGETHER_SECONDS = (
+    20.0  # all hosts of a training end within this; where one ended alone, the others wait for it forever
+)
 _ENDING_SECONDS = ORPHAN_SECONDS + 10  # for processes whose launcher was killed
 _LAST_WORD_SECONDS = 5.0  # from a process's last word to its end
 _SAME_REQUEST_SECONDS = 0.5

@@ -92,7 +92,7 @@ def refuse_loopback_name(place: RankInfo, environment: Mapping[str, str]) -> Non
         address = socket.gethostbyname(name)
         if address.startswith("127."):
             raise HostError(
-                f"the name of host {name} stands for {address}, which other hosts cannot reach; mend its /etc/hosts, "
+                f"the name of host {name} stands for {address}, which other hosts cannot reach; fix its /etc/hosts, "
                 f"or set GLOO_SOCKET_IFNAME to the network interface between the hosts"
             )
 

@@ -1,4 +1,4 @@
-"""What a user, a shard or a disk caused, as one line, said once by whoever knows of it. Must not know torch."""
+"""Reports expected errors: one line, printed by exactly one rank. Must not know torch."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ def user_message(error: BaseException) -> str:
     if isinstance(error, ConfigError | ShardError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _DISK:
-        return f"{error.filename or 'a file'}: {error.strerror}; mend that, then run the same command again"
+        return f"{error.filename or 'a file'}: {error.strerror}; fix this and rerun"
     return ""
 
 

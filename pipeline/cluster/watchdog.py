@@ -1,4 +1,4 @@
-"""An end to waiting: a process that stands still ends itself, so that the launcher ends the run and it can start again.
+"""Ends a process that has made no progress for too long, so that the launcher ends the run and it can start again.
 
 A rank that hangs (stopped, swapped out, its node gone) leaves the others in a collective for as long as that may wait.
 Must not know torch, model, shards or any stage.
@@ -18,7 +18,7 @@ _GRACE = 30.0  # seconds after which a process whose own thread cannot run is en
 
 
 def longest(seconds: float) -> float:
-    """How long a watchdog of so many seconds ever waits."""
+    """The longest that a watchdog of `seconds` ever waits."""
     return _FIRST * seconds + _GRACE
 
 

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     partial.replace(folder / STOP_FILE)
     print(
         f"{folder} will finish its step, save and end; it looks once a second (over NFS the file may take a minute to "
-        f"be seen). It goes on when started again, which also takes this request back."
+        f"be seen). Started again, it resumes, which also withdraws this request."
     )
     return 0
 

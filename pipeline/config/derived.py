@@ -45,7 +45,7 @@ def work_folder(verb: str, config: Config) -> Path:
 
 
 def refuse_world(verb: str, config: Config, world: int) -> None:
-    """Raise ConfigError when so many processes cannot build the verb's global batch."""
+    """Raise ConfigError when `world` processes cannot build the verb's global batch."""
     if verb in ("pretrain", "doctor"):
         micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
     if verb == "finetune":

@@ -45,7 +45,7 @@ def connect(place: RankInfo, address: str, port: int, seconds: float) -> dist.TC
 
 @dataclass
 class RankReporter:
-    """This rank's letters to the first. `phase`: what it does now, for when it hangs."""
+    """Sends this rank's findings to rank 0. `phase`: what it does now, for when it hangs."""
 
     place: RankInfo
     host: str

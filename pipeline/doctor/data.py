@@ -161,7 +161,7 @@ def _digests(source: DataSource, seconds: float, local: Local) -> None:
                 local.add(STOP, "digests", str(error), _RETOKENIZE, whole_host=True)
             return
     for problem in damaged:
-        cure = "run `verify` on the set; mend what it lists, or raise data.bad_sample_budget"
+        cure = "run `verify` on the set; repair what it lists, or raise data.bad_sample_budget"
         local.add(WARNING, "digests", problem, cure, whole_host=True)
     if not damaged:
         local.add(OK, "digests", f"{looked} random images are what was packed", whole_host=True)
@@ -177,7 +177,9 @@ def check_disk_space(config: Config, checkpoint_bytes: int, local: Local) -> Non
         kept = sum(path.stat().st_size for path in run.glob("checkpoints/step-*/**/*") if path.is_file())
         free = shutil.disk_usage(run).free
     except OSError as error:
-        local.add(STOP, "disk", f"{run} cannot be written: {error.strerror}", "make room, or mend its rights")
+        local.add(
+            STOP, "disk", f"{run} cannot be written: {error.strerror}", "free some space, or correct its permissions"
+        )
         return
     one, all_of_them = checkpoint_bytes * 1.02, checkpoint_bytes * 1.02 * (keep + 1)
     what = f"{_size(free)} free in {run}; a checkpoint takes {_size(one)}, {keep} are kept"

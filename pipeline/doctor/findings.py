@@ -122,7 +122,7 @@ def to_json(found: list[Finding], seconds: float) -> str:
 
 
 def to_text(found: list[Finding], seconds: float) -> str:
-    """The table by node, everything that is not well with its cure, what was measured, and the verdict."""
+    """The table by node, every problem with its fix, the measurements, and the verdict."""
     code = worst(found)
     lines = [*_table(found), ""]
     for level in (STOP, WARNING):

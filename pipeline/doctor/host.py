@@ -171,7 +171,7 @@ def port_taken(port: int, holder: str, local: Local) -> None:
 
 
 def shared_memory(ranks: int, gpus: bool, local: Local, folder: str = "/dev/shm") -> None:
-    """Room in /dev/shm for so many ranks."""
+    """Checks that /dev/shm has room for this many ranks."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -212,7 +212,7 @@ class Arrivals:
         self.count += 1
 
     def wait(self, count: int, seconds: float) -> bool:
-        """Whether so many have come within so many seconds."""
+        """Whether `count` have arrived within `seconds`."""
         until = time.monotonic() + seconds
         while self.count < count and time.monotonic() < until:
             time.sleep(0.05)

@@ -41,7 +41,7 @@ class FeatureBank:
 
 @torch.no_grad()
 def collect_features(encoder: Encoder, stream: Stream, samples: int, most: int, seconds: float) -> FeatureBank:
-    """Of at most so many images, and as many as `seconds` allow (one batch at least): the features at two thirds of
+    """Of at most `most` images, and as many as `seconds` allow (one batch at least): the features at two thirds of
     the depth, mean over patches, unmasked."""
     layer = feature_depth(len(encoder.blocks))
     device = next(encoder.parameters()).device
@@ -79,7 +79,7 @@ def _batches(stream: Stream, numbers: np.ndarray) -> Iterator[Batch]:
 
 
 def spread(samples: int, most: int) -> np.ndarray:
-    """At most so many of 0 … samples - 1, each once, in an order whose every beginning is spread over all of them."""
+    """At most `most` of 0 … samples - 1, each once, in an order whose every beginning is spread over all of them."""
     stride = max(1, round(samples * (math.sqrt(5) - 1) / 2))
     while math.gcd(stride, samples) > 1:
         stride += 1

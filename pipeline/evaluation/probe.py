@@ -66,7 +66,7 @@ def probe(
 
 
 def sweeps(train_labels: Tensor) -> int:
-    """How many sweeps it takes to judge by so many images."""
+    """How many sweeps a probe on this many images takes."""
     return 1 + _folds(train_labels)
 
 
@@ -88,7 +88,7 @@ def _on_folds(
     tell: Callable[[], object],
 ) -> dict[str, Tensor]:
     """Accuracy of every feature set at every rate, float64 [R] by name, on images that the probe was not fitted on,
-    summed over so many folds."""
+    summed over the folds."""
     fold = torch.arange(len(labels)) % _FOLDS
     found = {name: torch.zeros(len(RATES), dtype=torch.float64) for name in train}
     for held in range(folds):

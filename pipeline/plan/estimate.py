@@ -127,7 +127,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to run a config on so many GPUs."""
+    """One way to run a config on a number of GPUs."""
 
     gpus: int
     stage: int
@@ -319,7 +319,7 @@ def estimate(
 ) -> Estimate:
     """One row. checkpointing: as configured. at_most: images of a micro batch, 0 as configured; less where memory asks.
 
-    Raises ConfigError when the global batch does not divide over so many GPUs.
+    Raises ConfigError when the global batch does not divide over the GPUs.
     """
     train = config.train
     checkpointing = train.activation_checkpointing if checkpointing is None else checkpointing

@@ -15,11 +15,11 @@ import numpy as np
 
 from beitforge.pipeline.runs.formatting import number
 
-_COLUMNS = 300  # a longer series is drawn as the mean and range of so many columns
-_KEPT = 4000  # a series of at most so many points is embedded whole, a longer one as
-_PARTS = 2000  # the mean and range of so many parts
+_COLUMNS = 300  # a longer series is drawn as the mean and range of this many columns
+_KEPT = 4000  # a series of at most this many points is embedded whole, a longer one as
+_PARTS = 2000  # the mean and range of this many parts
 _SIDE = 1000  # units of the SVG, either way
-_DOTS = 40  # a series of at most so many points shows each
+_DOTS = 40  # a series of at most this many points shows each
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from beitforge.pipeline.reports.summary import data_wait
 from beitforge.pipeline.runs.formatting import duration, number, utc_time
 from beitforge.pipeline.runs.record import RunRecord, points, value
 
-_TONES = 6  # colours of lines; they begin again after so many
+_TONES = 6  # colours of lines; they repeat after this many
 _COMMIT = 12  # digits that tell one from another
 _ELSEWHERE = ("train.run", "finetune.run")  # where a run lies is its name
 

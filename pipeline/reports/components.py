@@ -173,7 +173,7 @@ class Tick:
 def strip(title: str, blocks: Sequence[Block], ticks: Sequence[Tick], start: str, end: str) -> str:
     """A time line: blocks and ticks on a track, words for its two ends, and a legend when there is more than one look.
 
-    Of many ticks at one place, only so many are drawn as can be told apart.
+    Of many ticks at one place, only as many are drawn as can be told apart.
     """
     inner = "".join(
         f'<i class="{escape(block.look)}" style="left:{100 * block.start:.2f}%;'

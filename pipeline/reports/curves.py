@@ -12,7 +12,7 @@ from beitforge.pipeline.reports.components import Block, Section, Tick
 from beitforge.pipeline.runs.formatting import duration, number, utc_time
 from beitforge.pipeline.runs.record import RunRecord, points, value
 
-_SPIKY = 20  # a gradient norm so many times its median asks for a logarithmic axis
+_SPIKY = 20  # a gradient norm this many times its median asks for a logarithmic axis
 _LITTLE = 0.02  # nats that do not matter
 
 

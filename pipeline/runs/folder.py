@@ -138,5 +138,5 @@ class BadSamples:
         """The line that ends a run whose budget is spent."""
         return (
             f"{len(self.known)} samples could not be used, more than the {self.limit} of data.bad_sample_budget; "
-            f"they are listed in {self.path}; mend the shards (`verify` finds them all) or raise the budget"
+            f"they are listed in {self.path}; repair the shards (`verify` finds them all) or raise the budget"
         )

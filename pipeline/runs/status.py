@@ -20,7 +20,7 @@ from beitforge.pipeline.runs.formatting import duration
 from beitforge.pipeline.runs.jsonl import JsonlTail
 
 _LEAST_SILENCE = 60.0  # seconds without a word before a run is called silent
-_GAPS = 3.0  # and so many times the longest pause it made before
+_GAPS = 3.0  # and this many times the longest pause it made before
 _RECENT = 30  # logged intervals that rate and remaining time are told from
 _SMALL = ("config.yaml", "environment.json", "probe.json", "ranks.json", ENDED_FILE, STOP_FILE)
 _WORDS = ("ranks.json",)  # of these, what the training itself writes while it goes
@@ -163,7 +163,7 @@ class Follower:
         if silent > max(_LEAST_SILENCE, _GAPS * usual):
             return (
                 "silent",
-                f"{at}, then no word: killed, or standing still? Before, {duration(usual)} was the longest pause",
+                f"{at}, then no word: killed, or hanging? Before, {duration(usual)} was the longest pause",
             )
         return "running", f"{at}, asked to stop" if self.stopping else at
 

@@ -160,7 +160,7 @@ def _do(step: Step) -> None:
         process.wait()  # the terminal told it too; it saves and ends
         raise
     if code or not step.finished():
-        raise ConfigError(f"the demo stopped in `{step.label}` (exit code {code}); the same command goes on from there")
+        raise ConfigError(f"the demo stopped in `{step.label}` (exit code {code}); the same command resumes there")
 
 
 def _die_with_parent() -> None:

@@ -179,7 +179,7 @@ def _guarded(local: Local, name: str, check: Callable[[], None]) -> None:
         check()
     except _FAULTS as error:
         line = " ".join(str(error).split())[:400] or type(error).__name__
-        local.add(STOP, name if name != "data" else "images", line, "mend that, then run doctor again")
+        local.add(STOP, name if name != "data" else "images", line, "fix this and run doctor again")
 
 
 def _signals(me: _Me) -> None:

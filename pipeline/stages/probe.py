@@ -29,7 +29,7 @@ Features = tuple[dict[str, dict[str, Tensor]], Tensor]  # f32 [n, D] by model an
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """samples: at most so many of each set, from all over it. label_share: of each class's images, chosen by `seed`.
+    """samples: the most of each set, spread over it. label_share: of each class's images, chosen by `seed`.
     epochs: of the linear probes."""
 
     samples: int = 20_000

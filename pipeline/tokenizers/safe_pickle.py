@@ -119,7 +119,7 @@ def _unpickle(file: BinaryIO | io.BytesIO) -> tuple[Any, dict[str, int]]:
     start = file.tell()
     for opcode, argument, _ in pickletools.genops(file):
         read = file.tell() - start
-        # the extension table answers without find_class; a memo index makes room for all the smaller ones
+        # the extension table answers without find_class; a memo index allocates all the smaller ones
         if opcode.name.startswith("EXT"):
             raise Refused(f"asks for the extension {argument} of Python's pickle, which no published tokenizer needs")
         if read > _LARGEST_PICKLE or ("PUT" in opcode.name and int(argument or 0) > read):

@@ -65,7 +65,7 @@ class Monitor:
         return (loss - middle) / max(spread, 1e-3 * abs(middle), 1e-9)
 
     def _name(self, line: str, what: str, holds: bool, after: int) -> None:
-        """Say it when it has held so many times in a row, and again from time to time."""
+        """Say it when it has held `after` times in a row, and again from time to time."""
         kind = what.split()[0]
         for other in [name for name in self.lasting if name.split()[0] == kind and (name != what or not holds)]:
             del self.lasting[other]

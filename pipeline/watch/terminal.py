@@ -183,7 +183,7 @@ def cut(text: str, width: int, plain: bool = False) -> str:
 
 
 def show(draw: Callable[[int], list[str]], seconds: float) -> None:
-    """Draw again and again, in place, until q or Ctrl-C. draw: lines for so many columns.
+    """Draw again and again, in place, until q or Ctrl-C. draw: the lines for a width in columns.
 
     When the output is no terminal, once.
     """

@@ -1,4 +1,4 @@
-"""Check every byte of an image shard set against its manifest and indexes. Finds everything, mends nothing."""
+"""Check every byte of an image shard set against its manifest and indexes. Finds everything, repairs nothing."""
 
 import contextlib
 from collections.abc import Callable, Iterator

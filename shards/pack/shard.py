@@ -44,7 +44,7 @@ def check_rejected(rejected: list[dict], limit: int) -> None:
     if len(rejected) > limit:
         first = "; ".join(f"{row['path']}: {row['reason']}" for row in rejected[:_SHOWN])
         raise TooManyRejected(
-            f"more than {limit} images cannot be used ({first}; …): mend or remove them (rejected.jsonl lists those "
+            f"more than {limit} images cannot be used ({first}; …): repair or remove them (rejected.jsonl lists those "
             "found so far), or allow more with --max-rejected and run the same command again",
             rejected,
         )

@@ -104,7 +104,7 @@ def index_row(sample: Sample, facts: Facts, label: int) -> IndexRow:
 def read_label(data: bytes, where: str) -> int:
     """The integer in a `.cls` member. Raises ShardError with `where` when it is none."""
     if not re.fullmatch(rb"\s*[+-]?[0-9]{1,18}\s*", data):
-        raise ShardError(f"{where}: the .cls member holds {data[:40]!r}, not an integer: mend the set that made it")
+        raise ShardError(f"{where}: the .cls member holds {data[:40]!r}, not an integer: correct the set it came from")
     return int(data)
 
 

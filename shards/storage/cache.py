@@ -77,7 +77,7 @@ class Cache:
     ) -> bool:
         """See to it that a part is here, fetching it unless another process just did; False where there is no room.
 
-        uses: says when each part of this set is used next; what is used later than `before` makes room, and all of
+        uses: says when each part of this set is used next; what is used later than `before` is evicted, and all of
         other sets. None: of this set the parts that came first make room.
         """
         with self._told(), self._locked_entry(entry):

@@ -56,7 +56,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def open_files(each: int) -> int:
-    """How many things of so many open files each a process may keep open, leaving half of its limit to others."""
+    """How many things with `files` open files each a process may keep open, leaving half of its limit to others."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(32, min(soft, 65536) // 2 // each)
 

@@ -55,9 +55,9 @@ class _OpenShard:
 
 @dataclass
 class Reading:
-    """Who reads a set on this node and how far they are, so that what they use last makes room in the cache.
+    """Who reads a set on this node and how far they are, so that the cache evicts by furthest next use.
 
-    ranks: of this node, in a world of so many. sample: the one that is read now.
+    ranks: of this node, of `world` in all. sample: the one that is read now.
     """
 
     order: Order
@@ -124,7 +124,7 @@ class ImageSet:
 
     def _read_remote(self, remote: Remote, shard: int, row: int, digest: int) -> bytes:
         """An image out of the cache, or past it where it has no room. When it is not what was packed, its chunk is
-        fetched once more, which mends the cache, and then the image alone: processes that share a chunk may each
+        fetched once more, which repairs the cache, and then the image alone: processes that share a chunk may each
         drop what another has just fetched anew."""
         index, entry, now = self.index(shard), self._entry(shard, row // self.chunk), ALWAYS
         if self.reading is not None:

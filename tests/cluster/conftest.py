@@ -36,7 +36,7 @@ def cluster() -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[Cluster]:
-    """A cluster of so many; a skip, or where BEITFORGE_CLUSTER asks for it a failure, where there can be none."""
+    """A cluster of `count` hosts; a skip, or where BEITFORGE_CLUSTER asks for it a failure, where there can be none."""
     lacking = missing()
     if lacking and os.environ.get("BEITFORGE_CLUSTER") == "1":
         pytest.fail(f"BEITFORGE_CLUSTER=1, but {lacking}")

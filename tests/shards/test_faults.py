@@ -1,4 +1,4 @@
-"""Every fault of a generated corpus is mended, substituted and counted, or one clear error: never a wrong sample.
+"""Every fault of a generated corpus is repaired, substituted and counted, or one clear error: never a wrong sample.
 
 The corpus and its judge are benchmarks/faults/faults.py; `python -m benchmarks.faults.faults NUMBER` runs one case of
 seed 0 again.
@@ -42,7 +42,7 @@ def test_every_fault_ends_in_one_of_three_ways(bases, tmp_path):
     assert min(Counter(case.kind for case in done).values()) == CASES // len(KINDS)
     every = table(done)[-1]
     assert every["cases"] == CASES == sum(count for name, count in every.items() if name not in ("fault", "cases"))
-    for outcome in ("mended", "substituted", "refused", "harmless"):
+    for outcome in ("repaired", "substituted", "refused", "harmless"):
         assert every[outcome] >= CASES // 20, every
 
 
@@ -61,10 +61,10 @@ def test_most_cases_do_harm(bases, tmp_path):
         "packed set: token file or manifest of another set": {"refused"},
         "foreign tar: tar cut on a member boundary": {"refused"},
         "foreign tar: duplicate keys": {"refused"},
-        "foreign tar: index harmed, indexed again": {"mended"},
+        "foreign tar: index harmed, indexed again": {"repaired"},
         "image in a foreign tar: empty file": {"substituted"},
         "image in a foreign tar: progressive JPEG": {"harmless"},
-        "image to pack: 16-bit PNG": {"mended"},
+        "image to pack: 16-bit PNG": {"repaired"},
         "image to pack: decompression bomb": {"refused"},
     }.items():
         assert ends[kind] == expected, kind
@@ -101,7 +101,7 @@ def raises(error: Exception) -> Verdict:
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
-        (ShardError("shard-000001 is damaged: mend it"), "refused"),
+        (ShardError("shard-000001 is damaged: repair it"), "refused"),
         (ShardError("something is damaged"), "traceback"),
         (ShardError("shard-000001 is damaged\nmend it"), "traceback"),
         (KeyError("shard-000001"), "traceback"),

@@ -22,7 +22,7 @@ from beitforge.shards.stream.loader import BadSample, Batch, Stream, load
 from beitforge.shards.stream.order import Order, OrderPolicy
 from beitforge.shards.stream.view_sources import CentralViews, RecordedViews
 
-OUTCOMES = ("mended", "substituted", "refused", "harmless", "as found", "silent", "traceback")
+OUTCOMES = ("repaired", "substituted", "refused", "harmless", "as found", "silent", "traceback")
 
 SIZE = (16, 16)
 _BATCH = 12
@@ -54,7 +54,7 @@ class Hang(BaseException):
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise Hang in this (the main) thread after so many seconds."""
+    """Raise Hang in this (the main) thread after `seconds`."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hang(f"not done after {seconds} s")

@@ -1,4 +1,4 @@
-"""A checkpoint of any ZeRO stage and number of processes goes on under any other, exactly; this pins where DeepSpeed
+"""A checkpoint of any ZeRO stage and number of processes resumes under any other, exactly; this pins where DeepSpeed
 keeps what."""
 
 import json

@@ -18,9 +18,9 @@ HOST = os.uname().nodename
 
 
 def ranks(verb: str, tiny, *words: str, second: tuple[str, ...], hosts=2, grace=15) -> list[tuple[int, str]]:
-    """Exit code and stderr of two ranks, on so many hosts as far as they can see; the second with words of its own.
+    """Exit code and stderr of two ranks, on as many hosts as they are told; the second with words of its own.
 
-    Where one ended and the other waits for it in vain, that one is killed after `grace` seconds, as by a launcher.
+    Where one ended and the other waits for it, that one is killed after `grace` seconds, as by a launcher.
     """
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // hosts), "GLOO_SOCKET_IFNAME": "lo"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}

@@ -355,7 +355,7 @@ def test_nothing_to_stop(tmp_path):
         ("pack --workers 3 IN OUT --time 1:00 --quality 90", "pack --workers 3 IN OUT --quality 90", ()),
         ("--dry-run pack IN OUT --force-jpeg", "pack IN OUT --force-jpeg", ()),
         ("pack IN OUT -- -- x", "pack IN OUT", ("--", "x")),
-        ("--nodes 2 configs/x.yaml a.b=c --dry-run", "configs/x.yaml a.b=c", ()),
+        ("--nodes 2 some.yaml a.b=c --dry-run", "some.yaml a.b=c", ()),
         ("--partition pack c.yaml --gpus-per-node 2", "c.yaml", ()),
     ],
 )
@@ -366,7 +366,7 @@ def test_words_in_any_order(words, job, more):
     assert arguments.more == more
 
 
-@pytest.mark.parametrize("words", ["configs/x.yaml --workers 3", "--partition pack c.yaml --workers 3"])
+@pytest.mark.parametrize("words", ["some.yaml --workers 3", "--partition pack c.yaml --workers 3"])
 def test_only_pack_takes_options_of_its_own(words):
     with pytest.raises(SystemExit):
         parse_arguments(["slurm", *words.split()])

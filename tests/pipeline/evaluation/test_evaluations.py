@@ -52,7 +52,7 @@ def config(settings) -> Config:
 
 @pytest.fixture(scope="module")
 def ranks(settings):
-    """What tests.pipeline.evaluation.evaluation_ranks finds on so many processes: a dict for each case."""
+    """What tests.pipeline.evaluation.evaluation_ranks finds on `world` processes: a dict for each case."""
 
     @functools.cache
     def found(world: int) -> list[dict]:

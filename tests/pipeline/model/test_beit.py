@@ -270,7 +270,7 @@ def test_bfloat16_runs_and_is_near():
 
 
 def test_the_index_is_not_saved():
-    """Checkpoints and exports hold weights; the relative index is made anew."""
+    """Checkpoints and exports hold weights; the relative index is computed again."""
     beit = tiny(positions="relative")
     assert set(beit.state_dict()) == {name for name, _ in beit.named_parameters()}
 

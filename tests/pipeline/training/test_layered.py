@@ -1,4 +1,4 @@
-"""Every layer learns at its own rate under every ZeRO stage, and a checkpoint of so many groups goes on under any."""
+"""Every layer learns at its own rate under every ZeRO stage, and a checkpoint of many groups resumes under any."""
 
 import json
 import os

@@ -135,7 +135,7 @@ def test_the_settings_know_the_same_decoders():
 
 
 def test_one_with_other_pixels_is_passed_over(monkeypatch):
-    """A build of the library that rounds otherwise, and one that does not start."""
+    """A build of the library that rounds differently, and one that does not start."""
     made = jpeg.decoder("simplejpeg")
     off = jpeg.JpegDecoder("simplejpeg", lambda data: made.whole(data) ^ 1)
 

@@ -94,7 +94,7 @@ def test_one_flipped_bit_anywhere_in_a_tar_is_found(images):
 
 
 def test_every_harm_is_reported_not_only_the_first(images):
-    """One run tells everything there is to mend."""
+    """One run names everything there is to repair."""
     (images / "shard-000000.tar").unlink()
     index_path(images, "shard-000001").unlink()
     path = images / "shard-000002.tar"

@@ -159,7 +159,7 @@ def test_a_damaged_tar_stops_it(foreign):
 
 
 def test_a_packed_set_keeps_its_class_names(tmp_path):
-    """`index` mends the index of a packed set too, and must not lose what only its manifest knows."""
+    """`index` repairs the index of a packed set too, and must not lose what only its manifest knows."""
     pack(two_classes(tmp_path / "in", 3), tmp_path / "set", PackOptions(), "1%", 1)
     before = read_image_manifest(tmp_path / "set")
     index_path(tmp_path / "set", "shard-000000").write_bytes(b"damaged")

@@ -112,7 +112,7 @@ def test_no_folder(tmp_path):
 
 
 def test_equal_hashes_are_refused(tmp_path, monkeypatch):
-    """Token shards pair by 64-bit hash; two keys sharing one would be mixed up in silence."""
+    """Token shards pair by 64-bit hash; two keys sharing one would be mixed up silently."""
     write_folder(tmp_path, {"a.jpg": b"x", "b.jpg": b"x"})
     monkeypatch.setattr("beitforge.shards.pack.image_files.hash_key", lambda key: 7)
     with pytest.raises(ShardError, match="the keys a and b have the same 64-bit hash"):

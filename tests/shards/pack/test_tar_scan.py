@@ -1,4 +1,4 @@
-"""Scanning: what webdataset reads, we read; what it drops in silence, we name."""
+"""Scanning: what webdataset reads, we read; what it drops silently, we name."""
 
 import gzip
 import io
