@@ -26,6 +26,7 @@ VERBS = {
     "tokenize": "tokenize",
     "pretrain": "pretrain",
     "finetune": "finetune",
+    "settings": "settings",
     "plan": "plan",
     "doctor": "doctor",
     "slurm": "slurm",

@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from beitforge.pipeline.config.settings import Config, Mask, Model, Size, Tokenizer, Train
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Config, Mask, Model, Tokenizer, Train
 from beitforge.pipeline.plan.assumptions import Assumptions
 from beitforge.pipeline.plan.costs import moved_bytes, tokenizer_macs, training_flops
 from beitforge.pipeline.plan.estimate import Machine, seconds_per_image, sharding_of, work_of

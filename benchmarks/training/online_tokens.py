@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.data.demo_images import write_tiles
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.tokenizers.dalle import DalleShape

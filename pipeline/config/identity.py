@@ -2,30 +2,16 @@
 
 import hashlib
 import json
+import typing
 
+from beitforge.pipeline.config.fields import Rule, find_rules
 from beitforge.pipeline.config.loading import to_dict
 from beitforge.pipeline.config.settings import Config
 
-# Settings that every host of a run may have to itself: where things are, and how they are loaded.
-OF_HOST = {
-    "data": {
-        "images",
-        "tokens",
-        "heldout_images",
-        "heldout_tokens",
-        "labelled_images",
-        "labelled_test",
-        "tokenizer",
-        "cache",
-        "cache_gb",
-    },
-    "loader": {"workers", "prefetch", "decoder"},
-}
-# Settings that change no number of a run, or whose meaning is guarded by fingerprints; the rest is its identity.
-_FREE = {**OF_HOST, "data": OF_HOST["data"] | {"bad_sample_budget"}, "model": {"kernels"}, "deepspeed": set()}
-_FREE |= {"train": {"run", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "compile"}}
-_FREE |= {"finetune": {"run", "micro_batch", "test_every"}}
-_FREE |= {"tokenizer": {"micro_batch", "precision"}}
+
+def is_per_host(section: str, name: str) -> bool:
+    """Whether every host of a run may have its own value of a setting: where things lie, and how they are loaded."""
+    return section != "deepspeed" and _rules(section)[name].per_host
 
 
 def identity(config: Config, sections: tuple[str, ...]) -> dict[str, dict]:
@@ -35,7 +21,7 @@ def identity(config: Config, sections: tuple[str, ...]) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for entry in sections:
         section, _, only = entry.partition(".")
-        names = {only} if only else tree[section].keys() - _FREE.get(section, set())
+        names = {only} if only else _kept(section, tree[section])
         found[section] = found.get(section, {}) | {n: value for n, value in tree[section].items() if n in names}
     return found
 
@@ -43,3 +29,12 @@ def identity(config: Config, sections: tuple[str, ...]) -> dict[str, dict]:
 def identity_digest(config: Config, sections: tuple[str, ...]) -> str:
     """The identity in 16 hex digits."""
     return hashlib.sha256(json.dumps(identity(config, sections), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _kept(section: str, values: dict) -> set[str]:
+    """The names in a section that are part of the identity. Of `deepspeed` all are."""
+    return {name for name in values if section == "deepspeed" or _rules(section)[name].identity}
+
+
+def _rules(section: str) -> dict[str, Rule]:
+    return find_rules(typing.get_type_hints(Config)[section])

@@ -14,12 +14,8 @@ from typing import Any
 
 import yaml
 
-from beitforge.pipeline.config.settings import (
-    UNITS,
-    Config,
-    Duration,
-    Size,
-)
+from beitforge.pipeline.config.fields import UNITS, Duration, Size
+from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.config.validation import validate
 from beitforge.pipeline.errors import ConfigError
 
@@ -181,7 +177,7 @@ def to_size(value: object, where: str) -> Size:
 
 
 def to_dict(config: Config) -> dict:
-    """Nested plain values, as YAML and JSON write them; from_tree reads them back."""
+    """Nested plain values, as YAML and JSON write them; from_dict reads them back."""
 
     def plain(value: object) -> object:
         if isinstance(value, Duration):

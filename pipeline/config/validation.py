@@ -1,101 +1,64 @@
-"""What no run can have: impossible values and combinations, each refused with one line. Knows the settings alone."""
+"""What no run can have: values outside their setting's rule, and settings that do not fit each other.
+
+Each is refused with one line. The rule of a single setting stands in its field; here are those between settings.
+"""
 
 import dataclasses
 
-from beitforge.pipeline.config.settings import (
-    DECODERS,
-    KERNELS,
-    POSITIONS,
-    PRECISIONS,
-    TOKENIZER_PRECISIONS,
-    Config,
-    Duration,
-    Size,
-)
+from beitforge.pipeline.config.fields import find_rules, find_violation
+from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
-
-_AT_LEAST_ONE = {
-    "model": ("input_size", "patch_size", "layers", "width", "heads"),
-    "tokenizer": ("input_size", "stride", "vocabulary", "width", "embedding", "global_batch", "micro_batch"),
-    "train": ("global_batch", "micro_batch"),
-    "finetune": ("input_size", "global_batch", "micro_batch"),
-    "view": ("num_views",),
-    "mask": ("num_patches", "min_block"),
-    "loader": ("prefetch", "chunk", "window", "lanes"),
-    "checkpoint": ("keep",),
-    "faults": ("max_skipped",),
-    "log": ("every_steps", "heldout_samples"),
-}
-
-_INSTEAD = {"log.heldout_every": "; log.evaluation_share=0 leaves evaluations out"}
-_MAY_BE_NOTHING = ("optimizer.warmup", "tokenizer.warmup", "finetune.warmup", "checkpoint.keep_every")
 
 
 def validate(config: Config, where: str) -> None:
     """Raise ConfigError, with the value, the rule and the cure, for the first thing that cannot be."""
-    for rules in (_numbers, _places, _choices, _shapes, _ranges):  # in this order: the later ones divide by what counts
+    for rules in (_fields, _pairs, _shapes):  # in this order: _shapes divides by what _fields has found to be positive
         for line in rules(config):
             raise ConfigError(f"{where}: {line}")
 
 
-def _numbers(config: Config) -> list[str]:
-    """Nothing but a seed is negative, what counts is at least one, and a seed fits 64 bits with its sign."""
+def _fields(config: Config) -> list[str]:
+    """Every setting within its own rule."""
     lines = []
     for section in dataclasses.fields(config):
         if section.name == "deepspeed":
             continue
         values = getattr(config, section.name)
-        for item in dataclasses.fields(values):
-            name, value = f"{section.name}.{item.name}", getattr(values, item.name)
-            least = 1 if item.name in _AT_LEAST_ONE.get(section.name, ()) else 0
-            least = -(2**63) if item.name == "seed" else least
-            smallest = min(value) if isinstance(value, Size) else value
-            if isinstance(smallest, int | float) and smallest < least:
-                lines.append(f"{name} is {value}; it must be at least {least}")
-            if isinstance(value, Duration) and name not in _MAY_BE_NOTHING and value.count <= 0:
-                lines.append(f"{name} is {value}; it must be more than nothing{_INSTEAD.get(name, '')}")
-            if item.name == "seed" and value >= 2**63:
-                lines.append(f"{name} is {value}; it must be less than 2^63")
-    return lines
+        for name, rule in find_rules(values).items():
+            lines.append(find_violation(f"{section.name}.{name}", getattr(values, name), rule))
+    return [line for line in lines if line]
 
 
-def _places(config: Config) -> list[str]:
-    """URLs where shard sets are read, and folders elsewhere."""
-    data, train, finetune = config.data, config.train, config.finetune
-    folders = {"data.cache": data.cache, "data.tokenizer": data.tokenizer, "train.run": train.run}
-    folders |= {"finetune.run": finetune.run, "finetune.init": finetune.init}
-    lines = [
-        f"{name} is {where}, a URL; it must be a folder of this machine"
-        for name, where in {**folders, "train.init": train.init}.items()
-        if "://" in where
-    ]
-    names = ("images", "tokens", "heldout_images", "heldout_tokens", "labelled_images", "labelled_test")
-    sets = {name: getattr(data, name) for name in names}
-    for name, where in sets.items():
-        scheme, colon, rest = where.partition(":/")
-        if colon and scheme.isalnum() and not (rest.startswith("/") and rest.strip("/")):
-            lines.append(f"data.{name} is {where}; a URL is written SCHEME://PLACE")
-    return lines
-
-
-def _choices(config: Config) -> list[str]:
-    model, train = config.model, config.train
-    taken = (
-        ("model.positions", model.positions, POSITIONS),
-        ("model.kernels", model.kernels, KERNELS),
-        ("loader.decoder", config.loader.decoder, DECODERS),
-        ("train.precision", train.precision, PRECISIONS),
-        ("tokenizer.precision", config.tokenizer.precision, TOKENIZER_PRECISIONS),
-        ("train.zero_stage", train.zero_stage, (0, 1, 2, 3)),
+def _pairs(config: Config) -> list[str]:
+    """Settings that need each other, and ranges whose ends are in order."""
+    data, train, view, tune = config.data, config.train, config.view, config.finetune
+    rules = (
+        (
+            not train.offload_optimizer or train.zero_stage > 0,
+            "train.offload_optimizer needs train.zero_stage 1, 2 or 3",
+        ),
+        (
+            bool(data.heldout_images) == bool(data.heldout_tokens),
+            "data.heldout_images and data.heldout_tokens go together; give both or neither",
+        ),
+        (
+            not data.labelled_test or bool(data.labelled_images),
+            "data.labelled_test needs data.labelled_images; give both or neither",
+        ),
+        (
+            view.area_min <= view.area_max,
+            f"view.area_min {view.area_min} is more than view.area_max {view.area_max}; exchange them",
+        ),
+        (
+            view.aspect_min <= view.aspect_max,
+            f"view.aspect_min {view.aspect_min} is more than view.aspect_max {view.aspect_max}; exchange them",
+        ),
+        (
+            tune.area_min <= tune.area_max,
+            f"finetune.area_min {tune.area_min} is more than finetune.area_max {tune.area_max}; exchange them",
+        ),
     )
-    lines = [f"{n} is {v!r}; it takes {', '.join(map(str, known))}" for n, v, known in taken if v not in known]
-    if train.offload_optimizer and train.zero_stage == 0:
-        lines.append("train.offload_optimizer needs train.zero_stage 1, 2 or 3")
-    if bool(config.data.heldout_images) != bool(config.data.heldout_tokens):
-        lines.append("data.heldout_images and data.heldout_tokens go together; give both or neither")
-    if config.data.labelled_test and not config.data.labelled_images:
-        lines.append("data.labelled_test goes with data.labelled_images; give both or neither")
-    return lines
+    return [line for holds, line in rules if not holds]
 
 
 def _shapes(config: Config) -> list[str]:
@@ -126,36 +89,3 @@ def _shapes(config: Config) -> list[str]:
     if mask.min_block > largest:
         lines.append(f"mask.min_block {mask.min_block} is more than the {largest} patches a block can have")
     return lines
-
-
-def _ranges(config: Config) -> list[str]:
-    """Shares, probabilities and other numbers with two ends."""
-    model, view, optimizer, tokenizer = config.model, config.view, config.optimizer, config.tokenizer
-    tune = config.finetune
-    rules = (
-        (0 < config.mask.aspect_min <= 1, f"mask.aspect_min is {config.mask.aspect_min}; it lies in (0, 1]"),
-        (model.drop_path < 1, f"model.drop_path is {model.drop_path}; it lies in [0, 1)"),
-        (model.mlp_ratio > 0, f"model.mlp_ratio is {model.mlp_ratio}; it must be more than 0"),
-        (min(model.std) > 0, f"model.std is {list(model.std)}; each must be more than 0"),
-        (view.flip <= 1, f"view.flip is {view.flip}; a probability lies in [0, 1]"),
-        (0 < view.area_min <= view.area_max <= 1, "view.area_min and view.area_max must satisfy 0 < min ≤ max ≤ 1"),
-        (0 < view.aspect_min <= view.aspect_max, "view.aspect_min and view.aspect_max must satisfy 0 < min ≤ max"),
-        (optimizer.beta1 < 1, f"optimizer.beta1 is {optimizer.beta1}; it lies in [0, 1)"),
-        (optimizer.beta2 < 1, f"optimizer.beta2 is {optimizer.beta2}; it lies in [0, 1)"),
-        (tokenizer.temperature_start > 0, "tokenizer.temperature_start must be more than 0"),
-        (tokenizer.temperature_end > 0, "tokenizer.temperature_end must be more than 0"),
-        (tokenizer.anneal_share <= 1, f"tokenizer.anneal_share is {tokenizer.anneal_share}; it lies in [0, 1]"),
-        (tokenizer.vocabulary <= 65536, f"tokenizer.vocabulary {tokenizer.vocabulary} does not fit 16 bits (65536)"),
-        (0 < tune.label_share <= 1, f"finetune.label_share is {tune.label_share}; it lies in (0, 1]"),
-        (0 < tune.layer_decay <= 1, f"finetune.layer_decay is {tune.layer_decay}; it lies in (0, 1]"),
-        (tune.drop_path < 1, f"finetune.drop_path is {tune.drop_path}; it lies in [0, 1)"),
-        (0 < tune.area_min <= tune.area_max <= 1, "finetune.area_min and area_max must satisfy 0 < min ≤ max ≤ 1"),
-        (tune.flip <= 1, f"finetune.flip is {tune.flip}; a probability lies in [0, 1]"),
-        (tune.erase <= 1, f"finetune.erase is {tune.erase}; a probability lies in [0, 1]"),
-        (tune.smoothing < 1, f"finetune.smoothing is {tune.smoothing}; it lies in [0, 1)"),
-        (0 < tune.test_crop <= 1, f"finetune.test_crop is {tune.test_crop}; it lies in (0, 1]"),
-        (config.log.evaluation_share <= 1, f"log.evaluation_share is {config.log.evaluation_share}; it lies in [0, 1]"),
-        (config.data.cache_gb > 0, f"data.cache_gb is {config.data.cache_gb}; it must be more than 0"),
-        (config.data.bad_sample_budget <= 1, "data.bad_sample_budget is a share of the set, in [0, 1]"),
-    )
-    return [line for holds, line in rules if not holds]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from beitforge.pipeline.config.settings import ONLINE, Config, Mask, Model, Size, View
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import ONLINE, Config, Mask, Model, View
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.masking import draw_masks, kept_branches
 from beitforge.pipeline.tokenizers.storage import VisualTokenizer, load_tokenizer, stated_fingerprint

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar, cast
 
 from beitforge.pipeline.cluster.environment import rank_info
 from beitforge.pipeline.cluster.error_reporting import USER_ERRORS, user_message
-from beitforge.pipeline.config.identity import OF_HOST
+from beitforge.pipeline.config.identity import is_per_host
 from beitforge.pipeline.config.loading import to_dict
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, broadcast_object
@@ -88,7 +88,7 @@ def _settings(config: Config) -> dict[str, str]:
         f"{section}.{name}": str(value)
         for section, values in tree.items()
         for name, value in values.items()
-        if name not in OF_HOST.get(section, ())
+        if not is_per_host(section, name)
     }
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Model
 
 Grid = tuple[int, int]
 Weights = dict[str, Tensor]

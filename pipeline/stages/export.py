@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beitforge.pipeline.config.settings import Config, Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Classifier

@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.tokenizers.published import Published

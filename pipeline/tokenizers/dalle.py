@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from beitforge.pipeline.config.settings import DVAE_STRIDE, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import DVAE_STRIDE
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import from_tokenizer, tokenizer_input
 from beitforge.pipeline.tokenizers.published import Names, Published, count, our_weights, sizes

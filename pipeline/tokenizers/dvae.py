@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitforge.pipeline.config.settings import DVAE_STRIDE, Size, Tokenizer
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import DVAE_STRIDE, Tokenizer
 from beitforge.pipeline.model.pixels import from_tokenizer, tokenizer_input
 from beitforge.pipeline.tokenizers.published import Published
 from beitforge.pipeline.tokenizers.storage import save_tokenizer

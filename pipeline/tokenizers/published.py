@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.tokenizers.safe_pickle import CURE, Weights
 

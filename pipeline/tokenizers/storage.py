@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.tokenizers import user_class
 from beitforge.pipeline.tokenizers.published import Published

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.blocks import Block, LayerNorm, Linear, empty
 from beitforge.pipeline.tokenizers.published import Published, count, our_weights, sizes

@@ -15,8 +15,9 @@ from torch import nn
 
 from beitforge.pipeline.checkpoints import saver as checkpoint
 from beitforge.pipeline.cluster.watchdog import Watchdog
+from beitforge.pipeline.config.fields import Duration
 from beitforge.pipeline.config.identity import identity_digest
-from beitforge.pipeline.config.settings import Config, Duration
+from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
 from beitforge.pipeline.data.batches import training_batches
 from beitforge.pipeline.data.pretraining import DataSource

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.evaluation.probe import feature_depth
 from beitforge.pipeline.model.beit import Encoder
 from beitforge.pipeline.model.pixels import normalise

@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.loading import load_config
-from beitforge.pipeline.config.settings import Size
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.runs.checkpoints import State

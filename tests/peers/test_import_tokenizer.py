@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.loading import load_config
-from beitforge.pipeline.config.settings import Size
 from beitforge.pipeline.data.pretraining import pretraining
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.jsonl import read_metrics

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model.beit import Beit, Classifier
 from beitforge.pipeline.model.resize import for_finetuning
 from beitforge.pipeline.weights import export_formats

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from beitforge.pipeline.checkpoints import zero_layout
-from beitforge.pipeline.config.settings import Config, Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.distributed.deepspeed_config import Setup
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.process_group import destroy_process_group, start_world

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from beitforge.pipeline.config.fields import Duration, Size
 from beitforge.pipeline.config.loading import from_dict, load_config, to_dict, to_yaml
-from beitforge.pipeline.config.settings import Config, Duration, Optimizer, Size, Train, View
+from beitforge.pipeline.config.settings import Config, Optimizer, Train, View
 from beitforge.pipeline.errors import ConfigError
 from tests.pipeline.config.loading import load, refusal
 

@@ -29,7 +29,7 @@ from tests.pipeline.config.loading import refusal
         (["mask.aspect_min=1.5"], ["mask.aspect_min", "1.5"]),
         (["model.drop_path=1"], ["model.drop_path", "[0, 1)"]),
         (["model.drop_path=-0.1"], ["model.drop_path", "-0.1"]),
-        (["tokenizer.vocabulary=65537"], ["tokenizer.vocabulary 65537", "16 bits"]),
+        (["tokenizer.vocabulary=65537"], ["tokenizer.vocabulary is 65537", "at most 65536", "16 bits"]),
         (["view.area_min=0"], ["view.area_min"]),
         (["view.area_max=1.5"], ["view.area_max"]),
         (["view.area_min=0.9", "view.area_max=0.5"], ["view.area_min"]),

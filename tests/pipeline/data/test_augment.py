@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from beitforge.pipeline.config.settings import Config, Finetune, Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Config, Finetune, Model
 from beitforge.pipeline.data.augment import RandAugment, erased_boxes, mixing, supervised_draws
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.torchvision_stub import install

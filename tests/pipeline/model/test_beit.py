@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from beitforge.kernels.attention import relative_index
-from beitforge.pipeline.config.settings import Config, Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.plan.costs import training_flops
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.loading import load_config
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model import beit as module
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.plan.costs import num_parameters, training_flops

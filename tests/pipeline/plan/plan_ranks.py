@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.distributed.deepspeed_config import Setup
 from beitforge.pipeline.distributed.engine import Engine

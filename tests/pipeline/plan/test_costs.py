@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.loading import load_config
-from beitforge.pipeline.config.settings import Model, Size, Tokenizer
+from beitforge.pipeline.config.settings import Model, Tokenizer
 from beitforge.pipeline.model import beit as model
 from beitforge.pipeline.plan import costs
 from beitforge.pipeline.tokenizers.dvae import Dvae

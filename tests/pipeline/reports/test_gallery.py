@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.evaluation.attention_maps import (
     attention_maps,
     attention_of,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from beitforge.pipeline.config.settings import Config, Size, Tokenizer
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Config, Tokenizer
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import from_tokenizer, tokenizer_input
 from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from beitforge.pipeline.checkpoints import zero_layout
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.distributed.collectives import all_sum
 from beitforge.pipeline.distributed.deepspeed_config import Setup
 from beitforge.pipeline.distributed.engine import Engine

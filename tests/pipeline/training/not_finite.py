@@ -15,8 +15,8 @@ from torch import Tensor
 
 from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.config.derived import micro_batch
+from beitforge.pipeline.config.fields import Duration
 from beitforge.pipeline.config.loading import load_config
-from beitforge.pipeline.config.settings import Duration
 from beitforge.pipeline.data.pretraining import pretraining
 from beitforge.pipeline.distributed.deepspeed_config import setup_from
 from beitforge.pipeline.distributed.engine import Engine

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model.beit import Classifier
 from beitforge.pipeline.training.optim import layer_groups
 from tests.conftest import ROOT

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from beitforge.pipeline.config.settings import Config, Mask, Model, Size, Tokenizer
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Config, Mask, Model, Tokenizer
 from beitforge.pipeline.model.beit import Beit, Head
 from beitforge.pipeline.model.pixels import jitter, normalise, tokenizer_input
 from beitforge.pipeline.training.objectives import dvae_loss, dvae_temperature, encoder_input, masked_token_loss

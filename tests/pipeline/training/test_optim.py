@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from beitforge.pipeline.config.settings import Model, Size
+from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.training.optim import learning_rate, parameter_groups
 
