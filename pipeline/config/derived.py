@@ -17,7 +17,7 @@ def micro_batch(global_batch: int, at_most: int, world: int, where: str) -> int:
 
 
 def tuning_micro_batch(tune: Finetune, world: int) -> int:
-    """The micro batch of a fine-tuning on `world` processes: of whole pairs where images are mixed."""
+    """The micro batch of fine-tuning on `world` processes: an even number where images are mixed in pairs."""
     where = "finetune.global_batch"
     if not tune.mixes:
         return micro_batch(tune.global_batch, tune.micro_batch, world, where)
@@ -31,7 +31,7 @@ def tuning_micro_batch(tune: Finetune, world: int) -> int:
 
 
 def work_folder(verb: str, config: Config) -> Path:
-    """Where the work of a verb stands: a run folder, or the token shards of tokenize."""
+    """The folder that a verb writes to: a run folder, or the token shards of tokenize. Raises ConfigError for a URL."""
     folders = {
         "pretrain": config.train.run,
         "finetune": config.finetune.run,
@@ -40,7 +40,7 @@ def work_folder(verb: str, config: Config) -> Path:
         "tokenize": config.data.tokens,
     }
     if "://" in folders[verb]:
-        raise ConfigError(f"{folders[verb]} is a URL: `{verb}` writes into a folder; upload that when it is whole")
+        raise ConfigError(f"{folders[verb]} is a URL: `{verb}` writes into a folder; upload it when it is complete")
     return Path(folders[verb])
 
 

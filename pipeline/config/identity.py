@@ -1,4 +1,4 @@
-"""Which settings make a run the same run, and which a host may have to itself. Must not know torch."""
+"""Which settings make a run the same run, and which may differ between hosts. Must not know torch."""
 
 import hashlib
 import json

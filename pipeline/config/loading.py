@@ -1,6 +1,6 @@
 """Settings from YAML and `section.key=value` overrides, and back. The settings themselves are pipeline.config.settings.
 
-A wrong word gets one line: where, the value, the rule, the nearest name. Imports nothing heavy. Must not know torch,
+A mistake gets one line: where, the value, the rule, the nearest name. Imports nothing heavy. Must not know torch,
 shards or any stage.
 """
 
@@ -70,7 +70,7 @@ def _yaml_value(text: str, where: str) -> Any:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader takes the last of two equal keys without a word; this one refuses them."""
+    """A SafeLoader that refuses a key given twice, where SafeLoader silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key) for key, _ in node.value]

@@ -202,8 +202,8 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """Supervised training on data.labelled_images (docs/recipe.md, "Fine-tuning"). Settings that are not here are taken from
-    `train`, `optimizer` and `loader`."""
+    """Supervised training on data.labelled_images (docs/recipe.md, "Fine-tuning"). Settings that are not here
+    are taken from `train`, `optimizer` and `loader`."""
 
     run: str = setting("runs/finetune", place="folder", identity=False, doc="Run folder.")
     init: str = setting(
