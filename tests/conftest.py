@@ -1,6 +1,8 @@
 """A tiny real data set, made once a session: generated images, packed, tokenized by a random dVAE."""
 
 import dataclasses
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,31 @@ TINY = {
     "checkpoint": {"every": "4 steps", "keep": 2},
     "log": {"every_steps": 2, "heldout_every": "12 steps", "heldout_samples": 8, "tensorboard": False},
 }
+
+
+PEERS_REQUIRED = os.environ.get("BEITFORGE_PEERS") == "1"
+
+
+def installed(package: str) -> bool:
+    """Whether an optional package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked peers("timm", …) where a named package is missing."""
+    for marker in item.iter_markers("peers"):
+        missing = [package for package in marker.args if not installed(package)]
+        if missing:
+            pytest.skip(f"needs {', '.join(missing)}, which `./launch.sh setup peers` installs")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """With BEITFORGE_PEERS=1 the extras are installed, so that skipping a test marked peers is a failure."""
+    report = (yield).get_result()
+    if report.skipped and PEERS_REQUIRED and item.get_closest_marker("peers"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, but BEITFORGE_PEERS=1 says that its packages are installed"
 
 
 def write_images(folder: Path, count: int, classes: int, seed: int = 0, size: tuple[int, int] | None = None) -> None:

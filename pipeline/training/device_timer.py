@@ -1,4 +1,4 @@
-"""Time spent between two points of the step, on a GPU by its own events."""
+"""Time between two points of a step; on a GPU measured with CUDA events."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 class DeviceTimer:
-    """Seconds between start and stop, summed. On a GPU its own events, read without waiting for more than the last."""
+    """Sums the seconds between start and stop. On a GPU it uses CUDA events and only `read` waits for the device."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.seconds = device.type == "cuda", 0.0
@@ -26,7 +26,7 @@ class DeviceTimer:
             self.seconds += time.perf_counter()
 
     def read(self) -> float:
-        """The sum; starts anew. On a GPU it waits for the last stop."""
+        """The sum in seconds, which is then reset. On a GPU it waits for the last stop."""
         if self.events:
             self.events[-1][1].synchronize()
             self.seconds += sum(begun.elapsed_time(ended) for begun, ended in self.events) / 1e3

@@ -41,7 +41,10 @@ Objective = Callable[[Callable, Any, int], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Steps of one training, in optimizer steps. `flops`: of one sample; `peak`: of one device, 0 if unknown."""
+    """When the loop does what, in optimizer steps.
+
+    flops: operations of one sample. peak: operations per second of one device, 0 if unknown.
+    """
 
     first_step: int
     steps: int
@@ -54,10 +57,10 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What a training is made of. hosts: of every rank. monitor, bad_samples: of rank 0 alone; positions: where they
-    are logged.
+    """What the loop calls. hosts: by rank. monitor, bad_samples: on rank 0 only, else None. sample_log: None unless
+    log.positions is set.
 
-    save: False when the weights are not finite, and nothing was saved. beat: told what comes next, at every step.
+    save: False when the weights are not finite and nothing was saved. beat: called at every step with what comes next.
     """
 
     objective: Objective
@@ -68,7 +71,7 @@ class Components:
     recovery: Recovery
     monitor: Monitor | None
     bad_samples: BadSamples | None
-    positions: SampleLog | None
+    sample_log: SampleLog | None
     evaluate: Callable[[int], None]
     save: Callable[[int], bool]
     saving: Saving
@@ -98,8 +101,8 @@ class Meter:
         self.count += 1
 
     def read(self) -> tuple[dict[str, float], list[list[float]]]:
-        """Means over ranks and micro batches, and of every rank the seconds forward, the share of time it waited for
-        data, and its memory in bytes; starts anew."""
+        """Means over ranks and micro batches; and for each rank its forward seconds, the share of time it waited for
+        data, and its memory in bytes. Resets all sums."""
         names = sorted(self.totals)
         seconds = time.perf_counter() - self.started
         waited = self.waiting.read() / max(seconds, 1e-9)
@@ -115,120 +118,124 @@ class Meter:
         return result, ranks
 
 
-def train(engine: Engine, batches: Iterator[Batch], plan: Schedule, parts: Components) -> int:
-    """Train from plan.first_step on; returns the number of steps done in all: less than plan.steps when stopped, or
-    when parts.recovery must go back.
+def train(engine: Engine, batches: Iterator[Batch], schedule: Schedule, components: Components) -> int:
+    """Train from schedule.first_step on; returns the total number of steps done, which is less than schedule.steps
+    when stopped or when components.recovery must roll back.
 
     Raises SharedError when the budget of bad samples is spent.
     """
-    feed = DevicePrefetcher(batches, engine.world.device)
-    meter = Meter(engine, feed.waiting)
-    for step in range(plan.first_step, plan.steps):
-        parts.beat(f"step {step}")
-        stopping, norm, made = _step(engine, feed, step, meter, parts)
+    prefetcher = DevicePrefetcher(batches, engine.world.device)
+    meter = Meter(engine, prefetcher.waiting)
+    for step in range(schedule.first_step, schedule.steps):
+        components.beat(f"step {step}")
+        stopping, norm, updated = _step(engine, prefetcher, step, meter, components)
         done = step + 1
-        if not made and parts.recovery.must_roll_back:
+        if not updated and components.recovery.must_roll_back:
             return done
-        last = done == plan.steps or stopping
-        parts.progress.advance(1)
-        if (done % plan.log_every == 0 or done == 1 or last) and meter.count:
-            _log(engine, plan, done, norm, meter, parts)
-            _settle_bad(engine, meter, parts.bad_samples)
+        last = done == schedule.steps or stopping
+        components.progress.advance(1)
+        if (done % schedule.log_every == 0 or done == 1 or last) and meter.count:
+            _log(engine, schedule, done, norm, meter, components)
+            _count_bad_samples(engine, meter, components.bad_samples)
         paused = time.perf_counter()
-        if plan.heldout_every and (done % plan.heldout_every == 0 or done == plan.steps):
-            parts.beat(f"held-out evaluation after step {done}")
-            parts.evaluate(done)
-        if done % plan.save_every == 0 or last:
-            parts.beat(f"saving after step {done}")
-            if not parts.save(done):
-                _left_out(engine, parts, step, "weights", False)
+        if schedule.heldout_every and (done % schedule.heldout_every == 0 or done == schedule.steps):
+            components.beat(f"held-out evaluation after step {done}")
+            components.evaluate(done)
+        if done % schedule.save_every == 0 or last:
+            components.beat(f"saving after step {done}")
+            if not components.save(done):
+                _record_skip(engine, components, step, "weights", False)
                 return done
-        meter.started += time.perf_counter() - paused  # neither is training time
+        meter.started += time.perf_counter() - paused  # evaluation and saving are not training time
         if stopping:
             return done
-    return plan.steps
+    return schedule.steps
 
 
 def _step(
-    engine: Engine, feed: DevicePrefetcher, step: int, meter: Meter, parts: Components
+    engine: Engine, prefetcher: DevicePrefetcher, step: int, meter: Meter, components: Components
 ) -> tuple[bool, Tensor | float, bool]:
-    """One optimizer step: whether to stop after it, the gradient's norm, and whether the update was made."""
+    """One optimizer step: whether to stop after it, the gradient's norm, and whether the update was applied."""
     broken = torch.zeros((), device=engine.world.device)
     measured, samples = [], []
     for micro in range(engine.setup.accumulation):
         if micro:
             engine.accumulate()
-        batch, measures = _micro_step(engine, feed, parts.objective, step, meter)
+        batch, measures = _micro_step(engine, prefetcher, components.objective, step, meter)
         broken = torch.maximum(broken, (~torch.isfinite(measures["loss"])).float())
         measured.append(measures)
-        samples += batch.samples.tolist() if parts.positions is not None else []
-    mine = broken.item()
-    stopping, not_finite, busy = all_max([float(bool(parts.stop())), mine, float(parts.saving.busy)], engine.world)
-    if parts.saving.open and not busy:
-        parts.saving.finish()
-    norm, made = engine.step(parts.rate(step))
-    if made:
-        parts.recovery.update_applied()
+        samples += batch.samples.tolist() if components.sample_log is not None else []
+    local_fault = broken.item()
+    stopping, not_finite, busy = all_max(
+        [float(bool(components.stop())), local_fault, float(components.saving.busy)], engine.world
+    )
+    if components.saving.open and not busy:
+        components.saving.finish()
+    norm, updated = engine.step(components.rate(step))
+    if updated:
+        components.recovery.update_applied()
     if not not_finite:
         for measures in measured:
             meter.add(measures)
-    if not_finite or not (made or engine.scales_loss):
-        _left_out(engine, parts, step, "loss" if not_finite else "gradient", bool(mine))
-    if parts.positions is not None:
-        parts.positions.write(step, samples)
-    return bool(stopping), norm, made
+    if not_finite or not (updated or engine.scales_loss):
+        _record_skip(engine, components, step, "loss" if not_finite else "gradient", bool(local_fault))
+    if components.sample_log is not None:
+        components.sample_log.write(step, samples)
+    return bool(stopping), norm, updated
 
 
 def _micro_step(
-    engine: Engine, feed: DevicePrefetcher, objective: Objective, step: int, meter: Meter
+    engine: Engine, prefetcher: DevicePrefetcher, objective: Objective, step: int, meter: Meter
 ) -> tuple[Batch, dict[str, Tensor]]:
     """Forward and backward of one micro batch; returns it and its loss with what else was measured."""
-    batch, moved = feed.next()
+    batch, moved = prefetcher.next()
     meter.bad += batch.bad
     meter.forward.start()
     loss, measures = objective(engine.model, moved, step)
     meter.forward.stop()
     engine.backward(loss)
-    feed.prefetch()
+    prefetcher.prefetch()
     return batch, {"loss": loss.detach(), **measures}
 
 
-def _left_out(engine: Engine, parts: Components, step: int, what: str, mine: bool) -> None:
-    """All ranks: write down that an update was not made, and whose loss it was, where it was a loss (`mine`)."""
-    seen = all_gather_objects((engine.world.rank, socket.gethostname()) if mine else None, engine.world)
-    line = parts.recovery.skipped(Fault(step, what, [rank for rank in seen if rank is not None]))
-    parts.metrics.write(step + 1, "skip", {"row": float(len(parts.recovery.consecutive))})
+def _record_skip(engine: Engine, components: Components, step: int, what: str, local_fault: bool) -> None:
+    """Collective: record a skipped update. local_fault: whether this rank's loss was not finite."""
+    seen = all_gather_objects((engine.world.rank, socket.gethostname()) if local_fault else None, engine.world)
+    line = components.recovery.skipped(Fault(step, what, [rank for rank in seen if rank is not None]))
+    components.metrics.write(step + 1, "skip", {"row": float(len(components.recovery.consecutive))})
     if engine.world.first:
         say(line)
 
 
-def _log(engine: Engine, plan: Schedule, done: int, norm: Tensor | float, meter: Meter, parts: Components) -> None:
-    """One line of metrics.jsonl, and the note beside the bar."""
+def _log(
+    engine: Engine, schedule: Schedule, done: int, norm: Tensor | float, meter: Meter, components: Components
+) -> None:
+    """Write one line of metrics.jsonl and the note next to the progress bar."""
     samples = meter.count * engine.setup.micro_batch * engine.world.size
     values, ranks = meter.read()
     speed = samples / values.pop("seconds")
-    values |= {"lr": parts.rate(done - 1), "gradient_norm": float(norm), "images_per_second": speed}
+    values |= {"lr": components.rate(done - 1), "gradient_norm": float(norm), "images_per_second": speed}
     values["memory_bytes"] = int(ranks[engine.world.rank][2])
-    if plan.flops and plan.peak:
-        values["mfu"] = speed * plan.flops / (plan.peak * engine.world.size)
-    if parts.monitor is not None:
+    if schedule.flops and schedule.peak:
+        values["mfu"] = speed * schedule.flops / (schedule.peak * engine.world.size)
+    if components.monitor is not None:
         forward, waits = ([rank[i] for rank in ranks] for i in range(2))
-        values |= parts.monitor.check(done, values["loss"], forward, waits)
-    parts.metrics.write(done, "train", values)
-    parts.metrics.write_ranks(done, parts.hosts, ranks)
+        values |= components.monitor.check(done, values["loss"], forward, waits)
+    components.metrics.write(done, "train", values)
+    components.metrics.write_ranks(done, components.hosts, ranks)
     note = f"loss {values['loss']:.4f}, {speed:.0f} images/s, data wait {values['data_wait_share']:.0%}"
-    parts.progress.advance(0, note)
+    components.progress.advance(0, note)
 
 
-def _settle_bad(engine: Engine, meter: Meter, bad_samples: BadSamples | None) -> None:
-    """Bring every rank's substitutions together; stop all ranks when the budget is spent."""
+def _count_bad_samples(engine: Engine, meter: Meter, bad_samples: BadSamples | None) -> None:
+    """Gather every rank's substitutions on rank 0. Raises SharedError on all ranks when the budget is spent."""
     if not all_max([float(len(meter.bad))], engine.world)[0]:
         return
     everything = [sample for samples in all_gather_objects(meter.bad, engine.world) for sample in samples]
     meter.bad = []
-    complaint = ""
+    problem = ""
     if bad_samples is not None:
         bad_samples.add(everything)
-        complaint = bad_samples.over_budget() if bad_samples.exhausted else ""
-    if all_max([float(bool(complaint))], engine.world)[0]:
-        raise SharedError(complaint or "the budget of bad samples is spent; the first rank says which")
+        problem = bad_samples.over_budget() if bad_samples.exhausted else ""
+    if all_max([float(bool(problem))], engine.world)[0]:
+        raise SharedError(problem or "the budget of bad samples is spent; see rank 0's output for the samples")

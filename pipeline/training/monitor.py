@@ -1,6 +1,6 @@
-"""What goes slowly or wrong without ending a run: a straggling rank, a starved loader, a loss that jumps.
+"""Detects what slows or harms a run without ending it: a straggling rank, a starved loader, a loss spike.
 
-Seen in metrics.jsonl, and named once in the log when it begins. Must not know model, shards or any stage.
+The values go to metrics.jsonl; the log names a condition once when it begins. Must not know model, shards or any stage.
 """
 
 import statistics
@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 from beitforge.pipeline.config.settings import Faults
 
-_INTERVALS = 3  # logged in a row before a rank or a loader is named
-_AGAIN = 50  # logged intervals after which something that goes on is named again
-_WINDOW, _LEAST = 50, 10  # logged losses that a loss is compared with, and how many there must be
-_MAD = 1.4826  # of a normal distribution's deviation in its median absolute deviation
+_INTERVALS = 3  # consecutive logged intervals before a rank or a loader is named
+_AGAIN = 50  # logged intervals after which a lasting condition is named again
+_WINDOW, _LEAST = 50, 10  # logged losses that a loss is compared with, and the minimum number of them
+_MAD = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
 
 
 class Monitor:
-    """Looks at what every rank logged; kept by rank 0."""
+    """Checks what every rank logged, on rank 0."""
 
     def __init__(self, faults: Faults, hosts: list[str], say: Callable[[str], None]):
         self.faults, self.hosts, self.say = faults, hosts, say
@@ -24,10 +24,10 @@ class Monitor:
         self.lasting: dict[str, int] = {}
 
     def check(self, step: int, loss: float, forward: list[float], waits: list[float]) -> dict[str, float]:
-        """What to log besides: forward seconds of the median and the slowest rank, the largest share of time spent
-        waiting for data, and which ranks these are. Says what is out of the ordinary.
+        """Additional values to log: forward seconds of the median and the slowest rank, the largest share of time spent
+        waiting for data, and which ranks these are. Reports anything unusual through `say`.
 
-        forward: of each rank since the last time, without waiting for others. waits: each rank's share of time.
+        forward: seconds of each rank since the last call, without waiting for others. waits: each rank's share of time.
         """
         slowest, hungriest = forward.index(max(forward)), waits.index(max(waits))
         middle = statistics.median_low(forward)

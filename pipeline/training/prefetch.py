@@ -1,4 +1,4 @@
-"""Batches on their device: on a GPU each is copied there while the one before is computed with.
+"""Moves batches to the device; on a GPU the copy of the next one overlaps with the computation on the current one.
 
 Must not know model, shards or any stage.
 """
@@ -24,7 +24,7 @@ class Batch(Protocol):
 
 
 class DevicePrefetcher:
-    """Takes batches from the stream, and measures how long the device stood still for them."""
+    """Takes batches from the stream, and measures how long the device was idle waiting for them."""
 
     def __init__(self, batches: Iterator[Batch], device: torch.device):
         self.batches, self.device = batches, device
@@ -33,7 +33,7 @@ class DevicePrefetcher:
         self.ready: tuple[Batch, Any] | None = None
 
     def next(self) -> tuple[Batch, Any]:
-        """The next batch as it came, and on the device. What is enqueued from here on may use it."""
+        """The next batch, on the host and on the device. Work enqueued after this call may use it."""
         if self.ready is None:
             self._fetch()
         assert self.ready is not None, "the stream has a batch for every step"
@@ -46,16 +46,16 @@ class DevicePrefetcher:
         return batch, moved
 
     def prefetch(self) -> None:
-        """On a GPU: have the following batch, if there is one, on its way. To be called when a step's work is enqueued
-        and before anything waits for it."""
+        """On a GPU, start copying the next batch, if there is one. Call it after a step's work is enqueued and before
+        anything waits for that work."""
         if self.side is not None and self.ready is None:
             self._fetch()
 
     def _fetch(self) -> None:
-        self.waiting.start()  # on a GPU when it has done what is enqueued
+        self.waiting.start()  # on a GPU, once the enqueued work is done
         batch = next(self.batches, None)
         self.waiting.stop()
         if batch is None:
             return
-        with torch.cuda.stream(self.side):  # without a GPU it does nothing
+        with torch.cuda.stream(self.side):  # does nothing without a GPU
             self.ready = batch, batch.to(self.device)

@@ -1,7 +1,7 @@
-"""What a run does about a loss or a gradient that is not finite: leave the update out, go back, or give up.
+"""What a run does about a loss or a gradient that is not finite: skip the update, roll back, or stop.
 
 Decides from what all ranks have agreed on, and from skipped.jsonl in the run folder, so a restarted run decides the
-same. A step whose update is left out counts like any other: its samples are seen, the schedule moves on. Must not know
+same. A step whose update is skipped counts like any other: its samples are seen, the schedule moves on. Must not know
 torch, model, shards or any stage.
 """
 
@@ -19,7 +19,7 @@ from beitforge.pipeline.runs.jsonl import end_cut_line
 
 @dataclass(frozen=True)
 class Rollback:
-    """The run went back to the checkpoint of step `to`, and on with step `on`: what lies between is stepped over."""
+    """The run rolled back to the checkpoint of step `to` and resumed with step `on`; the steps between are skipped."""
 
     to: int
     on: int
@@ -40,24 +40,24 @@ class Fault:
 
 
 class Recovery:
-    """Counts updates left out in a row. The same on every rank; rank 0 writes."""
+    """Counts consecutive skipped updates and decides on rollbacks. The same on every rank; rank 0 writes."""
 
     def __init__(self, run: Path, faults: Faults, *, first: bool, save_every: int, global_batch: int):
-        """save_every: steps between checkpoints, the progress after which earlier returns are forgotten."""
+        """save_every: steps between checkpoints, the progress after which earlier rollbacks no longer count."""
         self.path, self.faults, self.first = run / "skipped.jsonl", faults, first
         self.save_every, self.global_batch = save_every, global_batch
         self.rollbacks = read_rollbacks(run)
         self.consecutive: list[Fault] = []
-        self.weights_corrupted = False  # by an update that was made: the weights themselves are not finite
+        self.weights_corrupted = False  # an update was applied and left non-finite weights
         if first:
             end_cut_line(self.path)
 
     def update_applied(self) -> None:
-        """An update was made."""
+        """Record an applied update: no fault is consecutive to the next."""
         self.consecutive.clear()
 
     def skipped(self, fault: Fault) -> str:
-        """The update of a step was left out, or has ruined the weights; returns a line that says so."""
+        """Record a step whose update was skipped or has corrupted the weights; returns a message for the log."""
         self.consecutive.append(fault)
         self.weights_corrupted = fault.what == "weights"
         first, last = fault.step * self.global_batch, (fault.step + 1) * self.global_batch - 1
@@ -70,30 +70,30 @@ class Recovery:
         return self.weights_corrupted or len(self.consecutive) >= self.faults.max_skipped
 
     def rollback_before(self) -> int:
-        """The checkpoint to go back to is the newest of a step less than this: one with other weights than those that
-        failed, or, where the last return brought nothing, an older one. Raises SharedError when enough were made."""
+        """The step that the checkpoint to roll back to must precede: its weights differ from those that failed, and
+        after a rollback without progress it is an older one. Raises SharedError after faults.max_returns of these."""
         start = self.consecutive[0].step + (self.weights_corrupted and len(self.consecutive) == 1)
         idle, on = 0, start
-        for made in reversed(self.rollbacks):
-            if on - made.on >= self.save_every:
+        for rollback in reversed(self.rollbacks):
+            if on - rollback.on >= self.save_every:
                 break
-            idle, on = idle + 1, made.to
+            idle, on = idle + 1, rollback.to
         if idle >= self.faults.max_returns:
             raise SharedError(self.report(f"going back {idle} times did not help"))
-        return min([start, *(made.to for made in self.rollbacks[len(self.rollbacks) - idle :])])
+        return min([start, *(rollback.to for rollback in self.rollbacks[len(self.rollbacks) - idle :])])
 
     def record_rollback(self, to: int) -> Rollback:
-        """Write down a return to the checkpoint of step `to`; the run goes on behind the last step left out."""
-        made = Rollback(to, self.consecutive[-1].step + 1)
-        samples = [to * self.global_batch, made.on * self.global_batch - 1]
-        self._write({"kind": "return", "to": to, "on": made.on, "samples": samples})
-        self.rollbacks.append(made)
+        """Record a rollback to the checkpoint of step `to`; the run continues after the last skipped step."""
+        rollback = Rollback(to, self.consecutive[-1].step + 1)
+        samples = [to * self.global_batch, rollback.on * self.global_batch - 1]
+        self._write({"kind": "return", "to": to, "on": rollback.on, "samples": samples})
+        self.rollbacks.append(rollback)
         self.consecutive.clear()
         self.weights_corrupted = False
-        return made
+        return rollback
 
     def report(self, why: str) -> str:
-        """The line that ends the run."""
+        """The message of the error that ends the run."""
         start = self.consecutive[0].step
         samples = f"samples {start * self.global_batch}–{(self.consecutive[-1].step + 1) * self.global_batch - 1}"
         return (
@@ -111,7 +111,7 @@ class Recovery:
 
 
 def read_rollbacks(run: Path) -> list[Rollback]:
-    """The returns a run has made, in their order."""
+    """The rollbacks that a run has made, in order."""
     path, found = run / "skipped.jsonl", []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -122,14 +122,14 @@ def read_rollbacks(run: Path) -> list[Rollback]:
     return found
 
 
-def usable(returns: list[Rollback], step: int) -> bool:
-    """Whether a checkpoint of this step belongs to the run: not one that a return left behind."""
-    return not any(made.to < step < made.on for made in returns)
+def usable(rollbacks: list[Rollback], step: int) -> bool:
+    """Whether a checkpoint of this step belongs to the run, and was not abandoned by a rollback."""
+    return not any(rollback.to < step < rollback.on for rollback in rollbacks)
 
 
-def resume_step(returns: list[Rollback], step: int) -> int:
-    """The step a run goes on with from a checkpoint of `step`: behind what a return stepped over."""
-    for made in returns:
-        if made.to <= step < made.on:
-            step = made.on
+def resume_step(rollbacks: list[Rollback], step: int) -> int:
+    """The step at which a run resumes from a checkpoint of `step`: after the steps that a rollback skipped."""
+    for rollback in rollbacks:
+        if rollback.to <= step < rollback.on:
+            step = rollback.on
     return step

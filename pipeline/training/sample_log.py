@@ -1,6 +1,6 @@
-"""What each rank really read: positions/rank-R.jsonl in the run folder, with `log.positions`.
+"""The samples that each rank actually read: positions/rank-R.jsonl in the run folder, with `log.positions`.
 
-For whoever wants to check that no sample was lost or repeated. Must not know torch, model, shards or any stage.
+Serves to check that no sample was lost or repeated. Must not know torch, model, shards or any stage.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ class SampleLog:
 
 
 def read_sample_log(run: Path) -> dict[int, list[int]]:
-    """Samples of every step, of all ranks together, sorted. Of a step done again after a restart the last doing counts;
-    a line that a kill cut short is left out."""
+    """The samples of every step, over all ranks, sorted. Of a step repeated after a restart the last session counts; a
+    line truncated by a kill is skipped."""
     done: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted((run / "positions").glob("rank-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,7 @@
-"""How a training ends: the ranks agree why, the first leaves word of it, they part. Must not know model or shards."""
+"""Ends a training: the ranks agree on the reason, rank 0 writes the end marker, the process group is destroyed.
+
+Must not know model or shards.
+"""
 
 import os
 from collections.abc import Callable
@@ -11,7 +14,7 @@ from beitforge.pipeline.runs.checkpoints import newest
 
 
 def shut_down(run: Path, finished: bool, stop: Callable[[], str], world: World) -> int:
-    """Every rank calls it, after the last save; returns the exit code. A signal may have reached some ranks only."""
+    """Collective, after the last save; returns the exit code. A signal may have reached only some of the ranks."""
     reasons = all_gather_objects(stop(), world)
     found = newest(run, lambda _: None) if world.first else None
     if found is not None:

@@ -75,9 +75,13 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         run_on_all_ranks(lambda: _claim(config, job, world, stack), world)
         engine = Engine(job.module, job.groups, job.setup, world)
         steps = job.duration.steps(job.source.samples, job.setup.global_batch)
-        plan = _plan(config, job, 0, steps, world)
+        schedule = _schedule(config, job, 0, steps, world)
         recovery = Recovery(
-            job.run, config.faults, first=world.first, save_every=plan.save_every, global_batch=job.setup.global_batch
+            job.run,
+            config.faults,
+            first=world.first,
+            save_every=schedule.save_every,
+            global_batch=job.setup.global_batch,
         )
         expected = _state(config, job, engine, 0)
         state = checkpoint.resume(engine, job.run, expected, tell, lambda step: usable(recovery.rollbacks, step))
@@ -90,21 +94,24 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         metrics = run_on_all_ranks(lambda: Metrics(job.run, world.first, config), world)
         stack.enter_context(contextlib.closing(metrics))
         metrics.write(first, "start", {"world": world.size, "steps": steps, "epoch_samples": job.source.samples})
-        plan = replace(plan, first_step=first)
-        parts = _components(config, job, engine, plan, recovery, metrics, watchdog, stop, stack)
+        schedule = replace(schedule, first_step=first)
+        components = _components(config, job, engine, schedule, recovery, metrics, watchdog, stop, stack)
         while True:
-            done = _train(config, job, engine, replace(plan, first_step=first), parts)
+            done = _train(config, job, engine, replace(schedule, first_step=first), components)
             if not recovery.must_roll_back:
                 break
-            first = _go_back(job, engine, recovery, parts, expected, tell)
-        parts.saving.finish()
+            first = _roll_back(job, engine, recovery, components, expected, tell)
+        components.saving.finish()
         if done < steps:
-            tell(f"stopped after step {done} of {steps} ({stop() or 'another rank was asked'}); run again to go on")
+            tell(
+                f"stopped after step {done} of {steps} ({stop() or 'another rank was asked'}); "
+                "run the same command again to resume"
+            )
         return engine, done == steps
 
 
 def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) -> None:
-    """Hold and open the run folder: the first rank for all, while the stack is open."""
+    """Lock and open the run folder on rank 0, for all ranks, while the stack is open."""
     if not world.first:
         return
     stack.enter_context(lock(job.run, say))
@@ -117,14 +124,14 @@ def _components(
     config: Config,
     job: Job,
     engine: Engine,
-    plan: Schedule,
+    schedule: Schedule,
     recovery: Recovery,
     metrics: Metrics,
     watchdog: Watchdog,
     stop: Callable[[], str],
     stack: contextlib.ExitStack,
 ) -> Components:
-    """What the loop works with; closed with the stack."""
+    """Build what the loop uses; the stack closes it."""
     world, setup, first = engine.world, job.setup, engine.world.first
     warmup = job.warmup.steps(job.source.samples, setup.global_batch)
     settings = config.checkpoint
@@ -134,7 +141,7 @@ def _components(
     )
 
     def rate(step: int) -> float:
-        return learning_rate(step, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=plan.steps)
+        return learning_rate(step, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=schedule.steps)
 
     def evaluate(done: int) -> None:
         if job.evaluate is not None:
@@ -143,13 +150,13 @@ def _components(
 
     session = broadcast_object(time.time_ns(), world)
     hosts = all_gather_objects(socket.gethostname(), world)
-    bar = Progress(job.label, plan.steps, "step", done=plan.first_step)
+    bar = Progress(job.label, schedule.steps, "step", done=schedule.first_step)
     progress: Reporter = stack.enter_context(bar) if first else Silent()
-    positions = None
+    sample_log = None
     if config.log.positions:
-        positions = stack.enter_context(contextlib.closing(SampleLog(job.run, world.rank, session)))
+        sample_log = stack.enter_context(contextlib.closing(SampleLog(job.run, world.rank, session)))
     return Components(
-        objective=job.objective(engine, plan.steps),
+        objective=job.objective(engine, schedule.steps),
         rate=rate,
         metrics=metrics,
         progress=progress,
@@ -157,7 +164,7 @@ def _components(
         recovery=recovery,
         monitor=Monitor(config.faults, hosts, say) if first else None,
         bad_samples=BadSamples(job.run, job.source.samples, config.data.bad_sample_budget) if first else None,
-        positions=positions,
+        sample_log=sample_log,
         evaluate=evaluate,
         save=lambda done: saver.save(_state(config, job, engine, done)),
         saving=saver,
@@ -166,9 +173,9 @@ def _components(
     )
 
 
-def _train(config: Config, job: Job, engine: Engine, plan: Schedule, parts: Components) -> int:
-    """Train on the stream from plan.first_step on."""
-    world, setup, first = engine.world, job.setup, plan.first_step
+def _train(config: Config, job: Job, engine: Engine, schedule: Schedule, components: Components) -> int:
+    """Train on the stream from schedule.first_step on."""
+    world, setup, first = engine.world, job.setup, schedule.first_step
     batches = training_batches(
         config,
         job.source,
@@ -177,41 +184,44 @@ def _train(config: Config, job: Job, engine: Engine, plan: Schedule, parts: Comp
         micro=setup.micro_batch,
         rank=world.rank,
         world=world.size,
-        steps=plan.steps - first,
+        steps=schedule.steps - first,
     )
     if world.first:
         micro = f"{setup.micro_batch} × {world.size} processes × {setup.accumulation} accumulation"
         decoder = jpeg.decoder(config.loader.decoder).name
-        line = f"{job.label}: {plan.steps} steps of {setup.global_batch} ({micro}), from step {first}, in {job.run}"
+        line = f"{job.label}: {schedule.steps} steps of {setup.global_batch} ({micro}), from step {first}, in {job.run}"
         say(f"{line}; JPEGs by {decoder}")
-    return train(engine, batches, plan, parts)
+    return train(engine, batches, schedule, components)
 
 
-def _go_back(
+def _roll_back(
     job: Job,
     engine: Engine,
     recovery: Recovery,
-    parts: Components,
+    components: Components,
     expected: checkpoints.State,
     tell: Callable[[str], None],
 ) -> int:
-    """Take the weights of an earlier checkpoint and return the step to go on with, behind those left out."""
-    parts.beat("going back")
-    parts.saving.finish()
-    before, returns = recovery.rollback_before(), list(recovery.rollbacks)
-    state = checkpoint.resume(engine, job.run, expected, tell, lambda s: s < before and usable(returns, s))
+    """Load the weights of an earlier checkpoint; returns the step to resume with, after the skipped ones."""
+    components.beat("rolling back")
+    components.saving.finish()
+    before, rollbacks = recovery.rollback_before(), list(recovery.rollbacks)
+    state = checkpoint.resume(engine, job.run, expected, tell, lambda s: s < before and usable(rollbacks, s))
     if state is None:
         raise SharedError(recovery.report(f"there is no checkpoint before step {before} to go back to"))
-    made = recovery.record_rollback(state.step)
+    rollback = recovery.record_rollback(state.step)
     if engine.world.first:
-        checkpoint.remove_between(job.run, made.to, made.on)
+        checkpoint.remove_between(job.run, rollback.to, rollback.on)
     barrier()
-    parts.metrics.write(made.on, "return", {"to": float(made.to)})
-    tell(f"went back to the weights of step {made.to}; going on with step {made.on}, samples between are stepped over")
-    return made.on
+    components.metrics.write(rollback.on, "return", {"to": float(rollback.to)})
+    tell(
+        f"rolled back to the weights of step {rollback.to}; resuming with step {rollback.on}, "
+        "samples between are skipped"
+    )
+    return rollback.on
 
 
-def _plan(config: Config, job: Job, first: int, steps: int, world: World) -> Schedule:
+def _schedule(config: Config, job: Job, first: int, steps: int, world: World) -> Schedule:
     def every(duration: Duration | None) -> int:
         return max(1, duration.steps(job.source.samples, job.setup.global_batch)) if duration else 0
 

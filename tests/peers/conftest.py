@@ -1,28 +1,29 @@
-"""Peers are test dependencies, the extra `peers`. Where BEITFORGE_PEERS=1 says they are there, a skip is a failure."""
+"""Comparisons with other libraries, which the extra `peers` installs. All tests of this folder are marked peers."""
 
 import importlib
-import os
+from pathlib import Path
 
 import pytest
 
 from beitforge.pipeline.torchvision_stub import install
+from tests.conftest import PEERS_REQUIRED
 
-REQUIRED = os.environ.get("BEITFORGE_PEERS") == "1"
+FOLDER = Path(__file__).parent
 
 
 def pytest_configure() -> None:
+    """Fail at once where BEITFORGE_PEERS=1 promises a library that is missing."""
     install()
-    for name in ("transformers", "timm", "dall_e", "triton") if REQUIRED else ():
+    for name in ("transformers", "timm", "dall_e", "triton") if PEERS_REQUIRED else ():
         try:
             importlib.import_module(name)
         except ImportError as error:
             pytest.exit(f"BEITFORGE_PEERS=1, but {name} cannot be imported: {error}", returncode=1)
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
-    outcome = yield
-    report = outcome.get_result()
-    if report.skipped and REQUIRED:
-        report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped, but BEITFORGE_PEERS=1 says that its peer is installed"
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark them before `-m` selects."""
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker("peers")

@@ -67,7 +67,7 @@ def trained(verb: str, tiny, tmp_path: Path, *words: str, second: str) -> list[t
 @pytest.mark.parametrize(("verb", "setting"), [("pretrain", "data.images"), ("finetune", "data.labelled_images")])
 def test_a_host_without_the_data(tiny, tmp_path, verb, setting):
     """The first rank names the host and the folder, and both end."""
-    words = [f"data.labelled_images={tiny.folder}/shards/train"]
+    words = [f"data.labelled_images={tiny.folder}/shards/train", "finetune.randaugment="]
     first, other = trained(verb, tiny, tmp_path, *words, second=f"{setting}={tmp_path}/nowhere")
     assert (first[0], other[0]) == (2, 2), first[1] + other[1]
     (line,) = errors(first[1])

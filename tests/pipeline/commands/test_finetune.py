@@ -30,12 +30,14 @@ from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.stages import finetune
 from beitforge.pipeline.training.objectives import supervised_input
 from beitforge.pipeline.weights.encoder import initialise_classifier_from, save_encoder
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, installed
 from tests.pipeline.training.test_trainer import finished, weights
 
 STEPS = 12
 TUNE = {"duration": f"{STEPS} steps", "global_batch": 12, "micro_batch": 6, "warmup": "2 steps", "lr": 3e-3}
 TUNE |= {"input_size": 32, "layer_decay": 0.8, "test_every": "6 steps", "head_scale": 1.0}
+if not installed("timm"):
+    TUNE["randaugment"] = ""  # all else is tested; the tests marked peers run again where timm is installed
 
 
 def write_classes(folder: Path, count: int, seed: int) -> None:
@@ -102,6 +104,7 @@ def kill_all(word: str) -> None:
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
+@pytest.mark.peers
 def test_a_run_learns_and_says_what_it_is(whole):
     """Trained on coloured noise of three classes: better than the majority's 12 of 23, on every sample once."""
     lines = read_metrics(whole, "test")
@@ -128,6 +131,7 @@ def test_it_says_what_it_reads_and_how_it_does(whole, labelled):
     )
 
 
+@pytest.mark.peers
 def test_killed_and_resumed_is_uninterrupted(labelled, whole, tmp_path):
     """Ended as a kill between two checkpoints would leave it, and by kill -9 while it runs; weights to the bit."""
     run = tmp_path / "run"
@@ -172,6 +176,7 @@ def test_goes_on_with_other_ranks_under_another_stage(whole, labelled, tmp_path)
     assert read_metrics(run, "test")[-1]["accuracy"] > 0.8
 
 
+@pytest.mark.peers
 def test_workers_and_ranks_change_no_pixel(labelled):
     """RandAugment, rectangles, noise and mixture of a sample are the same wherever it is made."""
     found = []
@@ -220,7 +225,11 @@ def words_of(config: Path, run: Path, *settings: str) -> str:
         (["data.labelled_images=", "data.labelled_test="], "data.labelled_images is empty"),
         (["finetune.input_size=36"], "finetune.input_size 36 is not a multiple of model.patch_size 8"),
         (["finetune.label_share=0"], "finetune.label_share is 0.0; it lies in (0, 1]"),
-        (["finetune.randaugment=auto"], "finetune.randaugment is 'auto', which timm does not read"),
+        pytest.param(
+            ["finetune.randaugment=auto"],
+            "finetune.randaugment is 'auto', which timm does not read",
+            marks=pytest.mark.peers("timm"),
+        ),
         (["finetune.init=same", "finetune.run=same"], "finetune.init and finetune.run are both same"),
         (["data.labelled_test={images}"], "of the same classes"),
         (["data.labelled_images={plain}", "data.labelled_test="], "has images without a label"),
@@ -316,7 +325,8 @@ def test_without_timm_the_cure_is_named(labelled, tmp_path):
     """And without RandAugment it is not needed."""
     (tmp_path / "timm.py").write_text("raise ImportError('not installed')\n")
     blocked = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
-    line = refused(alone(labelled, tmp_path / "run", environment=blocked))
+    words = "finetune.randaugment=rand-m9-mstd0.5-inc1"
+    line = refused(alone(labelled, tmp_path / "run", words, environment=blocked))
     assert "cannot be imported (not installed): `pip install timm`, or set finetune.randaugment=" in line
     settings = ("finetune.randaugment=", "finetune.duration=1 steps")
     result = alone(labelled, tmp_path / "run", *settings, environment=blocked)

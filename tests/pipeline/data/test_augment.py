@@ -16,7 +16,7 @@ from beitforge.pipeline.training.objectives import _smoothed, classified, erased
 from beitforge.shards import counter_rng
 
 install()
-timm_data = pytest.importorskip("timm.data.mixup")
+NEEDS_TIMM = pytest.mark.peers("timm")
 WORDS = "rand-m9-mstd0.5-inc1"
 MEAN = (0.5, 0.5, 0.5)
 
@@ -25,6 +25,7 @@ def sample_pixels(seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+@NEEDS_TIMM
 def test_randaugment_is_the_samples_own():
     """The same sample, the same pixels, whatever was drawn before; others get others. Global generators are left."""
     augment = RandAugment(WORDS, (24, 32), MEAN, seed=3)
@@ -43,6 +44,7 @@ def test_randaugment_is_the_samples_own():
     assert len({tuple(pixels.flatten().tolist()) for pixels in first.values()}) > 1
 
 
+@NEEDS_TIMM
 def test_randaugment_is_timms():
     """Its operations with its generators at our seed give our pixels."""
     from PIL import Image
@@ -63,12 +65,14 @@ def test_randaugment_is_timms():
     assert changed > 4
 
 
+@NEEDS_TIMM
 @pytest.mark.parametrize("words", ["m9", "rand-q9"])
 def test_other_words_are_refused(words):
     with pytest.raises(ConfigError, match=rf"finetune.randaugment is '{words}'.*write it as rand-m9"):
         RandAugment(words, (24, 32), MEAN, seed=0)
 
 
+@NEEDS_TIMM
 @pytest.mark.parametrize("cut", [False, True])
 def test_mixing_is_timms(cut, monkeypatch):
     """timm's Mixup of pairs, given our shares and middles of boxes, mixes pixels and labels as we do."""
@@ -76,7 +80,9 @@ def test_mixing_is_timms(cut, monkeypatch):
     pixels, labels, logits = torch.randn(6, 3, 24, 32), torch.tensor([0, 1, 2, 3, 4, 0]), torch.randn(6, 5)
     uniform = np.array([[0.2, 0.6, 0.9], [0.3, 0.95, 0.5], [0.9, 0.0, 0.5], [0.4, 0.99, 0.2]])
     drawn = mixing((24, 32), 0.0 if cut else 0.8, 1.0 if cut else 0.0, uniform)
-    peer = timm_data.Mixup(label_smoothing=0.1, num_classes=5, mode="pair")
+    from timm.data.mixup import Mixup
+
+    peer = Mixup(label_smoothing=0.1, num_classes=5, mode="pair")
     # cutmix's alpha is 1, whose share is the uniform number itself; it is then corrected to the box's area
     shares = uniform[1] if cut else drawn["share"]
     monkeypatch.setattr(peer, "_params_per_elem", lambda count: (shares.astype(np.float32), np.full(count, cut)))
@@ -100,6 +106,7 @@ def test_shares_are_beta_distributed():
     assert (mixing((24, 32), 0.0, 1.0, uniform)["blend"] == 1.0).all()
 
 
+@NEEDS_TIMM
 def test_rectangles_are_timms():
     """How often one is erased, and the share of the image that goes, as timm's RandomErasing has them."""
     from timm.data.random_erasing import RandomErasing

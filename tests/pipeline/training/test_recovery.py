@@ -120,4 +120,4 @@ def test_four_ranks_agree_on_what_happens_next(injected, case):
         assert rank["unchanged"], "leaving an update out has changed something"
     named = "the loss of rank 2 on" if case.startswith("loss") else "the gradient is not finite"
     assert f"step 3 left out, samples 24–31: {named}" in ranks[0]["log"]
-    assert "went back to the weights of step 4; going on with step 8" in ranks[0]["log"]
+    assert "rolled back to the weights of step 4; resuming with step 8" in ranks[0]["log"]
