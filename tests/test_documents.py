@@ -12,11 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 _SUFFIXES = (".py", ".md", ".sh", ".yaml", ".sbatch", ".js", ".css")
 # tests that name wrong things on purpose
-_PLANTED = ("tests/test_documents.py", "tests/test_folder_rules.py")
+_PLANTED = ("tests/test_documents.py", "tests/test_folder_rules.py", "tests/test_extension.py")
 # names on disk, which stay: options of packing, files of the demo, keys of the tests' images
 _ON_DISK = re.compile(r"[\"']pictures?[\"']|pictures\.txt|picture\{number")
-# pages that are made by a command of their own
-_MADE = ("docs/settings.md",)
 _LINK = re.compile(r"\[[^\]\n]+\]\(([^)\s]+)\)")
 _PATH = re.compile(
     r"(?<![\w/.$}-])((?:pipeline|shards|kernels|tests|benchmarks|configs|docs)/[\w/-]+"
@@ -86,11 +84,9 @@ def broken(name: Path, text: str) -> list[str]:
         document = (ROOT / name.parent / file) if file else ROOT / name
         if "://" in target:
             continue
-        if document.resolve().relative_to(ROOT).as_posix() in _MADE:
-            continue
         if not document.exists() or (place and place not in map(anchor, headings(document))):
             wrong.append(target)
-    wrong += [path for path in _PATH.findall(said) if path not in _MADE and not (ROOT / path).exists()]
+    wrong += [path for path in _PATH.findall(said) if not (ROOT / path).exists()]
     wrong += [dotted for dotted in _MODULE.findall(said) if not module_exists(dotted)]
     for document, section in _SECTION.findall(said):
         if not (ROOT / document).exists() or section not in headings(ROOT / document):
