@@ -19,13 +19,19 @@ from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.config.validation import validate
 from beitforge.pipeline.errors import ConfigError
 
+_CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # of the checkout, or in the installed package
+
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check. Raises ConfigError with one line."""
+    """Read a YAML file, apply `section.key=value` overrides, check. Raises ConfigError with one line.
+
+    path: a file, or the name of one that comes with the package: `beit_base`, `configs/beit_base.yaml`.
+    """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
+        content = yaml.load(_find_config(path).read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; give a config such as configs/demo.yaml") from error
+        names = ", ".join(sorted(config.stem for config in _CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"{path} does not exist; give a YAML file, or one of {names}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as a YAML file: {error}") from error
     except yaml.YAMLError as error:
@@ -33,6 +39,13 @@ def load_config(path: str, overrides: list[str]) -> Config:
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path} must hold sections (data:, model:, …), not a {type(content).__name__}")
     return load_dict(content or {}, overrides, path)
+
+
+def _find_config(path: str) -> Path:
+    """The file itself where it exists; else the package's own of that name."""
+    given, own = Path(path), _CONFIGS / f"{Path(path).stem}.yaml"
+    named = given.parent.name in ("", "configs") and given.suffix in ("", ".yaml")
+    return own if named and not given.exists() and own.exists() else given
 
 
 def load_dict(tree: dict, overrides: list[str], where: str) -> Config:

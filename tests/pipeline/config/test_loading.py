@@ -302,3 +302,15 @@ def test_config_imports_nothing_heavy():
     code = f"import sys, beitforge.pipeline.config.loading; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_config_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
+    """Where no repository is: a wheel brings the configs. A file of the user's own of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    own = load_config(str(ROOT / "configs" / "beit_large.yaml"), [])
+    assert load_config("beit_large", []) == load_config("configs/beit_large.yaml", []) == own
+    assert load_config("beit_large.yaml", ["model.layers=3"]).model.layers == 3
+    (tmp_path / "beit_large.yaml").write_text("model: {layers: 2}\n")
+    assert load_config("beit_large.yaml", []).model.layers == 2
+    with pytest.raises(ConfigError, match=r"beit_larg does not exist; give a YAML file, or one of beit_base, .*demo$"):
+        load_config("beit_larg", [])
