@@ -78,7 +78,15 @@ case $verb in
         [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
         setup
         [ $# -eq 0 ] || peers ;;
-    test) setup; cd "$root"; exec "$python" -m pytest "$@" ;;
+    test)
+        setup
+        cd "$root"
+        # two workers, each with whole files; `./launch.sh test -n 0 FILE` runs in one process
+        workers=()
+        if [ "$(nproc 2>/dev/null || echo 1)" -ge 2 ] && "$python" -c 'import xdist' 2>/dev/null; then
+            workers=(-n 2 --dist loadfile --no-loadscope-reorder)
+        fi
+        exec "$python" -m pytest "${workers[@]}" "$@" ;;
     check)
         setup
         cd "$root"

@@ -12,7 +12,27 @@ import numpy as np
 import pytest
 import yaml
 
+# Tests share the cores with each other and with the processes they start. torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = ("peers", "cluster", "browser")  # folders whose tests need more than launch.sh installs, and their markers
+# Files that take longest, started first: with several workers none of them is left to one worker at the end.
+LONGEST = (
+    "test_demo.py",
+    "test_kills.py",
+    "test_evaluations.py",
+    "test_elastic.py",
+    "test_finetune.py",
+    "test_plan_ranks.py",
+    "test_trainer.py",
+    "test_watch.py",
+    "test_saver.py",
+    "test_deepspeed_launcher.py",
+    "test_recovery.py",
+    "test_aot.py",
+    "test_fused.py",
+    "test_doctor.py",
+)
 TINY = {
     "view": {"num_views": 3},
     "tokenizer": {"input_size": 32, "vocabulary": 64, "width": 16, "embedding": 8, "residual_blocks": 1},
@@ -49,6 +69,27 @@ def pytest_runtest_makereport(item: pytest.Item):
     if report.skipped and PEERS_REQUIRED and item.get_closest_marker("peers"):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but BEITFORGE_PEERS=1 says that its packages are installed"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in EXTRAS:
+            item.add_marker(folder)
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Workers take whole files, and one of them all of tests/cluster, which shares one lab."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def write_images(folder: Path, count: int, classes: int, seed: int = 0, size: tuple[int, int] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The lab for these tests, once a session: real hosts and a real SLURM (lab/up.sh), or the reason why there is none.
 
-BEITFORGE_CLUSTER=1 says that what it needs has been installed: then only forbidden namespaces are a reason to skip.
+BEITFORGE_CLUSTER=1 runs them and says that what they need has been installed: then only forbidden namespaces are a
+reason to skip.
 BEITFORGE_NIGHTLY=1 adds what takes minutes. PROCTRACK=linuxproc or cgroup chooses how SLURM tracks processes; by itself
 it is cgroup where this machine allows that, as on real clusters.
 """
@@ -36,11 +37,13 @@ def cluster() -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[Cluster]:
-    """A cluster of `count` hosts; a skip, or where BEITFORGE_CLUSTER asks for it a failure, where there can be none."""
+    """A cluster of `count` hosts. Skips unless BEITFORGE_CLUSTER=1; with it fails where what it needs is missing."""
+    if os.environ.get("BEITFORGE_CLUSTER") != "1":
+        pytest.skip("takes minutes, as root: tests/cluster/install.sh, then BEITFORGE_CLUSTER=1")
     lacking = missing()
-    if lacking and os.environ.get("BEITFORGE_CLUSTER") == "1":
+    if lacking:
         pytest.fail(f"BEITFORGE_CLUSTER=1, but {lacking}")
-    reason = lacking or forbidden()
+    reason = forbidden()
     if reason:
         pytest.skip(reason)
     lab = Cluster(hosts=count, proctrack=os.environ.get("PROCTRACK", ""))

@@ -112,7 +112,7 @@ def packed(folder: Path, classes: list[str]) -> str:
     command = [
         sys.executable,
         "-m",
-        "shards",
+        "beitforge",
         "pack",
         str(folder / "images"),
         str(folder / "shards"),
