@@ -6,6 +6,7 @@ Help and refused settings are instant: a command module imports nothing heavy un
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -91,7 +92,12 @@ def execute(arguments: argparse.Namespace) -> int:
     An error that a user, a shard or a disk caused, or a package that is missing, is one line on stderr and code 2.
     """
     try:
-        return load_command(arguments.verb).run(arguments)
+        code = load_command(arguments.verb).run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 _SUFFIXES = (".py", ".md", ".sh", ".yaml", ".sbatch", ".js", ".css")
 # tests that name wrong things on purpose
-_PLANTED = ("tests/test_documents.py", "tests/test_folder_rules.py", "tests/test_extension.py")
+_PLANTED = ("tests/test_documents.py", "tests/test_folder_rules.py", "tests/test_extension.py", "tests/test_package.py")
 # names on disk, which stay: options of packing, files of the demo, keys of the tests' images
 _ON_DISK = re.compile(r"[\"']pictures?[\"']|pictures\.txt|picture\{number")
 _LINK = re.compile(r"\[[^\]\n]+\]\(([^)\s]+)\)")

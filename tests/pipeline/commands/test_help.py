@@ -149,3 +149,12 @@ print(len(sys.modules) > 50)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """`beitforge settings | head -1`."""
+    words = f"{sys.executable} -m beitforge settings | head -c 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "" and done.returncode == 0
