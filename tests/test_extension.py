@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beitforge.pipeline.config.settings import Size
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.tokenizers.published import Published
 
 

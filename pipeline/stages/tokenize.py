@@ -81,7 +81,7 @@ def _tasks(config: Config) -> list[Task]:
     pairs = [(data.images, data.tokens), (data.heldout_images, data.heldout_tokens)]
     pairs = [(images, tokens) for images, tokens in pairs if images and tokens != ONLINE]
     for tokens in (tokens for _, tokens in pairs if is_url(tokens)):
-        raise ConfigError(f"{tokens} is a URL: `tokenize` writes into a folder; upload that when it is whole")
+        raise ConfigError(f"{tokens} is a URL: `tokenize` writes into a folder; upload it when it is complete")
     if not pairs:
         raise ConfigError(
             "data.tokens is online: `pretrain` makes the tokens itself; name a folder to make them before"
