@@ -104,7 +104,9 @@ def test_token_manifests_of_other_types(tmp_path, place, value):
         read_token_manifest(tmp_path)
 
 
-@pytest.mark.parametrize(("manifest", "read"), [(IMAGES, read_image_manifest), (TOKENS, read_token_manifest)], ids=["images", "tokens"])
+@pytest.mark.parametrize(
+    ("manifest", "read"), [(IMAGES, read_image_manifest), (TOKENS, read_token_manifest)], ids=["images", "tokens"]
+)
 def test_no_changed_character_is_believed(tmp_path, manifest, read):
     """Numbers that are possible, and words that nobody compares, the manifest's own digest vouches for."""
     write_manifest(tmp_path, manifest)
