@@ -20,7 +20,6 @@ import xxhash
 from beitforge.shards.errors import ShardError
 
 PARTIAL = ".partial-"
-RETRY_SECONDS = (0.2, 1.0, 5.0, 20.0)  # before each further try of something that may pass
 
 _DTYPES = {
     "BOOL": np.bool_,

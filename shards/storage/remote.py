@@ -8,9 +8,7 @@ import contextlib
 import functools
 import logging
 import os
-import random
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +18,10 @@ import xxhash
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.storage.cache import Cache, Uses
-from beitforge.shards.storage.files import RETRY_SECONDS, file_digest
+from beitforge.shards.storage.files import file_digest
+from beitforge.shards.storage.retry import retry
 
 Value = TypeVar("Value")
-
-PAUSES = RETRY_SECONDS  # up to half of it more by chance
 
 FETCHES = 4  # of what comes damaged
 
@@ -77,21 +74,21 @@ class Remote:
 
     def _tried(self, name: str, read: Callable[[Any, str], bytes]) -> bytes:
         where = f"{self.url}/{name}"
-        for pause in (*PAUSES, None):
+
+        def once() -> bytes:
             try:
                 system, root = _system(self.url, os.getpid())
                 return read(system, f"{root}/{name}")
             except FileNotFoundError as error:
                 raise Missing(f"{where} is not there: {_CURE}") from error
-            except ShardError:
-                raise
-            # Every store's library has errors of its own, few of them OSErrors, and none may be taken for the data's.
-            except Exception as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                if pause is None or isinstance(error, PermissionError):
-                    raise ShardError(f"cannot read {where} ({reason[:300]}): {_CURE}") from error
-                time.sleep(pause * random.uniform(1.0, 1.5))
-        raise AssertionError("unreachable")
+
+        # Every store's library has errors of its own, few of them OSErrors, and none may be taken for the data's.
+        return retry(once, where, _CURE, errors=Exception, fatal=_refused, spread=0.5)
+
+
+def _refused(error: Exception) -> bool:
+    """Whether a store will give the same answer again."""
+    return isinstance(error, PermissionError)
 
 
 @dataclass(frozen=True)

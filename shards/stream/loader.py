@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 class SampleOrder(Protocol):
-    """Where a sample lies: shards.stream.order.Order, shards.stream.label_subset.Subset, or InTurn."""
+    """Where a sample lies: shards.stream.order.Order, shards.stream.label_subset.Subset, or SequentialOrder."""
 
     samples: int
 

@@ -24,7 +24,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.stages import tokenize
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.manifest import read_token_manifest
-from beitforge.shards.storage import remote
+from beitforge.shards.storage import remote, retry
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.remote import Missing, Remote
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet, Reading
@@ -42,7 +42,7 @@ EVERYTHING = Faults(
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A store of these tests recovers at once; workers inherit it."""
-    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.02, 0.05, 0.1, 0.1, 0.1))
+    monkeypatch.setattr(retry, "PAUSES", (0.01, 0.02, 0.05, 0.1, 0.1, 0.1))
 
 
 @contextlib.contextmanager

@@ -188,7 +188,7 @@ def test_more_than_certain():
 def test_a_server_ends_with_its_test(folder):
     """Also with one that is killed."""
     code = f"with servers.http_server('{folder}') as url:\n print(url, flush=True)\n signal.pause()"
-    command = [sys.executable, "-c", f"import signal\nfrom tests.shards import servers\n{code}"]
+    command = [sys.executable, "-c", f"import signal\nfrom tests.shards.storage import servers\n{code}"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().rpartition(":")[2])
