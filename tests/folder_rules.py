@@ -6,7 +6,7 @@ everything in pipeline its `errors`, `console` and `config`, and `shards.errors`
 
 from dataclasses import dataclass
 
-SHARDS_ROOT = "shards.counter_rng shards.errors shards.options shards.progress shards.workers"
+SHARDS_ROOT = "shards.counter_rng shards.errors shards.options shards.progress shards.wording shards.workers"
 PIPELINE_ROOT = "pipeline.config pipeline.console pipeline.errors shards.errors"
 SHARDS = "shards.storage shards.format shards.decode shards.stream"
 TORCHLESS = "torch kernels deepspeed"

@@ -3,6 +3,7 @@
 import argparse
 
 from beitforge.shards.options import add_workers, local_folder, num_workers
+from beitforge.shards.wording import counted
 
 HELP = "adopt existing WebDataset tars in place: write an index beside each, and a manifest"
 
@@ -24,6 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{name}.tar holds no sample: left out of the manifest")
     if adopted.num_bad:
         print(f"images that do not decode: {adopted.num_bad}; their rows are marked bad, a stream substitutes them")
-    print(f"{folder}: {adopted.manifest.samples} samples in {len(shards)} shards", end="")
+    print(f"{folder}: {counted(adopted.manifest.samples, 'sample')} in {counted(len(shards), 'shard')}", end="")
     print(f", {adopted.kept} of {len(shards) + len(adopted.empty)} tars were indexed already" if adopted.kept else "")
     return 0

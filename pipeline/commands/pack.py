@@ -4,6 +4,7 @@ import argparse
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.options import add_workers, local_folder, num_workers
+from beitforge.shards.wording import counted
 
 HELP = "pack a folder of images into WebDataset shards; if interrupted, run it again"
 
@@ -58,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         size = sum(shard.bytes for shard in manifest.shards) / 1e6
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
         folder = packed.plan.folder(split)
-        print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, {size:.1f} MB{classes}")
+        counts = f"{counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
+        print(f"{folder}: {counts}, {size:.1f} MB{classes}")
     if packed.kept:
         finished = "all of them" if packed.kept == packed.shards else f"{packed.kept} of {packed.shards}"
         print(f"an earlier run had finished {finished}" + ("; nothing to do" if packed.kept == packed.shards else ""))

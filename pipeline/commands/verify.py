@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from beitforge.shards.options import add_workers, local_folder, num_workers
+from beitforge.shards.wording import counted
 
 HELP = "check every digest of an image or token shard set, and that tokens belong to their images"
 
@@ -33,9 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     workers = num_workers(arguments)
     if kind_of(folder) == "tokens":
         tokens = verify_tokens(folder, pair or Path(), pair is not None, workers, report)
-        seen = f"{tokens.samples} samples in {len(tokens.shards)} shards"
+        seen = f"{counted(tokens.samples, 'sample')} in {counted(len(tokens.shards), 'shard')}"
     else:
         images = verify_images(folder, arguments.decode, workers, report)
-        seen = f"{images.samples} samples in {len(images.shards)} shards"
-    print(f"{folder}: {len(findings)} findings in {seen}" if findings else f"{folder}: {seen}, clean")
+        seen = f"{counted(images.samples, 'sample')} in {counted(len(images.shards), 'shard')}"
+    print(f"{folder}: {counted(len(findings), 'finding')} in {seen}" if findings else f"{folder}: {seen}, clean")
     return 2 if findings else 0

@@ -16,6 +16,7 @@ import xxhash
 from beitforge.shards.errors import ShardError
 from beitforge.shards.storage.files import write_text
 from beitforge.shards.storage.remote import FETCHES, Missing, Remote, is_url
+from beitforge.shards.wording import with_article
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -134,7 +135,7 @@ def _read_object(path: Path) -> dict | None:
 def _read(folder: Path | str, kind: str, cure: str) -> dict:
     path = f"{folder}/{NAME}"
     if not is_url(folder) and not Path(folder).is_dir():
-        raise ShardError(f"{folder} does not exist; a {kind[:-1]} shard set is expected there: {cure}")
+        raise ShardError(f"{folder} does not exist; {with_article(kind[:-1])} shard set is expected there: {cure}")
     try:
         content = _fetched(Remote(str(folder))) if is_url(folder) else json.loads(Path(path).read_bytes())
     except (FileNotFoundError, Missing) as error:
