@@ -33,3 +33,4 @@ if _SOURCES not in sys.path:
     sys.path.insert(0, _SOURCES)
 if _SOURCES not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # for processes that tests start
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_SOURCES, os.environ.get("PYTHONPATH", ""))))
+os.environ.pop("BEITFORGE_COMMAND", None)  # launch.sh's: messages are the same however the tests are started
