@@ -2,7 +2,9 @@
 `benchmarks`. `python -m pytest` puts the top on the path, where `kernels` would hide an installed package of that name.
 """
 
+import contextlib
 import os
+import signal
 import sys
 from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
@@ -34,3 +36,6 @@ if _SOURCES not in sys.path:
 if _SOURCES not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # for processes that tests start
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_SOURCES, os.environ.get("PYTHONPATH", ""))))
 os.environ.pop("BEITFORGE_COMMAND", None)  # launch.sh's: messages are the same however the tests are started
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: its children would ignore Ctrl-C, too
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
