@@ -18,20 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("peers", "cluster", "browser")  # folders whose tests need more than launch.sh installs, and their markers
 # Files that take longest, started first: with several workers none of them is left to one worker at the end.
 LONGEST = (
-    "test_demo.py",
     "test_kills.py",
-    "test_evaluations.py",
-    "test_elastic.py",
-    "test_finetune.py",
-    "test_plan_ranks.py",
     "test_trainer.py",
-    "test_watch.py",
-    "test_saver.py",
+    "test_demo.py",
+    "test_evaluations.py",
+    "test_finetune.py",
+    "test_fused_training.py",
     "test_deepspeed_launcher.py",
-    "test_recovery.py",
-    "test_aot.py",
     "test_fused.py",
+    "test_watch.py",
     "test_doctor.py",
+    "test_remote.py",
+    "test_elastic.py",
+    "test_exchange.py",
 )
 TINY = {
     "view": {"num_views": 3},

@@ -66,7 +66,7 @@ def test_what_a_whole_page_has(opened, pages):
     """Every kind of line and every kind of image comes out as something."""
     page = opened(pages["whole"]).page
     sections = page.evaluate("[...document.querySelectorAll('main > *')].map((part) => part.id).filter(Boolean)")
-    wanted = ["head", "numbers", "curves", "gaps", "survey", "images", "attention", "neighbours", "what-ran"]
+    wanted = ["head", "numbers", "curves", "gaps", "survey", "images", "attention", "neighbours", "what-ran", "footer"]
     assert sections == wanted
     titles = page.evaluate("[...document.querySelectorAll('figure h3')].map((title) => title.textContent)")
     for title in ("Loss nats", "Memory GiB", "What being new costs nats", "k-NN accuracy", "Attention distance px"):

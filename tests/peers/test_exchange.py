@@ -23,6 +23,7 @@ from beitforge.pipeline.stages import export, import_encoder, probe, report
 from beitforge.pipeline.weights import conversion, export_formats
 from beitforge.pipeline.weights.conversion import to_unilm
 from beitforge.pipeline.weights.encoder import load_encoder, save_encoder
+from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -221,8 +222,8 @@ def in_a_process(config, folder: Path) -> float:
 
     path = folder / "config.yaml"
     path.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "beitforge", "pretrain", "--rank", str(path)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = run_ranks("beitforge", "pretrain", "--rank", path)
+    assert done.returncode == 0, done.stderr
     return read_metrics(Path(config.train.run), "train")[0]["loss"]
 
 
@@ -230,9 +231,8 @@ def test_a_run_goes_on_without_what_it_began_with(tiny, tmp_path):
     """The encoder of train.init may be gone once there is a checkpoint."""
     folder = made(tiny, tmp_path / "encoder")
     words = [f"train.init={folder}", f"train.run={tmp_path / 'run'}", "train.duration=8 steps"]
-    command = [sys.executable, "-m", "beitforge", "pretrain", "--rank", str(tiny.config), *words]
     for first in (True, False):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = run_ranks("beitforge", "pretrain", "--rank", tiny.config, *words)
         assert done.returncode == 0, done.stderr
         assert ("starting from" in done.stderr) == first
         shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from beitforge.pipeline.training.objectives import encoder_input
 from beitforge.pipeline.weights.conversion import from_hf
 from beitforge.pipeline.weights.encoder import save_encoder
 from tests.peers.test_training import published_schedule
-from tests.pipeline.training.test_trainer import finished, launch, weights
+from tests.pipeline.training.test_trainer import trained, weights
 
 transformers = pytest.importorskip("transformers")
 BeitImageProcessorPil = transformers.models.beit.image_processing_pil_beit.BeitImageProcessorPil
@@ -73,7 +73,7 @@ def tuned(tiny, encoder, tmp_path_factory) -> Path:
     """A fine-tuning run of two steps."""
     run, images = tmp_path_factory.mktemp("tuned") / "run", load_config(str(tiny.config), []).data.images
     settings = [*SETTINGS, f"data.labelled_images={images}", f"finetune.init={encoder}", "finetune.duration=2 steps"]
-    finished(launch(tiny, run, *settings, processes=1, verb="finetune"))
+    trained(tiny, run, *settings, processes=1, verb="finetune")
     return run
 
 
@@ -129,9 +129,8 @@ def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing):
     run = tmp_path / "run"
     images = load_config(str(tiny.config), []).data.images
     settings = [*SETTINGS, f"data.labelled_images={images}", f"finetune.smoothing={smoothing}"]
-    process = launch(tiny, run, *settings, f"finetune.init={encoder}", f"train.zero_stage={stage}", verb="finetune")
+    trained(tiny, run, *settings, f"finetune.init={encoder}", f"train.zero_stage={stage}", verb="finetune")
     losses, theirs = peer_training(load_config(str(tiny.config), settings), encoder, tmp_path / "peer")
-    finished(process)
     assert [line["loss"] for line in read_metrics(run, "train")] == pytest.approx(losses, rel=1e-5)
     ours = weights(run)
     assert ours.keys() == theirs.keys()

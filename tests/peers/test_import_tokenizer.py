@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.stages import import_tokenizer, report, tokenize
 from beitforge.pipeline.tokenizers.storage import load_tokenizer
 from tests.peers import test_dalle, test_vqkd
+from tests.ranks import run_ranks
 
 dall_e = pytest.importorskip("dall_e")
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,8 +63,7 @@ def test_from_its_file_to_a_run(tiny, tmp_path, capfd, kind):
     assert tokenize.run(config) == 0
     tokens = pretraining(config).stream.batch(torch.arange(50).numpy()).tokens
     assert tokens.shape == (50, 16) and 0 <= tokens.min() <= tokens.max() < vocabulary
-    command = [sys.executable, "-m", "beitforge", "pretrain", "--rank", str(tiny.config), *settings]
-    done = subprocess.run([*command, f"train.run={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True)
+    done = run_ranks("beitforge", "pretrain", "--rank", tiny.config, *settings, f"train.run={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert read_metrics(tmp_path / "run", "train")[-1]["step"] == 3
     assert report.run([tmp_path / "run"]) == 0

@@ -15,7 +15,7 @@ from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.training.objectives import encoder_input
 from beitforge.pipeline.weights import export_formats
-from tests.pipeline.training.test_trainer import finished, launch
+from tests.pipeline.training.test_trainer import trained
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -76,9 +76,8 @@ def peer_losses(config, folder: Path) -> list[float]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ten_steps_are_transformers(tiny, tmp_path, stage):
     run = tmp_path / "run"
-    process = launch(tiny, run, *SETTINGS, f"train.zero_stage={stage}")
+    trained(tiny, run, *SETTINGS, f"train.zero_stage={stage}")
     theirs = peer_losses(load_config(str(tiny.config), SETTINGS), tmp_path / "peer")
-    finished(process)
     ours = [line["loss"] for line in read_metrics(run, "train")]
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert max(ours) - min(ours) > 0.05, "nothing was learned, so nothing was compared"

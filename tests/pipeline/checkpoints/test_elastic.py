@@ -2,9 +2,6 @@
 keeps what."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +10,15 @@ import torch
 from beitforge.pipeline import errors
 from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.runs.jsonl import read_metrics
-from tests.pipeline.training.test_trainer import ROOT, finished, launch, weights
+from tests.pipeline.training.test_trainer import trained, weights
+from tests.ranks import run_ranks
 
 NEVER_REMOVED = ["checkpoint.keep=50", "log.every_steps=1", "data.heldout_images=", "data.heldout_tokens="]
 
 
 def pairs(folder: Path, *others: Path, processes: int) -> list[dict]:
     """What tests.pipeline.checkpoints.elastic_pairs finds."""
-    command = [sys.executable, "-W", "ignore"]
-    command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command += ["-m", "tests.pipeline.checkpoints.elastic_pairs", str(folder), *map(str, others)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = run_ranks("tests.pipeline.checkpoints.elastic_pairs", folder, *others, processes=processes)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -64,13 +58,13 @@ def test_losses_go_on_as_if_nothing_had_been(found):
 
 
 def test_one_training_through_many_shapes(tiny, tmp_path):
-    """World 1 → 2 → 4 → 2 under ZeRO 0 → 1 → 3 → 2 by the command itself: the losses of an unbroken run, and what an
+    """World 1 → 2 → 4 → 2 under ZeRO 0 → 1 → 3 → 2: the losses of an unbroken run, and what an
     operator reads."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     settings = [*NEVER_REMOVED, "train.duration=8 steps", "checkpoint.every=2 steps", "train.micro_batch=2"]
-    finished(launch(tiny, whole, *settings))
+    trained(tiny, whole, *settings)
     for part, (world, stage) in enumerate(((1, 0), (2, 1), (4, 3), (2, 2))):
-        output = finished(launch(tiny, run, *settings, f"train.zero_stage={stage}", processes=world))
+        output = trained(tiny, run, *settings, f"train.zero_stage={stage}", processes=world)
         assert f"from step {2 * part}" in output
         if part:
             assert f"laying it out for {world} under ZeRO-{stage}" in output

@@ -1,7 +1,6 @@
 """Saving: what is kept, whether there is room, behind the run or at once; and weights that come out one at a time."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from safetensors.torch import load_file
 from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from tests.pipeline.checkpoints.large_export import beit
-from tests.pipeline.training.test_trainer import finished, launch, weights
+from tests.pipeline.training.test_trainer import trained, weights
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 ALONE = ["data.heldout_images=", "data.heldout_tokens=", "train.duration=8 steps"]
@@ -32,7 +32,7 @@ def pair(tiny, tmp_path_factory) -> tuple[Path, Path]:
     for name in ("at-once", "behind"):
         run = tmp_path_factory.mktemp(name) / "run"
         settings = ["checkpoint.every=1 steps", "checkpoint.keep=2", "checkpoint.keep_every=3 steps"]
-        finished(launch(tiny, run, *ALONE, *settings, f"checkpoint.asynchronous={str(name == 'behind').lower()}"))
+        trained(tiny, run, *ALONE, *settings, f"checkpoint.asynchronous={str(name == 'behind').lower()}")
         runs.append(run)
     return runs[0], runs[1]
 
@@ -64,7 +64,7 @@ def test_a_run_goes_on_from_what_was_written_behind_it(tiny, pair, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(pair[1], run)
     shutil.rmtree(run / "checkpoints" / "step-8")
-    assert "from step 7" in finished(launch(tiny, run, *ALONE))
+    assert "from step 7" in trained(tiny, run, *ALONE)
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(pair[0]).items())
 
 
@@ -118,8 +118,8 @@ def test_room_is_made_or_nothing_is_begun(tiny, tmp_path, size, kept):
         pytest.skip("no right to mount a tmpfs")
     try:
         run = disk / "run"
-        process = launch(tiny, run, *ALONE, "checkpoint.every=1 steps", "checkpoint.keep=2", processes=1)
-        output = finished(process, 0 if size == "1600k" else 2)
+        settings = (*ALONE, "checkpoint.every=1 steps", "checkpoint.keep=2")
+        output = trained(tiny, run, *settings, processes=1, code=0 if size == "1600k" else 2)
         assert steps(run) == kept and not (run / "checkpoints" / "step-2").exists()
         assert (size == "1600k") != ("MiB free, a checkpoint takes" in output), output
     finally:
@@ -130,11 +130,12 @@ def test_room_is_made_or_nothing_is_begun(tiny, tmp_path, size, kept):
 def test_an_export_holds_one_tensor_at_a_time(tmp_path, stage):
     """43 MB of weights, in a file that is three times that; the largest tensor has 0.6 MB."""
     module = "tests.pipeline.checkpoints.large_export"
-    for words in (["save", tmp_path, stage], ["export", tmp_path, stage, tmp_path / "out"]):
-        command = [sys.executable, "-W", "ignore", "-m", module, *map(str, words)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    saved = run_ranks(module, "save", tmp_path, stage)
+    assert saved.returncode == 0, saved.stderr
+    # a new interpreter: what a fork has inherited would blur its memory
+    command = [sys.executable, "-W", "ignore", "-m", module, "export", tmp_path, str(stage), tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) < 6_000_000
     exported, ours = load_file(tmp_path / "out" / "model.safetensors"), beit().state_dict()
     assert exported.keys() == ours.keys()

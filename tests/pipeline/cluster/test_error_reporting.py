@@ -1,18 +1,12 @@
 """Who says what went wrong, with real processes: what one rank meets alone is said, and nothing is said twice."""
 
-import contextlib
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.pipeline.doctor.test_doctor import free_port
+from tests.ranks import free_port, run_each, run_ranks
 
 HOST = os.uname().nodename
 
@@ -23,27 +17,12 @@ def ranks(verb: str, tiny, *words: str, second: tuple[str, ...], hosts=2, grace=
     Where one ended and the other waits for it, that one is killed after `grace` seconds, as by a launcher.
     """
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // hosts), "GLOO_SOCKET_IFNAME": "lo"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    with contextlib.ExitStack() as stack:
-        processes, outputs = [], []
-        for rank, own in enumerate(((), second)):
-            command = [sys.executable, "-m", "beitforge", verb, "--rank", str(tiny.config), *words, *own]
-            local = {"RANK": str(rank), "LOCAL_RANK": str(rank if hosts == 1 else 0)}
-            outputs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
-            environment = {**os.environ, **local, **place}
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=outputs[-1]))
-            stack.callback(processes[-1].kill)
-        until = time.monotonic() + 120
-        while all(process.poll() is None for process in processes) and time.monotonic() < until:
-            time.sleep(0.05)
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=grace)
-            process.kill()
-            process.wait()
-        for output in outputs:
-            output.seek(0)
-        return [(process.returncode, output.read()) for process, output in zip(processes, outputs, strict=True)]
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    jobs = []
+    for rank, own in enumerate(((), second)):
+        local = {"RANK": str(rank), "LOCAL_RANK": str(rank if hosts == 1 else 0)}
+        jobs.append((("beitforge", verb, "--rank", tiny.config, *words, *own), {**place, **local}))
+    return [(done.returncode, done.stderr) for done in run_each(jobs, grace=grace)]
 
 
 def errors(said: str) -> list[str]:
@@ -94,10 +73,10 @@ def test_a_shard_that_one_rank_alone_cannot_read(tiny, tmp_path, torn):
     ("differs", "named"),
     [
         (
-            ["train.global_batch=7", "train.init={folder}/nowhere", "checkpoint.every=7 steps"],
+            ["train.global_batch=7", "train.init=/nowhere", "checkpoint.every=7 steps"],
             [
                 "train.global_batch is '7' and not '8'",
-                "train.init is '{folder}/nowhere' and not ''",
+                "train.init is '/nowhere' and not ''",
                 "checkpoint.every is '7 steps' and not '4 steps'",
             ],
         ),
@@ -161,10 +140,9 @@ def test_a_batch_that_does_not_divide_is_said_once(tiny, tmp_path):
 @pytest.mark.parametrize("verb", ["pretrain", "tokenize"])
 @pytest.mark.parametrize("rank", ["abc", "3"])
 def test_a_rank_that_cannot_be_is_one_line(tiny, tmp_path, verb, rank):
-    environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "1"}
     words = [f"train.run={tmp_path}/run", f"data.tokens={tmp_path}/tokens", "data.heldout_images="]
-    command = [sys.executable, "-m", "beitforge", verb, "--rank", str(tiny.config), *words, "data.images=/nowhere"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = ("beitforge", verb, "--rank", tiny.config, *words, "data.images=/nowhere")
+    done = run_ranks(*command, environment={"RANK": rank, "WORLD_SIZE": "1"})
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = errors(done.stderr)
     assert f"RANK is {rank!r}" in line if rank == "abc" else "RANK is 3 and WORLD_SIZE 1" in line

@@ -32,6 +32,7 @@ from beitforge.pipeline.training.objectives import supervised_input
 from beitforge.pipeline.weights.encoder import initialise_classifier_from, save_encoder
 from tests.conftest import ROOT, TINY, installed
 from tests.pipeline.training.test_trainer import finished, weights
+from tests.ranks import run_ranks
 
 STEPS = 12
 TUNE = {"duration": f"{STEPS} steps", "global_batch": 12, "micro_batch": 6, "warmup": "2 steps", "lr": 3e-3}
@@ -79,11 +80,22 @@ def tuned(config: Path, run: Path, *settings: str, processes: int = 2) -> subpro
     )
 
 
+def trained(config: Path, run: Path, *settings: str, processes: int = 2) -> str:
+    """What the ranks of a fine-tuning print; without a launcher, which takes seconds."""
+    words = ("beitforge", "finetune", "--rank", config, f"finetune.run={run}", *settings)
+    done = run_ranks(*words, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 def alone(config: Path, run: Path, *settings: str, environment: dict | None = None) -> subprocess.CompletedProcess:
-    """`beitforge finetune --rank` in one process."""
-    command = [sys.executable, "-m", "beitforge", "finetune", "--rank", str(config), f"finetune.run={run}", *settings]
+    """`beitforge finetune --rank` in one process; with variables of its own in a new interpreter."""
+    words = ["beitforge", "finetune", "--rank", str(config), f"finetune.run={run}", *settings]
+    if environment is None:
+        return run_ranks(*words)
+    command = [sys.executable, "-m", *words]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
 
 
@@ -120,7 +132,7 @@ def test_a_run_learns_and_says_what_it_is(whole):
 def test_it_says_what_it_reads_and_how_it_does(whole, labelled):
     """And that a finished run is finished, without one more line about it; another start is another run's."""
     lines = (whole / "metrics.jsonl").read_text()
-    again = finished(tuned(labelled, whole, "log.every_steps=1"))
+    again = trained(labelled, whole, "log.every_steps=1")
     assert f"{whole} is finished: step {STEPS} of {STEPS}" in again
     assert (whole / "metrics.jsonl").read_text() == lines
     assert "60 images of 3 classes to train on, 23 to test" in again
@@ -142,7 +154,7 @@ def test_killed_and_resumed_is_uninterrupted(labelled, whole, tmp_path):
     process.communicate()
     saved = sorted(int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step-*/state.json"))
     assert saved and saved[-1] < STEPS
-    output = finished(tuned(labelled, run, "log.every_steps=1"))
+    output = trained(labelled, run, "log.every_steps=1")
     assert f"from step {saved[-1]}" in output
     assert f"of the test images right after step {STEPS}" in output
     ours, theirs = weights(run), weights(whole)
@@ -156,7 +168,7 @@ def test_any_number_of_ranks_trains_and_tests_the_same(labelled, tmp_path):
     tests, losses = [], []
     for world in (1, 2, 3):
         run = tmp_path / f"run{world}"
-        finished(tuned(labelled, run, *settings, f"train.zero_stage={world}", processes=world))
+        trained(labelled, run, *settings, f"train.zero_stage={world}", processes=world)
         tests.append(read_metrics(run, "test")[-1])
         losses.append([line["loss"] for line in read_metrics(run, "train")])
     for line in tests:
@@ -171,7 +183,7 @@ def test_goes_on_with_other_ranks_under_another_stage(whole, labelled, tmp_path)
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "checkpoints" / f"step-{STEPS}" / "state.json").unlink()
-    output = finished(tuned(labelled, run, "train.zero_stage=3", "finetune.micro_batch=4", processes=3))
+    output = trained(labelled, run, "train.zero_stage=3", "finetune.micro_batch=4", processes=3)
     assert "laying it out for 3 under ZeRO-3" in output and "from step 8" in output
     assert read_metrics(run, "test")[-1]["accuracy"] > 0.8
 

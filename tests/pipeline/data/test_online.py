@@ -1,7 +1,6 @@
 """`data.tokens: online`: the tokenizer inside the step, on a fresh view every time."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,14 @@ from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.stages import tokenize
 from beitforge.pipeline.training.objectives import online_tokens
 from beitforge.shards.format.views import draw_views
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 ONLINE = "data.tokens=online"
 
 
 def start(tiny, run: Path, *settings: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "beitforge", "pretrain", "--rank", str(tiny.config), f"train.run={run}", *settings]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    return run_ranks("beitforge", "pretrain", "--rank", tiny.config, f"train.run={run}", *settings)
 
 
 def losses(run: Path) -> list[float]:

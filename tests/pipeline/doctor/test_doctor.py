@@ -38,6 +38,7 @@ from beitforge.pipeline.doctor.findings import (
 from beitforge.pipeline.doctor.network import Pair, Speeds
 from beitforge.pipeline.model.beit import Beit
 from tests.conftest import ROOT, TinySet
+from tests.ranks import free_port, run_ranks
 
 ALONE = RankInfo(rank=0, size=1, local_rank=0, local_size=1, threads=1)
 CPU = torch.device("cpu")
@@ -53,10 +54,7 @@ def found(local: Local, check: str, level: str) -> str:
 
 def doctor(*words: object, **environment: str) -> subprocess.CompletedProcess:
     """`beitforge doctor --rank …`."""
-    lone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, "-m", "beitforge", "doctor", "--rank", *map(str, words)]
-    variables = {**lone, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    return run_ranks("beitforge", "doctor", "--rank", *words, environment=environment, seconds=120)
 
 
 def test_under_the_launcher(tiny, tmp_path):
@@ -89,12 +87,6 @@ def test_a_rank_that_never_starts_is_named(tiny, tmp_path):
     (lost,) = [finding for finding in content["findings"] if finding["check"] == "rank"]
     assert (lost["host"], lost["rank"], lost["level"]) == ("there", 1, "stop")
     assert "never started" in lost["what"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_an_occupied_port_is_named_with_who_has_it(tiny, tmp_path):

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -33,7 +32,8 @@ from beitforge.pipeline.training.metrics import Metrics
 from beitforge.pipeline.training.objectives import encoder_input, online_tokens
 from tests.conftest import ROOT
 from tests.pipeline.evaluation.evaluation_ranks import CASES, encoder, with_case
-from tests.pipeline.training.test_trainer import STEPS, finished, launch
+from tests.pipeline.training.test_trainer import STEPS, trained
+from tests.ranks import run_ranks
 
 SAMPLES = 7  # divides by neither 2 nor 3
 SETTINGS = ["train.global_batch=12", f"log.heldout_samples={SAMPLES}", "log.evaluation_share=1"]
@@ -56,11 +56,7 @@ def ranks(settings):
 
     @functools.cache
     def found(world: int) -> list[dict]:
-        command = [sys.executable, "-W", "ignore"]
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(world)] if world > 1 else []
-        command += ["-m", "tests.pipeline.evaluation.evaluation_ranks", *settings]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = run_ranks("tests.pipeline.evaluation.evaluation_ranks", *settings, processes=world)
         assert done.returncode == 0, done.stderr
         return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
@@ -245,7 +241,7 @@ def bounded(tiny, settings, tmp_path_factory) -> Iterator[Path]:
     more += ["train.zero_stage=3", "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        output = finished(launch(tiny, run, *more, *(["log.wandb=project"] if WANDB else [])))
+        output = trained(tiny, run, *more, *(["log.wandb=project"] if WANDB else []))
     assert output.count("no evaluation after step") == 1, output
     assert "no evaluation after step 4: the last took" in output
     yield run
@@ -261,11 +257,11 @@ def test_what_there_is_no_time_for_is_left_out(bounded):
     assert all(line["seconds"] > 0 and 0.0001 < line["share"] < 1 for line in read_metrics(bounded, "survey"))
 
 
-def test_training_through_the_front_door_does_not_notice(tiny, settings, bounded, tmp_path):
+def test_a_training_with_a_little_time_for_them_does_not_notice(tiny, settings, bounded, tmp_path):
     """The same losses with an evaluation after every second step, bit for bit."""
     run = tmp_path / "run"
     more = [*settings[2:], "log.heldout_every=2 steps", "log.every_steps=1", "train.zero_stage=3"]
-    output = finished(launch(tiny, run, *more, "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"))
+    output = trained(tiny, run, *more, "deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
     assert "no evaluation" not in output
     for kind in KINDS:
         assert [line["step"] for line in read_metrics(run, kind)] == list(range(2, STEPS + 1, 2))

@@ -53,6 +53,7 @@ def count(name: str, message: Callable) -> None:
 
 
 MOVES = ("aten::copy_", "aten::div_")
+COPIED = ("fp32", 1)  # precision and accumulation of which copies are counted, which takes seconds
 
 # Model, vocabulary, masked patches, images of a micro batch. tiny: sizes that divide by neither 2 nor 4, so that shares
 # are padded; small: one whose products take the time.
@@ -150,7 +151,10 @@ def measured(
     zero: dict,
     between: Callable[[], None] = nothing,
 ) -> dict:
-    """Bytes of this rank's tensors by part, what it sends in a step, and the seconds of each step."""
+    """Bytes of this rank's tensors by part, what it sends in a step, and the seconds of each step.
+
+    "copied" is 0 unless precision and accumulation are those of COPIED.
+    """
     masked, before = SHAPES[shape][2], alive()
     engine = engine_of(world, stage, shape, precision, accumulation, zero)
     pixels, tokens, mask = example(world, shape, engine.dtype)
@@ -185,9 +189,12 @@ def measured(
     backward(look)
     engine.step(1e-3)
     calls, biggest = list(SENT), torch.tensor([*parts.values(), max(grown)])
-    with torch.profiler.profile(record_shapes=True) as profiler:
-        backward(lambda: None)
-        engine.step(1e-3)
+    moved = 0
+    if (precision, accumulation) == COPIED:
+        with torch.profiler.profile(record_shapes=True) as profiler:
+            backward(lambda: None)
+            engine.step(1e-3)
+        moved = copied(profiler)
     dist.all_reduce(biggest, op=dist.ReduceOp.MAX)
     parts = dict(zip(parts, biggest.tolist(), strict=False))
     parts["gradients"] += int(biggest[-1])
@@ -195,7 +202,7 @@ def measured(
         "world": world.size,
         "stage": stage,
         **parts,
-        "copied": copied(profiler),
+        "copied": moved,
         "sent": ring_bytes(calls, world.size),
         "seconds": seconds,
     }

@@ -1,17 +1,14 @@
 """Memory and bytes of `plan` against real runs of 1, 2 and 4 processes under every ZeRO stage."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.plan.costs import parameters
 from beitforge.pipeline.plan.zero_model import Sharding, copied_bytes, exchanges, states, zero_settings
-from tests.conftest import ROOT
-from tests.pipeline.plan.plan_ranks import SHAPES
+from tests.pipeline.plan.plan_ranks import COPIED, SHAPES
+from tests.ranks import run_ranks
 
 TINY, VOCABULARY = SHAPES["tiny"][:2]
 # Precision, accumulation and settings of DeepSpeed, by processes: its own (which keep every parameter of so small a
@@ -29,11 +26,7 @@ CASES = {
 
 def ranks(world: int, shape: str, steps: int, cases: list) -> list[list[dict]]:
     """What tests.pipeline.plan.plan_ranks finds: of each case a dict a stage."""
-    command = [sys.executable, "-W", "ignore"]
-    command += ["-m", "torch.distributed.run", "--nproc-per-node", str(world)] if world > 1 else []
-    command += ["-m", "tests.pipeline.plan.plan_ranks", shape, str(steps), json.dumps(cases)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = run_ranks("tests.pipeline.plan.plan_ranks", shape, steps, json.dumps(cases), processes=world)
     assert done.returncode == 0, done.stderr
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
 
@@ -62,7 +55,7 @@ def test_memory_and_bytes_of_every_stage(world):
                 assert getattr(kept, part) == pytest.approx(found[part], rel=0.05), (part, case, found)
             sent = sum(exchange.sent(world) for exchange in exchanges(sharding))
             assert sent == pytest.approx(found["sent"], rel=0.001, abs=1), (case, found)
-            if case[:2] == ("fp32", 1) and found["stage"] in (1, 2):  # in others the model's own copies differ by stage
+            if case[:2] == COPIED and found["stage"] in (1, 2):  # in others the model's own copies differ by stage
                 beside = found["copied"] - stages[0]["copied"]
                 assert copied_bytes(sharding) / 8 == pytest.approx(beside, rel=0.15), (case, found)
             if found["stage"] == 3:  # the bucket that it never gives back

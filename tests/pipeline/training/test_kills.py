@@ -20,7 +20,7 @@ from beitforge.pipeline.cluster.watchdog import EXIT_HUNG
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.training.sample_log import read_sample_log
-from tests.pipeline.training.test_trainer import finished, kill, launch, weights
+from tests.pipeline.training.test_trainer import finished, kill, launch, trained, weights
 
 KILLS = 100 if os.environ.get("BEITFORGE_NIGHTLY") else 5
 STEPS = 300 if KILLS == 5 else 3000  # more than it gets through between its kills
@@ -90,7 +90,7 @@ def strike(run: Path, where: str, torn: set[str], draws: random.Random) -> bool:
 @pytest.fixture(scope="module")
 def unbroken(tiny, tmp_path_factory) -> Iterator[Path]:
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    finished(launch(tiny, run, *SETTINGS), seconds=SECONDS)
+    trained(tiny, run, *SETTINGS)
     yield run
 
 
@@ -138,7 +138,7 @@ def test_a_rank_that_stands_still_ends_the_run(tiny, unbroken, tmp_path):
     assert process.returncode not in (0, None), output
     assert time.monotonic() - begun < 4 + 4 + 45, output  # silence, the look every second, the launcher's patience
     assert "stands still: step" in output and "faults.hang_seconds" in output, output
-    finished(launch(tiny, run, *SETTINGS))
+    trained(tiny, run, *SETTINGS)
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(unbroken).items())
 
 

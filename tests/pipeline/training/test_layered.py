@@ -1,9 +1,6 @@
 """Every layer learns at its own rate under every ZeRO stage, and a checkpoint of many groups resumes under any."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -11,16 +8,13 @@ from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model.beit import Classifier
 from beitforge.pipeline.training.optim import layer_groups
-from tests.conftest import ROOT
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     """What tests.pipeline.training.layered_stages finds with two processes."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "tests.pipeline.training.layered_stages", str(tmp_path_factory.mktemp("layered"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = run_ranks("tests.pipeline.training.layered_stages", tmp_path_factory.mktemp("layered"), processes=2)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

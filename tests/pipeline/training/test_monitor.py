@@ -9,7 +9,7 @@ from beitforge.pipeline.config.settings import Faults
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.training.device_timer import DeviceTimer
 from beitforge.pipeline.training.monitor import Monitor
-from tests.pipeline.training.test_trainer import finished, launch
+from tests.pipeline.training.test_trainer import trained
 
 HOSTS = ["a", "a", "b", "b"]
 
@@ -80,7 +80,7 @@ def test_a_run_logs_and_names_them(tiny, tmp_path):
     """Batches built in the training process itself are waited for."""
     run = tmp_path / "run"
     settings = ["train.duration=6 steps", "log.every_steps=1", "faults.starved=0.0001", "data.heldout_images="]
-    output = finished(launch(tiny, run, *settings, "data.heldout_tokens=", processes=1))
+    output = trained(tiny, run, *settings, "data.heldout_tokens=", processes=1)
     assert output.count("rank 0 on") == output.count("waits for data") == 1, output
     for line in read_metrics(run, "train"):
         assert line["forward_seconds_slowest"] >= line["forward_seconds"] > 0

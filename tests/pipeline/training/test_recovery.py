@@ -1,9 +1,6 @@
 """What is not finite: left out on all ranks, gone back from, given up on; decided the same after a restart."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import pytest
 from beitforge.pipeline.config.settings import Faults
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.training.recovery import Fault, Recovery, Rollback, read_rollbacks, resume_step, usable
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -95,12 +93,7 @@ def injected(tiny, tmp_path_factory) -> dict[str, list[dict]]:
     found = {}
     for what, stage in (("loss", 2), ("gradient", 3), ("loss", 0)):
         run = tmp_path_factory.mktemp("injected") / "run"
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "4"]
-        command += ["-m", "tests.pipeline.training.not_finite", str(tiny.config), str(run), what, str(stage)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
+        done = run_ranks("tests.pipeline.training.not_finite", tiny.config, run, what, stage, processes=4)
         assert done.returncode == 0, done.stderr
         found[f"{what} {stage}"] = [json.loads(path.read_text()) for path in sorted(run.glob("said-*.json"))]
         found[f"{what} {stage}"][0]["log"] = done.stderr

@@ -19,6 +19,7 @@ from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.jsonl import read_metrics
 from benchmarks.training.zero_parity import plain_losses as plain_losses_of
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 24
@@ -49,6 +50,15 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
+
+
+def trained(tiny, run: Path, *overrides: str, processes: int = 2, verb: str = "pretrain", code: int = 0) -> str:
+    """What the ranks of a training print until they end with `code`; without a launcher, which takes seconds."""
+    section = "finetune" if verb == "finetune" else "train"
+    words = ("beitforge", verb, "--rank", tiny.config, f"{section}.run={run}", *overrides)
+    done = run_ranks(*words, processes=processes)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -92,7 +102,7 @@ def test_interrupt_saves_and_goes_on(tiny, whole, tmp_path):
     found = newest(run, lambda _: None)
     assert found is not None, output
     assert 1 <= found[1].step < STEPS, output
-    output = finished(launch(tiny, run))
+    output = trained(tiny, run)
     assert f"from step {found[1].step}" in output
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
 
@@ -124,7 +134,7 @@ def test_zero_stages_agree_with_plain_torch(tiny, whole, plain_losses, tmp_path,
     run = whole
     if stage != 2:
         run = tmp_path / "run"
-        finished(launch(tiny, run, "log.every_steps=1", f"train.zero_stage={stage}"))
+        trained(tiny, run, "log.every_steps=1", f"train.zero_stage={stage}")
     losses = [line["loss"] for line in read_metrics(run, "train")][:20]
     assert losses == pytest.approx(plain_losses, rel=2e-6)
     assert max(losses) - min(losses) > 0.05, "nothing was learned, so nothing was compared"
@@ -132,18 +142,7 @@ def test_zero_stages_agree_with_plain_torch(tiny, whole, plain_losses, tmp_path,
 
 def alone(tiny, run: Path, *overrides: str) -> subprocess.CompletedProcess:
     """`beitforge pretrain --rank` without a launcher: one process."""
-    command = [
-        sys.executable,
-        "-m",
-        "beitforge",
-        "pretrain",
-        "--rank",
-        str(tiny.config),
-        f"train.run={run}",
-        *overrides,
-    ]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    return run_ranks("beitforge", "pretrain", "--rank", tiny.config, f"train.run={run}", *overrides)
 
 
 def one_line(result: subprocess.CompletedProcess) -> str:
@@ -161,7 +160,7 @@ def test_torn_checkpoint_falls_back(tiny, whole, tmp_path):
     shutil.copytree(whole, run)
     torn = max((run / "checkpoints" / "step-24").rglob("*optim_states.pt"))
     torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
-    output = finished(launch(tiny, run))
+    output = trained(tiny, run)
     assert "checkpoint step-24 is not used" in output
     assert "from step 20" in output
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())

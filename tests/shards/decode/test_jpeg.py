@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beitforge.pipeline.config import settings
+from beitforge.pipeline.config.fields import find_rules
+from beitforge.pipeline.config.run_settings import Loader
 from beitforge.shards.decode import codec, jpeg
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import FLAG_JPEG, FLAG_NOT_RGB
@@ -131,7 +132,7 @@ def test_a_box_outside_the_image_is_refused(decoder, box):
 
 
 def test_the_settings_know_the_same_decoders():
-    assert settings.DECODERS == jpeg.DECODERS
+    assert find_rules(Loader)["decoder"].choices == jpeg.DECODERS
 
 
 def test_one_with_other_pixels_is_passed_over(monkeypatch):

@@ -107,7 +107,7 @@ def test_ctrl_c_ends_cleanly(slow_images, tmp_path, workers, moment):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "interrupted: run the same command again, it resumes"
+    assert errors.splitlines()[-1] == "interrupted; run the same command again to resume"
     until_all_gone(process)
     assert not list(target.glob(f"*{PARTIAL}*")) and not (target / "manifest.json").exists()
 
