@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
+
 _SUFFIXES = (".py", ".md", ".sh", ".yaml", ".sbatch", ".js", ".css")
 # tests that name wrong things on purpose
 _PLANTED = ("tests/test_documents.py", "tests/test_folder_rules.py", "tests/test_extension.py", "tests/test_package.py")

@@ -102,11 +102,16 @@ def stream(
             steps=_ENDLESS if batches is None else batches,
         )
     else:
-        mine = np.arange(first_sample + rank, places.samples, world, dtype=np.int64)
-        numbers = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)][:batches]
+        numbers = _in_turn(range(first_sample + rank, places.samples, world), batch_size)[:batches]
     loaded = load(found, numbers, workers=workers, prefetch=prefetch, pin=torch.cuda.is_available())
     atexit.register(_close, weakref.ref(loaded))
     return loaded
+
+
+def _in_turn(samples: range, batch_size: int) -> list[np.ndarray]:
+    """Numbers of samples, cut into batches; the last may be short."""
+    mine = np.array(samples, dtype=np.int64)
+    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
 def _close(batches: "weakref.ref[Iterator[Batch]]") -> None:

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[2]
 # loads and stores of spilled registers in a kernel's code that are accepted, by chip
 ACCEPTED = {"sm_80": 80, "sm_90": 8, "sm_100": 8, "gfx942": 0}
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}

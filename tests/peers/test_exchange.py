@@ -23,13 +23,13 @@ from beitforge.pipeline.stages import export, import_encoder, probe, report
 from beitforge.pipeline.weights import conversion, export_formats
 from beitforge.pipeline.weights.conversion import to_unilm
 from beitforge.pipeline.weights.encoder import load_encoder, save_encoder
+from tests.conftest import ROOT
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-ROOT = Path(__file__).resolve().parents[2]
 MODES = ("absolute", "relative_shared", "relative")
 
 

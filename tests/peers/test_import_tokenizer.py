@@ -18,7 +18,6 @@ from tests.peers import test_dalle, test_vqkd
 from tests.ranks import run_ranks
 
 dall_e = pytest.importorskip("dall_e")
-ROOT = Path(__file__).resolve().parents[2]
 VQKD = dataclasses.replace(test_vqkd.SMALL, vocabulary=64)
 
 

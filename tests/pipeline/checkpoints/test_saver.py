@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
+from tests.conftest import ROOT
 from tests.pipeline.checkpoints.large_export import beit
 from tests.pipeline.training.test_trainer import trained, weights
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[3]
 ALONE = ["data.heldout_images=", "data.heldout_tokens=", "train.duration=8 steps"]
 
 

@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,9 +14,9 @@ from beitforge.pipeline.config.fields import Duration, Size
 from beitforge.pipeline.config.loading import from_dict, load_config, to_dict, to_yaml
 from beitforge.pipeline.config.settings import Config, Optimizer, Train, View
 from beitforge.pipeline.errors import ConfigError
+from tests.conftest import ROOT
 from tests.pipeline.config.loading import load, refusal
 
-ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 

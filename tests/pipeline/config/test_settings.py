@@ -4,7 +4,6 @@ import dataclasses
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,8 @@ from beitforge.pipeline.config.loading import from_dict, to_dict
 from beitforge.pipeline.config.reference import markdown, text
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 SECTIONS = {name: kind for name, kind in typing.get_type_hints(Config).items() if name != "deepspeed"}
 FIELDS = [
     (section, item.name, item.default, item.metadata["rule"])

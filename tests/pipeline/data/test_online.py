@@ -16,7 +16,6 @@ from beitforge.pipeline.training.objectives import online_tokens
 from beitforge.shards.format.views import draw_views
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[3]
 ONLINE = "data.tokens=online"
 
 

@@ -18,8 +18,8 @@ from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.loader import Batch, Stream
 from beitforge.shards.stream.view_sources import DrawnViews, Selection
 from benchmarks.data.views import Draw, official_cut, official_jitter
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("astronaut", "camera", "chelsea", "china", "coffee", "flower", "ihc", "motorcycle_left")
 VIEWS = 5  # of each
 ENCODER, TOKENIZER = (224, Image.Resampling.BICUBIC), (112, Image.Resampling.LANCZOS)

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ import torch
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.runs.jsonl import read_metrics
 from benchmarks.training.zero_parity import plain_losses
+from tests.conftest import ROOT
 
 GPU = torch.cuda.is_available()
-ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = ["train.duration=4 steps", "optimizer.warmup=1 steps", "log.every_steps=1", "data.heldout_images="]
 SETTINGS += ["data.heldout_tokens="]
 

@@ -10,8 +10,6 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.training.recovery import Fault, Recovery, Rollback, read_rollbacks, resume_step, usable
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 def guard(run: Path, **settings: float) -> Recovery:
     return Recovery(run, Faults(max_skipped=3, max_returns=2, **settings), first=True, save_every=10, global_batch=8)

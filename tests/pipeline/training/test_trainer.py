@@ -19,9 +19,9 @@ from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.jsonl import read_metrics
 from benchmarks.training.zero_parity import plain_losses as plain_losses_of
+from tests.conftest import ROOT
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[3]
 STEPS = 24
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from beitforge.pipeline.config.loading import from_dict, to_yaml
 from beitforge.pipeline.config.settings import Config
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.conftest import ROOT
 
 
 @dataclass
