@@ -211,6 +211,29 @@ def test_activation_checkpointing(reentrant):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("positions", ["relative_shared", "relative"])
+def test_selective_checkpointing_of_an_encoder(positions):
+    """Bit for bit what it computes without, by the kernels; attention runs forward once."""
+    from beitforge.pipeline.config.fields import Size
+    from beitforge.pipeline.config.settings import Model
+    from beitforge.pipeline.model.beit import Beit
+    from tests.pipeline.model.test_beit import Operators
+
+    model = Model(input_size=Size(12, 12), patch_size=3, layers=2, width=32, heads=2, positions=positions)
+    pixels = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mask, found = torch.arange(16, device=DEVICE).expand(2, -1) < 5, []
+    for checkpointing in ("none", "selective"):
+        beit = Beit(dataclasses.replace(model, kernels="fused"), 11, seed=0).to(DEVICE)
+        beit.checkpointing = checkpointing
+        logits, _, _ = beit(pixels, mask, 5)
+        with Operators() as ran:
+            logits.square().mean().backward()
+        found.append([logits, *(parameter.grad for parameter in beit.parameters())])
+        assert ran.counts["beitforge::attention_backward"] == 2 and ran.counts["beitforge::attention"] == 0
+        assert ran.counts["aten::gelu"] == (2 if checkpointing == "selective" else 0)
+    assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
+
+
 def test_what_runs_where(monkeypatch):
     """auto never runs the interpreter; asked for, fused says why it cannot run."""
     cpu = torch.device("cpu")
