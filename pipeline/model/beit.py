@@ -84,12 +84,16 @@ class Encoder(nn.Module):
         return x_BSD if self.position_embedding is None else x_BSD + self.position_embedding
 
 
+@functools.cache
+def _policy_of(operator: Any) -> CheckpointPolicy:
+    name = operator.name().partition(".")[0]
+    kept = name in _PRODUCTS or name.startswith(("beitforge::", "aten::_scaled_dot_product_"))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     """Keep what matrix products and fused attention give; norms, GELU, layer scale and sums are cheap to repeat."""
-    name = operator.name().partition(".")[0]
-    attention = name.startswith(("beitforge::", "aten::_scaled_dot_product_"))
-    kept = attention or name in _PRODUCTS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return _policy_of(operator)
 
 
 _keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)

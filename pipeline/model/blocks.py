@@ -32,8 +32,8 @@ class Linear(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x · weightᵀ + bias over the last dimension, as one operator. DeepSpeed's own F.linear of ZeRO-3 is one for matrices
-    alone; otherwise it adds the bias in place, a second time where the product was kept and is not computed again."""
+    """x · weightᵀ + bias over the last dimension, as one operator. ZeRO-3's own F.linear is one for matrices alone;
+    otherwise it adds the bias in place, a second time where the product was kept and is not computed again."""
     return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 

@@ -13,6 +13,7 @@ _STATISTICS = 8  # mean and 1/deviation of a LayerNorm's row, float32
 _DALLE_MACS = 26.06e9  # of the DALL-E encoder at 112 px (docs/recipe.md, "Cost")
 _LOGITS_AT_A_TIME = 1 << 25  # kernels.cross_entropy.operator
 _CHAIN_EAGER, _CHAIN_COMPILED = 18.0, 4.0  # passes of a block beside GELU's, forward
+_HOST = {"none": 1.0, "selective": 4.1, "full": 1.5}  # time of a tiny block on a CPU over that without (torch 2.13)
 _LAUNCHED_EAGER, _LAUNCHED_COMPILED = (
     90,
     40,
@@ -185,9 +186,11 @@ def moved_bytes(model: Model, number: int, compiled: bool, kernels: str, checkpo
     return model.layers * (rows + attended * (4 / 3 if checkpointing == "full" else 1))
 
 
-def launches(model: Model, compiled: bool) -> int:
-    """Kernels that a micro batch starts, forward and backward."""
-    return model.layers * (_LAUNCHED_COMPILED if compiled else _LAUNCHED_EAGER)
+def launches(model: Model, compiled: bool, checkpointing: str) -> float:
+    """Kernels that a micro batch starts, forward and backward; with checkpointing the host's time for them, in kernels:
+    torch's selective contexts pass every operator through Python, twice."""
+    host = 1.0 if compiled else _HOST[checkpointing]
+    return model.layers * (_LAUNCHED_COMPILED if compiled else _LAUNCHED_EAGER) * host
 
 
 def update_bytes(numbers: float) -> float:

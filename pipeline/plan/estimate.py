@@ -224,7 +224,7 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
     """The step of one process as pipeline.plan.simulation takes it."""
     forward, backward = seconds_per_image(config, machine, checkpointing)
     short = 0.0 if machine.assumed.achieved_flops else machine.assumed.launch_seconds
-    least = short * launches(config.model, config.train.compile) / (micro * (forward + backward))
+    least = short * launches(config.model, config.train.compile, checkpointing) / (micro * (forward + backward))
     forward, backward = (part * max(1.0, least) for part in (forward, backward))  # the launching is the slower side
     world, settings = sharding.world, sharding.settings
     seconds = {"gather": 0.0, "regather": 0.0, "backward": 0.0, "end": 0.0}

@@ -4,7 +4,7 @@ import math
 
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import align_columns
-from beitforge.pipeline.plan.costs import training_flops
+from beitforge.pipeline.plan.costs import launches, training_flops
 from beitforge.pipeline.plan.estimate import (
     CHECKPOINTING,
     Estimate,
@@ -97,13 +97,15 @@ def _memory(rows: list[Estimate], machine: Machine) -> str:
 
 def _checkpointing(config: Config, machine: Machine, row: Estimate) -> str:
     """What each kind of train.activation_checkpointing keeps and takes."""
-    columns, lines = ["recomputed", "kept MB", "forward ms", "backward ms", "to none"], []
+    columns, lines = ["recomputed", "kept MB", "forward ms", "backward ms", "to none", "host ms a micro batch"], []
     least = sum(seconds_per_image(config, machine, "none"))
     for kind in CHECKPOINTING:
         forward, backward = seconds_per_image(config, machine, kind)
         kept = activations_of(config, kind).per_image
         taken = f"{(forward + backward) / least - 1:+.1%}"
-        lines.append([kind, f"{kept / 1e6:.1f}", f"{1e3 * forward:.3f}", f"{1e3 * backward:.3f}", taken])
+        host = launches(config.model, config.train.compile, kind) * machine.assumed.launch_seconds
+        times = [f"{1e3 * forward:.3f}", f"{1e3 * backward:.3f}", taken, f"{1e3 * host:.1f}"]
+        lines.append([kind, f"{kept / 1e6:.1f}", *times])
     chosen = f"train.activation_checkpointing is {row.checkpointing}"
     return _table(f"An image by what backward recomputes ({chosen})", columns, lines)
 
