@@ -63,7 +63,7 @@ class Bench:
         return self.ends - time.monotonic()
 
     def time(self, run: Callable[[], object], leaves: Iterable[torch.Tensor] = (), milliseconds: int = 200) -> Times:
-        """Times of `run`, for about so many milliseconds; the gradients of `leaves` are dropped before each."""
+        """Times of `run`, for about that long; the gradients of `leaves` are dropped before each."""
         if self.timing == "events":
             from triton.testing import do_bench
 

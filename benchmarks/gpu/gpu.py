@@ -26,7 +26,7 @@ from benchmarks.results import as_json, section, table, write
 
 START = 7.0  # seconds in which a process has imported everything and has a GPU
 AHEAD = 0.15  # at most this share of the time goes into compiling side by side
-PATIENCE, LEAST_PATIENCE = 3.0, 30.0  # a row is given up after so many times its estimate, and at least so many seconds
+PATIENCE, LEAST_PATIENCE = 3.0, 30.0  # a row is given up after three times its estimate, and 30 seconds at least
 _QUESTION = "everything that waited for a GPU"
 
 

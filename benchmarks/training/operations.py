@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from beitforge.pipeline.config.settings import Config, Train
@@ -31,7 +32,7 @@ NOTE = (
 )
 STEPS = 3
 _FINDS = ("kernels", "copies", "reads", "ms", "idle")
-_READS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+_READS = ("cudaStreamSynchronize", "cudaEventSynchronize")  # not cudaDeviceSynchronize, which ends the profile
 
 
 def profiled(step: Callable[[], object], bench: Bench) -> Row:
@@ -48,12 +49,17 @@ def profiled(step: Callable[[], object], bench: Bench) -> Row:
         operations = [event for event in events if event.name.startswith("aten::") and not event.cpu_children]
         reads = sum(event.name == "aten::_local_scalar_dense" for event in events)
         return _cells(len(operations), 0, reads, math.nan, math.nan)
-    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    spans = sorted((event.time_range.start, event.time_range.end) for event in on_device)
-    copies = sum(event.name.startswith(("Memcpy HtoD", "Memcpy DtoH")) for event in on_device)
+    return on_device(events)
+
+
+def on_device(events: list[Any]) -> Row:
+    """The same of a GPU's events: what runs on it, but not the spans that annotate it, and the host's waits."""
+    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in on_gpu)
+    copies = sum(event.name.startswith(("Memcpy HtoD", "Memcpy DtoH")) for event in on_gpu)
     reads = sum(event.name in _READS for event in events)
     whole = spans[-1][1] - spans[0][0]
-    return _cells(len(on_device), copies, reads, whole / STEPS / 1e3, 1 - busy(spans) / whole)
+    return _cells(len(on_gpu), copies, reads, whole / STEPS / 1e3, 1 - busy(spans) / whole)
 
 
 def busy(spans: list[tuple[float, float]]) -> float:

@@ -5,9 +5,11 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks.gpu import gpu
 from benchmarks.gpu.parts import PARTS
@@ -137,6 +139,17 @@ def test_times():
 
 def test_idle_is_what_no_kernel_covers():
     assert busy([(0.0, 4.0), (1.0, 2.0), (3.0, 6.0), (8.0, 9.0)]) == 7.0
+
+    def event(name: str, kind: DeviceType, start: float, end: float, annotates: bool = False) -> SimpleNamespace:
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=kind, time_range=span, is_user_annotation=annotates)
+
+    kernels = [event("gemm", DeviceType.CUDA, 3e3 * n, 3e3 * n + 1.5e3) for n in range(operations.STEPS)]
+    others = [event("Optimizer.step", DeviceType.CUDA, 0.0, 9e3, True), event("Memcpy DtoH", DeviceType.CUDA, 7e3, 9e3)]
+    waits = [event("cudaStreamSynchronize", DeviceType.CPU, 0.0, 1.0)] * 6
+    row = operations.on_device(kernels + others + waits)
+    # 9 ms, of which 1.5 + 1.5 and, the copy and the last kernel together, 3 are busy
+    assert row == {"kernels": "1", "copies": "0", "reads": "2.0", "ms": "3.0", "idle": "33.3%"}
 
 
 @pytest.mark.parametrize("module", [kernels, fusions, correctness, blocks, train, operations, gpu])
