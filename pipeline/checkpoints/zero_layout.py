@@ -215,8 +215,11 @@ def finite(engine: Engine) -> bool:
 
 
 def _moments(optimizer: Any, master: Tensor, step: float | None) -> dict[str, Tensor]:
-    """Master and moments of one of the inner optimizer's tensors, each flat."""
+    """Master and moments of one of the inner optimizer's tensors, each flat. Before its first step, which in fp16 the
+    search for a loss scale puts off, they are what it would begin with."""
     state = optimizer.state[master]
+    if step is None and not all(key in state for key in VALUES[1:]):
+        step = 0.0
     if step is not None:
         group = optimizer.param_groups[0]  # alike in how they are computed; under ZeRO-3 they list no tensors
         device = master.device if group.get("fused") or group.get("capturable") else "cpu"
