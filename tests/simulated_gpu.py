@@ -1,10 +1,10 @@
 """A GPU that is none: tensors which say they are on `cuda:0`, have values, and refuse what CUDA refuses.
 
-Its tensors keep their values on the CPU. An operation on them together with a tensor that was left on the CPU raises, as
-on a GPU; so do a NumPy view, a generator of the CPU, and a Triton kernel that is given memory of the host. Streams are
-in order: what one wrote is not to be read on another that has not waited for it. Unlike torch's `meta` device and its
-fake tensors it has values, so that code which reads them (`.item()`, masks, sorting) is walked too, its results can be
-compared, and Triton's kernels run, interpreted.
+Its tensors keep their values on the CPU. An operation on them together with a tensor that was left on the CPU raises,
+as it does on a GPU; so do a NumPy view, a generator of the CPU, and a Triton kernel that is given memory of the host.
+Streams are in order: what one wrote is not to be read on another that has not waited for it. Unlike torch's `meta`
+device and its fake tensors it has values, so that code which reads them (`.item()`, masks, sorting) is walked too, its
+results can be compared, and Triton's kernels run, interpreted.
 
 What it cannot show is in docs/contributing.md, "What is tested without a GPU, and what is not".
 """
@@ -23,6 +23,8 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tests.simulated_streams import DEFAULT, HERE, Event, Stream, on_stream, synchronize
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # looked at when Triton is imported, as in tests/kernels
 DEVICE = torch.device("cuda", 0)
@@ -33,83 +35,12 @@ _ACROSS = {_ATEN.copy_, _ATEN._to_copy, _ATEN.index, _ATEN.index_put_, _ATEN.ind
 _READS = {_ATEN._local_scalar_dense, _ATEN.nonzero, _ATEN.equal, _ATEN._unique2, _ATEN.bincount, _ATEN.masked_select}
 
 
-class Stream:
-    """A stream: a number for everything issued on it, and how far it is behind others."""
-
-    every: "weakref.WeakSet[Stream]" = weakref.WeakSet()
-
-    def __init__(self, device: Any = None, **_: Any):
-        self.issued, self.device = 0, DEVICE
-        self.seen: weakref.WeakKeyDictionary[Stream, int] = weakref.WeakKeyDictionary()
-        self.every.add(self)
-
-    def now(self) -> dict["Stream", int]:
-        """What is done once this stream is: its own work, and all that it has waited for."""
-        return {**self.seen, self: self.issued}
-
-    def wait(self, for_: dict["Stream", int]) -> None:
-        for stream, number in for_.items():
-            if stream is not self:
-                self.seen[stream] = max(self.seen.get(stream, 0), number)
-
-    def wait_stream(self, other: "Stream") -> None:
-        self.wait(other.now())
-
-    def wait_event(self, event: "Event") -> None:
-        self.wait(event.point)
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        _host_waits("synchronize", self.now())
-
-    def query(self) -> bool:
-        return True
-
-
-def _host_waits(what: str, for_: dict[Stream, int]) -> None:
-    """Whatever is issued from now on comes after it, on any stream."""
-    _gpu().waits.append(what)
-    for stream in Stream.every:
-        stream.wait(for_)
-
-
-_DEFAULT = Stream()  # of the process: what is kept from one simulation to the next was written on it
-
-
-class Event:
-    """A point of a stream."""
-
-    def __init__(self, **_: Any):
-        self.point: dict[Stream, int] = {}
-
-    def record(self, stream: Stream | None = None) -> None:
-        self.point = (stream or _gpu().stream).now()
-
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or _gpu().stream).wait(self.point)
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        assert self.point, "an event is waited for that was never recorded"
-        _host_waits("synchronize", self.point)
-
-    def elapsed_time(self, other: "Event") -> float:
-        assert self.point and other.point, "time between events that were never recorded"
-        return 1.0
-
-
 class _Memory:
     """What a tensor and its views share: the stream it was made on, where it was last written, who else used it."""
 
     def __init__(self, gpu: "Gpu"):
-        self.home = gpu.stream
-        self.written = (gpu.stream, gpu.stream.issued)
+        self.home = HERE.stream
+        self.written = (HERE.stream, HERE.stream.issued)
         self.users: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.recorded: weakref.WeakSet[Stream] = weakref.WeakSet()
         weakref.finalize(self, _freed, gpu, self.users, self.recorded)
@@ -217,8 +148,7 @@ class Gpu(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stream = _DEFAULT
-        self.waits: list[str] = []
+        self.waits = HERE.waits = []
         self.faults: list[str] = []
         self.really_meta = False  # within `with torch.device("meta")`
         self.generators: dict[int, Generator] = {}
@@ -236,8 +166,10 @@ class Gpu(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.namespace == "beitforge":
             return self._own_operator(func, args, kwargs)
-        self._refuse(func, args, kwargs, [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)], bool(ours))
-        self.stream.issued += 1
+        self._refuse(
+            func, args, kwargs, [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)], bool(ours)
+        )
+        HERE.stream.issued += 1
         for tensor in ours:
             self._read(tensor)
         self._note_waits(func, args, ours, there)
@@ -248,7 +180,7 @@ class Gpu(TorchDispatchMode):
         if func._schema.is_mutable:
             for tensor in ours:
                 if any(tensor is args[i] for i, a in enumerate(func._schema.arguments[: len(args)]) if _written(a)):
-                    tensor.memory.written = (self.stream, self.stream.issued)
+                    tensor.memory.written = (HERE.stream, HERE.stream.issued)
         if not there:
             return found
         known = {tensor.held.untyped_storage()._cdata: tensor.memory for tensor in ours}
@@ -282,10 +214,10 @@ class Gpu(TorchDispatchMode):
 
     def _read(self, tensor: GpuTensor) -> None:
         stream, number = tensor.memory.written
-        if stream is not self.stream and self.stream.seen.get(stream, 0) < number:
+        if stream is not HERE.stream and HERE.stream.seen.get(stream, 0) < number:
             raise RuntimeError("a race: a tensor is read on a stream that has not waited for the one that wrote it")
-        if tensor.memory.home is not self.stream:
-            tensor.memory.users.add(self.stream)
+        if tensor.memory.home is not HERE.stream:
+            tensor.memory.users.add(HERE.stream)
 
     def _note_waits(self, func: Any, args: tuple, ours: list[GpuTensor], there: bool) -> None:
         masked = func.overloadpacket in (_ATEN.index, _ATEN.index_put_) and any(
@@ -332,15 +264,6 @@ def simulated_gpu(monkeypatch: Any) -> Iterator[Gpu]:
 
 def _replace(monkeypatch: Any, gpu: Gpu) -> None:
     """torch.cuda, pinned memory, generators and Triton's launches."""
-
-    @contextlib.contextmanager
-    def on_stream(stream: Stream | None) -> Iterator[None]:
-        before, gpu.stream = gpu.stream, stream or gpu.stream
-        try:
-            yield
-        finally:
-            gpu.stream = before
-
     answers: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -352,9 +275,9 @@ def _replace(monkeypatch: Any, gpu: Gpu) -> None:
         "Stream": Stream,
         "Event": Event,
         "stream": on_stream,
-        "current_stream": lambda device=None: gpu.stream,
-        "default_stream": lambda device=None: _DEFAULT,
-        "synchronize": lambda device=None: [stream.synchronize() for stream in Stream.every],
+        "current_stream": lambda device=None: HERE.stream,
+        "default_stream": lambda device=None: DEFAULT,
+        "synchronize": synchronize,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "NVIDIA H200",
         "get_device_properties": lambda device=None: SimpleNamespace(
@@ -447,11 +370,11 @@ def _replace_launches(monkeypatch: Any) -> None:
                 if isinstance(item, Tensor) and not isinstance(item, GpuTensor):
                     raise ValueError(f"Pointer argument (at {number}) cannot be accessed from Triton (cpu tensor?)")
             gpu = _gpu()
-            gpu.stream.issued += 1
+            HERE.stream.issued += 1
             for item in given:
                 if isinstance(item, GpuTensor):
                     gpu._read(item)
-                    item.memory.written = (gpu.stream, gpu.stream.issued)
+                    item.memory.written = (HERE.stream, HERE.stream.issued)
             with torch._C._DisableTorchDispatch():
                 args, kwargs = tree_map(_held, (args, kwargs))
         return launch(self, *args, **kwargs)

@@ -21,6 +21,7 @@ from beitforge.pipeline.config.settings import Config, Tokenizer
 from beitforge.pipeline.data.augment import supervised_draws
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.doctor import device as checks_device
+from beitforge.pipeline.doctor import kernels as checks_kernels
 from beitforge.pipeline.doctor.findings import OK, Local, worst
 from beitforge.pipeline.evaluation.attention_maps import attention_maps
 from beitforge.pipeline.evaluation.neighbours import collect_features
@@ -35,7 +36,8 @@ from beitforge.pipeline.training.prefetch import DevicePrefetcher
 from beitforge.pipeline.weights.encoder import initialise_from, save_encoder
 from beitforge.shards.stream.loader import Batch
 from tests.pipeline.training.test_prefetch import batches
-from tests.simulated_gpu import DEVICE, Gpu, GpuTensor, Stream, simulated_gpu
+from tests.simulated_gpu import DEVICE, Gpu, GpuTensor, simulated_gpu
+from tests.simulated_streams import Stream
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -223,9 +225,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
         dalle.build({"vocabulary": 64, "hidden": 8, "decoder_hidden": 8, "decoder_init": 8, "has_decoder": True})
     ),
     "vqkd": lambda: drawn(
-        vqkd.build({"vocabulary": 64, "code_size": 8, "layers": 2, "width": 64, "heads": 2, "input_size": 32,
-                    "patch_size": 8})
-    ),  # fmt: skip
+        vqkd.build(
+            {"vocabulary": 64, "code_size": 8, "layers": 2, "width": 64, "heads": 2, "input_size": 32, "patch_size": 8}
+        )
+    ),
     "user class": Brightness,
 }
 
@@ -325,7 +328,7 @@ def test_doctor(tiny, gpu, precision):
     config, local = load_config(str(tiny.config), [f"train.precision={precision}"]), Local("here", 0)
     place = rank_info({})
     checks_device.health(place, DEVICE, local)
-    checks_device.kernels(config, DEVICE, local)
+    checks_kernels.kernels(config, DEVICE, local)
     beit = Beit(config.model, config.tokenizer.vocabulary, 0)
     cost = checks_device.cost(config, beit, DEVICE, 1)
     assert checks_device.fits(config, cost, 4, 8, checks_device.free_memory(place, DEVICE), local)

@@ -1,5 +1,5 @@
-"""Whole verbs on the simulated GPU (tests/simulated_gpu.py), DeepSpeed's part included: what the CPU gives, and no tensor
-left behind there."""
+"""Whole verbs on the simulated GPU (tests/simulated_gpu.py), DeepSpeed's part included: what the CPU gives, and no
+tensor left behind there."""
 
 import json
 import os
@@ -117,7 +117,13 @@ def test_tokenizer_tokenize_probe_and_export(tiny, tmp_path):
     for device, module in (("gpu", "tests.pipeline.gpu_runs"), ("cpu", "beitforge")):
         folder = tmp_path / device
         settings = [str(tiny.config), f"data.tokenizer={folder}/tokenizer", f"data.tokens={folder}/tokens", *UNJUDGED]
-        settings += [*SHORT, *PLAIN, "tokenizer.duration=2 steps", "tokenizer.warmup=1 steps", f"train.run={folder}/run"]
+        settings += [
+            *SHORT,
+            *PLAIN,
+            "tokenizer.duration=2 steps",
+            "tokenizer.warmup=1 steps",
+            f"train.run={folder}/run",
+        ]
         settings += ["tokenizer.global_batch=8", "tokenizer.micro_batch=4"]
         for verb in ("tokenizer", "tokenize", "pretrain"):
             done = run_ranks(module, verb, "--rank", *settings)
