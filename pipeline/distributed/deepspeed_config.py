@@ -23,6 +23,7 @@ class Setup:
     beta2: float
     epsilon: float
     overrides: dict
+    muon: bool = False  # the groups are pipeline.training.optim.muon_groups
 
 
 def deepspeed_config(setup: Setup) -> dict:
@@ -45,6 +46,8 @@ def deepspeed_config(setup: Setup) -> dict:
             },
         },
     }
+    if setup.muon and setup.zero_stage == 3:
+        derived["zero_optimization"]["reduce_scatter"] = False  # DeepSpeed refuses both
     if setup.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if setup.precision != "fp32":
@@ -76,4 +79,5 @@ def setup_from(config: Config, world: World, micro: int) -> Setup:
         beta2=optimizer.beta2,
         epsilon=optimizer.epsilon,
         overrides=config.deepspeed,
+        muon=optimizer.kind == "muon",
     )
