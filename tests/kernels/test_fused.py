@@ -49,8 +49,8 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, a long row in float32's small blocks takes minutes: above 64 positions it gets those of 16 bits."""
     from beitforge.kernels.attention import operator
 
-    def plan(capability: tuple[int, int], positions: int, head_size: int, float32: bool) -> Plan:
-        return choose(capability, positions, head_size, float32 and (DEVICE == "cuda" or positions <= 64))
+    def plan(capability: tuple[int, int], positions: int, head_size: int, float32: bool, store: bool) -> Plan:
+        return choose(capability, positions, head_size, float32 and (DEVICE == "cuda" or positions <= 64), store)
 
     monkeypatch.setattr(operator, "choose", plan)
 
@@ -115,12 +115,18 @@ def test_without_a_bias(s):
     compare(qkv, None, weight, BOUNDS[torch.float32])
 
 
+@pytest.fixture(params=["summed", "stored"])
+def either_design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEITFORGE_BACKWARD", request.param)
+
+
 @pytest.mark.parametrize("images", [1, 2, 5, 7])
-def test_the_bias_gradient_is_summed_over_chunks_of_images(images, monkeypatch):
+def test_the_bias_gradient_is_summed_over_chunks_of_images(images, either_design, monkeypatch):
     """Whatever the chunks, whole or not, every image counts once."""
     from beitforge.kernels.attention import operator
 
-    monkeypatch.setattr(operator, "_PROGRAMS", 4)
+    monkeypatch.setattr(operator, "multiprocessors", lambda _: 4)
+    assert operator.images_of_program(images, 2, 8) == {1: 1, 2: 1, 5: 2, 7: 2}[images]
     qkv, bias, weight = inputs(34, 2, 32, images, torch.float32)
     compare(qkv, bias, weight, BOUNDS[torch.float32])
 
@@ -131,7 +137,7 @@ def test_any_blocks_give_the_same(blocks, held, monkeypatch):
     """What a chip is given is a matter of speed."""
     from beitforge.kernels.attention import operator
 
-    other = dataclasses.replace(blocks, columns=32)
+    other = dataclasses.replace(blocks, columns=32)  # not those of the other kernels: tiles of its own
     monkeypatch.setattr(operator, "choose", lambda *_: Plan(blocks, other, blocks, held))
     qkv, bias, weight = inputs(75, 1, 32, 2, torch.float32)
     compare(qkv, bias, weight, BOUNDS[torch.float32])
@@ -143,10 +149,18 @@ def test_two_runs_are_bitwise_equal():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_large_logits_and_biases():
+def test_large_logits_and_biases(either_design):
     """Scores of hundreds: the exponentials are taken from the largest."""
     qkv, bias, weight = inputs(65, 1, 32, 2, torch.float32)
     compare(surrounded(qkv * 6), bias * 10, weight, 2e-5)
+
+
+@pytest.mark.parametrize("size", [9_000.0, -9_000.0, 1e6])
+def test_a_bias_beyond_half_precision(size):
+    """Tiles in float16 hold bias · √K up to 65,504: rows that reach beyond are lowered, and stay finite and right."""
+    qkv, bias, weight = inputs(33, 2, 64, 2, torch.float16)
+    bias[0, 3, :], bias[1, :, 5], bias[1, 7, 9] = size, size, 2 * size
+    compare(qkv, bias, weight, BOUNDS[torch.float16])
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 9), (5, 5)], ids=str)
