@@ -41,7 +41,7 @@ TABLE = (
     Row("pipeline.cluster*", "beitforge shards.storage", TORCHLESS),
     Row("pipeline.runs*", "pipeline.cluster shards.format shards.storage numpy", TORCHLESS),
     Row("pipeline.model.masking", "numpy", "torch shards"),
-    Row("pipeline.model*", "kernels torch numpy scipy", "shards deepspeed"),
+    Row("pipeline.model*", "kernels torch torchao numpy scipy", "shards deepspeed"),
     Row("pipeline.tokenizers*", "pipeline.model torch safetensors", "pipeline.model.beit shards.stream deepspeed"),
     Row(
         "pipeline.data*",

@@ -197,7 +197,11 @@ class Train:
     micro_batch: int = setting(
         128, at_least=1, unit="samples", identity=False, doc="Largest micro batch of a process; the rest accumulates."
     )
-    precision: str = setting("bf16", choices=("bf16", "fp16", "fp32"), doc="Precision of the model's arithmetic.")
+    precision: str = setting(
+        "bf16",
+        choices=("bf16", "fp16", "fp32", "fp8"),
+        doc="Precision of the model's arithmetic; fp8 is bf16 with the blocks' products in FP8, by torchao.",
+    )
     zero_stage: int = setting(2, choices=(0, 1, 2, 3), identity=False, doc="DeepSpeed ZeRO stage.")
     offload_optimizer: bool = setting(False, identity=False, doc="Whether optimizer state stays in host memory.")
     activation_checkpointing: str = setting(

@@ -35,9 +35,9 @@ def _pairs(config: Config) -> list[str]:
     muon = config.optimizer.kind == "muon"
     rules = (
         (
-            not muon or train.precision in ("bf16", "fp32"),
-            f"optimizer.kind muon is not for train.precision {train.precision}: DeepSpeed adds up its momentum from "
-            "gradients of changing loss scales; use bf16",
+            not muon or train.precision != "fp16",
+            "optimizer.kind muon is not for train.precision fp16: DeepSpeed adds up its momentum from gradients of "
+            "changing loss scales; use bf16",
         ),
         (
             not muon or not train.offload_optimizer,
@@ -56,6 +56,11 @@ def _pairs(config: Config) -> list[str]:
             train.activation_checkpointing != "selective" or not train.compile,
             "train.activation_checkpointing selective is not for train.compile, with which torch chooses what to "
             "recompute; set it to none, or full",
+        ),
+        (
+            train.precision != "fp8" or train.zero_stage < 3,
+            "train.precision fp8 is not for train.zero_stage 3: torchao would keep gathered weights until backward; "
+            "use a lower stage, or bf16",
         ),
         (
             bool(data.heldout_images) == bool(data.heldout_tokens),
@@ -89,6 +94,12 @@ def _shapes(config: Config) -> list[str]:
         lines.append(f"model.input_size {model.input_size} is not a multiple of model.patch_size {model.patch_size}")
     if model.width % model.heads:
         lines.append(f"model.width {model.width} does not divide into model.heads {model.heads}; choose a multiple")
+    hidden = int(model.width * model.mlp_ratio)
+    if config.train.precision == "fp8" and (model.width % 16 or hidden % 16):
+        lines.append(
+            f"train.precision fp8 multiplies by 16 numbers at once: model.width {model.width} and the MLP's {hidden} "
+            "(model.mlp_ratio) must be multiples of 16; or use bf16"
+        )
     if any(side % tokenizer.stride for side in tokenizer.input_size):
         lines.append(
             f"tokenizer.input_size {tokenizer.input_size} is not a multiple of tokenizer.stride {tokenizer.stride}"

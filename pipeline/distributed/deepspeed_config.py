@@ -70,7 +70,7 @@ def setup_from(config: Config, world: World, micro: int) -> Setup:
         global_batch=train.global_batch,
         micro_batch=micro,
         accumulation=train.global_batch // (micro * world.size),
-        precision=train.precision,
+        precision="bf16" if train.precision == "fp8" else train.precision,  # FP8 is inside the products
         zero_stage=train.zero_stage,
         offload_optimizer=train.offload_optimizer,
         compile=train.compile,

@@ -74,7 +74,7 @@ def check_driver_row(row: list[str], local: Local) -> None:
 
 def dtype_of(config: Config) -> torch.dtype:
     """What the model computes in."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
+    return {"fp16": torch.float16, "fp32": torch.float32}.get(config.train.precision, torch.bfloat16)
 
 
 def synthetic_batch(config: Config, images: int, rank: int) -> Batch:

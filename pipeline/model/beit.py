@@ -19,7 +19,7 @@ from beitforge.kernels.cross_entropy import linear_cross_entropy
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model.blocks import Block, LayerNorm, Linear, RelativeBias, empty
 
-_PRODUCTS = ("aten::addmm", "aten::_scaled_mm")
+_PRODUCTS = ("aten::addmm", "aten::mm")  # mm: torchao's of FP8
 
 
 class Encoder(nn.Module):

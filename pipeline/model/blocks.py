@@ -5,6 +5,7 @@ stage.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from beitforge.kernels.attention import attention, expand_bias, pack, relative_i
 from beitforge.pipeline.config.settings import Model
 
 _EPSILON = 1e-6
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, weight and bias
 
 
 def empty(*shape: int) -> nn.Parameter:
@@ -21,14 +23,15 @@ def empty(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """x · weightᵀ + bias; NaN until initialised."""
+    """x · weightᵀ + bias; NaN until initialised. product: how (pipeline.model.float8)."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
+        self.product: Product = linear
         self.weight, self.bias = empty(outputs, inputs), empty(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -69,6 +72,7 @@ class Attention(nn.Module):
     def __init__(self, model: Model, grid: tuple[int, int]):
         super().__init__()
         self.heads, self.kernels = model.heads, model.kernels
+        self.product: Product = linear
         self.qkv_weight = empty(3 * model.width, model.width)
         self.q_bias, self.v_bias = empty(model.width), empty(model.width)
         self.own_bias = RelativeBias(grid, model.heads) if model.positions == "relative" else None
@@ -78,7 +82,7 @@ class Attention(nn.Module):
         """Queries, keys and values [B, S, 3, A, K]."""
         b, s, d = x_BSD.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return linear(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
+        return self.product(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
 
     def forward(
         self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None, picked_BM: Tensor | None

@@ -12,6 +12,7 @@ from beitforge.pipeline.config.settings import Model, Tokenizer
 _STATISTICS = 8  # mean and 1/deviation of a LayerNorm's row, float32
 _DALLE_MACS = 26.06e9  # of the DALL-E encoder at 112 px (docs/recipe.md, "Cost")
 _LOGITS_AT_A_TIME = 1 << 25  # kernels.cross_entropy.operator
+_CAST_EAGER, _CAST_COMPILED = 33.0, 5.0  # bytes a number: amax, scale in float32, clamp, round (torchao.float8)
 _CHAIN_EAGER, _CHAIN_COMPILED = 18.0, 4.0  # passes of a block beside GELU's, forward
 _HOST = {"none": 1.0, "selective": 4.1, "full": 1.5}  # time of a tiny block on a CPU over that without (torch 2.13)
 _LAUNCHED_EAGER, _LAUNCHED_COMPILED = (
@@ -106,6 +107,23 @@ def computed_flops(model: Model, vocabulary: int, masked: int, checkpointing: st
     outside = model.num_patches * 3 * model.patch_size**2 * d + masked * d * vocabulary
     again = model.layers * 2 * 2 * s * s * d
     return 6.0 * (blocks + outside) + again + (2.0 * blocks if checkpointing == "full" else 0.0)
+
+
+def linear_flops(model: Model, masked: int, checkpointing: str) -> float:
+    """Of those per image what is products of the blocks' linear layers, which FP8 takes."""
+    s, d, h = model.num_patches + 1, model.width, int(model.width * model.mlp_ratio)
+    whole, last = (s * 3 * d * d + picked * (d * d + 2 * d * h) for picked in (s, masked))
+    return ((model.layers - 1) * whole + last) * (8.0 if checkpointing == "full" else 6.0)
+
+
+def cast_bytes(model: Model, masked: int, compiled: bool, checkpointing: str) -> float:
+    """Bytes per image that torchao moves to make FP8 of what these layers take: inputs once forward and once backward,
+    gradients twice. A cast takes the largest magnitude, then scales and rounds: compiled 5 bytes a number, eager 33."""
+    s, d, h = model.num_patches + 1, model.width, int(model.width * model.mlp_ratio)
+    rows = (model.layers - 1) * s + masked  # behind the attention
+    inputs, gradients = (model.layers * s * width + rows * (2 * d + h) for width in (d, 3 * d))
+    times = 3 if checkpointing == "full" else 2
+    return (_CAST_COMPILED if compiled else _CAST_EAGER) * (times * inputs + 2 * gradients)
 
 
 @dataclass(frozen=True)

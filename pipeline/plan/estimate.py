@@ -12,8 +12,10 @@ from beitforge.pipeline.plan.assumptions import Assumptions
 from beitforge.pipeline.plan.costs import (
     Activations,
     activations,
+    cast_bytes,
     computed_flops,
     launches,
+    linear_flops,
     moved_bytes,
     muon_bytes,
     muon_flops,
@@ -46,7 +48,7 @@ from beitforge.pipeline.plan.zero_model import (
 )
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
 
-_TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
+TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
 LARGEST_MICRO = 4096
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -81,9 +83,11 @@ class Machine:
         return self.chip.memory * self.assumed.memory_usable
 
     def product_flops(self, precision: str) -> float:
-        """Of a tokenizer's or an fp32 model's products. TF32 runs at half the 16-bit rate (NVIDIA data sheets)."""
+        """Of products in a precision. TF32 runs at half the 16-bit rate (NVIDIA data sheets)."""
         if precision == "fp32":
             return self.chip.flops32 * self.assumed.matrix_share
+        if precision == "fp8":
+            return self.matrix_flops * self.chip.flops8 / self.chip.flops16
         return self.matrix_flops / (2 if precision == "tf32" else 1)
 
     def nodes(self, gpus: int) -> int:
@@ -202,7 +206,12 @@ def _modelled(config: Config, machine: Machine, checkpointing: str) -> float:
     computed = computed_flops(model, vocabulary, masked, checkpointing)
     moved = moved_bytes(model, number_bytes(config), config.train.compile, kernels_of(config), checkpointing)
     precision = "fp32" if config.train.precision == "fp32" else "bf16"
-    return computed / machine.product_flops(precision) + moved / machine.memory_bandwidth
+    seconds = computed / machine.product_flops(precision) + moved / machine.memory_bandwidth
+    if config.train.precision == "fp8":
+        inside = linear_flops(model, masked, checkpointing)
+        seconds += inside / machine.product_flops("fp8") - inside / machine.product_flops("bf16")
+        seconds += cast_bytes(model, masked, config.train.compile, checkpointing) / machine.memory_bandwidth
+    return seconds
 
 
 def seconds_per_image(config: Config, machine: Machine, checkpointing: str) -> tuple[float, float]:
@@ -278,7 +287,7 @@ def checkpoint_of(config: Config, machine: Machine, sharding: Sharding) -> tuple
 def loading_of(config: Config, machine: Machine, gpus: int, images_per_second: float) -> Loading:
     """Rates at which images and tokens must come in, and what decodes them."""
     assumed, nodes = machine.assumed, machine.nodes(gpus)
-    row = config.model.num_patches * 2 + _TOKEN_ROW
+    row = config.model.num_patches * 2 + TOKEN_ROW
     read = images_per_second * (assumed.image_bytes + (0 if config.data.tokens == ONLINE else row))
     height, width = config.model.input_size
     pixels = 3 * height * width
@@ -373,27 +382,6 @@ def estimate(
         stall=cluster.save,
         mtbf=cluster.mtbf,
     )
-
-
-@dataclass(frozen=True)
-class Tokenization:
-    """Of all views of all images, once."""
-
-    tokenizer: str
-    gpu_hours: float
-    disk: float
-
-
-def tokenizations(config: Config, machine: Machine, images: int) -> list[Tokenization]:
-    """With the own dVAE and with DALL-E's encoder: 2 operations a multiply-add, `tokenizer.precision`, all K views."""
-    views = config.view.num_views
-    disk = float(images * views * (2 * config.model.num_patches + _TOKEN_ROW) + 9 * images)
-    rate = machine.product_flops(config.tokenizer.precision)
-    found = []
-    for name, dalle in (("own dVAE", False), ("DALL-E", True)):
-        seconds = images * views * 2 * tokenizer_macs(config.tokenizer, dalle) / rate
-        found.append(Tokenization(name, seconds / 3600, disk))
-    return found
 
 
 def size_of(config: Config) -> int:

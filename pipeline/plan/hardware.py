@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator. flops16, flops32: dense peak with 16-bit inputs (fp32 sums), and in IEEE float32."""
+    """One accelerator. flops8, flops16: dense peak with FP8 (0: not by train.precision fp8) and 16-bit inputs and fp32
+    sums; flops32: in IEEE float32."""
 
     name: str
     flops16: float
@@ -21,6 +22,7 @@ class Chip:
     per_node: int
     cores_per_node: int
     source: str
+    flops8: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +56,15 @@ CHIPS = (
     Chip(name="a100", flops16=312e12, flops32=19.5e12, memory=85.1e9, memory_bandwidth=2.039e12, watts=400, link=300e9,
          per_node=8, cores_per_node=128, source=f"{_NVIDIA} A100 SXM 80 GB; DGX A100"),
     Chip(name="h100", flops16=989e12, flops32=66.9e12, memory=85.0e9, memory_bandwidth=3.35e12, watts=700, link=450e9,
-         per_node=8, cores_per_node=112, source=f"{_NVIDIA} H100 SXM; DGX H100"),
+         per_node=8, cores_per_node=112, source=f"{_NVIDIA} H100 SXM; DGX H100", flops8=1979e12),
     Chip(name="h200", flops16=989e12, flops32=66.9e12, memory=150.0e9, memory_bandwidth=4.8e12, watts=700, link=450e9,
-         per_node=8, cores_per_node=112, source=f"{_NVIDIA} H200 SXM; DGX H200"),
+         per_node=8, cores_per_node=112, source=f"{_NVIDIA} H200 SXM; DGX H200", flops8=1979e12),
     Chip(name="b200", flops16=2250e12, flops32=80e12, memory=192e9, memory_bandwidth=8.0e12, watts=1000, link=900e9,
-         per_node=8, cores_per_node=112, source=f"{_NVIDIA} DGX B200"),
+         per_node=8, cores_per_node=112, source=f"{_NVIDIA} DGX B200", flops8=4500e12),
     Chip(name="l40s", flops16=362e12, flops32=91.6e12, memory=48e9, memory_bandwidth=0.864e12, watts=350, link=32e9,
-         per_node=8, cores_per_node=64, source=f"{_NVIDIA} L40S; PCIe 4.0 x16"),
+         per_node=8, cores_per_node=64, source=f"{_NVIDIA} L40S; PCIe 4.0 x16", flops8=733e12),
     Chip(name="rtx4090", flops16=165.2e12, flops32=82.6e12, memory=25.2e9, memory_bandwidth=1.008e12, watts=450,
-         link=32e9, per_node=4, cores_per_node=32, source=f"{_NVIDIA} Ada whitepaper; PCIe 4.0 x16"),
+         link=32e9, per_node=4, cores_per_node=32, source=f"{_NVIDIA} Ada whitepaper; PCIe 4.0 x16", flops8=330.3e12),
     Chip(name="rtx3090", flops16=71e12, flops32=35.6e12, memory=25.3e9, memory_bandwidth=0.936e12, watts=350,
          link=32e9, per_node=4, cores_per_node=32, source=f"{_NVIDIA} GA102 whitepaper; PCIe 4.0 x16"),
     Chip(name="mi300x", flops16=1307e12, flops32=163.4e12, memory=206e9, memory_bandwidth=5.3e12, watts=750, link=448e9,

@@ -14,7 +14,7 @@ def cheapest(
     for gpus in counts:
         if config.train.global_batch % gpus:
             continue
-        for stage in (0, 1, 2, 3):
+        for stage in (0, 1, 2, 3) if config.train.precision != "fp8" else (0, 1, 2):
             for checkpointing in kinds:
                 row = estimate(
                     config,

@@ -13,8 +13,8 @@ from beitforge.pipeline.plan.estimate import (
     kernels_of,
     seconds_per_image,
     size_of,
-    tokenizations,
 )
+from beitforge.pipeline.plan.tokenization import tokenizations
 from beitforge.pipeline.plan.zero_model import zero_settings
 
 _SOURCES = """Formulas
@@ -241,6 +241,8 @@ def _advice(config: Config, machine: Machine, rows: list[Estimate]) -> str:
     lines = []
     if machine.chip.name == "v100" and config.train.precision == "bf16":
         lines.append("a V100 multiplies no bfloat16: train.precision=fp16")
+    if config.train.precision == "fp8" and not config.train.compile:
+        lines.append("fp8 casts operator by operator without train.compile=true, which takes more than it saves")
     for stage in sorted({row.stage for row in rows if row.stage in (1, 2)}):
         settings = zero_settings(config, stage)
         waits = any(row.step.exposed > 0.1 * row.step.seconds for row in rows if row.stage == stage)

@@ -52,6 +52,7 @@ from beitforge.pipeline.doctor.findings import (
 from beitforge.pipeline.doctor.host import Arrivals, started_by_srun
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.model.float8 import use_float8
 from beitforge.pipeline.plan.costs import num_parameters
 from beitforge.pipeline.plan.estimate import sharding_of
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
@@ -221,6 +222,8 @@ def _memory(me: _Me, device: torch.device, first: bool) -> None:
     """Build the model; whether a micro batch will fit, and how much a checkpoint takes."""
     beit = Beit(me.config.model, me.config.tokenizer.vocabulary, me.config.data.seed)
     beit.checkpointing = me.config.train.activation_checkpointing
+    if me.config.train.precision == "fp8":
+        use_float8(beit, device)
     if first:
         sharding = sharding_of(me.config, me.place.size, me.config.train.zero_stage, 1)
         size = checkpoint_bytes(sharding.total, sharding.stage, sharding.number)

@@ -19,6 +19,7 @@ from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ranks
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Classifier, initialise
+from beitforge.pipeline.model.float8 import use_float8
 from beitforge.pipeline.model.resize import finetuned_model
 from beitforge.pipeline.plan.costs import training_flops
 from beitforge.pipeline.runs.checkpoints import newest
@@ -41,9 +42,10 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     setup = run_on_all_ranks(lambda: tuning_setup(config, world), world)
     run_folder = Path(tune.run)
     classifier = new_classifier(config, classes)
+    float8 = config.train.precision == "fp8" and run_on_all_ranks(lambda: use_float8(classifier, world.device), world)
     line = _start(config, classifier, run_folder, world)
     read = f"{source.samples} images of {classes} classes to train on, {test.samples if test else 'none'} to test"
-    for said in (line, read):
+    for said in (line, float8, read):
         if world.first and said:
             say(said)
 

@@ -12,10 +12,11 @@ from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.plan.assumptions import load_assumptions
 from beitforge.pipeline.plan.costs import training_flops
-from beitforge.pipeline.plan.estimate import Estimate, Machine, estimate, size_of, tokenizations
+from beitforge.pipeline.plan.estimate import Estimate, Machine, estimate, size_of
 from beitforge.pipeline.plan.hardware import CHIPS, NETWORKS, STORAGES, Chip, Network, Storage
 from beitforge.pipeline.plan.search import cheapest
 from beitforge.pipeline.plan.tables import render
+from beitforge.pipeline.plan.tokenization import tokenizations
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.manifest import read_image_manifest
 
@@ -57,6 +58,12 @@ def run(words: list[str], asked: PlanOptions) -> int:
         _known(asked.storage, STORAGES, "--storage"),
         load_assumptions(asked.measured, asked.assume, flops),
     )
+    if config.train.precision == "fp8":
+        if not machine.chip.flops8:
+            raise ConfigError(
+                f"train.precision fp8 is not for {machine.chip.name}; use bf16, or --gpu h100, h200 or b200"
+            )
+        stages = [stage for stage in stages if stage < 3] or [config.train.zero_stage]
     images, origin = _images(config, asked.images)
     rows, refused = _rows(config, machine, counts, stages, images)
     best = cheapest(config, machine, counts, images=images, days=asked.days) if asked.days else None

@@ -17,6 +17,7 @@ from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ran
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.evaluation.evaluations import Evaluations, EvaluationSets, open_evaluation_sets, with_tokens
 from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.model.float8 import use_float8
 from beitforge.pipeline.plan.costs import training_flops
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.training.objectives import masked_token_loss
@@ -38,6 +39,8 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     beit.checkpointing = config.train.activation_checkpointing
     run_folder = Path(config.train.run)
     lines = [f"attention: {run_on_all_ranks(lambda: _kernels(config, world), world)}"]
+    if config.train.precision == "fp8":
+        lines.append(run_on_all_ranks(lambda: use_float8(beit, world.device), world))
     if config.train.init and broadcast_object(newest(run_folder, lambda _: None) is None, world):
         init = Path(config.train.init)
         lines.append(run_on_all_ranks(lambda: initialise_from(init, beit, config.tokenizer.vocabulary), world))

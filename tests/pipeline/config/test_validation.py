@@ -14,7 +14,7 @@ MUON = ["optimizer.kind=muon", "optimizer.clip_norm=0"]
     [
         (["model.positions=learned"], ["model.positions", "'learned'", "absolute, relative_shared, relative"]),
         (["model.kernels=cuda"], ["model.kernels", "'cuda'", "auto, fused, sdpa, reference"]),
-        (["train.precision=fp8"], ["train.precision", "'fp8'", "bf16, fp16, fp32"]),
+        (["train.precision=int8"], ["train.precision", "'int8'", "bf16, fp16, fp32, fp8"]),
         (["train.zero_stage=4"], ["train.zero_stage", "4", "0, 1, 2, 3"]),
         (["train.offload_optimizer=true", "train.zero_stage=0"], ["train.offload_optimizer", "train.zero_stage"]),
         (["optimizer.kind=muon"], ["optimizer.clip_norm 3", "set optimizer.clip_norm=0"]),
@@ -22,6 +22,9 @@ MUON = ["optimizer.kind=muon", "optimizer.clip_norm=0"]
         ([*MUON, "train.offload_optimizer=true"], ["optimizer.kind muon", "train.offload_optimizer"]),
         (["train.activation_checkpointing=selective", "train.compile=true"], ["selective", "train.compile"]),
         (["train.activation_checkpointing=some"], ["train.activation_checkpointing", "none, selective, full"]),
+        (["train.precision=fp8", "train.zero_stage=3"], ["train.precision fp8", "train.zero_stage 3"]),
+        (["train.precision=fp8", "model.width=760", "model.heads=10"], ["multiples of 16", "model.width 760"]),
+        (["train.precision=fp8", "model.mlp_ratio=4.01"], ["multiples of 16", "3079"]),
         (["model.input_size=220"], ["model.input_size 220", "model.patch_size 16"]),
         (["model.input_size=220x224"], ["model.input_size 220x224", "model.patch_size 16"]),
         (["model.input_size=224x320"], ["14×20", "14×14", "must be equal"]),
