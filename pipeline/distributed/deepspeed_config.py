@@ -41,7 +41,8 @@ def deepspeed_config(setup: Setup) -> dict:
                 "lr": 0.0,
                 "betas": [setup.beta1, setup.beta2],
                 "eps": setup.epsilon,
-                "torch_adam": True,  # torch's own fused AdamW; DeepSpeed's would be compiled at run time
+                "torch_adam": True,  # torch's own; DeepSpeed's would be compiled at run time
+                "fused": True,
             },
         },
     }

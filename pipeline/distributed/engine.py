@@ -3,6 +3,7 @@
 import math
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from beitforge.pipeline.distributed.deepspeed_config import Setup, deepspeed_con
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import HostError
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
+
+if TYPE_CHECKING:
+    from beitforge.pipeline.distributed.optimizer_step import Outcome
 
 
 class Engine:
@@ -32,9 +36,12 @@ class Engine:
         )
         for state in getattr(self.optimizer, "optimizer", self.optimizer).state.values():
             state["step"].zero_()  # DeepSpeed's optimizer without ZeRO warms up with a step that AdamW counts
+        # these import deepspeed, which is set up by now
         from beitforge.pipeline.distributed.file_writer import Writer
+        from beitforge.pipeline.distributed.optimizer_step import attach
 
         self.writer = self.deepspeed.checkpoint_engine = Writer()
+        self.agreement = attach(self.deepspeed, setup.clip_norm, world.device)
         if setup.compile:
             self.deepspeed.compile()
 
@@ -59,25 +66,20 @@ class Engine:
         finite = torch.isfinite(loss.detach())
         self.deepspeed.backward(loss * torch.where(finite, 1.0, math.nan))
 
-    def step(self, learning_rate: float) -> tuple[Tensor | float, bool]:
+    def step(self, learning_rate: float, flags: Tensor | None = None) -> "Outcome":
         """After the last micro batch: clip, update, clear; a group's rate is learning_rate times its `lr_scale`, if it
-        has one. Returns the gradient norm before clipping, and whether the update was made: not where the norm, which
-        is over all ranks, is not finite. Then nothing has changed."""
+        has one. The update is left out, and nothing has changed, where the norm over all ranks is not finite.
+
+        flags: what this rank tells the others at this step, 0 or 1 each, f64 [n] on the device.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        norm = self._plain_norm()
-        if norm is None:
-            self.deepspeed.step()
-            return self.deepspeed.get_global_grad_norm(), not bool(getattr(self.optimizer, "overflow", False))
-        made = bool(torch.isfinite(norm))
-        if made:
-            self.deepspeed.step()
-        else:  # what DeepSpeed does with ZeRO and in half precision
-            self.deepspeed.zero_grad()
-            self.deepspeed.micro_steps += 1
-            self.deepspeed.global_steps += 1
-            self.deepspeed.skipped_steps += 1
-        return norm, made
+        self.agreement.begin(flags)
+        self.deepspeed.step()
+        overflow = bool(getattr(self.optimizer, "overflow", False))
+        outcome = self.agreement.outcome(self.deepspeed.get_global_grad_norm(), not overflow)
+        self.deepspeed.skipped_steps += not (outcome.updated or overflow)  # DeepSpeed has counted the other
+        return outcome
 
     @property
     def scales_loss(self) -> bool:
@@ -87,10 +89,3 @@ class Engine:
     def accumulate(self) -> None:
         """After a micro batch that is not the last: DeepSpeed counts it."""
         self.deepspeed.step()
-
-    def _plain_norm(self) -> Tensor | None:
-        """Without ZeRO and in fp32 DeepSpeed keeps no norm: take it from the reduced gradients."""
-        if self.setup.zero_stage > 0 or self.setup.precision != "fp32":
-            return None
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.stack([gradient.norm() for gradient in gradients]).norm()
