@@ -198,6 +198,12 @@ class Train:
         False, identity=False, doc="Whether activations are recomputed in the backward pass to save memory."
     )
     compile: bool = setting(False, identity=False, doc="Whether torch.compile compiles the model.")
+    compile_mode: str = setting(
+        "default",
+        choices=("default", "reduce-overhead"),
+        identity=False,
+        doc="Mode of torch.compile; reduce-overhead records CUDA graphs, for small micro batches on fast GPUs.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ class Setup:
     beta2: float
     epsilon: float
     overrides: dict
+    compile_mode: str = "default"
 
 
 def deepspeed_config(setup: Setup) -> dict:
@@ -72,6 +73,7 @@ def setup_from(config: Config, world: World, micro: int) -> Setup:
         zero_stage=train.zero_stage,
         offload_optimizer=train.offload_optimizer,
         compile=train.compile,
+        compile_mode=train.compile_mode,
         clip_norm=optimizer.clip_norm,
         beta1=optimizer.beta1,
         beta2=optimizer.beta2,

@@ -43,7 +43,7 @@ class Engine:
         self.writer = self.deepspeed.checkpoint_engine = Writer()
         self.agreement = attach(self.deepspeed, setup.clip_norm, world.device)
         if setup.compile:
-            self.deepspeed.compile()
+            self.deepspeed.compile(compile_kwargs={"mode": setup.compile_mode})
 
     @property
     def model(self) -> Callable:

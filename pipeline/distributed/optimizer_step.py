@@ -48,10 +48,10 @@ class Agreement:
         """Start a step. flags: what this rank raises, 0 or 1 each, f64 [n] on the device."""
         self.flags, self.reduced = flags, None
 
-    def norm(self, norms: list[Tensor], scale: float = 1.0) -> Tensor:
-        """The norm f32 of the gradient of all ranks, of which this one has the parts with these norms; all are larger
-        by the loss `scale`. It is on the device, and on the host where the host decides."""
-        squares = torch.stack([norm.double() for norm in norms]).square().sum() / scale**2
+    def norm(self, norms: list[Tensor], scale: float, copies: int = 1) -> Tensor:
+        """The norm f32 of the gradient, of which this rank has the parts with these norms, and `copies` ranks each
+        part; all are larger by the loss `scale`. It is on the device, and on the host where the host decides."""
+        squares = torch.stack([norm.double() for norm in norms]).square().sum() / (copies * scale**2)
         total = self._reduce(squares)[0].sqrt()
         if self.adamw is not None:
             self.adamw.found_inf = (~total.isfinite()).float()  # type: ignore[attr-defined]
@@ -207,7 +207,9 @@ class _Plain(torch.optim.Optimizer):
 
 def _clipped(agreement: Agreement, gradients: list[Tensor], scale: float) -> bool:
     """Undo the loss scale and clip; False where the host knows that the update must be left out."""
-    norm = agreement.norm(list(torch._foreach_norm(gradients, 2, _sum_type(gradients[0]))), scale)
+    norm = agreement.norm(
+        list(torch._foreach_norm(gradients, 2, _sum_type(gradients[0]))), scale, dist.get_world_size()
+    )
     if agreement.adamw is not None:
         return True
     if not math.isfinite(norm):
