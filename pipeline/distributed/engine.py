@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.distributed.deepspeed_config import Setup, deepspeed_config
+from beitforge.pipeline.distributed.device import DTYPES
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import HostError
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
@@ -27,7 +28,7 @@ class Engine:
             host = socket.gethostname()
             raise HostError(f"train.precision fp16 needs a GPU, and {host} shows none; on a CPU use bf16 or fp32")
         self.world, self.setup = world, setup
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[setup.precision]
+        self.dtype = DTYPES[setup.precision]
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         deepspeed = quiet_deepspeed()

@@ -125,13 +125,8 @@ def attach(engine: Any, clip_norm: float, device: torch.device) -> Agreement:
 
 
 def flat_norm(flat: Tensor) -> Tensor:
-    """The norm of one long vector."""
-    return torch.linalg.vector_norm(flat, dtype=_sum_type(flat))
-
-
-def _sum_type(x: Tensor) -> torch.dtype:
-    """What squares are summed in: on a CPU, where the float32 sum of 10⁸ of them is wrong by a percent, float64."""
-    return torch.float64 if x.device.type == "cpu" else torch.float32
+    """The norm of one long vector. On a CPU in float64: the float32 sum of 10⁸ squares is wrong by a percent there."""
+    return torch.linalg.vector_norm(flat, dtype=torch.float64 if flat.device.type == "cpu" else torch.float32)
 
 
 class _Partitioned(DeepSpeedZeroOptimizer):
@@ -207,9 +202,7 @@ class _Plain(torch.optim.Optimizer):
 
 def _clipped(agreement: Agreement, gradients: list[Tensor], scale: float) -> bool:
     """Undo the loss scale and clip; False where the host knows that the update must be left out."""
-    norm = agreement.norm(
-        list(torch._foreach_norm(gradients, 2, _sum_type(gradients[0]))), scale, dist.get_world_size()
-    )
+    norm = agreement.norm(list(torch._foreach_norm(gradients)), scale, dist.get_world_size())
     if agreement.adamw is not None:
         return True
     if not math.isfinite(norm):

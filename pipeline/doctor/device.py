@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from beitforge.kernels.attention import attention, pack
-from beitforge.kernels.attention.reference import attention_reference
+from beitforge.kernels.attention import check as attention_check
+from beitforge.kernels.cross_entropy import check as cross_entropy_check
 from beitforge.kernels.cross_entropy import linear_cross_entropy
-from beitforge.kernels.cross_entropy.reference import linear_cross_entropy_reference
+from beitforge.kernels.pixels import check as pixels_check
 from beitforge.kernels.pixels import jittered
-from beitforge.kernels.pixels.reference import jittered_reference
 from beitforge.pipeline.cluster.environment import RankInfo
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.data.pretraining import sample_draws
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.distributed.deepspeed_config import setup_from
-from beitforge.pipeline.distributed.device import memory_bytes
+from beitforge.pipeline.distributed.device import DTYPES, memory_bytes
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.doctor.findings import OK, STOP, WARNING, Local
 from beitforge.pipeline.doctor.host import nvidia_smi
@@ -83,14 +84,24 @@ def kernels(config: Config, device: torch.device, local: Local) -> None:
 
     The error against float64 may be at most twice that of the plain low-precision version, three times for gradients.
     """
-    dtype = _dtype(config)
-    generator = torch.Generator().manual_seed(0)
+    dtype, model = DTYPES[config.train.precision], config.model
     cure = "set model.kernels=sdpa (or reference), and report the chip and the versions of torch and triton"
+    name, head_size = model.kernels, model.width // model.heads
+
+    def attended(qkv: Tensor, bias: Tensor) -> Tensor:
+        return attention(qkv, bias, pack(bias, head_size, qkv.dtype, name), name)
+
     try:
         problems = [
-            *_attention_differs(config, device, dtype, generator),
-            *_cross_entropy_differs(config, device, dtype, generator),
-            *_pixels_differ(config, device, generator),
+            *attention_check.problems(model.num_patches + 1, model.heads, head_size, device, dtype, attended),
+            *cross_entropy_check.problems(
+                config.tokenizer.vocabulary,
+                model.width,
+                device,
+                dtype,
+                partial(linear_cross_entropy, implementation=name),
+            ),
+            *pixels_check.problems(*model.input_size, device, partial(jittered, implementation=name)),
         ]
     except (ValueError, RuntimeError) as error:
         problems = [f"does not run: {' '.join(str(error).split())[:300]}"]
@@ -98,89 +109,6 @@ def kernels(config: Config, device: torch.device, local: Local) -> None:
         local.add(STOP, "kernels", problem, cure)
     if not problems:
         local.add(OK, "kernels", f"agree with their references in {str(dtype).removeprefix('torch.')}")
-
-
-def _dtype(config: Config) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
-
-
-def _attention_differs(
-    config: Config, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> list[str]:
-    model = config.model
-    s, a = model.num_patches + 1, model.heads
-    k = model.width // a
-    qkv = torch.randn(2, s, 3, a, k, generator=generator).to(device, dtype)
-    bias = torch.randn(a, s, s, generator=generator).to(device)
-
-    def ours(qkv: Tensor, bias: Tensor) -> Tensor:
-        return attention(qkv, bias, pack(bias, k, qkv.dtype, model.kernels), model.kernels)
-
-    return _differs("attention", ours, attention_reference, [qkv, bias], dtype)
-
-
-def _cross_entropy_differs(
-    config: Config, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> list[str]:
-    width, vocabulary = config.model.width, config.tokenizer.vocabulary
-    x = torch.randn(64, width, generator=generator).to(device, dtype)
-    weight = (0.1 * torch.randn(vocabulary, width, generator=generator)).to(device, dtype)
-    bias = torch.randn(vocabulary, generator=generator).to(device, dtype)
-    tokens = torch.randint(vocabulary, (64,), generator=generator).to(device)
-    counts = torch.ones(64, device=device)
-
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return linear_cross_entropy(x, weight, bias, tokens, counts, config.model.kernels)[0]
-
-    def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return linear_cross_entropy_reference(x, weight, bias, tokens, counts.to(x.dtype))[0]
-
-    return _differs("cross entropy", ours, reference, [x, weight, bias], dtype)
-
-
-def _differs(
-    name: str, ours: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype
-) -> list[str]:
-    """Value and gradients by ours and by the plain version, both against float64."""
-    exact = _with_gradients(reference, [tensor.double() for tensor in inputs])
-    plain, found = _with_gradients(reference, inputs), _with_gradients(ours, inputs)
-    problems = []
-    for i, (got, low, true) in enumerate(zip(found, plain, exact, strict=True)):
-        what = f"{name}{' backward' if i else ''}"
-        if not bool(torch.isfinite(got).all()):
-            problems.append(
-                f"{what} gives values that are not finite where its reference gives {true.flatten()[0]:.3g}"
-            )
-            continue
-        slack = 8 * torch.finfo(dtype).eps * float(true.abs().max())
-        error, allowed = (float((tensor.double() - true).abs().max()) for tensor in (got, low))
-        if error > (3 if i else 2) * allowed + slack:
-            problems.append(f"{what} is off by {error:.2g}; the plain version by {allowed:.2g}")
-    return problems
-
-
-def _with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The value, and the gradients of its sum of squares."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    value = function(*leaves)
-    weights = torch.linspace(-1, 1, value.numel(), device=value.device, dtype=torch.float64)
-    value.backward(weights.reshape(value.shape).to(value.dtype))
-    return [value.detach(), *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)]
-
-
-def _pixels_differ(config: Config, device: torch.device, generator: torch.Generator) -> list[str]:
-    height, width = config.model.input_size
-    views = (
-        torch.randint(256, (2, 3, height, width), generator=generator, dtype=torch.uint8),
-        torch.rand(2, 3, generator=generator) + 0.5,
-        torch.arange(2),
-        torch.full((2,), 117.0),
-    )
-    normal = (config.model.mean, config.model.std)
-    pixels, jitters, orders, greys = (view.to(device) for view in views)
-    there = jittered(pixels, jitters, orders, greys, normal, torch.float32, config.model.kernels)
-    same = torch.equal(there.cpu(), jittered_reference(*views, normal, torch.float32))
-    return [] if same else ["pixels are not bit for bit those of its reference"]
 
 
 def synthetic_batch(config: Config, images: int, rank: int) -> Batch:
@@ -218,7 +146,7 @@ class Cost:
 
 def cost(config: Config, module: nn.Module, device: torch.device, world: int) -> Cost:
     """Measured forward and backward with a few images and without DeepSpeed, and what the optimizer adds."""
-    module.to(device, _dtype(config))
+    module.to(device, DTYPES[config.train.precision])
     few, more = ((images, *_tried(config, module, device, images)) for images in _MICRO_TRIED)
     module.zero_grad(set_to_none=True)
     image = max(1.0, (more[1] - few[1]) / (more[0] - few[0]))
@@ -244,7 +172,7 @@ def _tried(config: Config, module: nn.Module, device: torch.device, images: int)
             torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, saved.give):
-            loss, _ = masked_token_loss(config, module, batch, _dtype(config))
+            loss, _ = masked_token_loss(config, module, batch, DTYPES[config.train.precision])
         loss.backward()
         _wait(device)
         seconds = time.perf_counter() - started

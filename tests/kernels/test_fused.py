@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +115,22 @@ def test_long_rows(dtype, large_blocks):
 def test_without_a_bias(s):
     qkv, _, weight = inputs(s, 2, 32, 2, torch.float32)
     compare(qkv, None, weight, BOUNDS[torch.float32])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
+@pytest.mark.parametrize("s", [17, 34, 63])
+def test_nothing_beyond_the_rows_is_read(s, monkeypatch):
+    """Not even where it is multiplied by zero: no product has a number that is not finite."""
+    multiply, found = np.matmul, []
+
+    def product(a: np.ndarray, b: np.ndarray, **named: Any) -> np.ndarray:
+        found.append(bool(np.isfinite(a).all() and np.isfinite(b).all()))
+        return multiply(a, b, **named)
+
+    monkeypatch.setattr(np, "matmul", product)
+    qkv, bias, weight = inputs(s, 1, 32, 1, torch.float32)
+    compare(qkv, bias, surrounded(weight), BOUNDS[torch.float32])
+    assert found and all(found)
 
 
 @pytest.mark.parametrize("images", [1, 2, 5, 7])
