@@ -140,7 +140,7 @@ def rank() -> None:
     torch.set_num_threads(1)
     found, probing = [], Probing(world.size)
     for stage in range(4):
-        each = measured(world, stage, SHAPE, STEPS, PRECISION, 1, {}, probing)
+        each = measured(world, stage, SHAPE, STEPS, PRECISION, 1, {}, between=probing)
         found.append({**each, "probe": dataclasses.asdict(probing.read())})
     if world.first:
         print(json.dumps(found), flush=True)

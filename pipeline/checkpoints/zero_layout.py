@@ -1,6 +1,7 @@
 """Where DeepSpeed keeps each parameter: in a running engine, and in the files of its checkpoints.
 
-Of every parameter this process, or one file, holds a piece: part of its float32 master and of Adam's two moments.
+Of every parameter this process, or one file, holds pieces: part of its float32 master, and of Adam's two moments or
+of Muon's momentum.
 With pieces of both sides a checkpoint of any ZeRO stage and number of processes goes into an engine of any other, and
 weights come out one tensor at a time. DeepSpeed's own universal checkpoint does not serve: under ZeRO-3 it gives every
 parameter group the first one's settings and one step counter, and it takes 1, 2 and 3 for different things.
@@ -24,19 +25,20 @@ from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import ConfigError
 
-VALUES = ("fp32", "exp_avg", "exp_avg_sq")
+_ADAM, _MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Numbers start … start + length of a flattened parameter. values: views of VALUES, each 1-D of that length."""
+    """Numbers start … start + length of a flattened parameter. values: `fp32` and what the optimizer keeps, views that
+    are 1-D of that length."""
 
     start: int
     values: dict[str, Tensor]
 
     @property
     def end(self) -> int:
-        return self.start + self.values["fp32"].numel()
+        return self.start + next(iter(self.values.values())).numel()
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,22 @@ class CheckpointFiles:
     @torch.no_grad()
     def fill(self, name: str, target: Piece) -> None:
         """Copy what the target wants of a parameter. Raises ConfigError when the files do not hold all of it."""
-        filled = 0
-        for piece in self.pieces.get(name, []):
-            first, last = max(piece.start, target.start), min(piece.end, target.end)
-            if first >= last:
-                continue
-            for value, into in target.values.items():
-                if value not in piece.values:
-                    raise ConfigError(f"{self.folder} holds weights but not what the optimizer knows of {name}")
-                found = piece.values[value][first - piece.start : last - piece.start]
-                into[first - target.start : last - target.start].copy_(found)
-            filled += last - first
-        if filled != target.end - target.start:
+        there = self.pieces.get(name, [])
+        for value, into in target.values.items():
+            filled, holding = 0, [piece for piece in there if value in piece.values]
+            if there and not holding:
+                raise ConfigError(f"{self.folder} holds weights but not what the optimizer knows of {name}")
+            for piece in holding:
+                first, last = max(piece.start, target.start), min(piece.end, target.end)
+                if first < last:
+                    found = piece.values[value][first - piece.start : last - piece.start]
+                    into[first - target.start : last - target.start].copy_(found)
+                    filled += last - first
             wanted = target.end - target.start
-            raise ConfigError(f"{self.folder} is damaged: it holds {filled} of {wanted} numbers of {name}; remove it")
+            if filled != wanted:
+                raise ConfigError(
+                    f"{self.folder} is damaged: it holds {filled} of {wanted} numbers of {name}; remove it"
+                )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """float32 weights, one after the other; only one of them is in memory."""
@@ -115,10 +119,19 @@ def _saved_whole(folder: Path, groups: list[list[str]]) -> CheckpointFiles:
     order = [name for names in groups for name in names]
     pieces = {}
     for number, name in enumerate(order):
-        moments = optimizer["state"][number]
-        values = {"fp32": masters[name], "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+        values = {"fp32": masters[name], **_own(optimizer["state"][number])}
         pieces[name] = [Piece(0, {key: tensor.reshape(-1) for key, tensor in values.items()})]
-    return CheckpointFiles(folder, shapes, pieces, float(optimizer["state"][0]["step"]))
+    return CheckpointFiles(folder, shapes, pieces, _step(optimizer["state"]))
+
+
+def _own(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the state of one of the optimizer's tensors what it keeps of each number."""
+    return {key: state[key] for key in (*_ADAM, *_MUON) if key in state}
+
+
+def _step(states: dict[int, dict]) -> float:
+    """The step counter, which all of AdamW's tensors share and Muon's have not."""
+    return float(next(state["step"] for state in states.values() if "step" in state))
 
 
 def _rank_files(folder: Path) -> list[dict]:
@@ -139,24 +152,32 @@ def _in_order(shapes: dict[str, tuple[int, ...]], groups: list[dict]) -> dict[st
 
 def _saved_flat(folder: Path) -> CheckpointFiles:
     """ZeRO-1 and 2: a group's parameters lie end to end, rank r holds the r-th of equal shares. The master's ends with
-    the last parameter, the moments' with the padding."""
+    the last parameter, the moments' with the padding. Muon's momentum is kept whole by every rank whose share the
+    parameter reaches into."""
     content = _load(folder / "mp_rank_00_model_states.pt")
     ranks = _rank_files(folder)
     pieces: dict[str, list[Piece]] = {}
     for group, shapes in enumerate(content["param_shapes"]):
-        moments = [rank["base_optimizer_state"]["state"][group] for rank in ranks]
+        own = [_own(rank["base_optimizer_state"]["state"].get(group, {})) for rank in ranks]
         masters = [rank["single_partition_of_fp32_groups"][group] for rank in ranks]
-        share, offset = moments[0]["exp_avg"].numel(), 0
+        share, offset, behind = masters[0].numel(), 0, [0] * len(ranks)
         for (name, shape), padding in zip(shapes.items(), ranks[0]["param_alignment_paddings"][group], strict=True):
-            end, pieces[name] = offset + math.prod(shape), []
+            numbers = math.prod(shape)
+            end, pieces[name] = offset + numbers, []
             for rank in range(offset // share, min(len(ranks), -(-end // share))):
                 first, last = max(offset, rank * share), min(end, (rank + 1) * share)
                 here = slice(first - rank * share, last - rank * share)
-                values = {"fp32": masters[rank][here], **{key: moments[rank][key][here] for key in VALUES[1:]}}
-                pieces[name].append(Piece(first - offset, values))
+                alike = {key: own[rank][key][here] for key in _ADAM if key in own[rank]}
+                pieces[name].append(Piece(first - offset, {"fp32": masters[rank][here], **alike}))
+                whole = {
+                    key: own[rank][key][behind[rank] : behind[rank] + numbers] for key in _MUON if key in own[rank]
+                }
+                if whole and first == offset:
+                    pieces[name].append(Piece(0, whole))
+                behind[rank] += numbers
             offset = end + padding
-    step = float(ranks[0]["base_optimizer_state"]["state"][0]["step"])
-    return CheckpointFiles(folder, _in_order(content["module"], content["param_shapes"]), pieces, step)
+    shapes = _in_order(content["module"], content["param_shapes"])
+    return CheckpointFiles(folder, shapes, pieces, _step(ranks[0]["base_optimizer_state"]["state"]))
 
 
 def _saved_partitioned(folder: Path) -> CheckpointFiles:
@@ -174,13 +195,12 @@ def _saved_partitioned(folder: Path) -> CheckpointFiles:
         for rank, file in enumerate(ranks):
             length = min(share, numbers - rank * share)
             if length > 0:
-                here, moments = slice(offset, offset + length), file["optimizer_state_dict"]["state"][flat]
-                values = {"fp32": file["fp32_flat_groups"][flat][here]}
-                values |= {key: moments[key][here] for key in VALUES[1:]}
-                pieces[name].append(Piece(rank * share, values))
+                here, own = slice(offset, offset + length), _own(file["optimizer_state_dict"]["state"][flat])
+                values = {"fp32": file["fp32_flat_groups"][flat], **own}
+                pieces[name].append(Piece(rank * share, {key: value[here] for key, value in values.items()}))
         offset += share
-    step = float(ranks[0]["optimizer_state_dict"]["state"][0]["step"])
-    return CheckpointFiles(folder, _in_order(content["module"], content["param_shapes"]), pieces, step)
+    shapes = _in_order(content["module"], content["param_shapes"])
+    return CheckpointFiles(folder, shapes, pieces, _step(ranks[0]["optimizer_state_dict"]["state"]))
 
 
 def load_into(engine: Engine, source: CheckpointFiles) -> None:
@@ -210,37 +230,43 @@ def engine_pieces(engine: Engine, step: float | None = None) -> list[tuple[str, 
 
 def finite(engine: Engine) -> bool:
     """Whether every master weight of every rank is a finite number."""
-    broken = any(not bool(torch.isfinite(piece.values["fp32"]).all()) for _, piece in engine_pieces(engine))
+    masters = [piece.values["fp32"] for _, piece in engine_pieces(engine) if "fp32" in piece.values]
+    broken = any(not bool(torch.isfinite(master).all()) for master in masters)
     return not all_max([float(broken)], engine.world)[0]
 
 
-def _moments(optimizer: Any, master: Tensor, step: float | None) -> dict[str, Tensor]:
-    """Master and moments of one of the inner optimizer's tensors, each flat."""
-    state = optimizer.state[master]
+def _moments(optimizer: Any, group: dict, master: Tensor, step: float | None) -> dict[str, Tensor]:
+    """Master and moments of one of the inner optimizer's tensors, each flat. group: its settings."""
+    state, muon = optimizer.state[master], group.get("use_muon", False)
     if step is not None:
-        group = optimizer.param_groups[0]  # alike in how they are computed; under ZeRO-3 they list no tensors
         device = master.device if group.get("fused") or group.get("capturable") else "cpu"
-        state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
-        for key in VALUES[1:]:
+        if not muon:
+            state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
+        for key in _MUON if muon else _ADAM:
             state.setdefault(key, torch.zeros_like(master, memory_format=torch.preserve_format))
-    return {"fp32": master.detach().view(-1), **{key: state[key].view(-1) for key in VALUES[1:]}}
+    return {"fp32": master.detach().view(-1), **{key: value.view(-1) for key, value in _own(state).items()}}
 
 
 def _live_whole(engine: Engine, names: dict[int, str], step: float | None) -> list[tuple[str, Piece]]:
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups"):
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        masters = [pair for group in pairs for pair in zip(*group, strict=True)]
-        optimizer = optimizer.optimizer
-    else:
-        masters = [(parameter, parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    return [(names[id(p)], Piece(0, _moments(optimizer, master, step))) for p, master in masters]
+    optimizer, inner, found = engine.optimizer, getattr(engine.optimizer, "optimizer", engine.optimizer), []
+    of_groups = [group["params"] for group in inner.param_groups]
+    weights = getattr(optimizer, "fp16_groups", of_groups)
+    for group, parameters, masters in zip(inner.param_groups, weights, of_groups, strict=True):
+        for parameter, master in zip(parameters, masters, strict=True):
+            found.append((names[id(parameter)], Piece(0, _moments(inner, group, master, step))))
+    return found
 
 
 def _live_flat(engine: Engine, names: dict[int, str], step: float | None) -> list[tuple[str, Piece]]:
     optimizer, found = engine.optimizer, []
-    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        whole = _moments(optimizer.optimizer, flat, step)
+    flats = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+    for number, (group, flat) in enumerate(flats):
+        settings = optimizer.optimizer.param_groups[number]
+        if settings.get("use_muon", False):
+            found += _whole_momenta(engine, names, number, step)
+            whole = {"fp32": flat.detach()}
+        else:
+            whole = _moments(optimizer.optimizer, settings, flat, step)
         for parameter in group:
             if parameter._hp_mapping is None:
                 continue  # no part of it is this rank's
@@ -250,10 +276,29 @@ def _live_flat(engine: Engine, names: dict[int, str], step: float | None) -> lis
     return found
 
 
+def _whole_momenta(engine: Engine, names: dict[int, str], number: int, step: float | None) -> list[tuple[str, Piece]]:
+    """Muon's momentum under ZeRO-1 and 2, of a group: of every parameter that reaches into this rank's share."""
+    optimizer, found, start = engine.optimizer, [], 0
+    here = optimizer.params_in_partition[number]
+    flat = optimizer.single_partition_of_fp32_groups[number]
+    state = optimizer.optimizer.state[flat]
+    if step is not None:
+        state.setdefault(*_MUON, flat.new_zeros(sum(parameter.numel() for parameter in here)))
+    for parameter in here:
+        end = start + parameter.numel()
+        found.append((names[id(parameter)], Piece(0, {key: value[start:end] for key, value in _own(state).items()})))
+        start = end
+    return found
+
+
 def _live_partitioned(engine: Engine, names: dict[int, str], step: float | None) -> list[tuple[str, Piece]]:
     optimizer, found = engine.optimizer, []
-    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-        whole, offset = _moments(optimizer.optimizer, flat, step), 0
+    inner = optimizer.optimizer
+    for number, (group, flat) in enumerate(
+        zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
+    ):
+        settings = inner.param_groups[optimizer.sub_group_to_group_id[number]]
+        whole, offset = _moments(inner, settings, flat, step), 0
         for parameter in group:
             share = parameter.partition_numel()
             length = min(share, parameter.ds_numel - engine.world.rank * share)

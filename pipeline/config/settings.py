@@ -166,16 +166,22 @@ class Mask:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW with a cosine schedule per step (docs/recipe.md, "Optimiser")."""
+    """AdamW or Muon with a cosine schedule per step (docs/recipe.md, "Optimiser" and "Muon")."""
 
-    lr: float = setting(1.5e-3, at_least=0, doc="Peak learning rate.")
+    kind: str = setting(
+        "adamw",
+        choices=("adamw", "muon"),
+        doc="Optimizer of pretraining; muon updates the matrices of the blocks, AdamW the rest.",
+    )
+    lr: float = setting(1.5e-3, at_least=0, doc="Peak learning rate; AdamW's, and Muon's updates are scaled to it.")
     lr_end: float = setting(1e-5, at_least=0, doc="Learning rate at the end of the cosine schedule.")
     warmup: Duration = setting(Duration(10, "epochs"), at_least=0, doc="Linear warm-up of the learning rate.")
+    muon_momentum: float = setting(0.95, at_least=0, less_than=1, doc="Decay of Muon's momentum.")
     beta1: float = setting(0.9, at_least=0, less_than=1, doc="Decay of the first moment.")
     beta2: float = setting(0.999, at_least=0, less_than=1, doc="Decay of the second moment.")
     epsilon: float = setting(1e-8, at_least=0, doc="Term added to the denominator for numerical stability.")
     weight_decay: float = setting(0.05, at_least=0, doc="Decoupled weight decay.")
-    clip_norm: float = setting(3.0, at_least=0, doc="Largest norm of the gradient; 0: no clipping.")
+    clip_norm: float = setting(3.0, at_least=0, doc="Largest norm of the gradient; 0: no clipping, as muon needs.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,22 @@ def _fields(config: Config) -> list[str]:
 def _pairs(config: Config) -> list[str]:
     """Settings that need each other, and ranges whose ends are in order."""
     data, train, view, tune = config.data, config.train, config.view, config.finetune
+    muon = config.optimizer.kind == "muon"
     rules = (
+        (
+            not muon or train.precision in ("bf16", "fp32"),
+            f"optimizer.kind muon is not for train.precision {train.precision}: DeepSpeed adds up its momentum from "
+            "gradients of changing loss scales; use bf16",
+        ),
+        (
+            not muon or not train.offload_optimizer,
+            "optimizer.kind muon is not for train.offload_optimizer; use a higher train.zero_stage, or adamw",
+        ),
+        (
+            not muon or config.optimizer.clip_norm == 0,
+            f"optimizer.kind muon is not for optimizer.clip_norm {config.optimizer.clip_norm:g}: under ZeRO, DeepSpeed "
+            "would clip its updates, whose size the learning rate sets; set optimizer.clip_norm=0",
+        ),
         (
             not train.offload_optimizer or train.zero_stage > 0,
             "train.offload_optimizer needs train.zero_stage 1, 2 or 3",

@@ -24,6 +24,7 @@ class Setup:
     epsilon: float
     overrides: dict
     compile_mode: str = "default"
+    muon: bool = False  # the groups are pipeline.training.optim.muon_groups
 
 
 def deepspeed_config(setup: Setup) -> dict:
@@ -47,6 +48,8 @@ def deepspeed_config(setup: Setup) -> dict:
             },
         },
     }
+    if setup.muon and setup.zero_stage == 3:
+        derived["zero_optimization"]["reduce_scatter"] = False  # DeepSpeed refuses both
     if setup.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if setup.precision != "fp32":
@@ -79,4 +82,5 @@ def setup_from(config: Config, world: World, micro: int) -> Setup:
         beta2=optimizer.beta2,
         epsilon=optimizer.epsilon,
         overrides=config.deepspeed,
+        muon=optimizer.kind == "muon",
     )

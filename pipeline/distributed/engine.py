@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.distributed.deepspeed_config import Setup, deepspeed_config
 from beitforge.pipeline.distributed.device import DTYPES
+from beitforge.pipeline.distributed.muon import muon_optimizer
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import HostError
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
@@ -23,7 +24,7 @@ class Engine:
     """A model under DeepSpeed. `model` is what objectives call; parameters live wherever ZeRO put them."""
 
     def __init__(self, module: nn.Module, groups: list[dict], setup: Setup, world: World):
-        """groups: AdamW parameter groups. Raises HostError for fp16 without a GPU."""
+        """groups: parameter groups of AdamW, or of Muon where setup.muon. Raises HostError for fp16 without a GPU."""
         if setup.precision == "fp16" and world.device.type == "cpu":
             host = socket.gethostname()
             raise HostError(f"train.precision fp16 needs a GPU, and {host} shows none; on a CPU use bf16 or fp32")
@@ -33,10 +34,11 @@ class Engine:
         self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         deepspeed = quiet_deepspeed()
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, model_parameters=groups, config=deepspeed_config(setup)
+            model=module, model_parameters=groups, config=deepspeed_config(setup), optimizer=muon_optimizer(setup)
         )
         for state in getattr(self.optimizer, "optimizer", self.optimizer).state.values():
-            state["step"].zero_()  # DeepSpeed's optimizer without ZeRO warms up with a step that AdamW counts
+            if "step" in state:  # not of Muon
+                state["step"].zero_()  # DeepSpeed's optimizer without ZeRO warms up with a step that AdamW counts
         # these import deepspeed, which is set up by now
         from beitforge.pipeline.distributed.file_writer import Writer
         from beitforge.pipeline.distributed.optimizer_step import attach
@@ -56,8 +58,11 @@ class Engine:
 
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint takes on disk."""
-        numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
-        return checkpoint_bytes(numbers, self.setup.zero_stage, self.dtype.itemsize)
+        numbers = {name: getattr(p, "ds_numel", p.numel()) for name, p in self.module.named_parameters()}
+        muon = {name for name, p in self.module.named_parameters() if getattr(p, "use_muon", False)}
+        matrices = [[numbers[name] for name in group] for group in self.groups if muon.issuperset(group)]
+        total, stage = sum(numbers.values()), self.setup.zero_stage
+        return checkpoint_bytes(total, stage, self.dtype.itemsize, matrices, self.world.size)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the number of accumulation steps.

@@ -38,7 +38,8 @@ def start_world(hang_seconds: float = 600.0) -> World:
 
 
 def quiet_deepspeed() -> Any:
-    """The deepspeed module, quiet, and told not to compile its shared-memory operator."""
+    """The deepspeed module, quiet, and told to compile neither its shared-memory operator nor Muon's update, for whose
+    decorators alone it would import the compiler, in seconds, at every start."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     # DeepSpeed calls torch.distributed functions whose new names torch 2.13 advertises at every call
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\..* is deprecated")
@@ -46,6 +47,7 @@ def quiet_deepspeed() -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function  # used by Muon alone
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

@@ -34,7 +34,7 @@ from beitforge.pipeline.doctor.host import nvidia_smi
 from beitforge.pipeline.plan.estimate import sharding_of
 from beitforge.pipeline.plan.zero_model import states
 from beitforge.pipeline.training.objectives import masked_token_loss
-from beitforge.pipeline.training.optim import parameter_groups
+from beitforge.pipeline.training.optim import pretraining_groups
 from beitforge.shards.stream.loader import Batch
 
 _FIELDS = "uuid,memory.free,memory.total,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.active"
@@ -261,7 +261,7 @@ def dry_step(
     at("setting up DeepSpeed")
     whole = setup_from(config, world, micro)
     setup = replace(whole, global_batch=micro * world.size, accumulation=1, compile=False)
-    engine = Engine(module, parameter_groups(module, config.optimizer.weight_decay), setup, world)
+    engine = Engine(module, pretraining_groups(module, config.optimizer), setup, world)
     batch, finite = synthetic_batch(config, micro, world.rank).to(world.device), True
     times: list[tuple[float, float]] = []
     for turn in range(_TURNS):

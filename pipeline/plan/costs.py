@@ -21,12 +21,13 @@ _LAUNCHED_EAGER, _LAUNCHED_COMPILED = (
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor: its name in the model, how many numbers it has, whether weight decay applies
-    (pipeline.training.optim)."""
+    """One tensor: its name in the model, how many numbers it has, whether weight decay applies, and rows and columns of
+    what Muon takes (pipeline.training.optim)."""
 
     name: str
     numbers: int
     decays: bool
+    matrix: tuple[int, int] | None = None
 
 
 def parameters(model: Model, vocabulary: int) -> list[Parameter]:
@@ -34,6 +35,12 @@ def parameters(model: Model, vocabulary: int) -> list[Parameter]:
     d, h = model.width, int(model.width * model.mlp_ratio)
     rows, columns = model.grid
     table = ((2 * rows - 1) * (2 * columns - 1) + 3) * model.heads
+    matrices = {
+        "attention.qkv_weight": (3 * d, d),
+        "attention.out.weight": (d, d),
+        "fc1.weight": (h, d),
+        "fc2.weight": (d, h),
+    }
     block = [
         *([("gamma1", d, False), ("gamma2", d, False)] if model.layer_scale else []),
         ("norm1.weight", d, False),
@@ -62,8 +69,10 @@ def parameters(model: Model, vocabulary: int) -> list[Parameter]:
         embedding.append(("shared_bias.table", table, True))
     head = [("norm.weight", d, False), ("norm.bias", d, False)]
     head += [("head.weight", vocabulary * d, True), ("head.bias", vocabulary, False)]
-    blocks = [(f"blocks.{layer}.{n}", s, w) for layer in range(model.layers) for n, s, w in block]
-    return [Parameter(*each) for each in (*embedding, *blocks, *head)]
+    blocks = [
+        Parameter(f"blocks.{layer}.{n}", s, w, matrices.get(n)) for layer in range(model.layers) for n, s, w in block
+    ]
+    return [*(Parameter(*each) for each in embedding), *blocks, *(Parameter(*each) for each in head)]
 
 
 def num_parameters(model: Model, vocabulary: int) -> int:
@@ -176,6 +185,19 @@ def update_bytes(numbers: float) -> float:
     """Bytes AdamW moves per parameter of its share: gradient, master and two moments in, the last three and a 16-bit
     weight out."""
     return numbers * (4 * 4 + 3 * 4 + 2)
+
+
+def muon_flops(rows: int, columns: int) -> float:
+    """Operations of Muon's update of a matrix: products of five Newton-Schulz steps, on the small square matrix X·Xᵀ
+    with one restart where it is not square itself (deepspeed/runtime/zero/muon/original_muon.py, "gram")."""
+    small, large = min(rows, columns), max(rows, columns)
+    return 30.0 * small**3 if small == large else 8.0 * small**2 * large + 28.0 * small**3
+
+
+def muon_bytes(numbers: float) -> float:
+    """Bytes Muon moves per parameter of its share beside its products: gradient, master and momentum in, momentum into
+    its stage and out of it, master and a 16-bit weight out."""
+    return numbers * (3 * 4 + 3 * 4 + 4 + 2)
 
 
 def tokenizer_macs(settings: Tokenizer, dalle: bool) -> float:

@@ -14,6 +14,8 @@ from beitforge.pipeline.plan.costs import (
     computed_flops,
     launches,
     moved_bytes,
+    muon_bytes,
+    muon_flops,
     num_parameters,
     parameters,
     tokenizer_macs,
@@ -37,6 +39,7 @@ from beitforge.pipeline.plan.zero_model import (
     copied_bytes,
     exchanges,
     kept_whole,
+    muon_work,
     states,
     zero_settings,
 )
@@ -170,6 +173,7 @@ def sharding_of(config: Config, gpus: int, stage: int, accumulation: int) -> Sha
         accumulation=accumulation,
         offload=config.train.offload_optimizer and stage > 0,
         settings=zero_settings(config, stage),
+        muon=config.optimizer.kind == "muon",
     )
 
 
@@ -232,7 +236,11 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
         )
         seconds[each.when] += once
     share = sharding.total / (world if sharding.stage else 1)
-    update = update_bytes(share) / (machine.assumed.update_bandwidth or machine.memory_bandwidth)
+    own = sharding.muon_numbers / (world if sharding.stage else 1)
+    moved = update_bytes(share - own) + muon_bytes(own)
+    update = moved / (machine.assumed.update_bandwidth or machine.memory_bandwidth)
+    matrices = [each.matrix for each in muon_work(sharding) if each.matrix]
+    update += sum(muon_flops(*matrix) for matrix in matrices) / machine.product_flops("fp16")
     if sharding.offload:
         update = 2 * sharding.number * share / machine.assumed.host_copy
     update += copied_bytes(sharding) / machine.memory_bandwidth
@@ -255,7 +263,8 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
 
 def checkpoint_of(config: Config, machine: Machine, sharding: Sharding) -> tuple[float, float]:
     """Bytes of a checkpoint, and how long the training stands still."""
-    size = float(checkpoint_bytes(sharding.total, sharding.stage, sharding.number))
+    matrices = [[each.numbers for each in group] for group in sharding.matrices]
+    size = float(checkpoint_bytes(sharding.total, sharding.stage, sharding.number, matrices, sharding.world))
     nodes = machine.nodes(sharding.world) if sharding.stage else 1
     if config.checkpoint.asynchronous:
         return size, size / (sharding.world if sharding.stage else 1) / machine.assumed.host_copy

@@ -54,7 +54,8 @@ def _head(config: Config, machine: Machine, images: int, origin: str) -> str:
     return "\n".join(
         [
             f"{model.layers} layers × {model.width}, {size_of(config):,} parameters, {flops / 1e9:.1f} GFLOP an image, "
-            f"{train.precision}{', compiled' if train.compile else ''}, attention {kernels_of(config)}",
+            f"{train.precision}{', compiled' if train.compile else ''}, attention {kernels_of(config)}, "
+            f"{ {'adamw': 'AdamW', 'muon': 'Muon'}[config.optimizer.kind] }",
             f"{train.duration}: {steps:,} steps of {train.global_batch} of {images:,} images ({origin})",
             f"not in the times below: evaluations, at most {config.log.evaluation_share:.0%} of the run's "
             "(log.evaluation_share)",

@@ -65,11 +65,25 @@ class Sharding:
     accumulation: int
     offload: bool
     settings: ZeroSettings
+    muon: bool = False
 
     @property
     def groups(self) -> list[list[Parameter]]:
-        """The optimizer's: with and without weight decay."""
-        return [[each for each in self.parameters if each.decays is decays] for decays in (True, False)]
+        """The optimizer's: Muon's matrices by columns, in DeepSpeed's order, then AdamW's with and without decay."""
+        rest = [each for each in self.parameters if each.matrix is None or not self.muon]
+        return [*self.matrices, *([each for each in rest if each.decays is decays] for decays in (True, False))]
+
+    @property
+    def matrices(self) -> list[list[Parameter]]:
+        """Muon's groups (pipeline.training.optim.muon_groups)."""
+        shapes = [each for each in self.parameters if self.muon and each.matrix]
+        columns = sorted({each.matrix[1] for each in shapes if each.matrix})
+        ordered = sorted(shapes, key=lambda each: each.matrix or (), reverse=True)
+        return [[each for each in ordered if each.matrix and each.matrix[1] == inputs] for inputs in columns]
+
+    @property
+    def muon_numbers(self) -> int:
+        return sum(each.numbers for group in self.matrices for each in group)
 
     @property
     def total(self) -> int:
@@ -112,21 +126,23 @@ def states(sharding: Sharding) -> States:
     total, number = sharding.total, sharding.number
     if sharding.stage == 0:
         flat = number * min(total, sharding.settings.bucket) if sharding.world > 1 else 0
-        return States(number * total, number * total, (master + 8) * total, max(flat, master * total), 0.0)
+        optimizer = (master + 8) * total - 4 * sharding.muon_numbers
+        return States(number * total, number * total, optimizer, max(flat, master * total), 0.0)
     return _flat_states(sharding) if sharding.stage < 3 else _partitioned_states(sharding)
 
 
 def _flat_states(sharding: Sharding) -> States:
     """ZeRO-1 and 2: each group lies end to end, padded to even shares; a gradient is kept whole by every process that
-    owns a part of it. The bucket, in which others wait, exists during backward, the share's float32 gradients during
-    the update."""
+    owns a part of it, as are Muon's momentum, its next value and its update, in the gradients' precision. The bucket,
+    in which others wait, exists during backward, the share's float32 gradients during the update."""
     number, world = sharding.number, sharding.world
     lengths = [padded(sum(each.numbers for each in group), 2 * world) for group in sharding.groups]
-    share = sum(lengths) // world
-    gradients = float(number * max(_owned(sharding.groups, lengths, world)))
+    share, of_muon = sum(lengths) // world, len(sharding.matrices)
+    momentum = number * max(_owned(sharding.matrices, lengths[:of_muon], world))
+    gradients = float(number * max(_owned(sharding.groups, lengths, world)) + momentum)  # and what Muon makes of them
     bucket = number * sharding.settings.bucket * (2 if sharding.settings.overlap else 1)
-    optimizer = 12.0 * share
-    buffers = max(bucket, 4.0 * share if number == 2 else 0.0)
+    optimizer = 4.0 * share + 8.0 * (sum(lengths[of_muon:]) // world) + momentum
+    buffers = momentum + max(bucket, 4.0 * share if number == 2 else 0.0)
     on_device, on_host = (0.0, optimizer) if sharding.offload else (optimizer, 0.0)
     return States(float(number * sum(lengths)), gradients, on_device, buffers, on_host)
 
@@ -135,12 +151,19 @@ def _owned(groups: list[list[Parameter]], lengths: list[int], world: int) -> lis
     """Numbers of the parameters that reach into each process's share, whole."""
     owned = [0] * world
     for group, length in zip(groups, lengths, strict=True):
-        share, start = length // world, 0
-        for each in group:
-            for rank in range(start // share, min(world - 1, (start + each.numbers - 1) // share) + 1):
+        for each, ranks in zip(group, _owners(group, length, world), strict=True):
+            for rank in ranks:
                 owned[rank] += each.numbers
-            start += each.numbers
     return owned
+
+
+def _owners(group: list[Parameter], length: int, world: int) -> list[range]:
+    """Of each parameter of a group the processes into whose share it reaches."""
+    found, share, start = [], length // world, 0
+    for each in group:
+        found.append(range(start // share, min(world - 1, (start + each.numbers - 1) // share) + 1))
+        start += each.numbers
+    return found
 
 
 def _partitioned_states(sharding: Sharding) -> States:
@@ -154,8 +177,12 @@ def _partitioned_states(sharding: Sharding) -> States:
         whole, at_once = 0, []
     live = sum(numbers for numbers, again in at_once if not again)
     live += min(settings.prefetch, sum(numbers for numbers, again in at_once if again))
-    optimizer = 12.0 * share
-    buffers = float(number * settings.bucket + max(number * live, 4.0 * share if number == 2 else 0.0))
+    muon = sum(-(-each.numbers // world) for group in sharding.matrices for each in group)
+    optimizer = 12.0 * share - (8 - number) * muon  # momentum in the gradients' precision
+    together = min(settings.bucket, muon * world) * (3 if world > 1 else 1)  # Muon's: gradients and momentum, whole
+    buffers = float(
+        number * settings.bucket + max(number * live, 4.0 * share if number == 2 else 0.0, number * together)
+    )
     on_device, on_host = (0.0, optimizer) if sharding.offload else (optimizer, 0.0)
     return States(float(number * (share + whole)), float(number * share), on_device, buffers, on_host)
 
@@ -201,7 +228,8 @@ def exchanges(sharding: Sharding) -> list[Exchange]:
 
     Where the paper's ZeRO-1 and 2 send 2 Ψ numbers, DeepSpeed's send 3 Ψ: it all-reduces the bucket and each keeps its
     part (`use_multi_rank_bucket_allreduce`). ZeRO-2 does so with every micro batch. ZeRO-3 gathers once a micro batch
-    what stays within `reuse`, not twice.
+    what stays within `reuse`, not twice. With Muon it all-reduces gradients, too, and before the update gathers them
+    and the momentum; matrices are then updated one by each process, and both are gathered again.
     """
     number, turns = sharding.number, sharding.accumulation
     if sharding.world == 1:
@@ -217,9 +245,41 @@ def exchanges(sharding: Sharding) -> list[Exchange]:
     gathered = _gathered(sharding)
     shares = sum(padded(each.numbers, sharding.world) for each in sharding.parameters)
     whole = shares - sum(numbers for numbers, _ in gathered)
+    if sharding.muon:
+        reduced = Exchange("all_reduce", "backward", float(number * sharding.total), turns)
+    else:
+        reduced = Exchange("reduce_scatter", "backward", float(number * shares), turns)
     return [
         Exchange("all_gather", "gather", float(number * sum(numbers for numbers, _ in gathered)), turns),
         Exchange("all_gather", "regather", float(number * sum(numbers for numbers, again in gathered if again)), turns),
-        Exchange("reduce_scatter", "backward", float(number * shares), turns),
-        Exchange("all_gather", "end", float(number * whole), 1),
+        reduced,
+        Exchange("all_gather", "end", float(number * (whole + _gathered_by_muon(sharding))), 1),
     ]
+
+
+def _gathered_by_muon(sharding: Sharding) -> int:
+    """Numbers that ZeRO-3 gathers around Muon's update: shares first, then turns of `world` matrices, each as long as
+    the longest of its turn."""
+    world, found = sharding.world, 0
+    for group in sharding.matrices:
+        found += 2 * sum(padded(each.numbers, world) for each in group)
+        turns = [group[start : start + world] for start in range(0, len(group), world)]
+        found += 2 * world * sum(max(each.numbers for each in turn) for turn in turns)
+    return found
+
+
+def muon_work(sharding: Sharding) -> list[Parameter]:
+    """The matrices that the busiest process updates: all without ZeRO, those that reach into its share under ZeRO-1 and
+    2, one of each turn under ZeRO-3."""
+    world, groups = sharding.world, sharding.matrices
+    if sharding.stage == 0:
+        return [each for group in groups for each in group]
+    if sharding.stage == 3:
+        return [each for group in groups for each in group[::world]]
+    lengths = [padded(sum(each.numbers for each in group), 2 * world) for group in groups]
+    work: list[list[Parameter]] = [[] for _ in range(world)]
+    for group, length in zip(groups, lengths, strict=True):
+        for each, ranks in zip(group, _owners(group, length, world), strict=True):
+            for rank in ranks:
+                work[rank].append(each)
+    return max(work, key=lambda mine: sum(each.numbers for each in mine))

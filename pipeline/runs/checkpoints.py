@@ -4,7 +4,7 @@ pipeline.checkpoints.saver writes and loads them. Must not know torch, engine, m
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,8 +72,19 @@ def _read(folder: Path) -> tuple[str, State | None]:
     return "", state
 
 
-def checkpoint_bytes(numbers: int, stage: int, number: int) -> int:
+def checkpoint_bytes(
+    numbers: int, stage: int, number: int, matrices: Sequence[Sequence[int]] = (), world: int = 1
+) -> int:
     """About what a checkpoint takes on disk: float32 masters, two moments, and the weights where they lie beside them.
-    number: bytes of a weight."""
+    number: bytes of a weight.
+
+    matrices: numbers of those that Muon updates, by its groups; they have one momentum, which under ZeRO-1 and 2 each
+    of the `world` processes keeps whole of every matrix that reaches into its share, in the gradients' precision.
+    """
     apart = stage in (1, 2) or (stage == 0 and number != 4)
-    return numbers * (12 + (number if apart else 0))
+    everywhere = numbers * (4 + (number if apart else 0))
+    muon = sum(sum(group) for group in matrices)
+    if stage not in (1, 2):
+        return everywhere + 8 * (numbers - muon) + 4 * muon
+    cut = sum((world - 1) * max(group) for group in matrices)  # at most: a matrix at each border between two shares
+    return everywhere + 8 * (numbers - muon) + number * (muon + cut)

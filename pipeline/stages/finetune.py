@@ -155,6 +155,7 @@ def tuning_setup(config: Config, world: World) -> Setup:
         global_batch=tune.global_batch,
         accumulation=tune.global_batch // (micro * world.size),
         clip_norm=tune.clip_norm,
+        muon=False,  # the published recipe is AdamW with a rate per layer
     )
 
 

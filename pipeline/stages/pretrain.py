@@ -21,7 +21,7 @@ from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.plan.costs import training_flops
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.training.objectives import masked_token_loss
-from beitforge.pipeline.training.optim import parameter_groups
+from beitforge.pipeline.training.optim import pretraining_groups
 from beitforge.pipeline.training.shutdown import shut_down
 from beitforge.pipeline.training.trainer import Job, run_training
 from beitforge.pipeline.weights.encoder import initialise_from
@@ -55,7 +55,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         sections=IDENTITY,
         source=source,
         module=beit,
-        groups=parameter_groups(beit, config.optimizer.weight_decay),
+        groups=pretraining_groups(beit, config.optimizer),
         setup=setup_from(config, world, micro),
         duration=config.train.duration,
         warmup=config.optimizer.warmup,

@@ -1,8 +1,10 @@
-"""AdamW's parameter groups and the learning rate of every step (docs/recipe.md, "Optimiser")."""
+"""Parameter groups of AdamW and of Muon, and the learning rate of every step (docs/recipe.md, "Optimiser", "Muon")."""
 
 import math
 
 from torch import nn
+
+from beitforge.pipeline.config.settings import Optimizer
 
 # Vectors and biases by rank; these two by name, being three-dimensional.
 _NO_DECAY = ("position_embedding", "cls_embedding")
@@ -14,9 +16,46 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not name.endswith(_NO_DECAY)
 
 
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is Muon's where that is chosen: the matrices of the blocks, not their bias tables."""
+    return name.startswith("blocks.") and parameter.dim() == 2 and not name.endswith("table")
+
+
+def pretraining_groups(module: nn.Module, optimizer: Optimizer) -> list[dict]:
+    """The groups of the optimizer that the settings choose."""
+    if optimizer.kind == "muon":
+        return muon_groups(module, optimizer.weight_decay, optimizer.muon_momentum)
+    return parameter_groups(module, optimizer.weight_decay)
+
+
+def muon_groups(module: nn.Module, weight_decay: float, momentum: float) -> list[dict]:
+    """Groups for DeepSpeed's Muon: matrices by their number of inputs, then AdamW's two for all the rest.
+
+    DeepSpeed makes a matrix [rows, columns] orthogonal and multiplies it by √max(1, rows / columns); times
+    0.2 √columns (`lr_scale`) that is 0.2 √max(rows, columns), whose root mean square is that of AdamW's updates, so
+    that rate and weight decay mean the same for both (Moonlight, arXiv 2502.16982, section 2.2; torch.optim.Muon's
+    match_rms_adamw). The decay is divided by what the rate is multiplied with.
+    """
+    named = list(module.named_parameters())
+    inputs: dict[int, list[nn.Parameter]] = {}
+    for _, parameter in (each for each in named if is_matrix(*each)):
+        inputs.setdefault(parameter.shape[1], []).append(parameter)
+    groups: list[dict] = []
+    for columns in sorted(inputs):
+        scale = 0.2 * math.sqrt(columns)
+        ordered = sorted(inputs[columns], key=lambda p: p.shape, reverse=True)  # the order that DeepSpeed would make
+        own = {"use_muon": True, "momentum": momentum, "lr_scale": scale, "weight_decay": weight_decay / scale}
+        groups.append({"params": ordered, **own})
+    rest = [(name, parameter) for name, parameter in named if not is_matrix(name, parameter)]
+    return groups + [{**group, "use_muon": False} for group in _by_decay(rest, weight_decay)]
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups for AdamW: with and without weight decay."""
-    named = list(module.named_parameters())
+    return _by_decay(list(module.named_parameters()), weight_decay)
+
+
+def _by_decay(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
     return [
         {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
         {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},

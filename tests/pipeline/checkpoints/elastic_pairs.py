@@ -4,6 +4,7 @@ Alone or under torchrun. Trains under every ZeRO stage, lays each checkpoint out
 JSON list of findings.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,13 +19,13 @@ from beitforge.pipeline.distributed.deepspeed_config import Setup
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.process_group import destroy_process_group, start_world
 from beitforge.pipeline.model.beit import Beit
-from beitforge.pipeline.training.optim import parameter_groups
+from beitforge.pipeline.training.optim import muon_groups, parameter_groups
 
 BATCH, STEPS = 4, 3
 WORLD = start_world()
 
 
-def engine(stage: int, precision: str, seed: int, offload: bool = False) -> Engine:
+def engine(stage: int, precision: str, seed: int, offload: bool = False, muon: bool = False) -> Engine:
     """A tiny encoder with the real parameter groups. Its sizes divide by neither 2 nor 4, so shares are padded."""
     model = Model(input_size=Size(24, 24), patch_size=8, layers=1, width=30, heads=2)
     beit = Beit(model, 21, seed)
@@ -36,13 +37,14 @@ def engine(stage: int, precision: str, seed: int, offload: bool = False) -> Engi
         zero_stage=stage,
         offload_optimizer=offload,
         compile=False,
-        clip_norm=3.0,
+        clip_norm=0.0 if muon else 3.0,
         beta1=0.9,
         beta2=0.98,
         epsilon=1e-8,
         overrides={"zero_optimization": {"stage3_param_persistence_threshold": 100, "sub_group_size": 5000}},
+        muon=muon,
     )
-    return Engine(beit, parameter_groups(beit, 0.05), setup, WORLD)
+    return Engine(beit, muon_groups(beit, 0.05, 0.95) if muon else parameter_groups(beit, 0.05), setup, WORLD)
 
 
 def step(running: Engine, number: int) -> float:
@@ -64,7 +66,8 @@ def everything(saved: zero_layout.CheckpointFiles) -> dict[str, torch.Tensor]:
     found = {}
     for name, shape in saved.shapes.items():
         numbers = int(torch.Size(shape).numel())
-        target = zero_layout.Piece(0, {value: torch.empty(numbers) for value in zero_layout.VALUES})
+        values = {value for piece in saved.pieces[name] for value in piece.values}
+        target = zero_layout.Piece(0, {value: torch.empty(numbers) for value in values})
         saved.fill(name, target)
         found |= {f"{name} {value}": tensor for value, tensor in target.values.items()}
     return found
@@ -77,13 +80,19 @@ def save(running: Engine, folder: Path) -> zero_layout.CheckpointFiles:
 
 
 def carried(
-    source: zero_layout.CheckpointFiles, stage: int, precision: str, folder: Path, offload: bool = False
+    source: zero_layout.CheckpointFiles,
+    stage: int,
+    precision: str,
+    folder: Path,
+    offload: bool = False,
+    muon: bool = False,
 ) -> dict:
     """What became of a checkpoint under another stage: differing values, settings, and the losses that follow."""
-    running = engine(stage, precision, seed=9, offload=offload)
+    running = engine(stage, precision, seed=9, offload=offload, muon=muon)
     zero_layout.load_into(running, source)
     before, after = everything(source), everything(save(running, folder))
     states = getattr(running.optimizer, "optimizer", running.optimizer).state.values()
+    states = [state for state in states if "step" in state]  # Muon keeps none
     return {
         "differ": [name for name in before if not torch.equal(before[name], after[name])],
         "steps": sorted({float(state["step"]) for state in states}),
@@ -95,26 +104,31 @@ def carried(
 
 def main() -> None:
     """FOLDER: where checkpoints go. SAVED …: folders of runs of other numbers of processes."""
-    folder, findings = Path(sys.argv[1]), []
-    for precision in ("fp32", "bf16"):
+    folder, findings, groups = Path(sys.argv[1]), [], {}
+    for kind, precision in itertools.product(("adamw", "muon"), ("fp32", "bf16")):
+        muon = kind == "muon"
         for stage in range(4):
-            running = engine(stage, precision, seed=0)
+            running = engine(stage, precision, seed=0, muon=muon)
+            groups[kind] = running.groups
             for number in range(STEPS):
                 step(running, number)
-            sources = {f"{WORLD.size}": save(running, folder / f"{precision}-{stage}" / "step")}
+            sources = {f"{WORLD.size}": save(running, folder / f"{kind}-{precision}-{stage}" / "step")}
             for other in sys.argv[2:]:
-                path = Path(other) / f"{precision}-{stage}" / "step"
+                path = Path(other) / f"{kind}-{precision}-{stage}" / "step"
                 sources[Path(other).name] = zero_layout.open_checkpoint(path, stage, running.groups)
             expected = [step(running, number) for number in range(STEPS, 2 * STEPS)]
             for world, source in sources.items():
-                for other in range(4) if world == str(WORLD.size) and WORLD.size == 1 else ((stage + 1) % 4,):
-                    where = folder / f"{precision}-{stage}-{other}-{world}" / "step"
+                every = not muon and world == str(WORLD.size) and WORLD.size == 1
+                for other in range(4) if every else ((stage + 1) % 4,):
+                    where = folder / f"{kind}-{precision}-{stage}-{other}-{world}" / "step"
                     pair = {"from": [world, stage], "to": [str(WORLD.size), other], "precision": precision}
-                    findings.append({**pair, "expected": expected, **carried(source, other, precision, where)})
+                    found = carried(source, other, precision, where, muon=muon)
+                    findings.append({**pair, "kind": kind, "expected": expected, **found})
     if WORLD.size > 1:
-        source = zero_layout.open_checkpoint(folder / "fp32-0" / "step", 0, running.groups)
+        source = zero_layout.open_checkpoint(folder / "adamw-fp32-0" / "step", 0, groups["adamw"])
         where = folder / "offload" / "step"
         pair = {"from": [str(WORLD.size), 0], "to": [str(WORLD.size), 2], "precision": "fp32"}
+        pair["kind"] = "adamw"
         expected = findings[0]["expected"]
         findings.append({**pair, "expected": expected, **carried(source, 2, "fp32", where, offload=True)})
     if WORLD.first:

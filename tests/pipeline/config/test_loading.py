@@ -174,8 +174,14 @@ def test_what_is_no_size(tmp_path, text):
 
 def changed() -> Config:
     """A config whose every setting differs from its default, as far as the rules allow."""
-    choices = {"positions": "absolute", "precision": "fp16", "kernels": "reference", "decoder": "pillow"}
-    choices["compile_mode"] = "reduce-overhead"
+    choices = {
+        "kind": "adamw",
+        "positions": "absolute",
+        "precision": "fp16",
+        "kernels": "reference",
+        "decoder": "pillow",
+        "compile_mode": "reduce-overhead",
+    }
 
     def other(name: str, value: object) -> object:
         if isinstance(value, bool):

@@ -6,6 +6,8 @@ from beitforge.pipeline.config.derived import micro_batch
 from beitforge.pipeline.errors import ConfigError
 from tests.pipeline.config.loading import refusal
 
+MUON = ["optimizer.kind=muon", "optimizer.clip_norm=0"]
+
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
@@ -15,6 +17,9 @@ from tests.pipeline.config.loading import refusal
         (["train.precision=fp8"], ["train.precision", "'fp8'", "bf16, fp16, fp32"]),
         (["train.zero_stage=4"], ["train.zero_stage", "4", "0, 1, 2, 3"]),
         (["train.offload_optimizer=true", "train.zero_stage=0"], ["train.offload_optimizer", "train.zero_stage"]),
+        (["optimizer.kind=muon"], ["optimizer.clip_norm 3", "set optimizer.clip_norm=0"]),
+        ([*MUON, "train.precision=fp16"], ["optimizer.kind muon", "train.precision fp16", "use bf16"]),
+        ([*MUON, "train.offload_optimizer=true"], ["optimizer.kind muon", "train.offload_optimizer"]),
         (["model.input_size=220"], ["model.input_size 220", "model.patch_size 16"]),
         (["model.input_size=220x224"], ["model.input_size 220x224", "model.patch_size 16"]),
         (["model.input_size=224x320"], ["14×20", "14×14", "must be equal"]),

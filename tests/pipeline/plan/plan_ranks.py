@@ -1,8 +1,8 @@
 """A process of test_plan_ranks.py and benchmarks/plan/plan_measured.py: what one rank really holds and sends.
 
 `python -m tests.pipeline.plan.plan_ranks SHAPE STEPS CASES`, alone or under torchrun. CASES: a JSON list of [precision,
-accumulation, settings of DeepSpeed's zero_optimization]. Trains a few steps of each under every ZeRO stage with every
-collective of torch.distributed counted; rank 0 prints a JSON list of findings for each case.
+accumulation, settings of DeepSpeed's zero_optimization], for Muon with a true behind. Trains a few steps of each under
+every ZeRO stage with every collective of torch.distributed counted; rank 0 prints a JSON list of findings of each case.
 """
 
 import gc
@@ -24,7 +24,7 @@ from beitforge.pipeline.distributed.deepspeed_config import Setup
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.process_group import start_world
 from beitforge.pipeline.model.beit import Beit
-from beitforge.pipeline.training.optim import parameter_groups
+from beitforge.pipeline.training.optim import muon_groups, parameter_groups
 
 SENT: list[tuple[str, int]] = []  # operation, and bytes of its whole message, of this rank's calls
 MESSAGES: tuple[tuple[str, Callable], ...] = (
@@ -99,7 +99,9 @@ def held(engine: Engine, before: dict[int, int]) -> dict[str, int]:
     return {**{name: sum(part.values()) for name, part in parts.items()}, "others": others}
 
 
-def engine_of(world: World, stage: int, shape: str, precision: str, accumulation: int, zero: dict) -> Engine:
+def engine_of(
+    world: World, stage: int, shape: str, precision: str, accumulation: int, zero: dict, muon: bool
+) -> Engine:
     """The real engine around the real model with its parameter groups."""
     model, vocabulary, _, micro = SHAPES[shape]
     beit = Beit(model, vocabulary, seed=0)
@@ -111,13 +113,14 @@ def engine_of(world: World, stage: int, shape: str, precision: str, accumulation
         zero_stage=stage,
         offload_optimizer=False,
         compile=False,
-        clip_norm=3.0,
+        clip_norm=0.0 if muon else 3.0,
         beta1=0.9,
         beta2=0.98,
         epsilon=1e-8,
         overrides={"zero_optimization": zero} if stage else {},
+        muon=muon,
     )
-    return Engine(beit, parameter_groups(beit, 0.05), setup, world)
+    return Engine(beit, muon_groups(beit, 0.05, 0.95) if muon else parameter_groups(beit, 0.05), setup, world)
 
 
 def copied(profiler: torch.profiler.profile) -> int:
@@ -149,6 +152,7 @@ def measured(
     precision: str,
     accumulation: int,
     zero: dict,
+    muon: bool = False,
     between: Callable[[], None] = nothing,
 ) -> dict:
     """Bytes of this rank's tensors by part, what it sends in a step, and the seconds of each step.
@@ -156,7 +160,7 @@ def measured(
     "copied" is 0 unless precision and accumulation are those of COPIED.
     """
     masked, before = SHAPES[shape][2], alive()
-    engine = engine_of(world, stage, shape, precision, accumulation, zero)
+    engine = engine_of(world, stage, shape, precision, accumulation, zero, muon)
     pixels, tokens, mask = example(world, shape, engine.dtype)
     before |= storages([pixels, tokens, mask])
 

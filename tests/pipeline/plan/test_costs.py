@@ -6,11 +6,12 @@ from torch import Tensor
 
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.loading import load_config
-from beitforge.pipeline.config.settings import Model, Tokenizer
+from beitforge.pipeline.config.settings import Config, Model, Tokenizer
 from beitforge.pipeline.model import beit as model
 from beitforge.pipeline.plan import costs
+from beitforge.pipeline.plan.zero_model import Sharding, zero_settings
 from beitforge.pipeline.tokenizers.dvae import Dvae
-from beitforge.pipeline.training.optim import decays
+from beitforge.pipeline.training.optim import decays, is_matrix, muon_groups
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
@@ -35,8 +36,30 @@ def test_parameters_of_every_config(monkeypatch, path, positions):
     """Name by name, in order, with their weight decay."""
     config = load_config(str(path), [f"model.positions={positions}"])
     beit = bare(monkeypatch, config.model, config.tokenizer.vocabulary)
-    real = [costs.Parameter(name, p.numel(), decays(name, p)) for name, p in beit.named_parameters()]
+    real = [
+        costs.Parameter(name, p.numel(), decays(name, p), tuple(p.shape) if is_matrix(name, p) else None)
+        for name, p in beit.named_parameters()
+    ]
     assert costs.parameters(config.model, config.tokenizer.vocabulary) == real
+
+
+def test_groups_are_the_optimizers(monkeypatch):
+    """With Muon: each group's parameters in the order in which they lie end to end."""
+    shape = SHAPES["not square"]
+    beit = bare(monkeypatch, shape, 64)
+    names = {id(parameter): name for name, parameter in beit.named_parameters()}
+    sharding = Sharding(
+        parameters=costs.parameters(shape, 64),
+        stage=2,
+        world=2,
+        number=2,
+        accumulation=1,
+        offload=False,
+        settings=zero_settings(Config(), 2),
+        muon=True,
+    )
+    real = [[names[id(parameter)] for parameter in group["params"]] for group in muon_groups(beit, 0.05, 0.95)]
+    assert [[each.name for each in group] for group in sharding.groups] == real
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -208,6 +208,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tiny, tmp_path):
         ["train.precision=bf16", "train.zero_stage=1"],
         ["train.activation_checkpointing=true", "train.zero_stage=3"],
         ["train.offload_optimizer=true"],
+        ["optimizer.kind=muon", "optimizer.clip_norm=0", "train.precision=bf16", "train.zero_stage=2"],
         ["deepspeed.zero_optimization.reduce_bucket_size=1000"],
         ["mask.exact=false", "model.positions=absolute", "model.layer_scale=false"],
         ["model.positions=relative", "model.kernels=reference"],
