@@ -67,7 +67,7 @@ def test_whatever_is_raised_is_a_fall_back(monkeypatch, trouble):
     with pytest.warns(FallbackWarning, match=f"fused attention kernel is not used on cpu: {type(trouble).__name__}"):
         assert chosen("auto", CPU, *SHAPE) == "sdpa"
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)  # it is asked and said once
+        warnings.simplefilter("error", FallbackWarning)  # it has been asked and has been said
         assert chosen("auto", CPU, *SHAPE) == "sdpa"
     qkv = torch.randn(2, 17, 3, 2, 16)
     assert torch.allclose(attention(qkv, None), attention(qkv, None, None, "reference"), atol=1e-5)
