@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from beitforge.kernels.dispatch import ineligible
+from beitforge.kernels.faults import faults, line_of
 
 _found: dict[tuple, bool] = {}
 
@@ -30,8 +31,8 @@ def passes(kernel: str, device: torch.device, shape: tuple, check: Callable[[], 
             if not problem:
                 with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
                     problem = "".join(check()[:1])
-        except Exception as error:
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        except faults() as error:
+            problem = line_of(error)
         if problem:
             message = f"the fused {kernel} kernel is not used on {device}: {problem}"
             warnings.warn(message, FallbackWarning, stacklevel=4)

@@ -19,10 +19,14 @@ def linear_cross_entropy_fused(
     """As the reference. needed: whether the gradients will be; they are made with the loss, since the logits are there.
 
     They are gradients of the sum, of the size of softmax, and are scaled in float32 by what comes back: in float16 a
-    mean's would be below the smallest number.
+    mean's would be below the smallest number. Under autocast everything is cast to its type, as for a linear layer,
+    and computed without it: it would cast within the operator, too, where the types are chosen.
     """
-    counts, weight_VD, bias_V = counts_T.to(torch.float32), weight_VD.to(x_TD.dtype), bias_V.to(x_TD.dtype)
-    loss, right, *_ = _sums(x_TD.contiguous(), weight_VD, bias_V, tokens_T, counts, needed)
+    where = x_TD.device.type
+    kind = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else x_TD.dtype
+    counts, x_TD, weight_VD, bias_V = counts_T.to(torch.float32), x_TD.to(kind), weight_VD.to(kind), bias_V.to(kind)
+    with torch.autocast(where, enabled=False):
+        loss, right, *_ = _sums(x_TD.contiguous(), weight_VD, bias_V, tokens_T, counts, needed)
     return loss, right
 
 

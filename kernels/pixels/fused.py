@@ -3,6 +3,8 @@
 The same bits as the reference: products and sums are not contracted, divisions are rounded correctly.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -68,13 +70,41 @@ def jittered_fused(
     dtype: torch.dtype,
 ) -> Tensor:
     """As jittered_reference, bit for bit."""
+    mean, std = normal if normal is not None else ((), ())
+    return _jittered(pixels, jitters, orders, mean_greys, list(mean), list(std), dtype)
+
+
+@torch.library.custom_op("beitforge::jittered", mutates_args=())
+def _jittered(
+    pixels: Tensor,
+    jitters: Tensor,
+    orders: Tensor,
+    mean_greys: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """mean, std: of each channel, or nothing for pixels in [0, 1]."""
     images, _, height, width = pixels.shape
     out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
-    mean, std = normal if normal is not None else ((0.0,) * 3, (1.0,) * 3)
+    normal = (*mean, *std) if mean else (0.0,) * 3 + (1.0,) * 3
     options = {} if interpreted() else {"num_warps": WARPS, "enable_fp_fusion": False}
     with on_device(pixels):
         jitter_pixels[(triton.cdiv(height * width, BLOCK), images)](
             pixels.contiguous(), out, jitters.float().contiguous(), orders.contiguous(), mean_greys.float(),
-            *mean, *std, height * width, BLOCK, normal is not None, **options,
+            *normal, height * width, BLOCK, bool(mean), **options,
         )  # fmt: skip
     return out
+
+
+@_jittered.register_fake
+def _(
+    pixels: Tensor,
+    jitters: Tensor,
+    orders: Tensor,
+    mean_greys: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(pixels.shape, dtype=dtype, device=pixels.device)

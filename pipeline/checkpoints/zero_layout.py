@@ -236,8 +236,11 @@ def finite(engine: Engine) -> bool:
 
 
 def _moments(optimizer: Any, group: dict, master: Tensor, step: float | None) -> dict[str, Tensor]:
-    """Master and moments of one of the inner optimizer's tensors, each flat. group: its settings."""
+    """Master and moments of one of the inner optimizer's tensors, each flat. Before its first step, which in fp16 the
+    search for a loss scale puts off, they are what it would begin with. group: its settings."""
     state, muon = optimizer.state[master], group.get("use_muon", False)
+    if step is None and not _own(state):
+        step = 0.0
     if step is not None:
         device = master.device if group.get("fused") or group.get("capturable") else "cpu"
         if not muon:

@@ -1,4 +1,4 @@
-"""What `doctor` asks of a device: its memory and health, kernels against their references, a dry step in real shapes.
+"""What `doctor` asks of a device: its memory and health, what a step takes of it, a dry step in real shapes.
 
 Must not know the stages. What it needs of the stream are the shapes of a batch; their contents are made up.
 """
@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from beitforge.kernels.attention import attention, pack
-from beitforge.kernels.attention import check as attention_check
-from beitforge.kernels.cross_entropy import check as cross_entropy_check
-from beitforge.kernels.cross_entropy import linear_cross_entropy
-from beitforge.kernels.pixels import check as pixels_check
-from beitforge.kernels.pixels import jittered
 from beitforge.pipeline.cluster.environment import RankInfo
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.data.pretraining import sample_draws
@@ -77,38 +70,6 @@ def check_driver_row(row: list[str], local: Local) -> None:
         if reasons:
             cure = "see to its cooling and power (nvidia-smi -q -d PERFORMANCE), or leave the node out"
             local.add(WARNING, "device", f"the GPU is slowed: {', '.join(reasons)}", cure)
-
-
-def kernels(config: Config, device: torch.device, local: Local) -> None:
-    """Attention, cross entropy and pixels at this model's sizes against their references on this chip.
-
-    The error against float64 may be at most twice that of the plain low-precision version, three times for gradients.
-    """
-    dtype, model = DTYPES[config.train.precision], config.model
-    cure = "set model.kernels=sdpa (or reference), and report the chip and the versions of torch and triton"
-    name, head_size = model.kernels, model.width // model.heads
-
-    def attended(qkv: Tensor, bias: Tensor) -> Tensor:
-        return attention(qkv, bias, pack(bias, head_size, qkv.dtype, name), name)
-
-    try:
-        problems = [
-            *attention_check.problems(model.num_patches + 1, model.heads, head_size, device, dtype, attended),
-            *cross_entropy_check.problems(
-                config.tokenizer.vocabulary,
-                model.width,
-                device,
-                dtype,
-                partial(linear_cross_entropy, implementation=name),
-            ),
-            *pixels_check.problems(*model.input_size, device, partial(jittered, implementation=name)),
-        ]
-    except (ValueError, RuntimeError) as error:
-        problems = [f"does not run: {' '.join(str(error).split())[:300]}"]
-    for problem in problems:
-        local.add(STOP, "kernels", problem, cure)
-    if not problems:
-        local.add(OK, "kernels", f"agree with their references in {str(dtype).removeprefix('torch.')}")
 
 
 def synthetic_batch(config: Config, images: int, rank: int) -> Batch:

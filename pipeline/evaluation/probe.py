@@ -89,10 +89,10 @@ def _on_folds(
 ) -> dict[str, Tensor]:
     """Accuracy of every feature set at every rate, float64 [R] by name, on images that the probe was not fitted on,
     summed over the folds."""
-    fold = torch.arange(len(labels)) % _FOLDS
-    found = {name: torch.zeros(len(RATES), dtype=torch.float64) for name in train}
+    places = torch.arange(len(labels))  # on the host, where a mask waits for nothing
+    found = {name: torch.zeros(len(RATES), dtype=torch.float64, device=labels.device) for name in train}
     for held in range(folds):
-        kept, apart = fold != held, fold == held
+        kept, apart = (places[which].to(labels.device) for which in (places % _FOLDS != held, places % _FOLDS == held))
         part = {name: features[kept] for name, features in train.items()}
         for name, fit in sweep(part, labels[kept], classes, epochs=epochs, seed=seed).items():
             found[name] += scores(fit, train[name][apart], labels[apart])
@@ -128,7 +128,7 @@ def _fit(x_FND: Tensor, labels_N: Tensor, classes: int, epochs: int, seed: int) 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-n // BATCH))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for rows in torch.randperm(n, generator=generator).split(BATCH):
+        for rows in torch.randperm(n, generator=generator).to(x_FND.device).split(BATCH):
             logits = torch.baddbmm(torch.cat(biases, dim=2), x_FND[:, rows], torch.cat(weights, dim=2))  # one product
             logits_FBRV = logits.unflatten(2, (len(RATES), classes))
             wanted_FBR = labels_N[rows][:, None].expand(sets, -1, len(RATES))

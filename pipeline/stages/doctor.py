@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from beitforge.kernels.faults import faults
 from beitforge.pipeline.cluster.environment import RankInfo, rank_info, rendezvous_variables
 from beitforge.pipeline.config.derived import micro_batch
 from beitforge.pipeline.config.settings import Config
@@ -32,6 +33,7 @@ from beitforge.pipeline.distributed.process_group import start_world
 from beitforge.pipeline.doctor import data, network
 from beitforge.pipeline.doctor import device as checks_device
 from beitforge.pipeline.doctor import host as checks_host
+from beitforge.pipeline.doctor import kernels as checks_kernels
 from beitforge.pipeline.doctor.collect import FAR, LOCAL, Collector, PortInUse, RankReporter, connect_again
 from beitforge.pipeline.doctor.findings import (
     END,
@@ -55,7 +57,6 @@ from beitforge.pipeline.plan.estimate import sharding_of
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
 from beitforge.shards.errors import ShardError
 
-_FAULTS = (ConfigError, ShardError, OSError, RuntimeError, ValueError)  # whatever a check meets is a finding
 _CLOCK_UNSURE = 0.7
 _LEFT_SECONDS = 600.0
 NOTHING, NETWORK, ALL = "nothing", "network", "all"  # what is done together
@@ -158,7 +159,7 @@ def _alone(me: _Me) -> None:
         checks += [("opening the shard sets", lambda: _open(me))]
     checks += [
         ("device", lambda: checks_device.health(me.place, device, me.local)),
-        ("kernels", lambda: checks_device.kernels(me.config, device, me.local)),
+        ("kernels", lambda: checks_kernels.kernels(me.config, device, me.local)),
         ("memory", lambda: _memory(me, device, first)),
     ]
     if first:
@@ -177,8 +178,8 @@ def _alone(me: _Me) -> None:
 def _guarded(local: Local, name: str, check: Callable[[], None]) -> None:
     try:
         check()
-    except _FAULTS as error:
-        line = " ".join(str(error).split())[:400] or type(error).__name__
+    except faults() as error:  # whatever a check meets is a finding
+        line = checks_kernels.line_of(error)
         local.add(STOP, name if name != "data" else "images", line, "fix this and run doctor again")
 
 
@@ -286,8 +287,8 @@ def _together(me: _Me) -> None:
             found["step"] = seconds
             found["numbers"] = num_parameters(me.config.model, me.config.tokenizer.vocabulary)
             _feeding(me, images / seconds)
-    except _FAULTS as error:
-        line = " ".join(str(error).split())[:400] or type(error).__name__
+    except faults() as error:
+        line = checks_kernels.line_of(error)
         check = "step" if "step" in name or "DeepSpeed" in name else "network"
         me.local.add(STOP, check, f"{name}: {line}", "see which other rank or host is named here, and its output")
     me.post.set_phase("done")

@@ -72,10 +72,10 @@ def run(run_folder: Path, shards: str, test: str | None, asked: ProbeOptions) ->
     with Progress("linear probes", len(train) * sweeps(train_labels), "sweep") as progress:
         for who in train:
             verdicts[who] = probe(
-                train[who],
-                train_labels,
-                tests[who],
-                test_labels,
+                {name: features.to(device) for name, features in train[who].items()},
+                train_labels.to(device),
+                {name: features.to(device) for name, features in tests[who].items()},
+                test_labels.to(device),
                 default=_default(who, config),
                 epochs=asked.epochs,
                 tell=lambda: progress.advance(1),

@@ -144,3 +144,25 @@ def test_shapes_that_do_not_fit():
         linear_cross_entropy(x, weight[:, :7], bias, tokens, counts)
     with pytest.raises(ValueError, match="do not fit 6 rows"):
         linear_cross_entropy(x, weight, bias, tokens[:5], counts)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(weights, kind):
+    """As a linear layer: cast to autocast's type, whatever the weights are in; the sums stay float32, each gradient has
+    its own type."""
+    tensors = inputs(37, 32, 300, weights)
+    exact = results([*(tensor.double() for tensor in tensors[:3]), *tensors[3:]], "reference")
+    with torch.autocast(DEVICE, kind):
+        ours, plain = (results(tensors, name) for name in ("fused", "reference"))
+    assert [tensor.dtype for tensor in ours] == [torch.float32] * 2 + [weights] * 3
+    for i, (one, other) in enumerate(zip(errors(ours, exact), errors(plain, exact), strict=True)):
+        assert one <= (2 if i < 2 else 3) * other + SLACK[kind]
+
+
+def test_under_autocast_as_without():
+    """Where everything has autocast's type already: the same bits."""
+    tensors = inputs(37, 32, 300, torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = results(tensors, "fused")
+    assert all(torch.equal(one, other) for one, other in zip(ours, results(tensors, "fused"), strict=True))

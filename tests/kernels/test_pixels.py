@@ -65,3 +65,18 @@ def test_other_pixels_are_refused(pixels):
     rest = torch.ones(1, 3), torch.zeros(1, dtype=torch.long), torch.zeros(1)
     with pytest.raises(ValueError, match="takes uint8"):
         jittered(pixels, *rest)
+
+
+@pytest.mark.parametrize("normal", [None, NORMAL], ids=["plain", "normalised"])
+def test_compiled_without_a_break(normal):
+    """torch's own check of the operator; one graph, the same bits; and none of it is autocast's business."""
+    from beitforge.kernels.pixels.fused import _jittered
+
+    tensors = images(3, 16, 8)
+    torch.library.opcheck(_jittered, (*tensors, *(normal or ((), ())), torch.float32))
+    compiled = torch.compile(jittered, fullgraph=True, backend="aot_eager")
+    plain = jittered(*tensors, normal, implementation="fused")
+    assert torch.equal(compiled(*tensors, normal, implementation="fused"), plain)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(jittered(*tensors, normal, implementation="fused"), plain)
+        assert torch.equal(jittered(*tensors, normal, implementation="reference"), plain)

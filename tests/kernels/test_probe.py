@@ -1,5 +1,6 @@
 """auto takes a fused kernel where it compiles, launches and agrees with its reference, and says why where not."""
 
+import re
 import subprocess
 import warnings
 
@@ -11,6 +12,7 @@ from beitforge.kernels.attention import attention, chosen
 from beitforge.kernels.attention import check as attention_check
 from beitforge.kernels.cross_entropy import check as cross_entropy_check
 from beitforge.kernels.cross_entropy import linear_cross_entropy
+from beitforge.kernels.faults import line_of
 from beitforge.kernels.pixels import check as pixels_check
 from beitforge.kernels.pixels import jittered
 from beitforge.kernels.probe import FallbackWarning, differences
@@ -64,7 +66,9 @@ def test_whatever_is_raised_is_a_fall_back(monkeypatch, trouble):
         raise trouble
 
     monkeypatch.setattr("beitforge.kernels.attention.operator.attention_fused", broken)
-    with pytest.warns(FallbackWarning, match=f"fused attention kernel is not used on cpu: {type(trouble).__name__}"):
+    with pytest.warns(
+        FallbackWarning, match=re.escape(f"fused attention kernel is not used on cpu: {line_of(trouble)}")
+    ):
         assert chosen("auto", CPU, *SHAPE) == "sdpa"
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)  # it has been asked and has been said

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from beitforge.kernels import attention
 from beitforge.pipeline.cluster.environment import RankInfo
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.data import pretraining
@@ -281,24 +280,6 @@ def test_what_the_driver_says():
         device.check_driver_row(["GPU-1", "80000", "81559", errors, slowed], local)
         assert words in " ".join(finding.what for finding in local.found)
         assert bool(local.found) == bool(words)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kernels_agree_here(tiny, precision):
-    local = Local("here", 0)
-    device.kernels(load_config(str(tiny.config), [f"train.precision={precision}"]), CPU, local)
-    assert "agree with their references" in found(local, "kernels", OK)
-
-
-@pytest.mark.parametrize(("wrong", "words"), [(float("nan"), "not finite"), (1.01, "is off by")])
-def test_a_kernel_that_is_wrong(tiny, monkeypatch, wrong, words):
-    right = attention.attention
-    monkeypatch.setattr(device, "attention", lambda *given: right(*given) * wrong)
-    local = Local("here", 0)
-    device.kernels(load_config(str(tiny.config), []), CPU, local)
-    assert f"attention {'gives values that are ' if words == 'not finite' else ''}{words}" in found(
-        local, "kernels", STOP
-    )
 
 
 def test_memory_grows_with_the_batch_and_the_largest_that_fits_is_named(tiny):
