@@ -119,7 +119,8 @@ def test_measured_numbers_replace_assumed_ones(tmp_path):
     measured = next(row["images/s"] for row in rows if row["path"] == "ours")
     assert found.loader_images_per_second_per_core == measured > 0
     assert found.origins == {"loader_images_per_second_per_core": f"measured: {loader}", "straggler_cv": "given"}
-    train = {"name": "train", "rows": [{"model": "base", "step": "ours, compiled", "images/s": "4000"}]}
+    failed = {"model": "base", "step": "ours", "images/s": ""}
+    train = {"name": "train", "rows": [{"model": "base", "step": "ours, compiled", "images/s": "4000"}, failed]}
     assert load_assumptions([file(train)], [], 1.0).achieved_flops == pytest.approx(4000 * 108.2e9)
     kernels = {"name": "kernels", "rows": [], "notes": ["this chip reached: copy 4.30 TB/s, product 788 TFLOP/s."]}
     found = load_assumptions([file(kernels)], [], 1.0)
