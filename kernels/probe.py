@@ -19,6 +19,12 @@ class FallbackWarning(RuntimeWarning):
     """A fused kernel does not run on a GPU, and another implementation takes its place."""
 
 
+def constant_when_compiled(function: Callable[..., bool]) -> Callable[..., bool]:
+    """torch.compiler.assume_constant_result, which would import the compiler, and Triton, in seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def passes(kernel: str, device: torch.device, shape: tuple, check: Callable[[], list[str]]) -> bool:
     """Whether `check` finds nothing wrong with a kernel on a device; asked once for each kernel, device and shape.
 

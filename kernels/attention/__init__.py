@@ -11,7 +11,7 @@ import torch
 from beitforge.kernels.attention.reference import attention_reference
 from beitforge.kernels.attention.sdpa import attention_sdpa
 from beitforge.kernels.dispatch import runs_fused
-from beitforge.kernels.probe import passes
+from beitforge.kernels.probe import constant_when_compiled, passes
 
 _LARGEST_HEAD = 128  # numbers a head that the fused kernels take
 
@@ -33,7 +33,7 @@ def chosen(
     return "reference" if slow or implementation == "reference" else "sdpa"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _passes(device: torch.device, positions: int, heads: int, head_size: int, dtype: torch.dtype) -> bool:
     def problems() -> list[str]:
         from beitforge.kernels.attention import check

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beitforge.kernels.cross_entropy.reference import linear_cross_entropy_reference
 from beitforge.kernels.dispatch import runs_fused
-from beitforge.kernels.probe import passes
+from beitforge.kernels.probe import constant_when_compiled, passes
 
 
 def linear_cross_entropy(
@@ -44,7 +44,7 @@ def linear_cross_entropy(
     return linear_cross_entropy_fused(x_TD, weight_VD, bias_V, tokens_T, counts_T, needed)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _passes(device: torch.device, vocabulary: int, width: int, dtype: torch.dtype) -> bool:
     def problems() -> list[str]:
         from beitforge.kernels.cross_entropy import check

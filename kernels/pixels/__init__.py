@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beitforge.kernels.dispatch import runs_fused
 from beitforge.kernels.pixels.reference import jittered_reference
-from beitforge.kernels.probe import passes
+from beitforge.kernels.probe import constant_when_compiled, passes
 
 
 def jittered(
@@ -41,7 +41,7 @@ def jittered(
     return jittered_reference(*views, normal, dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _passes(device: torch.device) -> bool:
     def problems() -> list[str]:
         from beitforge.kernels.pixels import check
