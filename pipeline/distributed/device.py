@@ -8,6 +8,9 @@ import torch
 
 from beitforge.pipeline.cluster.environment import RankInfo
 
+# of the model, by train.precision
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+
 
 def own_device(place: RankInfo) -> torch.device:
     """This process's GPU, made the current one, or the CPU with this process's share of its cores."""
