@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Makes the environment, then runs `beitforge VERB …` in it (./launch.sh --help lists the verbs). Its own verbs:
 #
-#   test [pytest options] · check · bench [NAME …]    the project's tests, static checks and benchmarks
+#   test [pytest options] · check    the project's tests and static checks
+#   bench [NAME … [OPTIONS]]         its benchmarks; `bench gpu --minutes 8 --out DIR`: all that needs a GPU, in one call
+#   bundle OUT                       a folder that runs `bench gpu` on a machine that has a GPU and no network
 #   setup [peers]     only make the environment; peers: with transformers, timm and DALL-E for `export --to` and parity
 #
 # Environment:
@@ -17,7 +19,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH}
 export BEITFORGE_COMMAND=${BEITFORGE_COMMAND:-./launch.sh}
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 # .venv holds the pinned versions; its stamp is the digest of what it was made from, so a changed pin makes it anew.
 setup() {
@@ -96,13 +98,29 @@ case $verb in
     bench)
         setup
         [ -n "${BEITFORGE_PYTHON:-}" ] || peers
+        from=$PWD
         cd "$root"
-        for name in ${*:-order loader loader_resume loader_memory faults demo zero_parity elastic masks views view_tokens tokenizer_precision online_tokens view_ablation evaluations}; do
+        names=() words=() last=
+        for word in "$@"; do
+            # what follows the first option is the benchmark's; its folder of results is the caller's
+            if [ ${#words[@]} -eq 0 ] && [[ $word != -* ]]; then names+=("$word"); continue; fi
+            if [ "$last" = --out ]; then word=$(cd "$from" && realpath -m -- "$word"); fi
+            words+=("$word") last=$word
+        done
+        [ ${#names[@]} -gt 0 ] || names=(order loader loader_resume loader_memory faults demo zero_parity elastic masks views
+            view_tokens tokenizer_precision online_tokens view_ablation evaluations train_cpu)
+        for name in "${names[@]}"; do
             file=$(echo benchmarks/*/"$name".py)
             [ -f "$file" ] || fail "there is no benchmarks/*/$name.py"
             echo "== $name" >&2
-            "$python" -m "$(echo "${file%.py}" | tr / .)"
+            "$python" -m "$(echo "${file%.py}" | tr / .)" "${words[@]}"
         done ;;
+    bundle)
+        [ $# -eq 1 ] || fail "bundle takes the folder to make, not: ${*:-nothing}"
+        setup
+        out=$(realpath -m -- "$1")
+        cd "$root"
+        exec "$python" -m benchmarks.gpu.bundle "$out" ;;
     "" | -h | --help | help) usage; echo; setup; exec "$python" -m beitforge --help ;;
     *)
         setup

@@ -10,8 +10,13 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-_FOLDER = Path(__file__).resolve().parent / "results"
-_PAGE = _FOLDER.parents[1] / "BENCHMARKS.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+_PAGE = RESULTS.parents[1] / "BENCHMARKS.md"
+ON_A_GPU = {
+    "kernels": "attention with BEiT's bias beside its peers",
+    "fusions": "cross entropy, jitter and what torch.compile leaves beside attention",
+    "train": "one training step of base and large beside transformers, timm and the released code's arithmetic",
+}
 _HEAD = """# Benchmarks
 
 What was measured, and how to measure it again. Speeds are ratios of things measured side by side in one run; absolute
@@ -23,10 +28,24 @@ numbers belong to the machine named. Each table is rendered from `benchmarks/res
 """
 
 
-def write(name: str, question: str, rows: list[dict], ratios: dict[str, float], notes: list[str]) -> None:
-    """Write results/NAME.json and render the page. rows: one dict a line of the table, the same keys in each; keys that
-    begin with _ are for computing ratios and stay out."""
-    content = {
+def write(
+    name: str, question: str, rows: list[dict], ratios: dict[str, float], notes: list[str], folder: Path = RESULTS
+) -> None:
+    """Write NAME.json into a folder; in results/ it is rendered into the page, elsewhere into NAME.md beside it. rows:
+    one dict a line of the table, the same keys in each; keys that begin with _ are for computing ratios and stay out.
+    """
+    content = table(name, question, rows, ratios, notes)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(as_json(content), encoding="utf-8")
+    if folder == RESULTS:
+        render()
+    else:
+        (folder / f"{name}.md").write_text(section(content), encoding="utf-8")
+
+
+def table(name: str, question: str, rows: list[dict], ratios: dict[str, float], notes: list[str]) -> dict:
+    """What a results file holds: the rows, and where and with what they were measured."""
+    return {
         "name": name,
         "question": question,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -36,9 +55,10 @@ def write(name: str, question: str, rows: list[dict], ratios: dict[str, float], 
         "ratios": ratios,
         "notes": notes,
     }
-    _FOLDER.mkdir(exist_ok=True)
-    (_FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    render()
+
+
+def as_json(content: dict) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def launch(verb: str, words: list[str]) -> None:
@@ -70,6 +90,9 @@ def _versions() -> dict[str, str]:
         "nvidia-nvimgcodec-cu12",
         "transformers",
         "timm",
+        "liger-kernel",
+        "nvidia-cudnn-frontend",
+        "transformer-engine",
     ):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
@@ -85,17 +108,21 @@ def _processor() -> str:
 
 def render() -> None:
     """BENCHMARKS.md from every results file."""
-    sections = [_section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(_FOLDER.glob("*.json"))]
-    measured = {path.stem for path in _FOLDER.glob("*.json")}
-    waiting = [name for name in ("kernels", "fusions", "train") if name not in measured]
+    sections = [section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
+    measured = {path.stem for path in RESULTS.glob("*.json")}
+    waiting = [question for name, question in ON_A_GPU.items() if name not in measured]
     tail = "Nothing yet of multi-node scaling.\n"
     if waiting:
-        commands = ", ".join(f"`./launch.sh bench {name}`" for name in waiting)
-        tail = f"Not measured on a GPU: {commands}, which are ready to run on one. {tail}"
+        tail = (
+            f"Not measured on a GPU: {'; '.join(waiting)}. One call measures all of it in the minutes it is given, "
+            "`./launch.sh bench gpu --minutes 8`; `./launch.sh bundle OUT` makes a folder that runs it on a machine "
+            f"without network. {tail}"
+        )
     _PAGE.write_text("".join([_HEAD, *sections, "## Open\n\n", tail]), encoding="utf-8")
 
 
-def _section(content: dict) -> str:
+def section(content: dict) -> str:
+    """One benchmark's table in Markdown."""
     columns = list(content["rows"][0])
     lines = [f"## {content['name']}: {content['question']}", ""]
     lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]

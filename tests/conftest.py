@@ -27,6 +27,7 @@ LONGEST = (
     "test_deepspeed_launcher.py",
     "test_fused.py",
     "test_watch.py",
+    "test_rehearsal.py",
     "test_doctor.py",
     "test_remote.py",
     "test_elastic.py",

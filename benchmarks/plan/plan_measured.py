@@ -199,7 +199,7 @@ def config_of(world: int) -> Config:
 def predicted_seconds(world: int, stage: int, probe: Probe) -> float:
     """Of a step, as `plan` finds them: blocks and collectives, then ranks that wait for the last of them."""
     config, micro = config_of(world), SHAPES[SHAPE][3]
-    work = work_of(config, machine_of(probe), sharding_of(config, world, stage, 1), micro, False)
+    work = work_of(config, machine_of(probe), sharding_of(config, world, stage, 1), micro, "none")
     alone = simulate_step(work)
     passing = probe.passing * (probe.round / alone.compute) ** 0.5  # what passes is gone in a longer time
     # where ranks share cores, one that is behind gets what those that wait for it leave
@@ -257,7 +257,7 @@ def main() -> None:
 
 def notes(probes: dict[int, list[Probe]]) -> list[str]:
     model, vocabulary, masked, micro = SHAPES[SHAPE]
-    flops = computed_flops(model, vocabulary, masked, False)
+    flops = computed_flops(model, vocabulary, masked, "none")
     lines = [
         f"{model.layers} layers × {model.width}, {num_parameters(model, vocabulary) / 1e6:.1f} M parameters, "
         f"{flops / 1e9:.1f} GFLOP an image, {micro} images a rank, {PRECISION}, gloo, one thread a rank; "

@@ -79,7 +79,7 @@ def config_of(model: Model, micro: int, gpus: int, precision: str = "bf16", buck
 def ddp_step(config: Config, machine: Machine, gpus: int) -> Step:
     """ZeRO-1's step without its last gather is DDP's."""
     micro = config.train.micro_batch
-    work: StepWork = work_of(config, machine, sharding_of(config, gpus, 1, 1), micro, False)
+    work: StepWork = work_of(config, machine, sharding_of(config, gpus, 1, 1), micro, "none")
     return simulate_step(dataclasses.replace(work, end=0.0))
 
 
@@ -110,7 +110,7 @@ def beit() -> Row:
     flops = training_flops(BASE, 8192, 75) + 2 * tokenizer_macs(Tokenizer(), True)
     bare = machine_of("v100", "edr-4")
     config = dataclasses.replace(config_of(BASE, 128, 16, "fp16"), tokenizer=Tokenizer(), mask=Mask(num_patches=75))
-    default = sum(seconds_per_image(config, bare, False)) + 2 * tokenizer_macs(Tokenizer(), True) / bare.matrix_flops
+    default = sum(seconds_per_image(config, bare, "none")) + 2 * tokenizer_macs(Tokenizer(), True) / bare.matrix_flops
     days = 800 * IMAGENET / 16 / 86400
     assumed = f"{achieved / 1e12:.1f} TFLOP/s, which DeiT III-B reached on a V100"
     return Row(
@@ -129,7 +129,7 @@ def mae() -> Row:
     achieved = deit_flops(LARGE, 74)
     flops = training_flops(MAE_ENCODER, 0, 0) + training_flops(MAE_DECODER, 768, 196)
     bare = machine_of("v100", "edr-4")
-    moved = sum(moved_bytes(each, 2, False, "reference") for each in (MAE_ENCODER, MAE_DECODER))
+    moved = sum(moved_bytes(each, 2, False, "reference", "none") for each in (MAE_ENCODER, MAE_DECODER))
     default = flops / bare.matrix_flops + moved / bare.memory_bandwidth
     hours = 800 * IMAGENET / 64 / 3600
     assumed = f"{achieved / 1e12:.1f} TFLOP/s, which DeiT III-L reached on a V100"
@@ -152,14 +152,14 @@ def nemo(chip: str, network: str, published: float, wide: float) -> list[Row]:
 
 def timm(name: str, model: Model, published: float) -> Row:
     """Mixed precision on synthetic images, one RTX 3090."""
-    found = 1 / sum(seconds_per_image(config_of(model, 64, 1, "fp16"), machine_of("rtx3090", "eth-10"), False))
+    found = 1 / sum(seconds_per_image(config_of(model, 64, 1, "fp16"), machine_of("rtx3090", "eth-10"), "none"))
     source = "timm, results/benchmark-train-amp-nchw-…-rtx3090.csv"
     return Row(f"timm {name}, RTX 3090", "images/s", published, found, found, "defaults", source)
 
 
 def deit(name: str, model: Model, published: float) -> Row:
     """Images a second of one V100."""
-    found = 1 / sum(seconds_per_image(config_of(model, 64, 1, "fp16"), machine_of("v100", "edr-4"), False))
+    found = 1 / sum(seconds_per_image(config_of(model, 64, 1, "fp16"), machine_of("v100", "edr-4"), "none"))
     return Row(f"DeiT III-{name}", "images/s a GPU", published, found, found, "defaults", DEIT)
 
 

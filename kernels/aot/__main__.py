@@ -1,15 +1,18 @@
 """What the fused kernels ask of a chip, without one: `python -m beitforge.kernels.aot [--json] [CHIP …]`.
 
-Every kernel as the dispatcher can choose it, for the shapes of the published models.
+Every kernel as the dispatcher can choose it, for the shapes of the published models. Compiles in two processes; Triton
+keeps what it compiled.
 """
 
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 from beitforge.kernels.aot.compile import TARGETS, Build, Target, compiled, resources
 from beitforge.kernels.attention import fused as attention
-from beitforge.kernels.attention.block_sizes import Blocks, choose, padded
+from beitforge.kernels.attention import stored
+from beitforge.kernels.attention.block_sizes import Blocks, Plan, choose, padded
 from beitforge.kernels.attention.operator import REGISTERS
 from beitforge.kernels.cross_entropy import fused as cross_entropy
 from beitforge.kernels.cross_entropy import operator as cross_entropy_operator
@@ -24,8 +27,7 @@ HEADS = 12
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel for one chip and shape. shared: bytes; registers and spills (stores, loads) a thread, spills of AMD's
-    compiler in registers."""
+    """One kernel for one chip and shape; from registers on as kernels.aot.compile.Resources."""
 
     chip: str
     kernel: str
@@ -36,46 +38,59 @@ class Row:
     registers: int
     spills: int
     shared: int
+    programs: int
+    ahead: int | None
 
 
 def table(names: list[str]) -> list[Row]:
-    """Every kernel on the chips named, by default on all of CHIPS."""
-    rows = []
-    for chip in TARGETS:
-        for build in builds(chip) if not names or chip.name in names else ():
-            made = compiled(build, chip)
-            what = (chip.name, build.kernel, build.shape, build.blocks, build.stages, build.warps)
-            rows.append(Row(*what, *resources(made), made.metadata.shared))
-    return rows
+    """Every kernel on the chips named, by default on all of TARGETS."""
+    places = [(chip, i) for chip in TARGETS if not names or chip.name in names for i in range(len(builds(chip)))]
+    with ProcessPoolExecutor(2) as pool:
+        return list(pool.map(_row, *zip(*places, strict=True)))
+
+
+def _row(chip: Target, place: int) -> Row:
+    """Of the build in a place of `builds`."""
+    build = builds(chip)[place]
+    found = resources(compiled(build, chip), build, chip)
+    what = (chip.name, build.kernel, build.shape, build.blocks, build.stages, build.warps)
+    return Row(*what, found.registers, found.spills, found.shared, found.programs, found.ahead)
 
 
 def builds(chip: Target) -> list[Build]:
-    """All kernels as a chip gets them."""
+    """All kernels as a chip gets them, of attention's both designs."""
     found = []
     for positions, head_size, kind in SHAPES:
         plan = choose(chip.capability, positions, head_size, kind == "fp32")
         kernels = [("forward", plan.forward), ("backward_queries", plan.queries)]
         kernels += [("backward_keys_values", plan.keys_values)]
         kernels += [] if plan.held else [("backward_bias", plan.queries)]
-        found += [_attention(chip, *kernel, positions, head_size, kind, plan.held) for kernel in kernels]
+        second = choose(chip.capability, positions, head_size, kind == "fp32", store=True)
+        if second.stored and head_size == 64 and kind == "bf16":
+            kernels += [("backward_keys_values, stored", second.keys_values), ("queries, stored", second.stored)]
+        found += [_attention(chip, *kernel, positions, head_size, kind, plan) for kernel in kernels]
     found += [_cross_entropy(vocabulary, kind) for vocabulary, kind in VOCABULARIES]
     return found + [_pixels(size, kind) for size, kind in PIXELS]
 
 
 def _attention(
-    chip: Target, kernel: str, blocks: Blocks, positions: int, head_size: int, kind: str, held: bool
+    chip: Target, kernel: str, blocks: Blocks, positions: int, head_size: int, kind: str, plan: Plan
 ) -> Build:
+    second = kernel.endswith(", stored")
     constants = {"S": positions, "A": HEADS, "K": head_size, "KP": padded(head_size), "BM": blocks.rows}
     constants |= {"BN": blocks.columns, "BR": blocks.split(positions)[1], "BIAS": True, "UP": False}
-    constants |= {"STAGES": blocks.stages, "SUM": held, "WIDTH": blocks.columns, "FIRST": 0}
+    constants |= {"STAGES": blocks.stages, "SUM": plan.held, "WIDTH": blocks.columns, "FIRST": 0, "STORE": second}
+    function = getattr(attention, kernel.removesuffix(", stored"), stored.queries)
+    if function is stored.queries:
+        constants |= dict(zip(("HEIGHT", "WIDTH"), plan.keys_values.padded(positions), strict=True))
     tile = "*fp32" if kind == "fp32" else "*fp16"
     types = {"lse": "*fp32", "delta": "*fp32", "partial": "*fp32", "tiles": tile, "to_log2": "fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("qkv", "out", "dout", "dqkv"), f"*{kind}")
+    types |= dict.fromkeys(("qkv", "out", "dout", "dqkv", "stored"), f"*{kind}")
     return Build(
         kernel=kernel,
         shape=f"S {positions}, K {head_size}, {kind}",
         blocks=f"{blocks.rows}×{blocks.columns}",
-        function=getattr(attention, kernel),
+        function=function,
         types=types,
         constants=constants,
         warps=blocks.warps,

@@ -15,10 +15,14 @@ from beitforge.kernels.attention.block_sizes import Blocks, Plan
 def pack(bias_ASS: Tensor, plan: Plan, scale: float, dtype: torch.dtype) -> Tensor:
     """Tiles [A, T] of bias / scale: of the forward, then the query, then the key-value kernel (`offsets`).
 
-    Kernels with the same blocks share tiles. Keys beyond S get -inf, queries beyond S get 0.
+    Kernels with the same blocks share tiles. Keys beyond S get -inf, queries beyond S get 0. A row whose largest bias
+    the type cannot hold is lowered by it, which softmax does not see; what then is below the type has no weight.
     """
     heads, positions, _ = bias_ASS.shape
-    flat = bias_ASS.detach().float().reshape(heads, -1) / scale
+    bias_ASS, limit = bias_ASS.detach().float() / scale, torch.finfo(dtype).max
+    largest = bias_ASS.amax(dim=-1, keepdim=True)
+    lowered = bias_ASS - torch.where(largest.isfinite() & (largest.abs() > limit), largest, 0.0)
+    flat = torch.where(lowered.isinf(), lowered, lowered.clamp(-limit, limit)).reshape(heads, -1)
     ends = [flat.new_full((heads, 1), float("-inf")), flat.new_zeros((heads, 1))]  # made on the device, without a copy
     where = _all_places(positions, plan, bias_ASS.device)
     return torch.cat([flat, *ends], dim=1).to(dtype).index_select(1, where)

@@ -238,8 +238,9 @@ def backward_queries(qkv, out, dout, dqkv, tiles, lse, delta, partial, images, c
 
 
 @triton.jit
-def _key_value_step(k, v, q, do, tile, line, delta, first, dk, dv, to_log2, BM: tl.constexpr, BN: tl.constexpr,
-                    S: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+def _key_value_step(k, v, q, do, tile, line, delta, kept, first, dk, dv, to_log2, BM: tl.constexpr, BN: tl.constexpr,
+                    S: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+                    STORE: tl.constexpr, UP: tl.constexpr):  # fmt: skip
     """A block of queries for a block of keys: scores with keys on the rows, [BM, BN]."""
     at = first + tl.arange(0, BN)
     if MASKED:
@@ -253,40 +254,50 @@ def _key_value_step(k, v, q, do, tile, line, delta, first, dk, dv, to_log2, BM: 
         scores = _dot(k, tl.trans(q), tl.zeros((BM, BN), tl.float32), UP)
     weights = tl.exp2(scores * to_log2 - row_lse[None, :])
     dv = _dot(weights.to(q.dtype), do, dv, UP)
-    ds = weights * (_dot(v, tl.trans(do), tl.zeros((BM, BN), tl.float32), UP) - d[None, :])
-    return _dot(ds.to(q.dtype), q, dk, UP), dv
+    ds = (weights * (_dot(v, tl.trans(do), tl.zeros((BM, BN), tl.float32), UP) - d[None, :])).to(q.dtype)
+    if STORE:
+        tl.store(kept + tl.arange(0, BM)[:, None] * PADDED + at[None, :], ds)
+    return _dot(ds, q, dk, UP), dv
 
 
 @triton.jit
-def backward_keys_values(qkv, dout, dqkv, tiles, lse, delta, images, tiles_of_head, to_log2, scale,
+def backward_keys_values(qkv, dout, dqkv, tiles, lse, delta, stored, images, tiles_of_head, to_log2, scale,
                          S: tl.constexpr, A: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
-                         BN: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr, UP: tl.constexpr,
+                         BN: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr, STORE: tl.constexpr, UP: tl.constexpr,
                          STAGES: tl.constexpr):  # fmt: skip
-    """The gradients of keys and values; one program a block of keys of one head of an image. tiles: keys on rows."""
+    """The gradients of keys and values; one program a block of keys of one head of an image. tiles: keys on rows.
+
+    With STORE, the gradients of the scores too, for kernels.attention.stored: [B, A, keys, queries] in qkv's type, both
+    padded to whole blocks, where they hold anything.
+    """
     FULL: tl.constexpr = S // BN
     BLOCKS: tl.constexpr = (S + BM - 1) // BM
     STRIDE: tl.constexpr = 3 * A * K
+    PADDED: tl.constexpr = FULL * BN + BR
     block, pair = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     head, image = pair // images, tl.cast(pair % images, tl.int64)
+    kept = stored + ((image * A + head) * BLOCKS + block) * (BM * PADDED)
     base = qkv + image * (S * STRIDE) + head * K
     douts = dout + image * (S * A * K) + head * K
     line, row_sums = lse + (image * A + head) * S, delta + (image * A + head) * S
     k = _load_rows(base + A * K, block * BM, BM, STRIDE, S, K, KP, S % BM != 0)
     v = _load_rows(base + 2 * A * K, block * BM, BM, STRIDE, S, K, KP, S % BM != 0)
-    tile = tiles + head * tiles_of_head + block * (BM * (FULL * BN + BR))
+    tile = tiles + head * tiles_of_head + block * (BM * PADDED)
     dk, dv = tl.zeros((BM, KP), tl.float32), tl.zeros((BM, KP), tl.float32)
     for i in tl.range(0, FULL, num_stages=STAGES):
         q = _load_rows(base, i * BN, BN, STRIDE, S, K, KP, False)
         do = _load_rows(douts, i * BN, BN, A * K, S, K, KP, False)
         dk, dv = _key_value_step(
-            k, v, q, do, tile + i * (BM * BN), line, row_sums, i * BN, dk, dv, to_log2, BM, BN, S, False, BIAS, UP
-        )
+            k, v, q, do, tile + i * (BM * BN), line, row_sums, kept, i * BN, dk, dv, to_log2,
+            BM, BN, S, PADDED, False, BIAS, STORE, UP,
+        )  # fmt: skip
     if BR > 0:
         q = _load_rows(base, FULL * BN, BR, STRIDE, S, K, KP, True)
         do = _load_rows(douts, FULL * BN, BR, A * K, S, K, KP, True)
         dk, dv = _key_value_step(
-            k, v, q, do, tile + FULL * (BM * BN), line, row_sums, FULL * BN, dk, dv, to_log2, BM, BR, S, True, BIAS, UP
-        )
+            k, v, q, do, tile + FULL * (BM * BN), line, row_sums, kept, FULL * BN, dk, dv, to_log2,
+            BM, BR, S, PADDED, True, BIAS, STORE, UP,
+        )  # fmt: skip
     there = dqkv + image * (S * STRIDE) + head * K
     _store_rows(there + A * K, block * BM, dk * scale, BM, STRIDE, S, K, KP)
     _store_rows(there + 2 * A * K, block * BM, dv, BM, STRIDE, S, K, KP)

@@ -3,17 +3,20 @@
 Imported when fused attention is first asked for; needs Triton.
 """
 
+import functools
 import math
+import os
 
 import torch
 from torch import Tensor
 
-from beitforge.kernels.attention import bias_tiles, fused
+from beitforge.kernels.attention import bias_tiles, fused, stored
 from beitforge.kernels.attention.block_sizes import Blocks, Plan, choose, padded
 from beitforge.kernels.dispatch import interpreted, on_device
 
 REGISTERS = 255  # ptxas gives a kernel that spills far fewer, unless told
-_PROGRAMS = 4 * 132  # of the query kernel: enough chunks of images to fill a large chip
+_RESIDENT = 2  # programs of a kernel that sums over images which share a multiprocessor
+_ROWS = 128  # a program of stored.row_sums takes
 _INTERPRETED = interpreted()
 
 
@@ -32,10 +35,13 @@ def pack_bias(bias_ASS: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def plan_of(device: torch.device, positions: int, head_size: int, dtype: torch.dtype) -> Plan:
-    """What the kernels run with on a device."""
+    """What the kernels run with on a device. BEITFORGE_BACKWARD=stored asks for the second design of the backward."""
+    asked = os.environ.get("BEITFORGE_BACKWARD", "summed")
+    if asked not in ("summed", "stored"):
+        raise ValueError(f"BEITFORGE_BACKWARD is {asked!r}; it takes summed or stored")
     cuda = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-    return choose(capability, positions, head_size, dtype == torch.float32)
+    return choose(capability, positions, head_size, dtype == torch.float32, asked == "stored")
 
 
 @torch.library.custom_op("beitforge::pack_bias", mutates_args=())
@@ -87,39 +93,104 @@ def _(qkv: Tensor, bias: Tensor | None, packed: Tensor | None) -> tuple[Tensor, 
     return qkv.new_empty(images, positions, heads, size), lse
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an interpreter has one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.lru_cache(maxsize=32)
+def images_of_program(images: int, programs_of_image: int, places: int) -> int:
+    """Of how many images a program sums, so that programs fill the chip's places in the least time.
+
+    Time is the rounds of programs × (images of one + 1, for its start and its partial sums).
+    """
+
+    def time(chunk: int) -> int:
+        programs = -(-images // chunk) * programs_of_image
+        return -(-programs // places) * (chunk + 1)
+
+    return min(range(images, 0, -1), key=time)
+
+
 @torch.library.custom_op("beitforge::attention_backward", mutates_args=())
 def _backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, packed: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv, and of the bias, float32 [A, S, S] (empty unless needs_bias)."""
-    images, positions, _, heads, size = qkv.shape
+    _, positions, _, _, size = qkv.shape
     plan = plan_of(qkv.device, positions, size, qkv.dtype)
-    _, at_queries, at_keys = bias_tiles.offsets(positions, plan)
+    with on_device(qkv):
+        if plan.stored is not None:
+            return _backward_stored(dout, qkv, out, lse, packed, needs_bias, plan, plan.stored)
+        return _backward_summed(dout, qkv, out, lse, packed, needs_bias, plan)
+
+
+def _backward_summed(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, packed: Tensor | None, needs_bias: bool, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """As _backward, by the first design: the query kernel sums the bias gradient, or a kernel of its own does."""
+    images, positions, _, heads, size = qkv.shape
+    at_queries = bias_tiles.offsets(positions, plan)[1]
     to_log2, scale = size**-0.5 * math.log2(math.e), size**-0.5
-    read, per_head = (qkv, 0) if packed is None else (packed, packed.shape[1])
-    biased, up = packed is not None, _up(qkv)
+    read, per_head = (qkv, 0) if packed is None else (packed[:, at_queries:], packed.shape[1])
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     held = plan.held and needs_bias
     blocks = plan.queries
     rows = -(-positions // blocks.rows)
-    chunk = -(-images // max(1, _PROGRAMS // (rows * heads)))
+    chunk = images_of_program(images, rows * heads, _RESIDENT * multiprocessors(qkv.device))
     chunks = -(-images // chunk)
     partial = lse.new_empty((chunks, heads, blocks.size(positions)) if needs_bias else (0,))
-    keys = plan.keys_values
-    with on_device(qkv):
-        fused.backward_queries[(rows, heads, chunks)](
-            qkv, out, dout, dqkv, read[:, at_queries:] if biased else read, lse, delta, partial if held else lse,
-            images, chunk, per_head, 0, to_log2, scale,
-            *_shape(qkv, blocks), biased, held, up, blocks.stages, **_options(blocks),
-        )  # fmt: skip
-        fused.backward_keys_values[(-(-positions // keys.rows) * images * heads,)](
-            qkv, dout, dqkv, read[:, at_keys:] if biased else read, lse, delta, images, per_head, to_log2, scale,
-            *_shape(qkv, keys), biased, up, keys.stages, **_options(keys),
-        )  # fmt: skip
-        if needs_bias and not held:
-            _bias_sums(qkv, dout, read[:, at_queries:], lse, delta, partial, chunk, per_head, to_log2, plan)
-    dbias = bias_tiles.unpack(partial, positions, blocks) if needs_bias else lse.new_empty(0)
-    return dqkv, dbias
+    fused.backward_queries[(rows, heads, chunks)](
+        qkv, out, dout, dqkv, read, lse, delta, partial if held else lse, images, chunk, per_head, 0, to_log2, scale,
+        *_shape(qkv, blocks), packed is not None, held, _up(qkv), blocks.stages, **_options(blocks),
+    )  # fmt: skip
+    _keys_and_values(dout, qkv, dqkv, lse, delta, packed, None, plan)
+    if needs_bias and not held:
+        _bias_sums(qkv, dout, read, lse, delta, partial, chunk, per_head, to_log2, plan)
+    return dqkv, bias_tiles.unpack(partial, positions, blocks) if needs_bias else lse.new_empty(0)
+
+
+def _backward_stored(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, packed: Tensor | None, needs_bias: bool, plan: Plan,
+    blocks: Blocks,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As _backward, by the second design, `stored`. blocks: of its query kernel."""
+    images, positions, _, heads, size = qkv.shape
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    count = images * positions * heads
+    stored.row_sums[(-(-count // _ROWS),)](out, dout, delta, count, positions, heads, size, padded(size), _ROWS)
+    height, width = plan.keys_values.padded(positions)
+    scores = qkv.new_empty(images, heads, height, width)
+    _keys_and_values(dout, qkv, dqkv, lse, delta, packed, scores, plan)
+    held = plan.held and needs_bias
+    rows = -(-positions // blocks.rows)
+    chunk = images_of_program(images, rows * heads, _RESIDENT * multiprocessors(qkv.device))
+    chunks = -(-images // chunk)
+    partial = lse.new_empty((chunks, heads, height, width) if held else (0,))
+    stored.queries[(rows, heads, chunks)](
+        scores, qkv, dqkv, partial, images, chunk, size**-0.5,
+        *_shape(qkv, blocks)[:-1], height, width, held, _up(qkv), blocks.stages, **_options(blocks),
+    )  # fmt: skip
+    if not needs_bias:
+        return dqkv, lse.new_empty(0)
+    total = partial.sum(dim=0) if held else scores.sum(dim=0, dtype=torch.float32)
+    return dqkv, total[:, :positions, :positions].transpose(1, 2).contiguous()
+
+
+def _keys_and_values(
+    dout: Tensor, qkv: Tensor, dqkv: Tensor, lse: Tensor, delta: Tensor, packed: Tensor | None, scores: Tensor | None,
+    plan: Plan,
+) -> None:  # fmt: skip
+    """Their gradients, to dqkv, and those of the scores, if there is a place for them."""
+    images, positions, _, heads, size = qkv.shape
+    blocks = plan.keys_values
+    at_keys = bias_tiles.offsets(positions, plan)[2]
+    read, per_head = (qkv, 0) if packed is None else (packed[:, at_keys:], packed.shape[1])
+    fused.backward_keys_values[(-(-positions // blocks.rows) * images * heads,)](
+        qkv, dout, dqkv, read, lse, delta, dqkv if scores is None else scores, images, per_head,
+        size**-0.5 * math.log2(math.e), size**-0.5,
+        *_shape(qkv, blocks), packed is not None, scores is not None, _up(qkv), blocks.stages, **_options(blocks),
+    )  # fmt: skip
 
 
 def _bias_sums(

@@ -55,6 +55,7 @@ class Rule:
     hint: str = ""  # ends the message that refuses a value
     identity: bool = True  # a run keeps it: another value is another run
     per_host: bool = False  # each host of a run may have its own value; never part of the identity
+    before: tuple[tuple[str, str], ...] = ()  # what earlier versions wrote, and what it is now
 
     def range(self) -> str:
         """The values that are taken, as `[0, 1)`, `≥ 1` or `bf16, fp16`; empty where every value of the type is."""
@@ -86,6 +87,7 @@ def setting(
     hint: str = "",
     identity: bool = True,
     per_host: bool = False,
+    before: tuple[tuple[str, str], ...] = (),
 ) -> Any:
     """A dataclass field with this default that carries its Rule."""
     rule = Rule(
@@ -100,6 +102,7 @@ def setting(
         hint=hint,
         identity=identity and not per_host,
         per_host=per_host,
+        before=before,
     )
     return dataclasses.field(default=default, metadata={"rule": rule})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from beitforge.pipeline.config.fields import UNITS, Duration, Size
+from beitforge.pipeline.config.fields import UNITS, Duration, Size, find_rules
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.config.validation import validate
 from beitforge.pipeline.errors import ConfigError
@@ -124,10 +124,11 @@ def _known(name: object, section: type, where: str) -> None:
 
 
 def _section(section: type, values: dict, where: str) -> Any:
-    types = _field_types(section)
+    types, rules = _field_types(section), find_rules(section)
     converted = {}
     for name, value in values.items():
         _known(name, section, f"{where}:")
+        value = dict(rules[name].before).get(str(value).lower(), value)
         converted[name] = _convert(value, types[name], f"{where}.{name}")
     return section(**converted)
 

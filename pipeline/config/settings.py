@@ -200,8 +200,12 @@ class Train:
     precision: str = setting("bf16", choices=("bf16", "fp16", "fp32"), doc="Precision of the model's arithmetic.")
     zero_stage: int = setting(2, choices=(0, 1, 2, 3), identity=False, doc="DeepSpeed ZeRO stage.")
     offload_optimizer: bool = setting(False, identity=False, doc="Whether optimizer state stays in host memory.")
-    activation_checkpointing: bool = setting(
-        False, identity=False, doc="Whether activations are recomputed in the backward pass to save memory."
+    activation_checkpointing: str = setting(
+        "none",
+        choices=("none", "selective", "full"),
+        before=(("false", "none"), ("true", "full")),
+        identity=False,
+        doc="What the backward pass recomputes to save memory: nothing, all but matrix products and attention, or all.",
     )
     compile: bool = setting(False, identity=False, doc="Whether torch.compile compiles the model.")
 

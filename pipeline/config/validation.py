@@ -53,6 +53,11 @@ def _pairs(config: Config) -> list[str]:
             "train.offload_optimizer needs train.zero_stage 1, 2 or 3",
         ),
         (
+            train.activation_checkpointing != "selective" or not train.compile,
+            "train.activation_checkpointing selective is not for train.compile, with which torch chooses what to "
+            "recompute; set it to none, or full",
+        ),
+        (
             bool(data.heldout_images) == bool(data.heldout_tokens),
             "data.heldout_images and data.heldout_tokens go together; give both or neither",
         ),

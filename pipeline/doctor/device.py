@@ -176,7 +176,7 @@ def fits(config: Config, cost: Cost, micro: int, per_process: int, free: float, 
     largest = int((_CLOSE * free - cost.fixed) // cost.image)
     smaller = [size for size in range(1, min(micro, max(largest, 0)) + 1) if per_process % size == 0]
     cure = (
-        f"train.micro_batch={max(smaller)} fits, accumulation makes up for it; or train.activation_checkpointing=true"
+        f"train.micro_batch={max(smaller)} fits, accumulation makes up for it; or train.activation_checkpointing=full"
     )
     if not smaller:
         cure = "more processes with train.zero_stage=3, train.offload_optimizer=true, or a smaller model"

@@ -5,27 +5,31 @@ K head size · V vocabulary · M masked patches · L layers. Draws nothing at ra
 comes in as an argument. Must not know shards, deepspeed or any stage.
 """
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from beitforge.kernels.attention import pack
 from beitforge.kernels.cross_entropy import linear_cross_entropy
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model.blocks import Block, LayerNorm, Linear, RelativeBias, empty
 
+_PRODUCTS = ("aten::addmm", "aten::_scaled_mm")
+
 
 class Encoder(nn.Module):
-    """Embeddings and blocks: pixels to hidden states."""
+    """Embeddings and blocks: pixels to hidden states. checkpointing: train.activation_checkpointing."""
 
     def __init__(self, model: Model, masks: bool):
         """Parameters are NaN until initialised or loaded. masks: whether there is an embedding for masked patches."""
         super().__init__()
         grid = model.grid
-        self.model, self.checkpointing = model, False
+        self.model, self.checkpointing = model, "none"
         self.patch_embedding = Linear(3 * model.patch_size**2, model.width)
         self.cls_embedding = empty(1, 1, model.width)
         self.mask_embedding = empty(1, 1, model.width) if masks else None
@@ -55,12 +59,15 @@ class Encoder(nn.Module):
             drop = self.model.drop_path * layer / max(1, len(self.blocks) - 1)
             picked = picked_BM if layer == len(self.blocks) - 1 else None
             scale_B2 = keep_BL2[:, layer] / (1 - drop) if keep_BL2 is not None and drop > 0 else None
-            if self.checkpointing and torch.is_grad_enabled():
-                x_BSD = checkpoint(
-                    block, x_BSD, bias_ASS, packed_AT, scale_B2, picked, use_reentrant=True, preserve_rng_state=False
-                )
+            given = x_BSD, bias_ASS, packed_AT, scale_B2, picked
+            if self.checkpointing == "none" or not torch.is_grad_enabled():
+                x_BSD = block(*given)
+            elif self.checkpointing == "full":
+                x_BSD = checkpoint(block, *given, use_reentrant=True, preserve_rng_state=False)
             else:
-                x_BSD = block(x_BSD, bias_ASS, packed_AT, scale_B2, picked)
+                x_BSD = checkpoint(
+                    block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_products
+                )
             states = [*states, x_BSD] if every else [x_BSD]
         return states
 
@@ -75,6 +82,21 @@ class Encoder(nn.Module):
             x_BND = torch.where(mask_BN[..., None], self.mask_embedding.to(x_BND.dtype), x_BND)
         x_BSD = torch.cat([self.cls_embedding.to(x_BND.dtype).expand(b, -1, -1), x_BND], dim=1)
         return x_BSD if self.position_embedding is None else x_BSD + self.position_embedding
+
+
+@functools.cache
+def _policy_of(operator: Any) -> CheckpointPolicy:
+    name = operator.name().partition(".")[0]
+    kept = name in _PRODUCTS or name.startswith(("beitforge::", "aten::_scaled_dot_product_"))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    """Keep what matrix products and fused attention give; norms, GELU, layer scale and sums are cheap to repeat."""
+    return _policy_of(operator)
+
+
+_keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 
 class Head(nn.Module):

@@ -28,7 +28,13 @@ class Linear(nn.Module):
         self.weight, self.bias = empty(outputs, inputs), empty(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x · weightᵀ + bias over the last dimension, as one operator. ZeRO-3's own F.linear is one for matrices alone;
+    otherwise it adds the bias in place, a second time where the product was kept and is not computed again."""
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class LayerNorm(nn.Module):
@@ -72,7 +78,7 @@ class Attention(nn.Module):
         """Queries, keys and values [B, S, 3, A, K]."""
         b, s, d = x_BSD.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
+        return linear(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
 
     def forward(
         self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None, picked_BM: Tensor | None

@@ -162,7 +162,7 @@ def _of_benchmark(content: dict, path: Path, flops_per_image: float) -> dict[str
         found = [row for row in rows if row.get("path") == "ours" and row.get("runs on") == "one core"]
         return {"loader_images_per_second_per_core": float(found[0]["images/s"])} if found else {}
     if name == "train":
-        ours = [row for row in rows if str(row.get("step", "")).startswith("ours")]
+        ours = [row for row in rows if str(row.get("step", "")).startswith("ours") and row["images/s"]]  # "": failed
         speeds = [float(row["images/s"]) * _flops_of(row["model"], flops_per_image) for row in ours]
         if speeds:
             return {"achieved_flops": max(speeds)}

@@ -13,6 +13,7 @@ _STATISTICS = 8  # mean and 1/deviation of a LayerNorm's row, float32
 _DALLE_MACS = 26.06e9  # of the DALL-E encoder at 112 px (docs/recipe.md, "Cost")
 _LOGITS_AT_A_TIME = 1 << 25  # kernels.cross_entropy.operator
 _CHAIN_EAGER, _CHAIN_COMPILED = 18.0, 4.0  # passes of a block beside GELU's, forward
+_HOST = {"none": 1.0, "selective": 4.1, "full": 1.5}  # time of a tiny block on a CPU over that without (torch 2.13)
 _LAUNCHED_EAGER, _LAUNCHED_COMPILED = (
     90,
     40,
@@ -96,14 +97,15 @@ def training_flops(model: Model, vocabulary: int, masked: int) -> float:
     return 6.0 * (macs + masked * d * vocabulary)
 
 
-def computed_flops(model: Model, vocabulary: int, masked: int, checkpointing: bool) -> float:
+def computed_flops(model: Model, vocabulary: int, masked: int, checkpointing: str) -> float:
     """What a step really computes per image: the last block at masked patches alone behind its attention, fused
-    attention's two products more (seven backward, not five: kernels.attention), with checkpointing each block twice."""
+    attention's two products more (seven backward, not five: kernels.attention), with full checkpointing each block
+    twice."""
     s, d = model.num_patches + 1, model.width
     blocks = (model.layers - 1) * _block_macs(model, s, s) + _block_macs(model, s, masked)
     outside = model.num_patches * 3 * model.patch_size**2 * d + masked * d * vocabulary
     again = model.layers * 2 * 2 * s * s * d
-    return 6.0 * (blocks + outside) + again + (2.0 * blocks if checkpointing else 0.0)
+    return 6.0 * (blocks + outside) + again + (2.0 * blocks if checkpointing == "full" else 0.0)
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,15 @@ class Activations:
 
 
 def activations(
-    model: Model, vocabulary: int, masked: int, number: int, checkpointing: bool, kernels: str
+    model: Model, vocabulary: int, masked: int, number: int, checkpointing: str, kernels: str
 ) -> Activations:
     """Tensors that autograd keeps for backward, counted in pipeline.model.blocks. `number`: bytes of one number.
     kernels:
 
     fused: attention keeps qkv, its output and a number a row (kernels.attention), the head its gradient alone. sdpa:
     the gradient of the bias is made for each image, and logits are kept. reference: the S × S softmax is kept, too.
-    Checkpointing (arXiv 1604.06174, a segment a block) keeps each block's input, and one block whole while it is
-    computed again.
+    Full checkpointing (arXiv 1604.06174, a segment a block) keeps each block's input, selective also what its products
+    and fused attention give (arXiv 2205.05198, section 5); one block is whole while it is computed again.
     """
     s, m, d, h = model.num_patches + 1, masked, model.width, int(model.width * model.mlp_ratio)
     matrices = model.heads * s * s * number
@@ -143,8 +145,14 @@ def activations(
     fixed += 0.0 if model.positions == "absolute" else 2 * bias
     embed = model.num_patches * (3 * model.patch_size**2 * number + 1) + 8 * m
     gradients = number * s * (2 * h + 3 * d) + (0 if kernels == "fused" else matrices)
-    if checkpointing:
+    if checkpointing == "full":
         return Activations(model.layers * s * d * number + embed + head, max(full, last) + gradients, fixed)
+    if checkpointing == "selective":
+        attended = 0.0 if kernels == "reference" else s * (d * number + 4 * model.heads)
+        wide, narrow = s * 4 * d * number + attended, (2 * d + h) * number
+        again = max(full - wide - s * narrow, last - wide - m * narrow)
+        blocks = model.layers * wide + ((model.layers - 1) * s + m) * narrow
+        return Activations(blocks + embed + head, again + gradients, fixed)
     return Activations((model.layers - 1) * full + last + embed + head, gradients, fixed)
 
 
@@ -160,25 +168,29 @@ def _block_bytes(model: Model, s: int, m: int, number: int) -> float:
     return wide + narrow
 
 
-def moved_bytes(model: Model, number: int, compiled: bool, kernels: str) -> float:
+def moved_bytes(model: Model, number: int, compiled: bool, kernels: str, checkpointing: str) -> float:
     """Bytes per image through the chip's memory beside the matrix products, forward and backward.
 
     In passes over [S, D] (the MLP's hidden layer is mlp_ratio of them): forward and eager two norms 4, two residuals 6,
     layer scale and drop path 8, GELU 2 × mlp_ratio; compiled 4 of the first three are left. Backward moves twice as
     much. Attention: qkv in and out once forward, four times backward; sdpa writes and reads the gradient of the bias
     for each image; reference moves S × S matrices: product, bias, softmax and cast, 24 bytes forward and 48 backward a
-    number.
+    number. Full checkpointing repeats all of a forward pass, selective its rows.
     """
     s, d = model.num_patches + 1, model.width
     passes = (_CHAIN_COMPILED if compiled else _CHAIN_EAGER) + 2 * model.mlp_ratio
     rows = 3 * passes * s * d * number
     matrix = {"fused": 0.0, "sdpa": 2.0 * number, "reference": 72.0}[kernels] * model.heads * s * s
-    return model.layers * (rows + matrix + (0.0 if kernels == "reference" else 20.0 * s * d * number))
+    attended = matrix + (0.0 if kernels == "reference" else 20.0 * s * d * number)
+    rows *= 1 if checkpointing == "none" else 4 / 3
+    return model.layers * (rows + attended * (4 / 3 if checkpointing == "full" else 1))
 
 
-def launches(model: Model, compiled: bool) -> int:
-    """Kernels that a micro batch starts, forward and backward."""
-    return model.layers * (_LAUNCHED_COMPILED if compiled else _LAUNCHED_EAGER)
+def launches(model: Model, compiled: bool, checkpointing: str) -> float:
+    """Kernels that a micro batch starts, forward and backward; with checkpointing the host's time for them, in kernels:
+    torch's selective contexts pass every operator through Python, twice."""
+    host = 1.0 if compiled else _HOST[checkpointing]
+    return model.layers * (_LAUNCHED_COMPILED if compiled else _LAUNCHED_EAGER) * host
 
 
 def update_bytes(numbers: float) -> float:

@@ -10,6 +10,7 @@ from beitforge.pipeline.config.derived import micro_batch
 from beitforge.pipeline.config.settings import ONLINE, Config
 from beitforge.pipeline.plan.assumptions import Assumptions
 from beitforge.pipeline.plan.costs import (
+    Activations,
     activations,
     computed_flops,
     launches,
@@ -47,6 +48,7 @@ from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
 
 _TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
 LARGEST_MICRO = 4096
+CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -100,20 +102,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest GPU. activations: of the micro batch, as configured, without and with checkpointing."""
+    """Bytes on the fullest GPU. activations: of the micro batch; largest: micro batch that fits; both by kind of
+    checkpointing."""
 
     states: States
     micro: int
-    plain: float
-    checkpointed: float
-    largest_plain: int
-    largest_checkpointed: int
+    activations: dict[str, float]
+    largest: dict[str, int]
     usable: float
 
-    def total(self, checkpointing: bool) -> float:
-        return self.states.device + (self.checkpointed if checkpointing else self.plain)
+    def total(self, checkpointing: str) -> float:
+        return self.states.device + self.activations[checkpointing]
 
-    def fits(self, checkpointing: bool) -> bool:
+    def fits(self, checkpointing: str) -> bool:
         return self.total(checkpointing) <= self.usable
 
 
@@ -134,7 +135,7 @@ class Estimate:
 
     gpus: int
     stage: int
-    checkpointing: bool
+    checkpointing: str
     micro: int
     accumulation: int
     memory: Memory
@@ -177,38 +178,41 @@ def sharding_of(config: Config, gpus: int, stage: int, accumulation: int) -> Sha
     )
 
 
+def activations_of(config: Config, checkpointing: str) -> Activations:
+    """What autograd keeps on a GPU."""
+    vocabulary, masked = config.tokenizer.vocabulary, config.mask.num_patches
+    return activations(config.model, vocabulary, masked, number_bytes(config), checkpointing, kernels_of(config))
+
+
 def memory_of(config: Config, sharding: Sharding, micro: int, usable: float) -> Memory:
     """States, and activations at `micro` and at most."""
-    kept, used, largest = states(sharding), [], []
-    for checkpointing in (False, True):
-        each = activations(
-            config.model,
-            config.tokenizer.vocabulary,
-            config.mask.num_patches,
-            sharding.number,
-            checkpointing,
-            kernels_of(config),
-        )
+    kept, used, largest = states(sharding), {}, {}
+    for checkpointing in CHECKPOINTING:
+        each = activations_of(config, checkpointing)
         per_image = each.per_image + each.working
-        used.append(each.fixed + micro * per_image)
-        largest.append(min(LARGEST_MICRO, max(0, int((usable - kept.device - each.fixed) // per_image))))
-    return Memory(kept, micro, used[0], used[1], largest[0], largest[1], usable)
+        used[checkpointing] = each.fixed + micro * per_image
+        largest[checkpointing] = min(LARGEST_MICRO, max(0, int((usable - kept.device - each.fixed) // per_image)))
+    return Memory(kept, micro, used, largest, usable)
 
 
-def seconds_per_image(config: Config, machine: Machine, checkpointing: bool) -> tuple[float, float]:
-    """Forward and backward on one GPU: products at the matrix rate, then everything else at the memory's (the two sides
-    of Williams et al.'s roofline, Comm. ACM 52(4), 2009, one after the other, since they are different kernels)."""
+def _modelled(config: Config, machine: Machine, checkpointing: str) -> float:
+    """Seconds of an image: products at the matrix rate, then everything else at the memory's (the two sides of Williams
+    et al.'s roofline, Comm. ACM 52(4), 2009, one after the other, since they are different kernels)."""
     model, vocabulary, masked = config.model, config.tokenizer.vocabulary, config.mask.num_patches
     computed = computed_flops(model, vocabulary, masked, checkpointing)
-    plain = computed_flops(model, vocabulary, masked, False)
+    moved = moved_bytes(model, number_bytes(config), config.train.compile, kernels_of(config), checkpointing)
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"
+    return computed / machine.product_flops(precision) + moved / machine.memory_bandwidth
+
+
+def seconds_per_image(config: Config, machine: Machine, checkpointing: str) -> tuple[float, float]:
+    """Forward and backward on one GPU; what is recomputed belongs to backward."""
+    plain = _modelled(config, machine, "none")
+    again = _modelled(config, machine, checkpointing) / plain
     if machine.assumed.achieved_flops:
-        seconds = training_flops(model, vocabulary, masked) / machine.assumed.achieved_flops * computed / plain
-    else:
-        precision = "fp32" if config.train.precision == "fp32" else "bf16"
-        moved = moved_bytes(model, number_bytes(config), config.train.compile, kernels_of(config))
-        seconds = computed / machine.product_flops(precision)
-        seconds += moved * (4 / 3 if checkpointing else 1) / machine.memory_bandwidth
-    forward = seconds * (0.25 if checkpointing else 1 / 3)
+        flops = training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches)
+        plain = flops / machine.assumed.achieved_flops
+    forward, seconds = plain / 3, plain * again
     tokens = 0.0
     if config.data.tokens == ONLINE:
         macs = machine.assumed.tokenizer_macs or tokenizer_macs(config.tokenizer, False)
@@ -216,11 +220,11 @@ def seconds_per_image(config: Config, machine: Machine, checkpointing: bool) -> 
     return forward + tokens, seconds - forward
 
 
-def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, checkpointing: bool) -> StepWork:
+def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, checkpointing: str) -> StepWork:
     """The step of one process as pipeline.plan.simulation takes it."""
     forward, backward = seconds_per_image(config, machine, checkpointing)
     short = 0.0 if machine.assumed.achieved_flops else machine.assumed.launch_seconds
-    least = short * launches(config.model, config.train.compile) / (micro * (forward + backward))
+    least = short * launches(config.model, config.train.compile, checkpointing) / (micro * (forward + backward))
     forward, backward = (part * max(1.0, least) for part in (forward, backward))  # the launching is the slower side
     world, settings = sharding.world, sharding.settings
     seconds = {"gather": 0.0, "regather": 0.0, "backward": 0.0, "end": 0.0}
@@ -322,7 +326,7 @@ def estimate(
     stage: int,
     *,
     images: int,
-    checkpointing: bool | None = None,
+    checkpointing: str = "",
     at_most: int = 0,
     steps: int = 60,
 ) -> Estimate:
@@ -331,12 +335,12 @@ def estimate(
     Raises ConfigError when the global batch does not divide over the GPUs.
     """
     train = config.train
-    checkpointing = train.activation_checkpointing if checkpointing is None else checkpointing
+    checkpointing = checkpointing or train.activation_checkpointing
     wanted = at_most or train.micro_batch
     micro = micro_batch(train.global_batch, wanted, gpus, "train.global_batch")
     sharding = sharding_of(config, gpus, stage, train.global_batch // (micro * gpus))
     memory = memory_of(config, sharding, micro, machine.usable)
-    largest = memory.largest_checkpointed if checkpointing else memory.largest_plain
+    largest = memory.largest[checkpointing]
     if 0 < largest < micro:
         micro = micro_batch(train.global_batch, largest, gpus, "train.global_batch")
         sharding = sharding_of(config, gpus, stage, train.global_batch // (micro * gpus))

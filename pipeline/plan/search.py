@@ -1,20 +1,21 @@
 """The cheapest setting that meets a deadline. Must not know torch."""
 
 from beitforge.pipeline.config.settings import Config
-from beitforge.pipeline.plan.estimate import LARGEST_MICRO, Estimate, Machine, estimate
+from beitforge.pipeline.plan.estimate import CHECKPOINTING, LARGEST_MICRO, Estimate, Machine, estimate
 
 
 def cheapest(
     config: Config, machine: Machine, counts: list[int], *, images: int, days: float
 ) -> tuple[Estimate | None, Estimate | None]:
-    """Of all stages, with and without checkpointing, at the largest micro batch: the fewest GPU-hours that meet the
+    """Of all stages and kinds of checkpointing, at the largest micro batch: the fewest GPU-hours that meet the
     deadline (or None), and the fastest (or None where nothing fits)."""
+    kinds = [kind for kind in CHECKPOINTING if kind != "selective" or not config.train.compile]
     fitting = []
     for gpus in counts:
         if config.train.global_batch % gpus:
             continue
         for stage in (0, 1, 2, 3):
-            for checkpointing in (False, True):
+            for checkpointing in kinds:
                 row = estimate(
                     config,
                     machine,

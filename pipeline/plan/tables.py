@@ -4,8 +4,17 @@ import math
 
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import align_columns
-from beitforge.pipeline.plan.costs import training_flops
-from beitforge.pipeline.plan.estimate import Estimate, Machine, kernels_of, size_of, tokenizations
+from beitforge.pipeline.plan.costs import launches, training_flops
+from beitforge.pipeline.plan.estimate import (
+    CHECKPOINTING,
+    Estimate,
+    Machine,
+    activations_of,
+    kernels_of,
+    seconds_per_image,
+    size_of,
+    tokenizations,
+)
 from beitforge.pipeline.plan.zero_model import zero_settings
 
 _SOURCES = """Formulas
@@ -14,7 +23,7 @@ _SOURCES = """Formulas
   bytes sent               ring collectives (Patarasuk and Yuan 2009); ZeRO section 7, but DeepSpeed's ZeRO-1 and 2 send
                            3 Ψ, not 2 Ψ; each counted at the collectives (tests/pipeline/plan/test_plan_ranks.py)
   activations              what autograd keeps, counted (tests/pipeline/plan/test_costs.py);
-                           checkpointing arXiv 1604.06174
+                           checkpointing arXiv 1604.06174, selective arXiv 2205.05198
   time of a step           products, then everything else's bytes (Williams et al. 2009); α-β model of collectives
                            (Thakur et al. 2005); blocks and buckets walked one by one (pipeline/plan/simulation.py)
   goodput                  slowest rank, loader, checkpoints, failures: simulated; Young 1974, Daly 2006 (eq. 20)"""
@@ -31,8 +40,8 @@ def render(
     days: float,
 ) -> str:
     """The whole page."""
-    parts = [_head(config, machine, images, origin), _memory(rows, machine), _time(rows), _needs(config, machine, rows)]
-    parts += [_failures(config, rows)]
+    parts = [_head(config, machine, images, origin), _memory(rows, machine), _checkpointing(config, machine, rows[0])]
+    parts += [_time(rows), _needs(config, machine, rows), _failures(config, rows)]
     if refused:
         parts.append("\n".join(f"left out: {line}" for line in refused))
     parts.append(_tokens(config, machine, images))
@@ -69,21 +78,36 @@ def _head(config: Config, machine: Machine, images: int, origin: str) -> str:
 
 def _memory(rows: list[Estimate], machine: Machine) -> str:
     """Parts in GB, then the largest micro batches."""
-    columns = ["GPUs", "ZeRO", "weights", "gradients", "optimizer", "buffers", "micro", "activations", "checkpointed"]
-    columns += ["total", "", "largest micro", "checkpointed"]
+    columns = ["GPUs", "ZeRO", "weights", "gradients", "optimizer", "buffers", "micro"]
+    columns += ["activations", "selective", "full", "total", "", "largest micro", "selective", "full"]
     lines = []
     for row in rows:
         memory = row.memory
         parts = [memory.states.parameters, memory.states.gradients, memory.states.optimizer, memory.states.buffers]
-        kept = [memory.plain, memory.checkpointed]
+        kept = memory.activations.values()
         total = memory.total(row.checkpointing)
         numbers = [*(f"{part / 1e9:.2f}" for part in parts), str(row.micro), *(f"{part / 1e9:.2f}" for part in kept)]
         fits = "fits" if memory.fits(row.checkpointing) else "TOO MUCH"
-        largest = [str(memory.largest_plain), str(memory.largest_checkpointed)]
+        largest = [str(number) for number in memory.largest.values()]
         lines.append([str(row.gpus), str(row.stage), *numbers, f"{total / 1e9:.2f}", fits, *largest])
     run = machine.assumed.memory_bytes
     title = f"Memory of the fullest GPU, GB of {machine.usable / 1e9:.1f} usable"
     return _table(title + (f"; a run took {run / 1e9:.2f}" if run else ""), columns, lines)
+
+
+def _checkpointing(config: Config, machine: Machine, row: Estimate) -> str:
+    """What each kind of train.activation_checkpointing keeps and takes."""
+    columns, lines = ["recomputed", "kept MB", "forward ms", "backward ms", "to none", "host ms a micro batch"], []
+    least = sum(seconds_per_image(config, machine, "none"))
+    for kind in CHECKPOINTING:
+        forward, backward = seconds_per_image(config, machine, kind)
+        kept = activations_of(config, kind).per_image
+        taken = f"{(forward + backward) / least - 1:+.1%}"
+        host = launches(config.model, config.train.compile, kind) * machine.assumed.launch_seconds
+        times = [f"{1e3 * forward:.3f}", f"{1e3 * backward:.3f}", taken, f"{1e3 * host:.1f}"]
+        lines.append([kind, f"{kept / 1e6:.1f}", *times])
+    chosen = f"train.activation_checkpointing is {row.checkpointing}"
+    return _table(f"An image by what backward recomputes ({chosen})", columns, lines)
 
 
 def _time(rows: list[Estimate]) -> str:
@@ -208,7 +232,7 @@ def _deadline(best: tuple[Estimate | None, Estimate | None], days: float) -> str
 
 def _setting(row: Estimate) -> str:
     words = f"train.zero_stage={row.stage} train.micro_batch={row.micro}"
-    words += f" train.activation_checkpointing={'true' if row.checkpointing else 'false'}"
+    words += f" train.activation_checkpointing={row.checkpointing}"
     return f"{row.gpus} GPUs, {row.days:.2f} days, {row.gpu_hours:,.0f} GPU-hours, {row.kwh:,.0f} kWh\n  {words}"
 
 

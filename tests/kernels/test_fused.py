@@ -49,8 +49,8 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, a long row in float32's small blocks takes minutes: above 64 positions it gets those of 16 bits."""
     from beitforge.kernels.attention import operator
 
-    def plan(capability: tuple[int, int], positions: int, head_size: int, float32: bool) -> Plan:
-        return choose(capability, positions, head_size, float32 and (DEVICE == "cuda" or positions <= 64))
+    def plan(capability: tuple[int, int], positions: int, head_size: int, float32: bool, store: bool) -> Plan:
+        return choose(capability, positions, head_size, float32 and (DEVICE == "cuda" or positions <= 64), store)
 
     monkeypatch.setattr(operator, "choose", plan)
 
@@ -115,12 +115,18 @@ def test_without_a_bias(s):
     compare(qkv, None, weight, BOUNDS[torch.float32])
 
 
+@pytest.fixture(params=["summed", "stored"])
+def either_design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEITFORGE_BACKWARD", request.param)
+
+
 @pytest.mark.parametrize("images", [1, 2, 5, 7])
-def test_the_bias_gradient_is_summed_over_chunks_of_images(images, monkeypatch):
+def test_the_bias_gradient_is_summed_over_chunks_of_images(images, either_design, monkeypatch):
     """Whatever the chunks, whole or not, every image counts once."""
     from beitforge.kernels.attention import operator
 
-    monkeypatch.setattr(operator, "_PROGRAMS", 4)
+    monkeypatch.setattr(operator, "multiprocessors", lambda _: 4)
+    assert operator.images_of_program(images, 2, 8) == {1: 1, 2: 1, 5: 2, 7: 2}[images]
     qkv, bias, weight = inputs(34, 2, 32, images, torch.float32)
     compare(qkv, bias, weight, BOUNDS[torch.float32])
 
@@ -131,7 +137,7 @@ def test_any_blocks_give_the_same(blocks, held, monkeypatch):
     """What a chip is given is a matter of speed."""
     from beitforge.kernels.attention import operator
 
-    other = dataclasses.replace(blocks, columns=32)
+    other = dataclasses.replace(blocks, columns=32)  # not those of the other kernels: tiles of its own
     monkeypatch.setattr(operator, "choose", lambda *_: Plan(blocks, other, blocks, held))
     qkv, bias, weight = inputs(75, 1, 32, 2, torch.float32)
     compare(qkv, bias, weight, BOUNDS[torch.float32])
@@ -143,10 +149,18 @@ def test_two_runs_are_bitwise_equal():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_large_logits_and_biases():
+def test_large_logits_and_biases(either_design):
     """Scores of hundreds: the exponentials are taken from the largest."""
     qkv, bias, weight = inputs(65, 1, 32, 2, torch.float32)
     compare(surrounded(qkv * 6), bias * 10, weight, 2e-5)
+
+
+@pytest.mark.parametrize("size", [9_000.0, -9_000.0, 1e6])
+def test_a_bias_beyond_half_precision(size):
+    """Tiles in float16 hold bias · √K up to 65,504: rows that reach beyond are lowered, and stay finite and right."""
+    qkv, bias, weight = inputs(33, 2, 64, 2, torch.float16)
+    bias[0, 3, :], bias[1, :, 5], bias[1, 7, 9] = size, size, 2 * size
+    compare(qkv, bias, weight, BOUNDS[torch.float16])
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 9), (5, 5)], ids=str)
@@ -209,6 +223,29 @@ def test_activation_checkpointing(reentrant):
 
     for ours, theirs in zip(results(again, qkv, bias, weight), results(fused, qkv, bias, weight), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("positions", ["relative_shared", "relative"])
+def test_selective_checkpointing_of_an_encoder(positions):
+    """Bit for bit what it computes without, by the kernels; attention runs forward once."""
+    from beitforge.pipeline.config.fields import Size
+    from beitforge.pipeline.config.settings import Model
+    from beitforge.pipeline.model.beit import Beit
+    from tests.pipeline.model.test_beit import Operators
+
+    model = Model(input_size=Size(12, 12), patch_size=3, layers=2, width=32, heads=2, positions=positions)
+    pixels = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mask, found = torch.arange(16, device=DEVICE).expand(2, -1) < 5, []
+    for checkpointing in ("none", "selective"):
+        beit = Beit(dataclasses.replace(model, kernels="fused"), 11, seed=0).to(DEVICE)
+        beit.checkpointing = checkpointing
+        logits, _, _ = beit(pixels, mask, 5)
+        with Operators() as ran:
+            logits.square().mean().backward()
+        found.append([logits, *(parameter.grad for parameter in beit.parameters())])
+        assert ran.counts["beitforge::attention_backward"] == 2 and ran.counts["beitforge::attention"] == 0
+        assert ran.counts["aten::gelu"] == (2 if checkpointing == "selective" else 0)
+    assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
 
 
 def test_what_runs_where(monkeypatch):

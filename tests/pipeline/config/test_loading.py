@@ -176,6 +176,7 @@ def changed() -> Config:
     """A config whose every setting differs from its default, as far as the rules allow."""
     choices = {
         "kind": "adamw",
+        "activation_checkpointing": "full",
         "positions": "absolute",
         "precision": "fp16",
         "kernels": "reference",
@@ -319,3 +320,11 @@ def test_a_config_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
     assert load_config("beit_large.yaml", []).model.layers == 2
     with pytest.raises(ConfigError, match=r"beit_larg does not exist; give a YAML file, or one of beit_base, .*demo$"):
         load_config("beit_larg", [])
+
+
+@pytest.mark.parametrize(("written", "read"), [("true", "full"), ("false", "none"), ("selective", "selective")])
+def test_what_earlier_versions_wrote(tmp_path, written, read):
+    """train.activation_checkpointing was true or false."""
+    line = f"train: {{activation_checkpointing: {written}}}"
+    assert load(tmp_path, line).train.activation_checkpointing == read
+    assert load(tmp_path, "", f"train.activation_checkpointing={written}").train.activation_checkpointing == read

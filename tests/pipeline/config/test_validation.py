@@ -20,6 +20,8 @@ MUON = ["optimizer.kind=muon", "optimizer.clip_norm=0"]
         (["optimizer.kind=muon"], ["optimizer.clip_norm 3", "set optimizer.clip_norm=0"]),
         ([*MUON, "train.precision=fp16"], ["optimizer.kind muon", "train.precision fp16", "use bf16"]),
         ([*MUON, "train.offload_optimizer=true"], ["optimizer.kind muon", "train.offload_optimizer"]),
+        (["train.activation_checkpointing=selective", "train.compile=true"], ["selective", "train.compile"]),
+        (["train.activation_checkpointing=some"], ["train.activation_checkpointing", "none, selective, full"]),
         (["model.input_size=220"], ["model.input_size 220", "model.patch_size 16"]),
         (["model.input_size=220x224"], ["model.input_size 220x224", "model.patch_size 16"]),
         (["model.input_size=224x320"], ["14×20", "14×14", "must be equal"]),

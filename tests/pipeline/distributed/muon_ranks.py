@@ -33,7 +33,7 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return pixels, mask, torch.randint(21, (BATCH, 9), generator=generator)
 
 
-def engine(stage: int, precision: str, accumulation: int, checkpointing: bool) -> Engine:
+def engine(stage: int, precision: str, accumulation: int, checkpointing: str) -> Engine:
     world, beit = start_world(), Beit(MODEL, 21, 0)
     beit.checkpointing = checkpointing
     setup = Setup(
@@ -86,7 +86,7 @@ def main() -> None:
     findings = []
     for precision in ("fp32", "bf16"):
         for stage in range(4):
-            for accumulation, checkpointing in ((1, False), (2, False), (1, True)):
+            for accumulation, checkpointing in ((1, "none"), (2, "none"), (1, "full"), (1, "selective")):
                 running = engine(stage, precision, accumulation, checkpointing)
                 losses = [step(running, number)[0] for number in range(STEPS)]
                 before = digest(running)

@@ -1,11 +1,14 @@
 """The encoder: the released forward pass written out a second time, and what training leaves out or keeps."""
 
 import dataclasses
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from beitforge.kernels.attention import relative_index
@@ -225,13 +228,49 @@ def test_hidden_states_of_every_layer():
     assert not torch.equal(beit.hidden(pixels, None)[0], last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernels", ["sdpa", "reference"])
 @pytest.mark.parametrize("positions", MODES)
-def test_activation_checkpointing_changes_nothing(positions):
+def test_selective_checkpointing_changes_no_bit(positions, kernels, dtype):
+    """The same logits and the same gradient of every parameter, to the last bit, drop path included; products are not
+    computed again."""
+    pixels, mask = inputs()
+    keep = torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(3)) > 0.3
+    found = []
+    for checkpointing in ("none", "selective"):
+        beit = tiny(positions=positions, drop_path=0.3, kernels=kernels).to(dtype)
+        beit.checkpointing = checkpointing
+        logits, _, _ = beit(pixels.to(dtype), mask, MASKED, keep)
+        with Operators() as ran:
+            logits.float().square().mean().backward()
+        found.append((logits, {name: parameter.grad for name, parameter in beit.named_parameters()}, ran.counts))
+    (plain, gradients, once), (again, repeated, more) = found
+    assert torch.equal(plain, again)
+    for name, gradient in gradients.items():
+        assert gradient is not None and torch.equal(gradient, repeated[name]), name
+    assert all(more[product] == once[product] for product in ("aten::mm", "aten::addmm"))
+    assert more["aten::gelu"] == 3 and more["aten::native_layer_norm"] == 6 and once["aten::gelu"] == 0
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.counts[func.name().partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("positions", MODES)
+def test_full_checkpointing_changes_nothing(positions):
     """Same logits and the same gradient of every parameter, drop path included."""
     pixels, mask = inputs()
     keep = torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(3)) > 0.3
     found = []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "full"):
         beit = tiny(positions=positions, drop_path=0.3)
         beit.checkpointing = checkpointing
         logits, _, _ = beit(pixels, mask, MASKED, keep)
@@ -250,7 +289,7 @@ def test_checkpointing_saves_activations():
     """The blocks' insides are computed twice: more operators in the backward pass."""
     pixels, mask = inputs()
     flops = []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "full"):
         beit = tiny(kernels="reference")
         beit.checkpointing = checkpointing
         with FlopCounterMode(display=False) as counter:

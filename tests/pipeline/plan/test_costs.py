@@ -1,14 +1,20 @@
 """What `plan` counts against the real model: parameters, operations, and what autograd keeps."""
 
+import gc
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.config.settings import Config, Model, Tokenizer
 from beitforge.pipeline.model import beit as model
 from beitforge.pipeline.plan import costs
+from beitforge.pipeline.plan.estimate import CHECKPOINTING
 from beitforge.pipeline.plan.zero_model import Sharding, zero_settings
 from beitforge.pipeline.tokenizers.dvae import Dvae
 from beitforge.pipeline.training.optim import decays, is_matrix, muon_groups
@@ -78,36 +84,53 @@ def test_published_sizes():
 
 
 def test_the_last_block_and_checkpointing():
-    """Fewer operations for masked patches alone; checkpointing adds the blocks' forward, a third of the rest."""
+    """Fewer operations for masked patches alone; full checkpointing adds the blocks' forward, a third of the rest,
+    selective nothing."""
     shape = Model()
-    plain, again = (costs.computed_flops(shape, 8192, 75, checkpointing) for checkpointing in (False, True))
+    plain, kept, again = (costs.computed_flops(shape, 8192, 75, kind) for kind in CHECKPOINTING)
+    assert kept == plain
     attention = shape.layers * 4 * 197**2 * 768
     assert 0.95 < (plain - attention) / costs.training_flops(shape, 8192, 75) < 0.97
     assert 1.30 < again / plain < 1.34
 
 
-def kept(shape: Model, images: int, dtype: torch.dtype, checkpointing: bool) -> int:
-    """Bytes that autograd holds between forward and backward, without parameters and inputs."""
+class Storages(TorchDispatchMode):
+    """Memory of whatever operators return, by address, for as long as anything holds it. known: what was there."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known = known
+        self.found: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        for tensor in given if isinstance(given, tuple | list) else (given,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.found[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return given
+
+    def held(self) -> int:
+        gc.collect()
+        return sum(size for storage, size in self.found.values() if not storage.expired())
+
+
+def kept(shape: Model, images: int, dtype: torch.dtype, checkpointing: str) -> int:
+    """Bytes that are held between forward and backward, without parameters and inputs."""
     beit = model.Beit(shape, 64, 0).to(dtype)
     beit.checkpointing = checkpointing
     patches = shape.num_patches
     pixels = torch.randn(images, 3, *shape.input_size, dtype=dtype)
     mask = (torch.arange(patches) < 10).expand(images, -1).contiguous()
     tokens, keep = torch.zeros(images, patches, dtype=torch.int64), torch.ones(images, shape.layers, 2) > 0
-    known = {t.untyped_storage().data_ptr() for t in (*beit.parameters(), pixels, mask, tokens, keep)}
-    found: dict[int, int] = {}
-    held: list[Tensor] = []
-
-    def look(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        beit(pixels, mask, 10, keep, tokens)
-    return sum(found.values())
+    known = {t.untyped_storage().data_ptr() for t in (*beit.parameters(), *beit.buffers(), pixels, mask, tokens, keep)}
+    with Storages(known) as storages:
+        loss = beit(pixels, mask, 10, keep, tokens)
+    size = storages.held()
+    del loss
+    assert storages.held() == 0
+    return size
 
 
 KEEPING = [
@@ -121,19 +144,24 @@ KEEPING = [
 @pytest.mark.parametrize(("shape", "kernels"), KEEPING)
 def test_activations_that_autograd_keeps(shape, kernels, dtype):
     """Per image, as the difference between eight and four of them; sdpa on a CPU keeps what fused attention does."""
-    measured = (kept(shape, 8, dtype, False) - kept(shape, 4, dtype, False)) / 4
-    expected = costs.activations(shape, 64, 10, dtype.itemsize, False, kernels)
+    measured = (kept(shape, 8, dtype, "none") - kept(shape, 4, dtype, "none")) / 4
+    expected = costs.activations(shape, 64, 10, dtype.itemsize, "none", kernels)
     assert expected.per_image == pytest.approx(measured, rel=0.03)
 
 
-def test_activations_with_checkpointing():
-    """Each block's input and what stands outside the blocks; a block whole only while it is computed again."""
-    shape = KEEPING[0][0]
-    measured = (kept(shape, 8, torch.float32, True) - kept(shape, 4, torch.float32, True)) / 4
-    plain, less = (costs.activations(shape, 64, 10, 4, checkpointing, "reference") for checkpointing in (False, True))
-    assert less.per_image == pytest.approx(measured, rel=0.05)
-    assert less.per_image < plain.per_image / 4
-    assert less.working > plain.working
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "kernels"), KEEPING)
+def test_activations_with_checkpointing(shape, kernels, dtype):
+    """Full: each block's input and what stands outside the blocks; selective: what products and fused attention gave,
+    too. A block is whole only while it is computed again."""
+    found = []
+    for kind in CHECKPOINTING:
+        measured = (kept(shape, 8, dtype, kind) - kept(shape, 4, dtype, kind)) / 4
+        found.append(costs.activations(shape, 64, 10, dtype.itemsize, kind, kernels))
+        assert found[-1].per_image == pytest.approx(measured, rel=0.05), kind
+    plain, selective, full = found
+    assert full.per_image < selective.per_image < plain.per_image
+    assert full.working > selective.working > plain.working
 
 
 def test_operations_of_the_own_tokenizer():

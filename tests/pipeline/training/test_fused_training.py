@@ -25,7 +25,7 @@ def plain(tiny) -> list[float]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("settings", [["train.zero_stage=3", "train.activation_checkpointing=true"], []], ids=str)
+@pytest.mark.parametrize("settings", [["train.zero_stage=3", "train.activation_checkpointing=full"], []], ids=str)
 def test_losses_are_those_of_plain_pytorch(tiny, plain, tmp_path, settings):
     run = tmp_path / "run"
     words = [*SETTINGS, *settings, f"train.run={run}", "model.kernels=fused"]

@@ -1,0 +1,1 @@
+"""The one call for a machine with a GPU, and the folder that carries it there."""
