@@ -3,15 +3,18 @@
 import contextlib
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 
 _TRITON = importlib.util.find_spec("triton") is not None  # here: asked inside, it would break a compiled graph
+_LEAST = (8, 0)  # compute capability with matrix units for bf16
 NAMES = ("auto", "fused", "sdpa", "reference")
 
 
-def runs_fused(implementation: str, device: torch.device) -> bool:
-    """Whether the Triton kernels run: auto on a GPU (CUDA or ROCm), fused also where Triton interprets.
+def runs_fused(implementation: str, device: torch.device, passes: Callable[[], bool]) -> bool:
+    """Whether the Triton kernels run: auto on a GPU (CUDA or ROCm) where they pass their check (kernels.probe), fused
+    also where Triton interprets.
 
     Raises ValueError for a name that is none of NAMES, and for fused where it cannot run.
     """
@@ -19,12 +22,22 @@ def runs_fused(implementation: str, device: torch.device) -> bool:
         raise ValueError(f"implementation is {implementation!r}; it takes {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     if implementation not in ("auto", "fused"):
         return False
-    asked = implementation == "fused"
-    if _TRITON and (device.type == "cuda" or (asked and interpreted())):
+    if implementation == "auto":
+        return device.type == "cuda" and passes()
+    if _TRITON and (device.type == "cuda" or interpreted()):
         return True
-    if asked:
-        raise ValueError(f"fused kernels need a GPU and Triton, not {device.type}; use auto, or sdpa")
-    return False
+    raise ValueError(f"fused kernels need a GPU and Triton, not {device.type}; use auto, or sdpa")
+
+
+def ineligible(device: torch.device) -> str:
+    """Why a GPU cannot run the Triton kernels whatever they are; empty where it can be tried."""
+    if not _TRITON:
+        return "Triton is not installed (pip install triton)"
+    if torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < _LEAST:
+            return f"compute capability {found[0]}.{found[1]} is below {_LEAST[0]}.{_LEAST[1]}"
+    return ""
 
 
 def interpreted() -> bool:

@@ -15,3 +15,13 @@ def faults() -> tuple[type[Exception], ...]:
         return known
     found = [*vars(compiling).values(), *vars(running).values()]
     return (*known, *(kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception)))
+
+
+def line_of(error: Exception) -> str:
+    """What an error says, in one line: of a compilation not the source that it quotes, but what it came of; its kind
+    where that says more."""
+    while isinstance(error.__cause__, Exception) and getattr(error, "error_message", "") is None:
+        error = error.__cause__
+    words = " ".join(str(getattr(error, "error_message", None) or error).split())[:400]
+    plain = words and isinstance(error, RuntimeError | ValueError | OSError)
+    return words if plain else f"{type(error).__name__}: {words}".removesuffix(": ")

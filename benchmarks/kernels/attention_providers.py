@@ -20,6 +20,7 @@ from benchmarks.harness import Bench
 
 Run = Callable[[Tensor, Tensor], Tensor]  # qkv [B, S, 3, A, K] and table [R, A] to [B, S, A, K]
 GRADIENT, DETACHED, NONE = "with its gradient", "no gradient", "no bias"
+DENSE = "dense, with its gradient"  # made once for all layers, as a model does: expanding it and its sum are not timed
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,30 @@ def ours(shape: Shape, bench: Bench) -> Run:
         return attention(qkv, bias, pack(bias, shape.head_size, qkv.dtype, "fused"), "fused")
 
     return run
+
+
+def one_layer(fused: bool) -> Callable[[Shape, Bench], Run]:
+    """Ours, or PyTorch's efficient one, as a layer of many calls it: the bias is there, its gradient is made."""
+
+    def build(shape: Shape, bench: Bench) -> Run:
+        index = shape.index(bench.device)
+        made: list[Any] = []
+
+        def run(qkv: Tensor, table: Tensor) -> Tensor:
+            if not made:
+                bias = expand_bias(table.detach(), index).to(torch.float32 if fused else qkv.dtype).requires_grad_()
+                made.extend((bias, pack(bias, shape.head_size, qkv.dtype, "fused") if fused else None))
+            bias, packed = made
+            bias.grad = None
+            if fused:
+                return attention(qkv, bias, packed, "fused")
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+                return scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).transpose(1, 2)
+
+        return run
+
+    return build
 
 
 def sdpa(backend: SDPBackend, bias: str) -> Callable[[Shape, Bench], Run]:
@@ -247,9 +272,11 @@ def flash_bias(shape: Shape, bench: Bench) -> Run:
 
 PROVIDERS = (
     Provider("ours", GRADIENT, ours, 6.0),
+    Provider("ours", DENSE, one_layer(True)),
     Provider("eager", GRADIENT, eager, 5.0),
     Provider("SDPA flash", NONE, sdpa(SDPBackend.FLASH_ATTENTION, NONE)),
     Provider("SDPA efficient", GRADIENT, sdpa(SDPBackend.EFFICIENT_ATTENTION, GRADIENT)),
+    Provider("SDPA efficient", DENSE, one_layer(False)),
     Provider("cuDNN graph, post_scale_bias", GRADIENT, cudnn_graph, 5.0),
     Provider("TransformerEngine, post_scale_bias", GRADIENT, transformer_engine, 5.0),
     Provider("FlashBias, SVD", DETACHED, flash_bias),

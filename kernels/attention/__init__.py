@@ -11,27 +11,46 @@ import torch
 from beitforge.kernels.attention.reference import attention_reference
 from beitforge.kernels.attention.sdpa import attention_sdpa
 from beitforge.kernels.dispatch import runs_fused
+from beitforge.kernels.probe import constant_when_compiled, passes
 
 _LARGEST_HEAD = 128  # numbers a head that the fused kernels take
 
 
-def chosen(implementation: str, device: torch.device, head_size: int = _LARGEST_HEAD) -> str:
-    """What runs on a device: fused, sdpa or reference. auto is fused where kernels.dispatch.runs_fused, else sdpa.
+def chosen(
+    implementation: str, device: torch.device, positions: int, heads: int, head_size: int, dtype: torch.dtype
+) -> str:
+    """What runs for qkv [·, S, 3, A, K] on a device: fused, sdpa or reference.
 
-    Raises ValueError as that does, and for fused with heads it cannot take.
+    auto is fused where kernels.dispatch.runs_fused, else sdpa; on a CPU in 16 bits the reference, which is faster there
+    (benchmarks/training/train.py --cpu). Raises ValueError as runs_fused, and for fused with heads it cannot take.
     """
     if head_size > _LARGEST_HEAD and implementation == "fused":
         raise ValueError(f"fused attention takes heads of up to {_LARGEST_HEAD}, not {head_size}; use auto, or sdpa")
-    if runs_fused(implementation, device) and head_size <= _LARGEST_HEAD:
+    taken = head_size <= _LARGEST_HEAD and dtype != torch.float64
+    if runs_fused(implementation, device, lambda: taken and _passes(device, positions, heads, head_size, dtype)):
         return "fused"
-    return "reference" if implementation == "reference" else "sdpa"
+    slow = implementation == "auto" and device.type == "cpu" and dtype.itemsize == 2
+    return "reference" if slow or implementation == "reference" else "sdpa"
+
+
+@constant_when_compiled
+def _passes(device: torch.device, positions: int, heads: int, head_size: int, dtype: torch.dtype) -> bool:
+    def problems() -> list[str]:
+        from beitforge.kernels.attention import check
+
+        return check.problems(positions, heads, head_size, device, dtype)
+
+    return passes("attention", device, (positions, heads, head_size, dtype), problems)
 
 
 def pack(
     bias_ASS: torch.Tensor | None, head_size: int, dtype: torch.dtype, implementation: str = "auto"
 ) -> torch.Tensor | None:
     """What the fused kernels read of a bias, for qkv of this head size and dtype; None where they do not run."""
-    if bias_ASS is None or chosen(implementation, bias_ASS.device, head_size) != "fused":
+    if bias_ASS is None:
+        return None
+    heads, positions, _ = bias_ASS.shape
+    if chosen(implementation, bias_ASS.device, positions, heads, head_size, dtype) != "fused":
         return None
     from beitforge.kernels.attention.operator import pack_bias
 
@@ -54,7 +73,7 @@ def attention(
     _, s, _, a, k = qkv_BS3AK.shape
     if bias_ASS is not None and bias_ASS.shape != (a, s, s):
         raise ValueError(f"bias has shape {tuple(bias_ASS.shape)}; for this qkv it must be {(a, s, s)}")
-    runs = chosen(implementation, qkv_BS3AK.device, k)
+    runs = chosen(implementation, qkv_BS3AK.device, s, a, k, qkv_BS3AK.dtype)
     if runs == "fused":
         from beitforge.kernels.attention.operator import attention_fused
 

@@ -323,8 +323,8 @@ def backward_bias(qkv, dout, tiles, lse, delta, partial, images, chunk, tiles_of
         base = qkv + image * (S * STRIDE) + head * K
         q = _load_rows(base, block * BM, BM, STRIDE, S, K, KP, S % BM != 0)
         do = _load_rows(dout + image * (S * A * K) + head * K, block * BM, BM, A * K, S, K, KP, S % BM != 0)
-        k = _load_rows(base + A * K, column * BN, WIDTH, STRIDE, S, K, KP, WIDTH != BN)
-        v = _load_rows(base + 2 * A * K, column * BN, WIDTH, STRIDE, S, K, KP, WIDTH != BN)
+        k = _load_rows(base + A * K, column * BN, WIDTH, STRIDE, S, K, KP, FIRST == S // BN)  # the last, padded block
+        v = _load_rows(base + 2 * A * K, column * BN, WIDTH, STRIDE, S, K, KP, FIRST == S // BN)
         line = (image * A + head) * S + rows
         row_lse = tl.load(lse + line, mask=rows < S, other=float("inf"))
         d = tl.load(delta + line, mask=rows < S, other=0.0)

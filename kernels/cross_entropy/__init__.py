@@ -9,6 +9,7 @@ from torch import Tensor
 
 from beitforge.kernels.cross_entropy.reference import linear_cross_entropy_reference
 from beitforge.kernels.dispatch import runs_fused
+from beitforge.kernels.probe import constant_when_compiled, passes
 
 
 def linear_cross_entropy(
@@ -32,9 +33,22 @@ def linear_cross_entropy(
     if tokens_T.shape != (rows,) or counts_T.shape != (rows,):
         shapes = f"tokens {tuple(tokens_T.shape)} and counts {tuple(counts_T.shape)}"
         raise ValueError(f"{shapes} do not fit {rows} rows; both are [T]")
-    if not runs_fused(implementation, x_TD.device) or x_TD.dtype == torch.float64:
+    device, dtype, vocabulary = x_TD.device, x_TD.dtype, len(weight_VD)
+    if not runs_fused(implementation, device, lambda: _passes(device, vocabulary, width, dtype)) or (
+        dtype == torch.float64
+    ):
         return linear_cross_entropy_reference(x_TD, weight_VD, bias_V, tokens_T, counts_T)
     from beitforge.kernels.cross_entropy.operator import linear_cross_entropy_fused
 
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TD, weight_VD, bias_V))
     return linear_cross_entropy_fused(x_TD, weight_VD, bias_V, tokens_T, counts_T, needed)
+
+
+@constant_when_compiled
+def _passes(device: torch.device, vocabulary: int, width: int, dtype: torch.dtype) -> bool:
+    def problems() -> list[str]:
+        from beitforge.kernels.cross_entropy import check
+
+        return check.problems(vocabulary, width, device, dtype)
+
+    return dtype != torch.float64 and passes("cross entropy", device, (vocabulary, width, dtype), problems)

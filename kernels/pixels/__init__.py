@@ -9,6 +9,7 @@ from torch import Tensor
 
 from beitforge.kernels.dispatch import runs_fused
 from beitforge.kernels.pixels.reference import jittered_reference
+from beitforge.kernels.probe import constant_when_compiled, passes
 
 
 def jittered(
@@ -32,8 +33,19 @@ def jittered(
         found = f"{tuple(pixels_BCHW.shape)} {pixels_BCHW.dtype}"
         raise ValueError(f"pixels are {found}; jittered takes uint8 [B, 3, H, W]")
     views = (pixels_BCHW, jitters_B3, orders_B, mean_greys_B)
-    if runs_fused(implementation, pixels_BCHW.device):
+    device = pixels_BCHW.device
+    if runs_fused(implementation, device, lambda: _passes(device)):
         from beitforge.kernels.pixels.fused import jittered_fused
 
         return jittered_fused(*views, normal, dtype)
     return jittered_reference(*views, normal, dtype)
+
+
+@constant_when_compiled
+def _passes(device: torch.device) -> bool:
+    def problems() -> list[str]:
+        from beitforge.kernels.pixels import check
+
+        return check.problems(33, 64, device)
+
+    return passes("pixels", device, (), problems)

@@ -208,6 +208,12 @@ class Train:
         doc="What the backward pass recomputes to save memory: nothing, all but matrix products and attention, or all.",
     )
     compile: bool = setting(False, identity=False, doc="Whether torch.compile compiles the model.")
+    compile_mode: str = setting(
+        "default",
+        choices=("default", "reduce-overhead"),
+        identity=False,
+        doc="Mode of torch.compile; reduce-overhead records CUDA graphs, for small micro batches on fast GPUs.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,15 @@ class World:
         return self.rank == 0
 
 
+def device_values(values: list[float], world: World) -> Tensor:
+    """Few numbers f64 [n] on the device, copied to it without waiting for its work."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return tensor.pin_memory().to(world.device, non_blocking=True) if world.device.type == "cuda" else tensor
+
+
 def all_max(values: list[float], world: World) -> list[float]:
     """The largest of each value over all ranks."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    tensor = device_values(values, world)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
@@ -37,7 +43,7 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 def all_gather_values(values: list[float], world: World) -> list[list[float]]:
     """Every rank's few numbers, in rank order; read from the device at once, however many ranks there are."""
-    mine = torch.tensor(values, dtype=torch.float64, device=world.device)
+    mine = device_values(values, world)
     everyone = mine.new_empty(world.size * len(values))
     dist.all_gather_into_tensor(everyone, mine)
     return everyone.view(world.size, -1).tolist()

@@ -23,6 +23,7 @@ class Setup:
     beta2: float
     epsilon: float
     overrides: dict
+    compile_mode: str = "default"
     muon: bool = False  # the groups are pipeline.training.optim.muon_groups
 
 
@@ -42,7 +43,8 @@ def deepspeed_config(setup: Setup) -> dict:
                 "lr": 0.0,
                 "betas": [setup.beta1, setup.beta2],
                 "eps": setup.epsilon,
-                "torch_adam": True,  # torch's own fused AdamW; DeepSpeed's would be compiled at run time
+                "torch_adam": True,  # torch's own; DeepSpeed's would be compiled at run time
+                "fused": True,
             },
         },
     }
@@ -74,6 +76,7 @@ def setup_from(config: Config, world: World, micro: int) -> Setup:
         zero_stage=train.zero_stage,
         offload_optimizer=train.offload_optimizer,
         compile=train.compile,
+        compile_mode=train.compile_mode,
         clip_norm=optimizer.clip_norm,
         beta1=optimizer.beta1,
         beta2=optimizer.beta2,

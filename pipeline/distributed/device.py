@@ -8,6 +8,8 @@ import torch
 
 from beitforge.pipeline.cluster.environment import RankInfo
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of the model, by train.precision
+
 
 def own_device(place: RankInfo) -> torch.device:
     """This process's GPU, made the current one, or the CPU with this process's share of its cores."""

@@ -3,16 +3,21 @@
 import math
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.distributed.deepspeed_config import Setup, deepspeed_config
+from beitforge.pipeline.distributed.device import DTYPES
 from beitforge.pipeline.distributed.muon import muon_optimizer
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import HostError
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
+
+if TYPE_CHECKING:
+    from beitforge.pipeline.distributed.optimizer_step import Outcome
 
 
 class Engine:
@@ -24,7 +29,7 @@ class Engine:
             host = socket.gethostname()
             raise HostError(f"train.precision fp16 needs a GPU, and {host} shows none; on a CPU use bf16 or fp32")
         self.world, self.setup = world, setup
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[setup.precision]
+        self.dtype = DTYPES[setup.precision]
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         deepspeed = quiet_deepspeed()
@@ -34,11 +39,14 @@ class Engine:
         for state in getattr(self.optimizer, "optimizer", self.optimizer).state.values():
             if "step" in state:  # not of Muon
                 state["step"].zero_()  # DeepSpeed's optimizer without ZeRO warms up with a step that AdamW counts
+        # these import deepspeed, which is set up by now
         from beitforge.pipeline.distributed.file_writer import Writer
+        from beitforge.pipeline.distributed.optimizer_step import attach
 
         self.writer = self.deepspeed.checkpoint_engine = Writer()
+        self.agreement = attach(self.deepspeed, setup.clip_norm, world.device)
         if setup.compile:
-            self.deepspeed.compile()
+            self.deepspeed.compile(compile_kwargs={"mode": setup.compile_mode})
 
     @property
     def model(self) -> Callable:
@@ -64,25 +72,20 @@ class Engine:
         finite = torch.isfinite(loss.detach())
         self.deepspeed.backward(loss * torch.where(finite, 1.0, math.nan))
 
-    def step(self, learning_rate: float) -> tuple[Tensor | float, bool]:
+    def step(self, learning_rate: float, flags: Tensor | None = None) -> "Outcome":
         """After the last micro batch: clip, update, clear; a group's rate is learning_rate times its `lr_scale`, if it
-        has one. Returns the gradient norm before clipping, and whether the update was made: not where the norm, which
-        is over all ranks, is not finite. Then nothing has changed."""
+        has one. The update is left out, and nothing has changed, where the norm over all ranks is not finite.
+
+        flags: what this rank tells the others at this step, 0 or 1 each, f64 [n] on the device.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        norm = self._plain_norm()
-        if norm is None:
-            self.deepspeed.step()
-            return self.deepspeed.get_global_grad_norm(), not bool(getattr(self.optimizer, "overflow", False))
-        made = bool(torch.isfinite(norm))
-        if made:
-            self.deepspeed.step()
-        else:  # what DeepSpeed does with ZeRO and in half precision
-            self.deepspeed.zero_grad()
-            self.deepspeed.micro_steps += 1
-            self.deepspeed.global_steps += 1
-            self.deepspeed.skipped_steps += 1
-        return norm, made
+        self.agreement.begin(flags)
+        self.deepspeed.step()
+        overflow = bool(getattr(self.optimizer, "overflow", False))
+        outcome = self.agreement.outcome(self.deepspeed.get_global_grad_norm(), not overflow)
+        self.deepspeed.skipped_steps += not (outcome.updated or overflow)  # DeepSpeed has counted the other
+        return outcome
 
     @property
     def scales_loss(self) -> bool:
@@ -92,10 +95,3 @@ class Engine:
     def accumulate(self) -> None:
         """After a micro batch that is not the last: DeepSpeed counts it."""
         self.deepspeed.step()
-
-    def _plain_norm(self) -> Tensor | None:
-        """Without ZeRO and in fp32 DeepSpeed keeps no norm: take it from the reduced gradients."""
-        if self.setup.zero_stage > 0 or self.setup.precision != "fp32":
-            return None
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.stack([gradient.norm() for gradient in gradients]).norm()

@@ -20,7 +20,7 @@ from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.data.pretraining import sample_draws
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.distributed.deepspeed_config import setup_from
-from beitforge.pipeline.distributed.device import memory_bytes
+from beitforge.pipeline.distributed.device import DTYPES, memory_bytes
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.doctor.findings import OK, STOP, WARNING, Local
 from beitforge.pipeline.doctor.host import nvidia_smi
@@ -72,11 +72,6 @@ def check_driver_row(row: list[str], local: Local) -> None:
             local.add(WARNING, "device", f"the GPU is slowed: {', '.join(reasons)}", cure)
 
 
-def dtype_of(config: Config) -> torch.dtype:
-    """What the model computes in."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
-
-
 def synthetic_batch(config: Config, images: int, rank: int) -> Batch:
     """A batch of the shapes of training."""
     generator = torch.Generator().manual_seed(rank)
@@ -112,7 +107,7 @@ class Cost:
 
 def cost(config: Config, module: nn.Module, device: torch.device, world: int) -> Cost:
     """Measured forward and backward with a few images and without DeepSpeed, and what the optimizer adds."""
-    module.to(device, dtype_of(config))
+    module.to(device, DTYPES[config.train.precision])
     few, more = ((images, *_tried(config, module, device, images)) for images in _MICRO_TRIED)
     module.zero_grad(set_to_none=True)
     image = max(1.0, (more[1] - few[1]) / (more[0] - few[0]))
@@ -138,7 +133,7 @@ def _tried(config: Config, module: nn.Module, device: torch.device, images: int)
             torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, saved.give):
-            loss, _ = masked_token_loss(config, module, batch, dtype_of(config))
+            loss, _ = masked_token_loss(config, module, batch, DTYPES[config.train.precision])
         loss.backward()
         _wait(device)
         seconds = time.perf_counter() - started

@@ -12,6 +12,7 @@ from beitforge.pipeline.console import say
 from beitforge.pipeline.data.pretraining import DataSource, fingerprints, pretraining, refuse_other_tokenizers
 from beitforge.pipeline.distributed.collectives import World, broadcast_object
 from beitforge.pipeline.distributed.deepspeed_config import setup_from
+from beitforge.pipeline.distributed.device import DTYPES
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.startup import open_and_join, run_on_all_ranks
 from beitforge.pipeline.errors import ConfigError
@@ -87,6 +88,8 @@ def _fingerprints(opened: tuple[DataSource, EvaluationSets]) -> dict[str, str]:
 def _kernels(config: Config, world: World) -> str:
     """What attention runs with. Raises ConfigError where it cannot."""
     try:
-        return chosen(config.model.kernels, world.device, config.model.width // config.model.heads)
+        model, dtype = config.model, DTYPES[config.train.precision]
+        positions, head_size = model.num_patches + 1, model.width // model.heads
+        return chosen(model.kernels, world.device, positions, model.heads, head_size, dtype)
     except ValueError as error:
         raise ConfigError(f"model.kernels: {error}") from error

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from beitforge.pipeline.console import say
-from beitforge.pipeline.distributed.collectives import all_gather_objects, all_gather_values, all_max, all_sum
+from beitforge.pipeline.distributed.collectives import (
+    all_gather_objects,
+    all_gather_values,
+    all_max,
+    all_sum,
+    device_values,
+)
 from beitforge.pipeline.distributed.device import memory_bytes
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.errors import SharedError
@@ -154,34 +160,35 @@ def train(engine: Engine, batches: Iterator[Batch], schedule: Schedule, componen
 
 def _step(
     engine: Engine, prefetcher: DevicePrefetcher, step: int, meter: Meter, components: Components
-) -> tuple[bool, Tensor | float, bool]:
-    """One optimizer step: whether to stop after it, the gradient's norm, and whether the update was applied."""
-    broken = torch.zeros((), device=engine.world.device)
+) -> tuple[bool, float, bool]:
+    """One optimizer step: whether to stop after it, the gradient's norm, and whether the update was applied.
+
+    The host waits for the device once, for what all ranks tell each other with the norm, and while the device applies
+    the update (pipeline.distributed.optimizer_step).
+    """
     measured, samples = [], []
     for micro in range(engine.setup.accumulation):
         if micro:
             engine.accumulate()
         batch, measures = _micro_step(engine, prefetcher, components.objective, step, meter)
-        broken = torch.maximum(broken, (~torch.isfinite(measures["loss"])).float())
         measured.append(measures)
         samples += batch.samples.tolist() if components.sample_log is not None else []
-    local_fault = broken.item()
-    stopping, not_finite, busy = all_max(
-        [float(bool(components.stop())), local_fault, float(components.saving.busy)], engine.world
-    )
+    fault = ~torch.stack([measures["loss"] for measures in measured]).isfinite().all()
+    told = device_values([float(bool(components.stop())), float(components.saving.busy)], engine.world)
+    outcome = engine.step(components.rate(step), torch.cat([told, fault[None]]))
+    stopping, busy, not_finite = outcome.flags
     if components.saving.open and not busy:
         components.saving.finish()
-    norm, updated = engine.step(components.rate(step))
-    if updated:
+    if outcome.updated:
         components.recovery.update_applied()
     if not not_finite:
         for measures in measured:
             meter.add(measures)
-    if not_finite or not (updated or engine.scales_loss):
-        _record_skip(engine, components, step, "loss" if not_finite else "gradient", bool(local_fault))
+    if not_finite or not (outcome.updated or engine.scales_loss):
+        _record_skip(engine, components, step, "loss" if not_finite else "gradient", bool(not_finite and fault))
     if components.sample_log is not None:
         components.sample_log.write(step, samples)
-    return bool(stopping), norm, updated
+    return bool(stopping), outcome.norm, outcome.updated
 
 
 def _micro_step(
@@ -207,14 +214,12 @@ def _record_skip(engine: Engine, components: Components, step: int, what: str, l
         say(line)
 
 
-def _log(
-    engine: Engine, schedule: Schedule, done: int, norm: Tensor | float, meter: Meter, components: Components
-) -> None:
+def _log(engine: Engine, schedule: Schedule, done: int, norm: float, meter: Meter, components: Components) -> None:
     """Write one line of metrics.jsonl and the note next to the progress bar."""
     samples = meter.count * engine.setup.micro_batch * engine.world.size
     values, ranks = meter.read()
     speed = samples / values.pop("seconds")
-    values |= {"lr": components.rate(done - 1), "gradient_norm": float(norm), "images_per_second": speed}
+    values |= {"lr": components.rate(done - 1), "gradient_norm": norm, "images_per_second": speed}
     values["memory_bytes"] = int(ranks[engine.world.rank][2])
     if schedule.flops and schedule.peak:
         values["mfu"] = speed * schedule.flops / (schedule.peak * engine.world.size)

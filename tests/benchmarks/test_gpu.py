@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 import textwrap
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import gpu
+from benchmarks.gpu import child, gpu
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.harness import Job
 from tests.conftest import ROOT
@@ -110,16 +109,42 @@ def test_when_the_time_is_over_what_is_there_is_written(tmp_path, monkeypatch):
     assert "| 0 | 1.0 |" in (tmp_path / "gpu.md").read_text()
 
 
-def test_a_part_in_its_own_process(tmp_path):
-    """The real child, from the fourth row of correctness on."""
-    file = tmp_path / "rows"
-    command = [sys.executable, "-m", "benchmarks.gpu.child", "correctness", "3", "60", str(file), "--dry"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line.get("begun", line.get("done")) for line in lines[:-1]] == [3, 3, 4, 4]
-    assert [line["row"]["repeatable"] for line in lines if "row" in line] == ["yes", "yes"]
-    assert "note" in lines[-1]
+def test_all_of_it_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """The plan, a part in its own process, the files; of one part: tests/benchmarks/test_rehearsal.py runs all rows."""
+    monkeypatch.chdir(ROOT)
+    assert gpu.main(["--dry", "--parts", "correctness", "--minutes", "3", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("bench gpu: 3 minutes") and shown[-1].startswith("wrote ")
+    (content,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
+    rows = PARTS["correctness"].jobs(True)
+    assert [row["repeatable"] for row in content["rows"]] == ["yes"] * len(rows)
+    assert "plain float16 code" in content["notes"][0]
+    assert (tmp_path / "out" / "correctness.md").exists()
+
+
+def test_what_is_compiled_is_compiled_ahead(tmp_path, monkeypatch):
+    """Every such row in a process of its own, at once, no longer than the share; one builder is left behind."""
+
+    def child(name: str, first: int, seconds: float, made: gpu.Call, *flags: str) -> list[str]:
+        assert flags == ("--ahead",) and 0 < seconds < 12
+        mark, seconds = str(tmp_path / f"ahead{first}"), 20 * (first == 2)
+        code = f"import pathlib, time; pathlib.Path({mark!r}).touch(); time.sleep({seconds})"
+        return [sys.executable, "-S", "-c", code]
+
+    monkeypatch.setattr(gpu, "_child", child)
+    jobs = [Job({}, ("ms",), 1.0, lambda _: {}, compiles=number > 0) for number in range(3)]
+    made = dataclasses.replace(part(1), name="evoformer", jobs=lambda _: jobs)
+    before = time.monotonic()
+    (builder,) = gpu.compile_ahead(gpu.Call((made,), 0.2, tmp_path, False, before + 12))
+    assert time.monotonic() - before < 0.2 * 60 * gpu.AHEAD + 3
+    assert sorted(path.name for path in tmp_path.glob("ahead*")) == ["ahead1", "ahead2"]
+    gpu.stop(builder)
+    assert builder.poll() is not None
+
+
+def test_a_run_ahead_writes_no_row(tmp_path):
+    assert child.main(["fusions", "0", "60", str(tmp_path / "rows"), "--dry", "--ahead"]) == 0
+    assert not (tmp_path / "rows").exists()
 
 
 @pytest.mark.parametrize("words", [["--parts", "nothing"], ["--minutes", "0"]])

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ pytestmark = [
 ]
 # error against float64 of float32, float16 and (cast up before each product in the interpreter) bfloat16
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.5e-2}
+SHAPE = (197, 12, 64, torch.float32)  # S, A, K and type, for `chosen`
 # S, A, K, B: from a single position to 384 px; head sizes that are no power of two
 SHAPES = [
     (1, 1, 32, 2),
@@ -113,6 +116,22 @@ def test_long_rows(dtype, large_blocks):
 def test_without_a_bias(s):
     qkv, _, weight = inputs(s, 2, 32, 2, torch.float32)
     compare(qkv, None, weight, BOUNDS[torch.float32])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
+@pytest.mark.parametrize("s", [17, 34, 63])
+def test_nothing_beyond_the_rows_is_read(s, monkeypatch):
+    """Not even where it is multiplied by zero: no product has a number that is not finite."""
+    multiply, found = np.matmul, []
+
+    def product(a: np.ndarray, b: np.ndarray, **named: Any) -> np.ndarray:
+        found.append(bool(np.isfinite(a).all() and np.isfinite(b).all()))
+        return multiply(a, b, **named)
+
+    monkeypatch.setattr(np, "matmul", product)
+    qkv, bias, weight = inputs(s, 1, 32, 1, torch.float32)
+    compare(qkv, bias, surrounded(weight), BOUNDS[torch.float32])
+    assert found and all(found)
 
 
 @pytest.fixture(params=["summed", "stored"])
@@ -251,20 +270,19 @@ def test_selective_checkpointing_of_an_encoder(positions):
 def test_what_runs_where(monkeypatch):
     """auto never runs the interpreter; asked for, fused says why it cannot run."""
     cpu = torch.device("cpu")
-    assert chosen("auto", cpu) == chosen("sdpa", cpu) == "sdpa"
-    assert chosen("auto", torch.device("cuda")) == "fused"
-    assert chosen("reference", torch.device("cuda")) == "reference"
+    assert chosen("auto", cpu, *SHAPE) == chosen("sdpa", cpu, *SHAPE) == "sdpa"
+    assert chosen("reference", torch.device("cuda"), *SHAPE) == "reference"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="need a GPU and Triton, not cpu; use auto, or sdpa"):
-        chosen("fused", cpu)
+        chosen("fused", cpu, *SHAPE)
     with pytest.raises(ValueError, match="takes auto, fused, sdpa or reference"):
-        chosen("flash", cpu)
+        chosen("flash", cpu, *SHAPE)
 
 
 def test_wider_heads_are_left_to_sdpa():
-    assert chosen("auto", torch.device("cuda"), 144) == "sdpa"
+    assert chosen("auto", torch.device("cuda"), 17, 2, 144, torch.bfloat16) == "sdpa"
     with pytest.raises(ValueError, match="heads of up to 128, not 144"):
-        chosen("fused", torch.device("cuda"), 144)
+        chosen("fused", torch.device("cuda"), 17, 2, 144, torch.bfloat16)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from beitforge.kernels import probe as kernels_probe
 from beitforge.kernels.attention import attention
 from beitforge.kernels.cross_entropy import linear_cross_entropy
 from beitforge.kernels.pixels import jittered
@@ -148,7 +149,7 @@ def test_a_race_is_found(gpu):
 @pytest.mark.parametrize("kernels", ["auto", "sdpa", "reference"])
 @pytest.mark.parametrize("positions", ["relative_shared", "relative", "absolute"])
 def test_masked_token_loss(tiny, monkeypatch, kernels, dtype, positions):
-    """On a GPU auto is fused; nothing of it waits for the device."""
+    """On a GPU auto is fused, if it passes the checks of the first step; no later one waits for the device."""
     config = load_config(str(tiny.config), [f"model.kernels={kernels}", f"model.positions={positions}"])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_path=0.3))
     batch = checks_device.synthetic_batch(config, 3, 0)
@@ -157,6 +158,9 @@ def test_masked_token_loss(tiny, monkeypatch, kernels, dtype, positions):
         beit = Beit(config.model, config.tokenizer.vocabulary, 0).to(device, dtype)
         return with_gradients(*objectives.masked_token_loss(config, beit, batch.to(device), dtype), beit)
 
+    if kernels == "auto":
+        same(monkeypatch, run, CLOSE[dtype])
+        assert all(kernels_probe._found.values()), "a kernel fell back"
     assert same(monkeypatch, run, CLOSE[dtype]) == []
 
 

@@ -181,6 +181,7 @@ def changed() -> Config:
         "precision": "fp16",
         "kernels": "reference",
         "decoder": "pillow",
+        "compile_mode": "reduce-overhead",
     }
 
     def other(name: str, value: object) -> object:

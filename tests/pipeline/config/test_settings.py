@@ -31,7 +31,15 @@ FREE = {
     **PER_HOST,
     "data": PER_HOST["data"] | {"bad_sample_budget"},
     "model": {"kernels"},
-    "train": {"run", "micro_batch", "zero_stage", "offload_optimizer", "activation_checkpointing", "compile"},
+    "train": {
+        "run",
+        "micro_batch",
+        "zero_stage",
+        "offload_optimizer",
+        "activation_checkpointing",
+        "compile",
+        "compile_mode",
+    },
     "finetune": {"run", "micro_batch", "test_every"},
     "tokenizer": {"micro_batch", "precision"},
 }

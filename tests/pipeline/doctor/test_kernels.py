@@ -92,7 +92,7 @@ RAISED += [
 def test_a_kernel_that_does_not_run(tiny, monkeypatch, error, words, cure):
     """One line with a cure; the other kernels are looked at all the same, and so are the checks behind."""
 
-    def raises(*_: object) -> None:
+    def raises(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(kernels, "attention", raises)
