@@ -23,6 +23,7 @@ from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.distributed.deepspeed_config import setup_from
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.process_group import start_world
+from beitforge.pipeline.evaluation import evaluations
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.runs.checkpoints import State
 from beitforge.pipeline.training.optim import parameter_groups
@@ -33,8 +34,8 @@ _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "all_gather_int
 
 def join(rank: int, world: int) -> collections.Counter:
     """Become a rank of this world; returns how often it talks to the others. To a gather they bring what this one
-    brings, to a sum one in all (none of a set's few images is the last rank's), and the first broadcasts what this rank
-    would."""
+    brings, to an evaluation's sums one in all (none of a set's few images is the last rank's), and the first broadcasts
+    what this rank would."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank % _NODE), LOCAL_WORLD_SIZE=str(_NODE))
@@ -47,13 +48,12 @@ def join(rank: int, world: int) -> collections.Counter:
     def counted(name: str, plain: Any) -> Any:
         def collective(*args: Any, **kwargs: Any) -> Any:
             talked[name] += 1
-            if name == "all_reduce" and args and "op" not in kwargs:  # one of ours
-                args[0].add_(1)
             return plain(*args, **kwargs)
 
         return collective
 
     dist.init_process_group = fake
+    evaluations.all_sum = lambda tensor: tensor + 1
     dist.broadcast_object_list = lambda items, **_: None
     for name in _COLLECTIVES:
         setattr(dist, name, counted(name, getattr(dist, name)))
