@@ -32,6 +32,7 @@ PLAIN = ["model.kernels=sdpa"]  # the fused kernels, interpreted, are slow: one 
 def on_gpu(*words: object, processes: int = 1) -> str:
     done = run_ranks("tests.pipeline.gpu_runs", *words, processes=processes)
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stdout + done.stderr  # DeepSpeed's, of what cannot be compiled, from every rank
     return done.stdout
 
 
