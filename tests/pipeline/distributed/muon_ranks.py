@@ -68,7 +68,7 @@ def step(running: Engine, number: int, factor: float = 1.0) -> tuple[float, bool
         spoilt = world.rank == world.size - 1 and turn == turns - 1
         running.backward(loss / count * (factor if spoilt else 1.0))
         total += (loss / count).detach().float() / turns
-    _, made = running.step(RATE)
+    made = running.step(RATE).updated
     return float(all_sum(total)) / world.size, made
 
 
