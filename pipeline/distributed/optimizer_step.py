@@ -51,7 +51,7 @@ class Agreement:
     def norm(self, norms: list[Tensor], scale: float, copies: int = 1) -> Tensor:
         """The norm f32 of the gradient, of which this rank has the parts with these norms, and `copies` ranks each
         part; all are larger by the loss `scale`. It is on the device, and on the host where the host decides."""
-        squares = torch.stack([norm.double() for norm in norms]).square().sum() / (copies * scale**2)
+        squares = torch.stack(norms).double().square().sum() / (copies * scale**2)
         total = self._reduce(squares)[0].sqrt()
         if self.adamw is not None:
             self.adamw.found_inf = (~total.isfinite()).float()  # type: ignore[attr-defined]
