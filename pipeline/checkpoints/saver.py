@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from beitforge.pipeline.checkpoints import zero_layout
-from beitforge.pipeline.distributed.collectives import all_gather_objects, barrier, broadcast_object
+from beitforge.pipeline.distributed.collectives import all_gather_lines, barrier, broadcast_object
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.errors import ConfigError, SharedError
 from beitforge.pipeline.runs.checkpoints import STATE, State, candidates, newest, step_of
@@ -75,8 +75,7 @@ class Saver:
             return
         state, self._open = self._open, None
         folder = _folder(self.run, state.step)
-        errors = [error for error in all_gather_objects(self.engine.writer.wait(), self.engine.world) if error]
-        if errors:
+        if errors := all_gather_lines(self.engine.writer.wait(), self.engine.world):
             free = shutil.disk_usage(folder).free
             raise SharedError(
                 f"cannot write {folder} ({free >> 20} MiB free there; {errors[0]}): make room, then start again; it "

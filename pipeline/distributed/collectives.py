@@ -42,21 +42,22 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def all_gather_values(values: list[float], world: World) -> list[list[float]]:
-    """Every rank's few numbers, in rank order."""
+    """Every rank's few numbers, in rank order; read from the device at once, however many ranks there are."""
     mine = device_values(values, world)
-    everyone = [torch.empty_like(mine) for _ in range(world.size)]
-    dist.all_gather(everyone, mine)
-    return [theirs.tolist() for theirs in everyone]
+    everyone = mine.new_empty(world.size * len(values))
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone.view(world.size, -1).tolist()
 
 
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
     """The rows [n, …] of every rank, of as many each as it has, end to end in rank order."""
     counts = [int(count) for (count,) in all_gather_values([float(len(rows))], world)]
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    most = max(counts)
+    padded = rows.new_zeros((most, *rows.shape[1:]))
     padded[: len(rows)] = rows
-    everyone = [torch.empty_like(padded) for _ in range(world.size)]
-    dist.all_gather(everyone, padded)
-    return torch.cat([theirs[:count] for theirs, count in zip(everyone, counts, strict=True)])
+    everyone = rows.new_empty((world.size * most, *rows.shape[1:]))
+    dist.all_gather_into_tensor(everyone, padded)
+    return torch.cat([everyone[rank * most : rank * most + count] for rank, count in enumerate(counts)])
 
 
 def all_gather_objects(item: object, world: World) -> list:
@@ -64,6 +65,14 @@ def all_gather_objects(item: object, world: World) -> list:
     items: list = [None] * world.size
     dist.all_gather_object(items, item)
     return items
+
+
+def all_gather_lines(line: str, world: World) -> list[str]:
+    """The lines of the ranks that have one, in rank order. Mostly none has: that costs one number, where objects of
+    thousands of ranks take a good part of a second."""
+    if not all_max([float(bool(line))], world)[0]:
+        return []
+    return [said for said in all_gather_objects(line, world) if said]
 
 
 def broadcast_object(item: object, world: World) -> Any:

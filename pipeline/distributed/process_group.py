@@ -1,6 +1,8 @@
 """Joining and leaving the process group, and DeepSpeed made quiet. Must not know model or shards."""
 
+import contextlib
 import datetime
+import io
 import logging
 import os
 import warnings
@@ -44,11 +46,12 @@ def quiet_deepspeed() -> Any:
     # DeepSpeed calls torch.distributed functions whose new names torch 2.13 advertises at every call
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\..* is deprecated")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
+    # on a GPU without the CUDA toolkit it says of every operator that it cannot be compiled, once a rank
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed
 
-    deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.runtime.compiler.compile = lambda: lambda function: function  # used by Muon alone
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.utils.logger.setLevel("ERROR")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

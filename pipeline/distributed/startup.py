@@ -13,7 +13,7 @@ from beitforge.pipeline.cluster.error_reporting import USER_ERRORS, user_message
 from beitforge.pipeline.config.identity import is_per_host
 from beitforge.pipeline.config.loading import to_dict
 from beitforge.pipeline.config.settings import Config
-from beitforge.pipeline.distributed.collectives import World, all_gather_objects, broadcast_object
+from beitforge.pipeline.distributed.collectives import World, all_gather_lines, broadcast_object
 from beitforge.pipeline.distributed.process_group import start_world
 from beitforge.pipeline.errors import ConfigError, SharedError
 
@@ -73,8 +73,7 @@ def _attempt(work: Callable[[], Opened]) -> _Attempt[Opened]:
 def _raise_together(tried: _Attempt[Opened], world: World) -> Opened:
     """Raise SharedError if a rank has a complaint: the first rank's, else another's with its host."""
     there = "" if world.first else f"host {socket.gethostname()}: "
-    lines = all_gather_objects(tried.line and there + tried.line, world)
-    if complaints := [line for line in lines if line]:
+    if complaints := all_gather_lines(tried.line and there + tried.line, world):
         raise SharedError(complaints[0])
     return cast(Opened, tried.opened)
 

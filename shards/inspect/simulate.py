@@ -3,6 +3,7 @@
 Nothing is read and nothing random is drawn but the order itself.
 """
 
+import math
 import time
 import tracemalloc
 from dataclasses import dataclass, field
@@ -140,8 +141,8 @@ def _mixing(asked: Simulated, order: Order) -> dict:
 def _reading(asked: Simulated, order: Order) -> dict:
     """What the first node fetches and keeps open, from the first windows of an epoch."""
     policy, node = asked.order, range(min(asked.ranks, asked.ranks_per_node))
-    own = policy.lanes % asked.ranks == 0
-    walks = [order.ahead(asked.epoch * asked.samples, rank, asked.ranks) for rank in (node if own else node[:1])]
+    classes = math.gcd(policy.lanes, asked.ranks)  # of ranks that read the same lanes
+    walks = [order.ahead(asked.epoch * asked.samples, rank, asked.ranks) for rank in node[:classes]]
     sizes = np.array(asked.shard_samples)
     fetched, parts, shards_of_rank = [], [], []
     windows = -(-asked.samples // (policy.chunk * policy.window * policy.lanes))
@@ -155,7 +156,8 @@ def _reading(asked: Simulated, order: Order) -> dict:
     nodes, total = -(-asked.ranks // asked.ranks_per_node), asked.samples * asked.bytes_per_sample
     epoch_bytes = float(np.mean(fetched)) * windows
     return {
-        "lanes of a rank": policy.lanes // asked.ranks if own else "all: lanes are no multiple of ranks",
+        "lanes of a rank": policy.lanes // classes,
+        "ranks that share them": asked.ranks // classes,
         "bytes a node reads in an epoch": int(epoch_bytes),
         "read by all nodes, times the set": round(epoch_bytes * nodes / total, 2),
         "bytes of a window on a node": max(fetched),

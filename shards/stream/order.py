@@ -8,6 +8,7 @@ Nothing is as long as the set: the permutation of the chunks is computed place b
 sequence follows from the few chunks that are short, the last ones of their shards.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,8 +109,8 @@ class Order:
 
     def ahead(self, sample: int, rank: int, world: int) -> Iterator[tuple[int, Chunks]]:
         """What a rank reads from a sample on, window by window without end: the number of the sample at which a window
-        begins, and its chunks. A rank of a world that divides the lanes has lanes of its own in every epoch; any other
-        reads all."""
+        begins, and its chunks. It reads the lanes of its class: as many classes as lanes and world have for a greatest
+        common divisor, so that with lanes a multiple of the world they are its own."""
         step = self.policy.chunk * self.policy.window * self.policy.lanes
         epoch, position = divmod(sample, self.samples)
         first = position // step
@@ -124,21 +125,20 @@ class Order:
     def _lanes_of(self, rank: int, world: int, epoch: int) -> range:
         """The lanes that a rank reads in an epoch. Ranks take samples by their number in the run, lanes go by that in
         the epoch: with every epoch a rank moves on by the epoch's length."""
-        if self.policy.lanes % world:
-            return range(self.policy.lanes)
-        return range((rank - epoch * self.samples) % world, self.policy.lanes, world)
+        classes = math.gcd(self.policy.lanes, world)
+        return range((rank - epoch * self.samples) % classes, self.policy.lanes, classes)
 
     def next_use(self, chunks: Chunks, sample: int, ranks: range, world: int) -> np.ndarray:
         """The number of the next sample from `sample` on (i64 [n]) for which any of the ranks reads each of the chunks,
         to the window: `sample` itself where it is in use, 2^62 where it is not used in this epoch and the next."""
         numbers = self._first_chunk[chunks.shards] + chunks.numbers
         found = np.full(len(numbers), 2**62)
+        classes = math.gcd(self.policy.lanes, world)
+        reading = np.unique(np.arange(ranks.start, ranks.stop) % classes)
         first = sample // self.samples
         for epoch in (first, first + 1):
             for start, end, lanes in self._uses(epoch, numbers):
-                readers = (lanes + epoch * self.samples) % world
-                mine = np.isin(readers, np.arange(ranks.start, ranks.stop)) | (self.policy.lanes % world != 0)
-                counts = mine & (end > sample)
+                counts = np.isin((lanes + epoch * self.samples) % classes, reading) & (end > sample)
                 found[counts] = np.minimum(found, np.maximum(start, sample))[counts]
         return found
 

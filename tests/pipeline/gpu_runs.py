@@ -15,6 +15,7 @@ from tests.simulated_gpu import replace_nccl, simulated_gpu
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    os.environ["DS_ACCELERATOR"] = "cuda"  # a test before may have said cpu
     patches = pytest.MonkeyPatch()
     replace_nccl(patches)
     with simulated_gpu(patches) as gpu:

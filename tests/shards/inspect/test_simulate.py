@@ -59,8 +59,16 @@ def test_what_a_node_reads_is_counted_by_hand():
 def test_lanes_that_do_not_divide_are_named():
     """Then every node reads everything."""
     found = simulate(changed(ranks=3, global_batch=63), everything=False, quiet=True)
-    assert found["lanes of a rank"].startswith("all")
+    assert (found["lanes of a rank"], found["ranks that share them"]) == (16, 3)
     assert found["read by all nodes, times the set"] >= 1.9
+
+
+@pytest.mark.parametrize(("ranks", "lanes", "sharing"), [(64, 1, 4), (24, 2, 3), (16, 1, 1)])
+def test_more_ranks_than_lanes_share_them(ranks, lanes, sharing):
+    """A node of two ranks then reads two ranks' lanes, and not all sixteen."""
+    found = simulate(changed(ranks=ranks, global_batch=ranks), everything=False, quiet=True)
+    assert (found["lanes of a rank"], found["ranks that share them"]) == (lanes, sharing)
+    assert found["read by all nodes, times the set"] == pytest.approx(sharing, rel=0.6)
 
 
 def test_a_broken_order_is_found(monkeypatch):

@@ -1,5 +1,6 @@
 """The order: every sample once an epoch, arithmetic alone, the same for any shape of the run, and well mixed."""
 
+import math
 import pickle
 import tracemalloc
 
@@ -212,11 +213,14 @@ def test_an_empty_set_is_refused(shard_samples):
         ([101, 3, 0, 57], SMALL, 2),
         ([7], OrderPolicy(), 4),
         ([1000, 1, 999, 64], OrderPolicy(chunk=16, window=4, lanes=8), 4),
+        ([1000, 1, 999, 64], OrderPolicy(chunk=16, window=4, lanes=8), 16),
+        ([1000, 1, 999, 64], OrderPolicy(chunk=16, window=4, lanes=8), 12),
     ],
 )
 def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world):
-    """What a rank is told to fetch, window by window, is what its samples of that window lie in, and no more where it
-    has lanes of its own."""
+    """What a rank is told to fetch, window by window, is what its samples of that window lie in, and no more than what
+    it shares lanes for: with as many others as there are in its class."""
+    classes = math.gcd(policy.lanes, world)
     order, total = Order(shard_samples, policy), sum(shard_samples)
     size = policy.chunk * policy.window * policy.lanes
     for rank in range(world):
@@ -224,7 +228,7 @@ def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world
         told = order.ahead(first, rank, world)
         begin, chunks = next(told)
         samples = np.arange(begin, 4 * total)
-        samples = samples[samples % world == rank] if policy.lanes % world == 0 else samples  # as RankBatches has it
+        samples = samples[samples % classes == rank % classes]  # as RankBatches has it
         while begin < 3 * total:
             then, following = next(told)
             here = samples[(samples >= begin) & (samples < then)]
@@ -235,7 +239,7 @@ def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world
             begin, chunks = then, following
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("shard_samples", [SHARDS, [101, 3, 0, 57]], ids=["divides", "shifts"])
 def test_next_use_is_the_next_window_that_reads_a_chunk(shard_samples, world):
     """Against the windows themselves, from many places of three epochs; ranks read as RankBatches has it."""
@@ -250,7 +254,7 @@ def test_next_use_is_the_next_window_that_reads_a_chunk(shard_samples, world):
     for now in range(0, 3 * total, 29):
         for rank in range(world):
             found = order.next_use(chunks, now, range(rank, rank + 1), world)
-            mine = (samples % world == rank) | (SMALL.lanes % world != 0)
+            mine = (samples - rank) % math.gcd(SMALL.lanes, world) == 0
             for (shard, number), use in zip(every, found.tolist(), strict=True):
                 reads = mine & (shards == shard) & (rows // SMALL.chunk == number) & (ends > now)
                 reads &= samples < (now // total + 2) * total
