@@ -118,7 +118,7 @@ def jobs(dry: bool = False) -> list[Job]:
         for stored in (False, True) if name in _BOTH else (False,):
             kernel = "attention, gradients of scores stored" if stored else "attention"
             known = {"kernel": kernel, "case": f"{name}: {' × '.join(map(str, shape))}"}
-            found.append(Job(known, _FINDS, 2.5, partial(attention_case, shape, stored)))
+            found.append(Job(known, _FINDS, 2.0, partial(attention_case, shape, stored)))
     for size in ("dry",) if dry else ("base", "large"):
         known = {"kernel": "linear + cross entropy", "case": SIZES[size].name}
         found.append(Job(known, _FINDS, 2.0, partial(loss_case, size)))
