@@ -3,11 +3,13 @@
 Each is built when its row is measured; one that is not installed, or does not run here, raises, and its row says why.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -53,13 +55,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute it. bias: GRADIENT, DETACHED or NONE. seconds: about what its row takes on a GPU."""
+    """One way to compute it. bias: GRADIENT, DETACHED or NONE. seconds: about what its row takes on a GPU. stored: by
+    our second design of the backward."""
 
     name: str
     bias: str
     build: Callable[[Shape, Bench], Run]
     seconds: float = 2.0
     compiles: bool = False
+    stored: bool = False
 
 
 def ours(shape: Shape, bench: Bench) -> Run:
@@ -70,6 +74,13 @@ def ours(shape: Shape, bench: Bench) -> Run:
         return attention(qkv, bias, pack(bias, shape.head_size, qkv.dtype, "fused"), "fused")
 
     return run
+
+
+@contextlib.contextmanager
+def design(stored: bool) -> Iterator[None]:
+    """Which backward of ours runs meanwhile."""
+    with patch.dict(os.environ, {"BEITFORGE_BACKWARD": "stored" if stored else "summed"}):
+        yield
 
 
 def one_layer(fused: bool) -> Callable[[Shape, Bench], Run]:
@@ -272,6 +283,7 @@ def flash_bias(shape: Shape, bench: Bench) -> Run:
 
 PROVIDERS = (
     Provider("ours", GRADIENT, ours, 6.0),
+    Provider("ours, gradients of scores stored", GRADIENT, ours, 6.0, stored=True),
     Provider("ours", DENSE, one_layer(True)),
     Provider("eager", GRADIENT, eager, 5.0),
     Provider("SDPA flash", NONE, sdpa(SDPBackend.FLASH_ATTENTION, NONE)),

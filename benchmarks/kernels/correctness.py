@@ -17,6 +17,7 @@ from beitforge.kernels.attention import attention
 from beitforge.kernels.attention.reference import attention_reference
 from beitforge.kernels.pixels import jittered
 from benchmarks.harness import Bench, Job, Row, Wrong, measured, options
+from benchmarks.kernels.attention_providers import design
 from benchmarks.kernels.fusions import NORMAL, SIZES, loss, results
 
 QUESTION = "is every kernel right on this chip?"
@@ -35,6 +36,7 @@ SHAPES = {
     "odd: 131 positions": (3, 131, 2, 128),
 }
 DRY_SHAPES = {"dry": (2, 21, 2, 32), "dry, odd": (1, 1, 2, 16)}
+_BOTH = ("base 224", "base 384", "odd: 65 positions", "dry")  # by the second design of the backward as well
 _FINDS = ("error", "repeatable")
 
 
@@ -57,8 +59,13 @@ def _repeats(first: list[Tensor], again: list[list[Tensor]]) -> None:
         raise Wrong("two runs give other bits")
 
 
-def attention_case(shape: tuple[int, int, int, int], bench: Bench) -> Row:
-    """Output and gradients of qkv and bias."""
+def attention_case(shape: tuple[int, int, int, int], stored: bool, bench: Bench) -> Row:
+    """Output and gradients of qkv and bias, by either backward."""
+    with design(stored):
+        return _attention_case(shape, bench)
+
+
+def _attention_case(shape: tuple[int, int, int, int], bench: Bench) -> Row:
     images, positions, heads, size = shape
     generator = torch.Generator().manual_seed(1)
     qkv = torch.randn(images, positions, 3, heads, size, generator=generator).to(bench.device, bench.dtype)
@@ -108,8 +115,10 @@ def jobs(dry: bool = False) -> list[Job]:
     """A row a kernel and case."""
     found = []
     for name, shape in (DRY_SHAPES if dry else SHAPES).items():
-        known = {"kernel": "attention", "case": f"{name}: {' × '.join(map(str, shape))}"}
-        found.append(Job(known, _FINDS, 3.5, partial(attention_case, shape)))
+        for stored in (False, True) if name in _BOTH else (False,):
+            kernel = "attention, gradients of scores stored" if stored else "attention"
+            known = {"kernel": kernel, "case": f"{name}: {' × '.join(map(str, shape))}"}
+            found.append(Job(known, _FINDS, 2.0, partial(attention_case, shape, stored)))
     for size in ("dry",) if dry else ("base", "large"):
         known = {"kernel": "linear + cross entropy", "case": SIZES[size].name}
         found.append(Job(known, _FINDS, 2.0, partial(loss_case, size)))

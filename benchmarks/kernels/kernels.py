@@ -25,6 +25,7 @@ from benchmarks.kernels.attention_providers import (
     Provider,
     Run,
     Shape,
+    design,
     eager,
 )
 
@@ -115,6 +116,11 @@ def prepared(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[tu
 
 def measure(shape: Shape, provider: Provider, bench: Bench) -> Row:
     """Right first, then fast: forward, backward and both."""
+    with design(provider.stored):
+        return _measured(shape, provider, bench)
+
+
+def _measured(shape: Shape, provider: Provider, bench: Bench) -> Row:
     torch._functorch.config.donated_buffer = False  # the backward alone runs many times on one graph
     tensors, rights, plain = prepared(shape, bench.device, bench.dtype)
     run, biased = provider.build(shape, bench), provider.bias != NONE

@@ -6,7 +6,7 @@ import torch
 def attention_reference(qkv_BS3AK: torch.Tensor, bias_ASS: torch.Tensor | None) -> torch.Tensor:
     """softmax(q·kᵀ / √K + bias) · v for qkv [B, S, 3, A, K] and bias [A, S, S] or None; returns [B, S, A, K]."""
     q_BASK, k_BASK, v_BASK = qkv_BS3AK.permute(2, 0, 3, 1, 4).unbind(0)
-    logits_BASS = q_BASK @ k_BASK.transpose(-1, -2) * q_BASK.shape[-1] ** -0.5
+    logits_BASS = (q_BASK * q_BASK.shape[-1] ** -0.5) @ k_BASK.transpose(-1, -2)
     if bias_ASS is not None:
         logits_BASS = logits_BASS + bias_ASS.to(logits_BASS.dtype)
     return (logits_BASS.softmax(dim=-1) @ v_BASK).transpose(1, 2)

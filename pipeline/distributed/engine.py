@@ -44,7 +44,7 @@ class Engine:
         from beitforge.pipeline.distributed.optimizer_step import attach
 
         self.writer = self.deepspeed.checkpoint_engine = Writer()
-        self.agreement = attach(self.deepspeed, setup.clip_norm, world.device)
+        self.agreement = attach(self.deepspeed, world.device)
         if setup.compile:
             self.deepspeed.compile(compile_kwargs={"mode": setup.compile_mode})
 

@@ -51,7 +51,7 @@ class Agreement:
     def norm(self, norms: list[Tensor], scale: float, copies: int = 1) -> Tensor:
         """The norm f32 of the gradient, of which this rank has the parts with these norms, and `copies` ranks each
         part; all are larger by the loss `scale`. It is on the device, and on the host where the host decides."""
-        squares = torch.stack([norm.double() for norm in norms]).square().sum() / (copies * scale**2)
+        squares = torch.stack(norms).double().square().sum() / (copies * scale**2)
         total = self._reduce(squares)[0].sqrt()
         if self.adamw is not None:
             self.adamw.found_inf = (~total.isfinite()).float()  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ class Agreement:
         return self.reduced
 
 
-def attach(engine: Any, clip_norm: float, device: torch.device) -> Agreement:
+def attach(engine: Any, device: torch.device) -> Agreement:
     """Make a DeepSpeed engine end its steps as this module says.
 
     With optimizer offload, and with an optimizer of a kind that is not below, DeepSpeed keeps its own way; norm and
@@ -115,7 +115,7 @@ def attach(engine: Any, clip_norm: float, device: torch.device) -> Agreement:
     elif getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         ours = None
     decides = fused and (optimizer is inner or (engine.bfloat16_enabled() and ours in (_Partitioned, _Replicated)))
-    agreement = Agreement(device, clip_norm, inner if decides else None)
+    agreement = Agreement(device, float(engine.gradient_clipping()), inner if decides else None)
     if ours is not None:
         optimizer.__class__, optimizer.agreement = ours, agreement
         engine.clip_fp32_gradients = lambda: None  # done by _Plain

@@ -134,7 +134,7 @@ def test_times():
     assert Times(1.25, 1.0, 2.0).cell() == "1.2 (1.0–2.0)" and Times(1.25, 1.0, 2.0).cell("µs") == "1250 (1000–2000)"
     assert Times(math.nan, math.nan, math.nan).cell("µs") == "not timed"
     slept = Bench(torch.device("cpu"), torch.float32, "eager", "clock").time(lambda: time.sleep(0.01), milliseconds=50)
-    assert 9 < slept.low <= slept.median <= slept.high
+    assert 5 < slept.low <= slept.median <= slept.high
 
 
 def test_idle_is_what_no_kernel_covers():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.jsonl import read_metrics
@@ -93,6 +94,10 @@ def test_fp16_saves_before_its_first_update(tiny, tmp_path):
         folder, state = newest(tmp_path, print)
         assert state.step == 4
         assert read_metrics(tmp_path, "start")[-1]["step"] == first
+        saved = zero_layout.open_checkpoint(folder, state.zero_stage, state.groups)  # as any other world would
+        assert saved.step == 0
+        for name, pieces in saved.pieces.items():
+            assert all(not piece.values["exp_avg"].any() for piece in pieces), name
         shutil.rmtree(folder)
 
 

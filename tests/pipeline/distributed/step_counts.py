@@ -76,13 +76,13 @@ class Count(TorchDispatchMode):
         return result
 
 
-def engine_of(stage: int, precision: str, compile_mode: str = "") -> Engine:
+def engine_of(stage: int, precision: str, compile_mode: str = "", overrides: dict | None = None) -> Engine:
     model = Model(input_size=Size(32, 32), patch_size=16, layers=LAYERS, width=16, heads=2, drop_path=0.1)
     beit = Beit(model, 32, 0)
     setup = Setup(
         global_batch=WORLD.size, micro_batch=1, accumulation=1, precision=precision, zero_stage=stage,
         offload_optimizer=False, compile=bool(compile_mode), compile_mode=compile_mode, clip_norm=CLIP, beta1=0.9,
-        beta2=0.999, epsilon=1e-8, overrides={},
+        beta2=0.999, epsilon=1e-8, overrides=overrides or {},
     )  # fmt: skip
     return Engine(beit, parameter_groups(beit, 0.05), setup, WORLD)
 
@@ -175,9 +175,9 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 
 def main() -> None:
     findings = [found_in(*case) for case in CASES]
-    compiled = compiled_with()
+    compiled, limited = compiled_with(), engine_of(2, "bf16", overrides={"gradient_clipping": 0.25})
     if WORLD.first:
-        print(json.dumps({"steps": findings, "compiled": compiled}))
+        print(json.dumps({"steps": findings, "compiled": compiled, "clip_norm": limited.agreement.clip_norm}))
     destroy_process_group()
 
 

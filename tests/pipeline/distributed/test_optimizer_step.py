@@ -63,6 +63,10 @@ def test_the_mode_of_compiling_is_passed_on(counted):
     assert counted["compiled"] == {"mode": "reduce-overhead"}
 
 
+def test_a_limit_of_the_deepspeed_section_holds(counted):
+    assert counted["clip_norm"] == 0.25
+
+
 def test_a_long_norm_is_exact():
     flat = torch.full((1 << 25,), 1e-3)
     assert float(flat_norm(flat)) == pytest.approx(1e-3 * math.sqrt(1 << 25), rel=1e-6)
