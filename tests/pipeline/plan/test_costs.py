@@ -135,7 +135,18 @@ def kept(shape: Model, images: int, dtype: torch.dtype, checkpointing: str) -> i
 
 KEEPING = [
     (Model(input_size=Size(80, 80), layers=3, width=96, heads=3, kernels="reference"), "reference"),
-    (Model(input_size=Size(80, 80), layers=3, width=96, heads=3, positions="absolute", layer_scale=False), "sdpa"),
+    (
+        Model(
+            input_size=Size(80, 80),
+            layers=3,
+            width=96,
+            heads=3,
+            positions="absolute",
+            layer_scale=False,
+            kernels="sdpa",
+        ),
+        "sdpa",
+    ),
     (Model(input_size=Size(64, 96), layers=2, width=64, heads=2, mlp_ratio=3.0, kernels="reference"), "reference"),
 ]
 
