@@ -274,10 +274,15 @@ def work_of(config: Config, machine: Machine, sharding: Sharding, micro: int, ch
     )
 
 
+def checkpoint_size(sharding: Sharding) -> int:
+    """Bytes of a checkpoint."""
+    matrices = [[each.numbers for each in group] for group in sharding.matrices]
+    return checkpoint_bytes(sharding.total, sharding.stage, sharding.number, matrices, sharding.world)
+
+
 def checkpoint_of(config: Config, machine: Machine, sharding: Sharding) -> tuple[float, float]:
     """Bytes of a checkpoint, and how long the training stands still."""
-    matrices = [[each.numbers for each in group] for group in sharding.matrices]
-    size = float(checkpoint_bytes(sharding.total, sharding.stage, sharding.number, matrices, sharding.world))
+    size = float(checkpoint_size(sharding))
     nodes = machine.nodes(sharding.world) if sharding.stage else 1
     if config.checkpoint.asynchronous:
         return size, size / (sharding.world if sharding.stage else 1) / machine.assumed.host_copy

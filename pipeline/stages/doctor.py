@@ -54,8 +54,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.model.float8 import use_float8
 from beitforge.pipeline.plan.costs import num_parameters
-from beitforge.pipeline.plan.estimate import sharding_of
-from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
+from beitforge.pipeline.plan.estimate import checkpoint_size, sharding_of
 from beitforge.shards.errors import ShardError
 
 _CLOCK_UNSURE = 0.7
@@ -226,8 +225,7 @@ def _memory(me: _Me, device: torch.device, first: bool) -> None:
         use_float8(beit, device)
     if first:
         sharding = sharding_of(me.config, me.place.size, me.config.train.zero_stage, 1)
-        size = checkpoint_bytes(sharding.total, sharding.stage, sharding.number)
-        data.check_disk_space(me.config, size, me.local)
+        data.check_disk_space(me.config, checkpoint_size(sharding), me.local)
     micro, cost = _micro(me), checks_device.cost(me.config, beit, device, me.place.size)
     free = checks_device.free_memory(me.place, device)
     per_process = me.config.train.global_batch // me.place.size
