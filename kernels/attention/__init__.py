@@ -22,7 +22,7 @@ def chosen(
     """What runs for qkv [·, S, 3, A, K] on a device: fused, sdpa or reference.
 
     auto is fused where kernels.dispatch.runs_fused, else sdpa; on a CPU in 16 bits the reference, which is faster there
-    (benchmarks/training/train.py --cpu). Raises ValueError as runs_fused, and for fused with heads it cannot take.
+    (BENCHMARKS.md, train_cpu). Raises ValueError as runs_fused, and for fused with heads it cannot take.
     """
     if head_size > _LARGEST_HEAD and implementation == "fused":
         raise ValueError(f"fused attention takes heads of up to {_LARGEST_HEAD}, not {head_size}; use auto, or sdpa")
