@@ -153,7 +153,7 @@ def test_finetune(tiny, tmp_path):
     settings = [f"data.labelled_images={tiny.folder}/shards/train", f"data.labelled_test={tiny.folder}/shards/test"]
     settings += ["finetune.duration=2 steps", "finetune.warmup=1 steps", "finetune.global_batch=8", *PLAIN]
     settings += ["finetune.micro_batch=4", "finetune.input_size=32", "log.every_steps=1"]
-    settings += ['finetune.randaugment=""']  # which is timm's
+    settings += ["finetune.randaugment="]  # which is timm's
     found = []
     for device, module in (("gpu", "tests.pipeline.gpu_runs"), ("cpu", "beitforge")):
         done = run_ranks(module, "finetune", "--rank", tiny.config, *settings, f"finetune.run={tmp_path}/{device}")
