@@ -32,8 +32,8 @@ def passes(kernel: str, device: torch.device, shape: tuple, check: Callable[[], 
     """
     key = (kernel, device, *shape)
     if key not in _found:
-        problem = ineligible(device)
         try:
+            problem = ineligible(device)
             if not problem:
                 with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
                     problem = "".join(check()[:1])

@@ -6,7 +6,7 @@ one norm of the flat gradients tells whether they are finite; it crosses the ran
 
 With torch's fused AdamW, in bf16 or in fp32 without ZeRO, the device decides for itself whether the update is applied
 (`found_inf`), and the host reads while the device works on it. Elsewhere the host decides, and reads before the update:
-the loss scale of fp16, ZeRO-3 and Muon take Python's word for it.
+for fp16's loss scale, ZeRO-3 and Muon DeepSpeed branches in Python.
 
 Imports deepspeed; the engine imports it once that is set up. Must not know model, shards or any stage.
 """

@@ -77,6 +77,15 @@ def test_whatever_is_raised_is_a_fall_back(monkeypatch, trouble):
     assert torch.allclose(attention(qkv, None), attention(qkv, None, None, "reference"), atol=1e-5)
 
 
+def test_a_driver_that_does_not_answer_is_a_fall_back(monkeypatch):
+    def silent(device):
+        raise RuntimeError("no CUDA-capable device is detected")
+
+    monkeypatch.setattr(probe, "ineligible", silent)
+    with pytest.warns(FallbackWarning, match="no CUDA-capable device"):
+        assert chosen("auto", CPU, *SHAPE) == "sdpa"
+
+
 def test_a_wrong_result_is_a_fall_back(monkeypatch):
     from beitforge.kernels.attention import operator
 

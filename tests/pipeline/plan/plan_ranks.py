@@ -144,6 +144,19 @@ def nothing() -> None:
     """What is done between steps unless a benchmark has something to measure there."""
 
 
+def timed(steps: int, step: Callable[[], None], between: Callable[[], None]) -> list[float]:
+    """Seconds of each step, from when all ranks begin it to when all have ended it."""
+    seconds = []
+    for _ in range(steps):
+        between()
+        dist.barrier()
+        started = time.perf_counter()
+        step()
+        dist.barrier()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
 def measured(
     world: World,
     stage: int,
@@ -173,15 +186,11 @@ def measured(
             del loss, right
             look()
 
-    seconds = []
-    for _ in range(steps):
-        between()
-        dist.barrier()
-        started = time.perf_counter()
-        backward(lambda: None)
+    def step(look: Callable[[], None] = nothing) -> None:
+        backward(look)
         engine.step(1e-3)
-        dist.barrier()
-        seconds.append(time.perf_counter() - started)
+
+    seconds = timed(steps, step, between)
     parts, resting, grown = held(engine, before), alive(), [0]
     bucket = engine.deepspeed.zero_reduce_bucket_size() * engine.dtype.itemsize if stage else 0
 
@@ -190,14 +199,12 @@ def measured(
         grown.append(sum(new))
 
     SENT.clear()
-    backward(look)
-    engine.step(1e-3)
+    step(look)
     calls, biggest = list(SENT), torch.tensor([*parts.values(), max(grown)])
     moved = 0
     if (precision, accumulation) == COPIED:
         with torch.profiler.profile(record_shapes=True) as profiler:
-            backward(lambda: None)
-            engine.step(1e-3)
+            step()
         moved = copied(profiler)
     dist.all_reduce(biggest, op=dist.ReduceOp.MAX)
     parts = dict(zip(parts, biggest.tolist(), strict=False))
