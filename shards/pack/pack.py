@@ -12,7 +12,7 @@ from beitforge.shards.format.manifest import NAME, ImageManifest, read_image_man
 from beitforge.shards.pack.plan import PackOptions, Plan, make_plan
 from beitforge.shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
 from beitforge.shards.progress import Progress
-from beitforge.shards.storage.files import PARTIAL, write_text
+from beitforge.shards.storage.files import sweep_partials, write_text
 from beitforge.shards.workers import each_shard
 
 MARKER = "packing.json"
@@ -140,8 +140,7 @@ def _begin(plan: Plan) -> None:
     """Mark the set as unfinished, and sweep what a killed run left."""
     write_text(plan.target / MARKER, json.dumps(plan.describe(), indent=1) + "\n")
     for folder in _folders(plan):
-        for leftover in folder.glob(f"*{PARTIAL}*"):
-            leftover.unlink(missing_ok=True)
+        sweep_partials(folder)
 
 
 def _difference(plan: Plan, made_by: dict) -> str:

@@ -171,7 +171,7 @@ def test_a_folder_that_fails_is_one_line(tmp_path, monkeypatch, what):
         return
     cache = Cache(tmp_path / "cache", 1000)
 
-    def full(*_) -> None:
+    def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
