@@ -165,7 +165,7 @@ class Index:
 
 
 def most_bytes(samples: int) -> int:
-    """More than an index of so many samples ever has; their keys are paths."""
+    """More than an index of that number of samples ever has; their keys are paths."""
     return MOST_HEADER + samples * (len(COLUMNS) * 8 + 8 + _MOST_KEY)
 
 

@@ -47,7 +47,7 @@ class Asked:
         return QUIET_SECONDS + size / LEAST_SPEED
 
     def check_length(self, length: int) -> None:
-        """Raises Fault unless so many bytes can be the answer."""
+        """Raises Fault unless this number of bytes can be the answer."""
         if self.stop is not None and length != self.stop - self.start:
             raise Fault(f"bytes {self.start} to {self.stop} were asked for, {length} came")
         if length > self.most:
