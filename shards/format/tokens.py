@@ -6,7 +6,6 @@ image could not be read, its rows are zeros and the stream substitutes it) · ch
 of each row, which sets of earlier versions lack. View-major, so that more views can follow.
 """
 
-import contextlib
 import functools
 from array import array
 from collections.abc import Callable
@@ -21,9 +20,9 @@ from beitforge.shards.format.manifest import ImageManifest, TokenManifest, Token
 from beitforge.shards.format.views import FIELDS, Views
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.files import open_files
-from beitforge.shards.storage.reading import OpenFile, forget, here
+from beitforge.shards.storage.reading import OpenFile, forget
 from beitforge.shards.storage.remote import Kept, Remote, is_url
-from beitforge.shards.storage.retry import reread, retry
+from beitforge.shards.storage.retry import anew, reread, retry
 from beitforge.shards.storage.tensors import MOST_HEADER, TensorFile, write_tensors
 
 Value = TypeVar("Value")
@@ -91,31 +90,39 @@ class OpenTokenShard:
         return xxhash.xxh3_128_hexdigest(self._tensors[CHECKS].whole().tobytes()) if self.has_checks else ""
 
     def is_bad(self, row: int) -> bool:
-        """Whether `tokenize` could not read the image of a row."""
-        return self.file.bytes.read(1, self._bad + row) != b"\0"
+        """Whether `tokenize` could not read the image of a row: that is seldom so, and looked at closely. Raises as
+        `row` does."""
+        marked = self.file.bytes.read(1, self._bad + row) != b"\0"
+        return marked and self._checked(0, row)[1] != b"\0"
 
     def row(self, view: int, row: int) -> "TokenRow":
         """One image's tokens u16 [patches] and record, read again where they are not what was written. Raises Damaged
         when they stay so; EOFError and OSError when the file cannot be read."""
+        parts, _ = self._checked(view, row)
+        arrays = [np.frombuffer(part, dtype) for part, (_, _, dtype) in zip(parts, self._places, strict=True)]
+        tokens, boxes, flips, jitters, orders = arrays
+        return TokenRow(tokens, boxes, flips[0], jitters, orders[0])
+
+    def _checked(self, view: int, row: int) -> tuple[list[bytes], bytes]:
+        """The bytes of a row's tokens and record, and of its mark."""
 
         num_views, samples = self.shape[:2]
         if not (0 <= view < num_views and 0 <= row < samples):
             raise IndexError(f"view {view} of {num_views}, row {row} of {samples}")
         bytes_of, place = self.file.bytes.read, view * samples + row
 
-        def read() -> TokenRow:
+        def read() -> tuple[list[bytes], bytes]:
             parts = [bytes_of(size, start + place * size) for start, size, _ in self._places]
+            mark = bytes_of(1, self._bad + row)
             if self._checks is not None:
                 written = int.from_bytes(bytes_of(8, self._checks + place * 8), "little")
-                if xxhash.xxh3_64_intdigest(b"".join([*parts, bytes_of(1, self._bad + row)])) != written:
+                if xxhash.xxh3_64_intdigest(b"".join([*parts, mark])) != written:
                     self.file.bytes.file.forget()
                     raise Damaged(
-                        f"{here()}: view {view} of row {row} of {self.path} is damaged (its checksum differs): restore "
-                        "the file, or remove it and the manifest and run `tokenize` again"
+                        f"view {view} of row {row} of {self.path} is damaged (its checksum differs): restore the "
+                        "file, or remove it and the manifest and run `tokenize` again"
                     )
-            arrays = [np.frombuffer(part, dtype) for part, (_, _, dtype) in zip(parts, self._places, strict=True)]
-            tokens, boxes, flips, jitters, orders = arrays
-            return TokenRow(tokens, boxes, flips[0], jitters, orders[0])
+            return parts, mark
 
         return reread(read)
 
@@ -200,7 +207,7 @@ class TokenSet:
     def shard(self, number: int, image_keys: np.ndarray | Callable[[], np.ndarray]) -> OpenTokenShard:
         """Shard `number`, checked against the manifest and the image shard's keys (u64 [samples], or what gives them)
         when first opened. Raises ShardError."""
-        return retry(lambda: self._shard(number, image_keys), f"{self.folder}/{self._name(number)}")
+        return self._anew(number, lambda: self._shard(number, image_keys))
 
     def row(self, number: int, image_keys: Callable[[], np.ndarray], view: int, row: int) -> TokenRow:
         """A row of shard `number`. Raises ShardError."""
@@ -211,19 +218,11 @@ class TokenSet:
         return self._anew(number, lambda: self._shard(number, image_keys).is_bad(row))
 
     def _anew(self, number: int, read: Callable[[], Value]) -> Value:
-        """The value of `read`, made again where it fails, with the file opened anew: it may have been replaced."""
+        def forget() -> None:
+            self._open.pop(number, None)
+            self._sums.pop(number, None)
 
-        def once() -> Value:
-            try:
-                return read()
-            except (OSError, EOFError, Damaged):
-                self._open.pop(number, None)
-                self._sums.pop(number, None)
-                raise
-
-        with contextlib.suppress(OSError, EOFError, Damaged):
-            return once()
-        return retry(lambda: reread(once), f"{self.folder}/{self._name(number)}")
+        return anew(read, forget, f"{self.folder}/{self._name(number)}")
 
     def _shard(self, number: int, image_keys: np.ndarray | Callable[[], np.ndarray]) -> OpenTokenShard:
         opened = self._open.get(number)
@@ -240,10 +239,7 @@ class TokenSet:
 
     def opened(self, number: int) -> OpenTokenShard:
         """The file of shard `number`, checked against the manifest alone; a remote one is fetched."""
-        return retry(
-            lambda: reread(lambda: self._opened(number, lambda source: self._fitting(number, source))),
-            f"{self.folder}/{self._name(number)}",
-        )
+        return self._anew(number, lambda: self._opened(number, lambda source: self._fitting(number, source)))
 
     def _opened(self, number: int, open_: Callable[[Path | OpenFile], OpenTokenShard]) -> OpenTokenShard:
         if not isinstance(self.folder, Remote):

@@ -7,7 +7,6 @@ never without a bound: what a file says of itself is believed as far as its size
 import contextlib
 import json
 import os
-import socket
 import stat
 from pathlib import Path
 
@@ -42,7 +41,7 @@ class OpenFile:
         """`size` bytes from `start` on, all of them. Raises EOFError where the file ends before."""
         if start + size > self.size:
             raise EOFError(f"bytes {start} to {start + size} are asked for, it had {self.size} when it was opened")
-        data = os.pread(self.descriptor, size, start)
+        data = self._piece(size, start)
         if len(data) < size:
             data = self.up_to(size, start)
             if len(data) < size:
@@ -51,10 +50,17 @@ class OpenFile:
                 )
         return data
 
+    def _piece(self, size: int, start: int) -> bytes:
+        """What one call gives; an error is met with a second one."""
+        try:
+            return os.pread(self.descriptor, size, start)
+        except OSError:
+            return os.pread(self.descriptor, size, start)
+
     def up_to(self, size: int, start: int) -> bytes:
         """The bytes from `start` on, `size` or as many as there are."""
         parts, size = [], min(size, max(0, os.fstat(self.descriptor).st_size - start))
-        while size and (part := os.pread(self.descriptor, size, start)):
+        while size and (part := self._piece(size, start)):
             parts.append(part)
             start, size = start + len(part), size - len(part)
         return b"".join(parts)
@@ -62,7 +68,7 @@ class OpenFile:
     def digest(self) -> str:
         """xxh3-128 of all of it, hex. Guards against damage and mix-ups, not against an adversary."""
         state, start = xxhash.xxh3_128(), 0
-        while block := os.pread(self.descriptor, _BLOCK, start):
+        while block := self._piece(_BLOCK, start):
             state.update(block)
             start += len(block)
         return state.hexdigest()
@@ -102,19 +108,19 @@ def parse_json(data: bytes) -> object:
         raise Damaged(str(error)) from error
 
 
-def here() -> str:
-    """This host, for the messages about its files."""
-    return f"host {socket.gethostname()}"
-
-
 def twice_read(file: OpenFile, size: int, start: int, digest: int) -> bytes:
     """Bytes whose xxh3-64 is `digest`; read again where it is not, at last from the disk. Raises Damaged, EOFError."""
+
+    data = file.read(size, start)
+    if xxhash.xxh3_64_intdigest(data) == digest:
+        return data
 
     def read() -> bytes:
         data = file.read(size, start)
         if xxhash.xxh3_64_intdigest(data) != digest:
             file.forget()
-            raise Damaged(f"{here()}: bytes {start} to {start + size} of {file.path} are not what was written")
+            raise Damaged(f"bytes {start} to {start + size} of {file.path} are not what was written")
         return data
 
+    file.forget()
     return reread(read)

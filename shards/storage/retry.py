@@ -59,6 +59,28 @@ def retry(
     raise AssertionError("unreachable")
 
 
+def anew(read: Callable[[], Value], forget: Callable[[], object], what: str) -> Value:
+    """The value of `read`, tried again where it fails and where it finds what it reads Damaged, after `forget`, which
+    has it open its files anew: they may have been replaced. Raises ShardError, which names this host."""
+
+    try:
+        return read()
+    except (OSError, EOFError, Damaged):
+        forget()
+
+    def once() -> Value:
+        try:
+            return read()
+        except (OSError, EOFError, Damaged):
+            forget()
+            raise
+
+    try:
+        return retry(lambda: reread(once), what)
+    except Damaged as error:
+        raise Damaged(f"host {socket.gethostname()}: {error}") from error
+
+
 def reread(read: Callable[[], Value], afresh: Callable[[], object] | None = None) -> Value:
     """The value of `read`, made again at once while it finds what it reads Damaged; what it finds at last is believed.
 

@@ -3,7 +3,6 @@
 A set is a folder, or lies behind a URL: then what is read of it comes in chunks of samples, kept in this node's cache.
 """
 
-import contextlib
 import functools
 import logging
 from collections import OrderedDict
@@ -21,9 +20,9 @@ from beitforge.shards.format.index import FLAG_BAD, Index, Row, index_path, most
 from beitforge.shards.format.manifest import ImageManifest, read_image_manifest
 from beitforge.shards.storage.cache import ALWAYS, PART, Cache
 from beitforge.shards.storage.files import open_files
-from beitforge.shards.storage.reading import OpenFile, forget, here, twice_read
+from beitforge.shards.storage.reading import OpenFile, forget, twice_read
 from beitforge.shards.storage.remote import Kept, Remote, cache_for, is_url
-from beitforge.shards.storage.retry import READS, reread, retry
+from beitforge.shards.storage.retry import READS, anew, reread
 from beitforge.shards.storage.tensors import TensorFile
 from beitforge.shards.stream.order import Chunks, Order
 
@@ -112,7 +111,16 @@ class ImageSet:
 
     def index(self, shard: int) -> Index:
         """The index of shard number `shard`, checked against the manifest when first opened."""
-        return retry(lambda: self._shard(shard), self._where(shard)).index
+        return self._anew(shard, lambda: self._shard(shard)).index
+
+    def key_hashes(self, shard: int) -> np.ndarray:
+        """Of all its samples, u64."""
+
+        def read() -> np.ndarray:
+            index = self._shard(shard).index
+            return index.rows(0, len(index))["key_hash"]
+
+        return self._anew(shard, read)
 
     def row(self, shard: int, row: int) -> Row:
         """What the index says of a sample. Rows are read some at a time: those beside one come soon."""
@@ -133,22 +141,10 @@ class ImageSet:
         """`read` where what the index says of it is known."""
         return self._anew(shard, lambda: self._read(shard, row, known))
 
-    def _where(self, shard: int) -> str:
-        return f"{self.manifest.shards[shard].name} in {self.folder}"
-
     def _anew(self, shard: int, read: Callable[[], Value]) -> Value:
-        """The value of `read`, made again where it fails, with the shard opened anew: it may have been replaced."""
-
-        def once() -> Value:
-            try:
-                return read()
-            except (OSError, EOFError, Damaged):
-                self._open.pop(shard, None)
-                raise
-
-        with contextlib.suppress(OSError, EOFError, Damaged):
-            return once()
-        return retry(lambda: reread(once), self._where(shard))
+        """The value of `read`, made again where it fails. Raises ShardError."""
+        where = f"{self.manifest.shards[shard].name} in {self.folder}"
+        return anew(read, lambda: self._open.pop(shard, None), where)
 
     def _read(self, shard: int, row: int, known: Row) -> bytes:
         opened, name = self._shard(shard), self.manifest.shards[shard].name
@@ -268,12 +264,12 @@ class ImageSet:
             path = index_path(self.folder, entry.name)
             index = _indexed(path)
             if index.digest != entry.index_digest:
-                raise Damaged(f"{here()}: {path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
+                raise Damaged(f"{path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
             tar = OpenFile(self.folder / f"{entry.name}.tar")
         size = tar.size if tar else entry.bytes
         if size != entry.bytes or len(index) != entry.samples:
             raise Damaged(
-                f"{here()}: {self.folder}/{entry.name}.tar has {size} bytes and {len(index)} indexed samples; the "
+                f"{self.folder}/{entry.name}.tar has {size} bytes and {len(index)} indexed samples; the "
                 f"manifest says {entry.bytes} bytes and {entry.samples} samples: {_CURE}"
             )
         index.check_places(size)

@@ -101,7 +101,7 @@ class RecordedViews:
         return not self.tokens.is_bad(shard, self._keys(shard), row)
 
     def _keys(self, shard: int) -> Callable[[], np.ndarray]:
-        return lambda: self.images.index(shard).key_hash
+        return lambda: self.images.key_hashes(shard)
 
 
 def open_tokens(
