@@ -12,6 +12,8 @@ import threading
 import time
 from types import TracebackType
 
+from beitforge.pipeline.cluster.error_reporting import doing
+
 EXIT_HUNG = 74  # EX_IOERR: nothing happened for too long; start again to go on from the newest checkpoint
 _FIRST = 3  # times as long for the first step of a process: kernels are compiled, caches are cold
 _GRACE = 30.0  # seconds after which a process whose own thread cannot run is ended from outside the interpreter
@@ -33,6 +35,7 @@ class Watchdog:
     def beat(self, what: str) -> None:
         """Something has been done; `what` comes next. The first beat ends the time allowed for the start."""
         self._what, self._since, self._first = what, time.monotonic(), False
+        doing(what)
         self._arm()
 
     def _limit(self) -> float:
