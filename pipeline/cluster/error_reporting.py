@@ -24,8 +24,8 @@ _DISK |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}  # a path tha
 _RANKS = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")  # torch's
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 _REASONS = re.compile(
-    r"connection (?:closed|reset|refused|was likely closed)[^.\n[]*(?:\[[^]\n]*\](?::\d+)?)?|broken pipe|timed out[^.\n]*|"
-    r"remote process exited[^.\n]*",
+    r"connection (?:closed|reset|refused|was likely closed)[^.\n[]*(?:\[[^]\n]*\](?::\d+)?)?|broken pipe|"
+    r"timed out[^.\n]*|remote process exited[^.\n]*",
     re.IGNORECASE,
 )
 _RESUME = "start the same command again to resume"

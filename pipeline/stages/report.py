@@ -16,8 +16,7 @@ from beitforge.pipeline.weights.encoder import run_config
 from beitforge.shards.storage.files import write_text
 from beitforge.shards.storage.staging import refuse_other_file
 
-
-_PAGE = "beitforge</title>".encode()  # in the head of every page that is written here
+_PAGE = b"beitforge</title>"  # in the head of every page that is written here
 
 
 def run(run_folders: list[Path], out: Path | None = None) -> int:

@@ -146,7 +146,9 @@ def _load_tiff(image: Image.Image) -> None:
         with _captured_stderr(said):
             image.load()
     except _DAMAGE as error:
-        raise ImageError(f"does not decode: {'; '.join(said[:2]) or str(error).strip() or type(error).__name__}") from error
+        raise ImageError(
+            f"does not decode: {'; '.join(said[:2]) or str(error).strip() or type(error).__name__}"
+        ) from error
 
 
 @contextmanager

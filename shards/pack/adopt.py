@@ -8,7 +8,14 @@ import numpy as np
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import FLAG_BAD, FLAG_LABELLED, Index, index_path, open_index, write_index
-from beitforge.shards.format.manifest import NAME, ImageManifest, ImageShard, read_image_manifest, refuse_other_manifest, write_manifest
+from beitforge.shards.format.manifest import (
+    NAME,
+    ImageManifest,
+    ImageShard,
+    read_image_manifest,
+    refuse_other_manifest,
+    write_manifest,
+)
 from beitforge.shards.pack.pack import MARKER
 from beitforge.shards.pack.tar_scan import scan_tar
 from beitforge.shards.progress import Progress

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import SUFFIX, open_index
-from beitforge.shards.format.manifest import NAME, ImageManifest, read_image_manifest, refuse_other_manifest, write_manifest
+from beitforge.shards.format.manifest import (
+    NAME,
+    ImageManifest,
+    read_image_manifest,
+    refuse_other_manifest,
+    write_manifest,
+)
 from beitforge.shards.pack.plan import PackOptions, Plan, make_plan
 from beitforge.shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
 from beitforge.shards.progress import Progress

@@ -83,6 +83,8 @@ def refuse_other_file(path: Path, *words: bytes) -> None:
     beginning."""
     if not path.exists() and not path.is_symlink():
         return
+    if path.is_dir():
+        raise ShardError(f"{path} is a folder; a file is written there: give the path of a file")
     if path.is_file():
         with open(path, "rb") as file:
             head = file.read(_HEAD_BYTES)
