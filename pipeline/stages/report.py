@@ -29,7 +29,8 @@ def _report(run_folder: Path, out: Path | None) -> int:
     sections = sections_of(record, gallery.render_gallery(record, state), what_ran(record, state, passed_over))
     path = out or run_folder / "report.html"
     write_text(path, components.page(f"{run_folder.resolve().name} · beitforge", sections))
-    say(f"report of step {record.step}: {path}")
+    weights = f"images by the weights of step {state.step}" if state is not None else "no complete checkpoint"
+    say(f"report of step {record.step}, {weights}: {path}")
     return 0
 
 
