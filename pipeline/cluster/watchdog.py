@@ -35,7 +35,7 @@ class Watchdog:
 
     def beat(self, what: str, anew: bool = False) -> None:
         """Something has been done; `what` comes next. Work whose words but for numbers are new ("step 0", but then not
-        "step 1") may take three times as long, and so may what begins `anew`."""
+        "step 1") may take three times as long, and so may what is done `anew`."""
         kind = re.sub(r"\d+", "", what)
         self._begin(what, anew or kind not in self._seen)
         self._seen.add(kind)
