@@ -22,7 +22,7 @@ from beitforge.pipeline.config.identity import identity
 from beitforge.pipeline.config.loading import load_config, to_yaml
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.runs.jsonl import end_cut_line
+from beitforge.pipeline.runs.jsonl import end_cut_line, parse_line
 
 _LOCK_SECONDS = 120
 _MOST_LOCK = 4096  # characters read of it
@@ -134,27 +134,29 @@ class BadSamples:
         self.known: set[tuple[str, str]] = set()
         end_cut_line(self.path)
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    values = json.loads(line)
-                    self.known.add((values["shard"], values["key"]))
+            for line in filter(None, map(parse_line, self.path.read_bytes().splitlines())):
+                if "shard" in line and "key" in line:
+                    self.known.add((str(line["shard"]), str(line["key"])))
 
     def add(self, samples: list[Any]) -> None:
-        """Write down the new ones (shards.stream.loader.BadSample)."""
+        """Write down the new ones (shards.stream.loader.BadSample); they are on disk when it returns."""
         with open(self.path, "a", encoding="utf-8") as file:
             for sample in samples:
                 values = asdict(sample) if is_dataclass(sample) and not isinstance(sample, type) else dict(sample)
                 if (values["shard"], values["key"]) not in self.known:
                     self.known.add((values["shard"], values["key"]))
                     file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     @property
     def exhausted(self) -> bool:
         return len(self.known) > self.limit
 
     def over_budget(self) -> str:
-        """The line that ends a run whose budget is spent."""
+        """The line that ends a run whose budget is spent, whenever it is started."""
         return (
             f"{len(self.known)} samples could not be used, more than the {self.limit} of data.bad_sample_budget; "
-            f"they are listed in {self.path}; repair the shards (`verify` finds them all) or raise the budget"
+            f"they are listed in {self.path}; repair the shards (`verify` finds them all) and remove that list, or "
+            f"raise the budget"
         )

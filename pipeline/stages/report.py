@@ -33,7 +33,8 @@ def _report(run_folder: Path, out: Path | None) -> int:
     state = found[1] if found else None
     sections = sections_of(record, gallery.render_gallery(record, state), what_ran(record, state, passed_over))
     write_text(path, components.page(f"{run_folder.resolve().name} · beitforge", sections))
-    say(f"report of step {record.step}: {path}")
+    weights = f"images by the weights of step {state.step}" if state is not None else "no complete checkpoint"
+    say(f"report of step {record.step}, {weights}: {path}")
     return 0
 
 

@@ -124,6 +124,7 @@ def _finish(config: Config, engine: Engine, source: DataSource, folder: Path) ->
     error = 0.0
     shown: list[Tensor] = []
     samples = min(_MEASURED, source.samples)
+    say(f"tokenizer: measuring how it uses its codes, on {samples} images")
     batches = evaluation_batches(config, source, samples=samples, micro=64, rank=0, world=1)
     for batch in (batch.to(device) for batch in batches):
         view = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
