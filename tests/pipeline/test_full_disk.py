@@ -1,4 +1,4 @@
-"""A disk that is full ends every command in one line that names the file or folder, and loses nothing that was there."""
+"""A disk that is full ends every command in one line that names the place, and loses nothing that was there."""
 
 import contextlib
 import os
