@@ -1,5 +1,9 @@
 """The error types for everything a user, a disk or a foreign file can cause."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 class ShardError(ValueError):
     """One line for the person at the keyboard: what is wrong, where, the rule, and the cure.
@@ -22,3 +26,14 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+@contextlib.contextmanager
+def about_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name `path` in an OSError of the block that names no file: a write to a full disk knows only a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise

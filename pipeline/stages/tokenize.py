@@ -34,6 +34,7 @@ from beitforge.shards.format.views import FIELDS, ViewPolicy, Views, draw_views
 from beitforge.shards.progress import Progress, Silent
 from beitforge.shards.storage.files import sweep_partials
 from beitforge.shards.storage.remote import is_url
+from beitforge.shards.storage.staging import leftovers
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.view_batches import ShardViews, ViewBatch, load_view_batches
 
@@ -166,7 +167,7 @@ def _sweep(folder: Path) -> None:
     """Remove claims, and what killed processes left half written."""
     for claim in folder.glob("*.claim"):
         claim.unlink(missing_ok=True)
-    sweep_partials(folder)
+    sweep_partials(leftovers(folder))
 
 
 def _provenance(task: Task) -> dict:

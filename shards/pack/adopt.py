@@ -22,6 +22,7 @@ from beitforge.shards.format.manifest import (
     ImageShard,
     is_file_name,
     read_image_manifest,
+    refuse_other_manifest,
     write_manifest,
 )
 from beitforge.shards.pack.pack import MARKER
@@ -29,6 +30,7 @@ from beitforge.shards.pack.tar_scan import scan_tar
 from beitforge.shards.progress import Progress
 from beitforge.shards.storage.files import sweep_partials
 from beitforge.shards.storage.reading import file_digest
+from beitforge.shards.storage.staging import leftovers, refuse_other_file
 from beitforge.shards.workers import Beat, each_shard, in_megabytes
 
 _SHOWN = 10
@@ -72,9 +74,10 @@ def adopt(folder: Path, num_workers: int) -> Adopted:
     Raises ShardError for a damaged tar, for a key (or its 64-bit hash) that occurs twice in the set, and when the
     folder holds no tar, no sample, or an unfinished packing.
     """
+    refuse_other_manifest(folder)
     before = _manifest_before(folder)
     jobs = _jobs(folder, before)
-    sweep_partials(folder)
+    sweep_partials(leftovers(folder))
     megabytes = sum(job.tar.stat().st_size >> 20 for job in jobs)
     results: list[Indexed] = []
     with (
@@ -130,6 +133,8 @@ def _jobs(folder: Path, before: ImageManifest | None) -> list[ScanJob]:
             raise ShardError(
                 f"{folder}: no manifest can list {name}.tar: give it a shorter name, of printing characters"
             )
+    for name in (name for name in names if name not in digests):
+        refuse_other_file(index_path(folder, name), b'"image_xxh3"', b'"tar_digest"')
     return [ScanJob(folder, name, digests.get(name, "")) for name in names]
 
 

@@ -11,7 +11,7 @@ import fcntl
 import os
 import resource
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from beitforge.shards.errors import ShardError
@@ -64,9 +64,9 @@ def is_abandoned(descriptor: int) -> bool:
     return True
 
 
-def sweep_partials(folder: Path) -> None:
-    """Remove what killed processes left half written in a folder, and nothing that is being written."""
-    for partial in folder.glob(f"*{PARTIAL}*"):
+def sweep_partials(partials: Iterable[Path]) -> None:
+    """Remove the partial files that killed processes left, and none that is being written."""
+    for partial in partials:
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:

@@ -15,10 +15,10 @@ def partials(folder: Path) -> list[Path]:
 def test_what_is_being_written_is_not_swept(tmp_path):
     with atomic_path(tmp_path / "a") as partial:
         partial.write_text("half")
-        sweep_partials(tmp_path)
+        sweep_partials(partials(tmp_path))
         assert partial.exists()
         with open(partial, "wb") as file:  # as most writers open it
-            sweep_partials(tmp_path)
+            sweep_partials(partials(tmp_path))
             file.write(b"whole")
     assert (tmp_path / "a").read_text() == "whole" and not partials(tmp_path)
 
@@ -32,12 +32,12 @@ def test_what_a_killed_process_left_is(tmp_path):
             os.write(write, b"x")
             signal.pause()
     assert os.read(read, 1) == b"x"
-    sweep_partials(tmp_path)
+    sweep_partials(partials(tmp_path))
     assert len(partials(tmp_path)) == 1
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     (tmp_path / f"of an earlier version{PARTIAL}00000000").write_text("half")
-    sweep_partials(tmp_path)
+    sweep_partials(partials(tmp_path))
     assert not list(tmp_path.iterdir())
     os.close(read)
     os.close(write)
@@ -49,7 +49,7 @@ def test_many_write_while_one_sweeps(tmp_path):
 
     def sweep() -> None:
         while not done.is_set():
-            sweep_partials(tmp_path)
+            sweep_partials(partials(tmp_path))
 
     sweeper = threading.Thread(target=sweep)
     sweeper.start()
