@@ -249,15 +249,17 @@ def test_what_is_not_there(status, error):
         ("0", 0, 0),
         ("-5", 0, 0),
         ("soon", 0, 0),
-        ("9" * 5000, 300, 300),
+        ("9" * 500, 300, 300),
         ("86400", 300, 300),
-        (email.utils.formatdate(time.time() + 100, usegmt=True), 80, 100),
+        ("a date in 100 s", 80, 100),
         ("Mon, 01 Jan 2001 00:00:00 GMT", 0, 0),
         ("Mon, 99 Foo 9999 99:99:99 GMT", 0, 0),
     ],
 )
 @pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable"])
 def test_retry_after_is_honoured_and_bounded(impatient, status, asked, low, high):
+    if asked.startswith("a date"):
+        asked = email.utils.formatdate(time.time() + 100, usegmt=True)
     answers = iter([answer(status, {"Retry-After": asked, "Content-Length": 0})])
 
     def serve(connection: socket.socket, path: str, span: tuple[int, int] | None) -> None:
@@ -266,8 +268,6 @@ def test_retry_after_is_honoured_and_bounded(impatient, status, asked, low, high
         connection.sendall(next(answers, whole))
 
     with server(serve) as (url, _):
-        if len(asked) > 4000:  # more than a line of headers may have
-            asked = asked[:400]
         assert Remote(url).part("x", 100, 300) == DATA[100:300]
     assert len(impatient) == 1 and low <= impatient[0] <= 1.5 * high
 
