@@ -24,7 +24,7 @@ def run(run_folders: list[Path], out: Path | None = None) -> int:
 def _report(run_folder: Path, out: Path | None) -> int:
     record = read_record(run_folder, run_config(run_folder))
     passed_over: list[str] = []
-    found = newest(run_folder, passed_over.append)
+    found = newest(run_folder, passed_over.append, whole=True)
     state = found[1] if found else None
     sections = sections_of(record, gallery.render_gallery(record, state), what_ran(record, state, passed_over))
     path = out or run_folder / "report.html"
