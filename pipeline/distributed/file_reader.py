@@ -58,7 +58,7 @@ def refusal(what: Path, folder: Path, error: Exception) -> ConfigError:
     if asked := re.search(r"(?:GLOBAL|unrecognized function|add_safe_globals`,? but got) (\S+)", said):
         reason = f"no checkpoint: it asks for {asked[1]:.80}, and nothing of it was run"
     else:
-        said = said.partition("WeightsUnpickler error: ")[2] or said
+        said = re.split(" Check the doc| Please ", said.partition("WeightsUnpickler error: ")[2] or said)[0]
         reason = f"damaged ({said[:200] or type(error).__name__})"
     return ConfigError(f"{what} is {reason}; remove {folder} to fall back to the checkpoint before")
 
