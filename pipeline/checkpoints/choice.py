@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whose every byte is as it was written, on which all ranks agree.
+"""Which checkpoint a run resumes from: the newest whose every byte is as it was written, on which all ranks agree.
 
 Each rank reads a share of the files, of its own shape its own. Must not know torch, model, shards or any stage.
 """
@@ -41,7 +41,7 @@ def newest_whole(
         pass_over(folder, problems[0])
     if damaged := broadcast_object(damaged, world):
         raise SharedError(
-            f"{run} has no checkpoint to go on from ({'; '.join(damaged)}): bring back one from a copy, or remove "
+            f"{run} has no checkpoint to resume from ({'; '.join(damaged)}): bring back one from a copy, or remove "
             f"{run / 'checkpoints'} to begin again from step 0"
         )
     return None

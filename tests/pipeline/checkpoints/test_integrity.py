@@ -131,7 +131,7 @@ def test_a_run_does_not_begin_anew_over_damaged_checkpoints(tiny, copy):
     output = trained(tiny, copy, *SHORT, code=2)
     line = next(line for line in output.splitlines() if line.startswith("error: "))
     assert (
-        "has no checkpoint to go on from (step-4: zero_pp_rank_0" in line
+        "has no checkpoint to resume from (step-4: zero_pp_rank_0" in line
         and "step-2: its state.json is damaged" in line
     )
     assert f"remove {copy / 'checkpoints'} to begin again from step 0" in line
@@ -209,7 +209,7 @@ def test_the_same_run_gives_the_same_bytes(tiny, tmp_path, stage):
 
 
 def test_two_saves_of_a_state_are_the_same_bytes(tiny, copy, run):
-    """A run that goes on from its last checkpoint writes what it would have written."""
+    """A run resumed from the checkpoint before writes what it would have written."""
     shutil.rmtree(newest_of(copy))
     trained(tiny, copy, *SHORT)
     assert all((newest_of(copy) / name).read_bytes() == (newest_of(run) / name).read_bytes() for name in files(run))
