@@ -150,7 +150,7 @@ def test_a_save_that_never_ended_is_no_damage(tiny, copy):
 
 
 def test_a_version_without_digests_is_read_and_said(copy, capsys):
-    """Sizes alone, as before; said once by whoever reads it."""
+    """Sizes alone, as before; whoever reads it says so."""
     for folder in (copy / "checkpoints").glob("step-*"):
         content = json.loads((folder / STATE).read_text())
         del content["digest"]
