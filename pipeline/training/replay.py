@@ -27,7 +27,7 @@ from beitforge.pipeline.data.batches import training_batches
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, broadcast_object
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.errors import SharedError
-from beitforge.pipeline.runs.checkpoints import State, candidates, newest, step_of
+from beitforge.pipeline.runs.checkpoints import STATE, State, candidates, newest, step_of
 from beitforge.pipeline.runs.recorded import Recorded, Step
 from beitforge.pipeline.training.loop import Components, Objective, train
 from beitforge.pipeline.training.metrics import Metrics
@@ -155,7 +155,7 @@ def replay(config: Config, job: Job, world: World, recorded: Recorded, span: Spa
         origin = f"checkpoint step-{result.start}" if state else "the weights that the run began with"
         tell(f"replaying steps {result.start + 1}–{span.until} of {job.run} from {origin}, as {_processes(world.size)}")
         _tell_of_others(recorded, result.start, span.until, world, tell)
-        saved = _to_compare(job.run, result.start, span, tell) if world.first else {}
+        saved = _to_compare(job.run, result.start, span.until, rollbacks) if world.first else {}
         saved = broadcast_object(saved, world)
         bar = Progress("replay", span.until, "step", done=result.start)
         components = Components(
@@ -221,14 +221,14 @@ def _segments(start: int, until: int, rollbacks: list[Rollback], saved: list[int
     return found
 
 
-def _to_compare(run: Path, start: int, span: Span, tell: Callable[[str], None]) -> dict[int, tuple[Path, State]]:
-    """Folder and state of the complete checkpoints behind the start, by step."""
-    found: dict[int, tuple[Path, State]] = {}
-    rollbacks = rollbacks_before(run, span.until)
-    for step in sorted(map(step_of, candidates(run))):
-        if start < step <= span.until and usable(rollbacks, step):
-            there = newest(run, lambda line: tell(line.partition(";")[0]), partial(operator.eq, step))
-            found |= {step: there} if there is not None else {}
+def _to_compare(run: Path, start: int, until: int, rollbacks: list[Rollback]) -> dict[int, tuple[Path, State] | str]:
+    """By step, folder and state of the complete checkpoints behind the start, or what is wrong with one that was."""
+    found: dict[int, tuple[Path, State] | str] = {}
+    for folder in reversed(candidates(run)):
+        step, problems = step_of(folder), list[str]()
+        if start < step <= until and usable(rollbacks, step) and (folder / STATE).exists():
+            there = newest(run, problems.append, partial(operator.eq, step))
+            found[step] = there or problems[0].partition(";")[0]
     return found
 
 
@@ -243,9 +243,15 @@ def _watched(objective: Objective, result: Replayed) -> Objective:
     return watched
 
 
-def _weights(engine: Engine, there: tuple | None, done: int, result: Replayed, tell: Callable[[str], None]) -> bool:
+def _weights(
+    engine: Engine, there: tuple[Path, State] | str | None, done: int, result: Replayed, tell: Callable[[str], None]
+) -> bool:
     """Hold weights and optimizer state against a checkpoint's, if there is one of this step; always True."""
     if there is None:
+        return True
+    if isinstance(there, str):
+        result.weights_differ = result.weights_differ or done
+        tell(there)
         return True
     folder, state = there
     found = _apart(engine, zero_layout.open_checkpoint(folder, state.zero_stage, state.groups))
