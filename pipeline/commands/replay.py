@@ -55,11 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     sys.excepthook = _end_broken
     if "LOCAL_RANK" in os.environ:
         end_with_launcher()
-    from beitforge.pipeline.stages import replay
-    from beitforge.pipeline.training.replay import Span
+    from beitforge.pipeline.replay import verdict
+    from beitforge.pipeline.replay.steps import Span
 
     stage = importlib.import_module(f"beitforge.pipeline.stages.{recorded.job}")
-    return replay.run(config, folder, recorded, Span(after, until), arguments.page, stage.prepare)
+    return verdict.run(config, folder, recorded, Span(after, until), arguments.page, stage.prepare)
 
 
 def _end_broken(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.data.pretraining import pretraining
+from beitforge.pipeline.replay.steps import _segments
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.runs.recorded import read_recorded, to_hex
 from beitforge.pipeline.training.recovery import Rollback, usable
-from beitforge.pipeline.training.replay import _segments
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tests.shards.stream.test_stream import copied, damage, moved
@@ -55,7 +55,7 @@ def trained(tiny, tmp_path_factory) -> Iterator[Callable[..., Path]]:
         run = tmp_path_factory.mktemp("replayed") / "run"
         how = [f"train.zero_stage={stage}", f"train.precision={precision}", f"train.run={run}"]
         flipped = more[0] if more else "flip-0"
-        module = "tests.pipeline.training.replays"
+        module = "tests.pipeline.replay.stepss"
         done = run_ranks(module, flipped, "pretrain", "--rank", tiny.config, *SHORT, *how, processes=world)
         assert done.returncode == 0, done.stderr
         return run

@@ -1,5 +1,6 @@
-"""`… flip-N VERB …`: runs `beitforge VERB …`; checkpoint N has the largest number of one weight with another sign than the
-run has, which goes on with its own: what a node with a bad memory may save."""
+"""`… flip-N VERB …`: runs `beitforge VERB …`; in checkpoint N the largest number of one weight has another sign than in
+the run, which goes on with its own: what a node with a bad memory may save.
+"""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""`replay RUN`: steps of a run done again and held against what it wrote down; the samples of one of them on a page."""
+"""`replay RUN`: what is said of steps done again, the exit code, and the page of one of them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,11 +11,11 @@ from beitforge.pipeline.console import say
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, barrier, broadcast_object
 from beitforge.pipeline.distributed.device import device_name
 from beitforge.pipeline.distributed.process_group import destroy_process_group
-from beitforge.pipeline.reports.gallery_samples import MicroBatch, samples_page
+from beitforge.pipeline.replay.page import MicroBatch, samples_page
+from beitforge.pipeline.replay.steps import Replayed, Span, fits, replay
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.folder import environment
 from beitforge.pipeline.runs.recorded import Recorded
-from beitforge.pipeline.training.replay import Replayed, Span, fits, replay
 from beitforge.pipeline.training.trainer import Job
 from beitforge.shards.storage.files import write_text
 from beitforge.shards.stream.order import rank_batches
