@@ -13,6 +13,8 @@ import threading
 import time
 from types import TracebackType
 
+from beitforge.pipeline.cluster.error_reporting import doing
+
 EXIT_HUNG = 74  # EX_IOERR: nothing happened for too long; start again to go on from the newest checkpoint
 _FIRST = 3  # times as long for the first of a kind of work: kernels are compiled, caches are cold
 _GRACE = 30.0  # seconds after which a process whose own thread cannot run is ended from outside the interpreter
@@ -39,6 +41,7 @@ class Watchdog:
         kind = re.sub(r"\d+", "", what)
         self._begin(what, anew or kind not in self._seen)
         self._seen.add(kind)
+        doing(what)
 
     def _begin(self, what: str, first: bool) -> None:
         limit = self.seconds * (_FIRST if first else 1)

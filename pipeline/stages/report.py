@@ -14,6 +14,9 @@ from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.record import read_record
 from beitforge.pipeline.weights.encoder import run_config
 from beitforge.shards.storage.files import write_text
+from beitforge.shards.storage.staging import refuse_other_file
+
+_PAGE = b"beitforge</title>"  # in the head of every page that is written here
 
 
 def run(run_folders: list[Path], out: Path | None = None) -> int:
@@ -22,12 +25,13 @@ def run(run_folders: list[Path], out: Path | None = None) -> int:
 
 
 def _report(run_folder: Path, out: Path | None) -> int:
+    path = out or run_folder / "report.html"
+    refuse_other_file(path, _PAGE)
     record = read_record(run_folder, run_config(run_folder))
     passed_over: list[str] = []
     found = newest(run_folder, passed_over.append)
     state = found[1] if found else None
     sections = sections_of(record, gallery.render_gallery(record, state), what_ran(record, state, passed_over))
-    path = out or run_folder / "report.html"
     write_text(path, components.page(f"{run_folder.resolve().name} · beitforge", sections))
     weights = f"images by the weights of step {state.step}" if state is not None else "no complete checkpoint"
     say(f"report of step {record.step}, {weights}: {path}")
@@ -37,8 +41,9 @@ def _report(run_folder: Path, out: Path | None) -> int:
 def _compare(run_folders: list[Path], out: Path | None) -> int:
     if len({folder.resolve() for folder in run_folders}) < len(run_folders):
         raise ConfigError(f"a run is given twice in {' '.join(map(str, run_folders))}; give each once")
-    records = [read_record(folder, run_config(folder)) for folder in run_folders]
     path = out or Path("comparison.html")
+    refuse_other_file(path, _PAGE)
+    records = [read_record(folder, run_config(folder)) for folder in run_folders]
     write_text(path, components.page("comparison · beitforge", comparison.sections_of(records)))
     say(f"comparison of {len(records)} runs: {path}")
     return 0
