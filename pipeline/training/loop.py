@@ -81,13 +81,8 @@ class Components:
     log.positions is set.
 
     save: puts on disk what the steps so far have said, then the checkpoint that covers them; False when the weights are
-<<<<<<< HEAD
     not finite and nothing was saved. beat: called at every step with what comes next, and whether it may take as long
     as the first time.
-=======
-    not finite and nothing was saved. beat: called at every step with what comes next, and whether that is as for the
-    first time.
->>>>>>> main
     """
 
     objective: Objective
