@@ -55,7 +55,7 @@ def trained(tiny, tmp_path_factory) -> Iterator[Callable[..., Path]]:
         run = tmp_path_factory.mktemp("replayed") / "run"
         how = [f"train.zero_stage={stage}", f"train.precision={precision}", f"train.run={run}"]
         flipped = more[0] if more else "flip-0"
-        module = "tests.pipeline.replay.stepss"
+        module = "tests.pipeline.replay.flipped_save"
         done = run_ranks(module, flipped, "pretrain", "--rank", tiny.config, *SHORT, *how, processes=world)
         assert done.returncode == 0, done.stderr
         return run
