@@ -17,6 +17,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.folder import write_whole
 from beitforge.pipeline.runs.jsonl import end_cut_line
 from beitforge.pipeline.runs.recorded import to_hex
+from beitforge.shards.errors import about_file
 
 
 class Reporter(Protocol):
@@ -67,13 +68,15 @@ class Metrics:
 
     def _line(self, step: int, kind: str, values: Mapping[str, float | str]) -> None:
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with about_file(self.file.name):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
 
     def sync(self) -> None:
         """Return when every line is on disk, whatever happens to the machine."""
         if self.first:
-            os.fsync(self.file.fileno())
+            with about_file(self.file.name):
+                os.fsync(self.file.fileno())
             if self.writer is not None:
                 self.writer.flush()
 
