@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from beitforge.pipeline.cluster.environment import rank_info, rank_of, under_srun
-from beitforge.pipeline.errors import ConfigError, HostError, SharedError
+from beitforge.pipeline.errors import ConfigError, HostError, SharedError, one_line
 from beitforge.shards.errors import ShardError
 
 USER_ERRORS = (ConfigError, ShardError, OSError)  # `line_of` tells which OSErrors are
@@ -19,9 +19,9 @@ _DISK |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}  # a path tha
 def user_message(error: BaseException) -> str:
     """The line for an error that a user, a shard or a disk caused; '' for one that nobody expects."""
     if isinstance(error, ConfigError | ShardError):
-        return str(error)
+        return one_line(str(error))
     if isinstance(error, OSError) and error.errno in _DISK:
-        return f"{error.filename or 'a file'}: {error.strerror}; fix this and rerun"
+        return one_line(f"{error.filename or 'a file'}: {error.strerror}; fix this and rerun")
     return ""
 
 
