@@ -30,7 +30,7 @@ setup() {
     if [ "$(cat "$stamp" 2>/dev/null)" = "$made_from" ]; then return; fi
     # two starts at once: the second waits, then finds it made
     if command -v flock >/dev/null; then
-        exec 9>"$root/.venv.lock"
+        exec 9>>"$root/.venv.lock"
         flock 9
         if [ "$(cat "$stamp" 2>/dev/null)" = "$made_from" ]; then exec 9>&-; return; fi
     fi
@@ -40,6 +40,10 @@ setup() {
     "$base" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$base has no venv module; install it (Debian: apt-get install python3-venv), then run this again"
     echo "making .venv (once) …" >&2
+    if [ -d "$root/.venv" ] && [ ! -e "$root/.venv/made-from" ] && ! grep -qs launch.sh "$root/.venv.lock"; then
+        fail "$root/.venv is not one that launch.sh made: move it away, or set BEITFORGE_PYTHON to its python"
+    fi
+    echo "launch.sh makes .venv" >"$root/.venv.lock"
     "$base" -m venv --clear "$root/.venv"
     local pip=("$python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
     # torch first: asked for by another package, pip would take the newest

@@ -122,6 +122,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     arguments = parse_arguments(sys.argv[1:] if words is None else words)
+    if getattr(arguments, "rank", False):  # torch's C++ says at length, frame by frame, what its errors say as well
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = execute(arguments)
     if getattr(arguments, "rank", False) and arguments.verb != "tokenize":
         from beitforge.pipeline.cluster.launching import end_process

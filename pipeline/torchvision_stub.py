@@ -44,6 +44,6 @@ def install() -> None:
     try:
         import torchvision.ops  # noqa: F401
     except (ImportError, RuntimeError, OSError):
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        for name in [name for name in list(sys.modules) if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         sys.meta_path.insert(0, _Finder())

@@ -43,7 +43,7 @@ class Server:
     def __init__(self) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "tests.rank_server"]
         # without it torch would look for GPUs in a way that forks do not survive
-        environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )

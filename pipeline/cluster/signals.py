@@ -25,6 +25,7 @@ from beitforge.pipeline.reading import open_regular, read_text
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, saved, run again to go on
 STOP_FILE, ENDED_FILE = "stop", "ended"
+CONFIG_FILE = "config.yaml"  # likewise; a folder with one is a run
 LOCK_FILE = ".lock"  # pipeline.runs.folder's, held while a run is under way
 FINISHED, BY_FILE = "finished", "stop file"
 OVER_SSH = "BEITFORGE_OVER_SSH"  # set for processes that a launcher started over ssh
@@ -163,15 +164,17 @@ def read_ended(run: Path) -> tuple[int, str] | None:
 def begin(run: Path) -> None:
     """Called by what starts a run: take back a stop file and the last word of an earlier start.
 
-    Whoever starts a run wants it to run. Only while another process holds the run folder its stop file is left alone.
+    Whoever starts a run wants it to run. Only while another process holds the run folder its stop file is left alone;
+    so is a file of such a name in a folder that holds no run, unless it is empty.
     """
     with contextlib.suppress(FileNotFoundError), open_regular(run / LOCK_FILE) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-    for name in (STOP_FILE, ENDED_FILE):
-        (run / name).unlink(missing_ok=True)
+    for path in (run / STOP_FILE, run / ENDED_FILE):
+        if path.is_file() and ((run / CONFIG_FILE).exists() or not path.stat().st_size):
+            path.unlink(missing_ok=True)
 
 
 def exit_code(finished: bool, environment: Mapping[str, str]) -> int:

@@ -6,6 +6,8 @@ from beitforge.shards.errors import ShardError
 from beitforge.shards.options import add_workers, local_folder, num_workers
 from beitforge.shards.wording import counted
 
+_SHOWN_LINKS = 5
+
 HELP = "pack a folder of images into WebDataset shards; if interrupted, run it again"
 
 
@@ -53,6 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     packed = pack(images, shards, options, arguments.max_rejected, num_workers(arguments))
     if packed.plan.files.others:
         print(f"files passed over, no images by their extension: {packed.plan.files.others}")
+    if links := packed.plan.files.links:
+        shown = ", ".join(links[:_SHOWN_LINKS]) + (", …" if len(links) > _SHOWN_LINKS else "")
+        print(f"links left out, what they lead to is taken already: {len(links)} ({shown})")
     if packed.rejected:
         print(f"images that cannot be used: {len(packed.rejected)}, with reasons in {shards / REJECTED}")
     for split, manifest in packed.manifests.items():

@@ -60,7 +60,7 @@ class Faults:
         600.0,
         at_least=0,
         unit="seconds",
-        doc="Time without a step, save or evaluation after which a process ends; three times that for the first step.",
+        doc="Time without a step, save or evaluation after which a process ends; three times it for the first of each.",
     )
     spike: float = setting(
         10.0, at_least=0, unit="deviations", doc="Distance above the median of the last 50 losses that is reported."
@@ -89,7 +89,10 @@ class Log:
         doc="Held-out samples of an evaluation, and as many new views; k-NN chooses from ten times as many.",
     )
     evaluation_share: float = setting(
-        0.05, at_least=0, at_most=1, doc="Share of the run's time that evaluations may take; others are left out."
+        0.05,
+        at_least=0,
+        at_most=1,
+        doc="Share of the run's time that evaluations may take; others are left out (0: all).",
     )
     tensorboard: bool = setting(True, doc="Whether metrics are also written for TensorBoard.")
     wandb: str = setting("", doc="Project at Weights & Biases; empty: none.")

@@ -28,6 +28,7 @@ from beitforge.pipeline.training.objectives import encoder_input, online_tokens
 from beitforge.shards.format.manifest import read_token_manifest
 from beitforge.shards.stream.loader import Batch
 
+_LONG = 5.0  # seconds of the last evaluation from which on the next is announced
 _CHOOSE = 10  # images that k-NN chooses from, for each that it is tested on
 
 
@@ -139,7 +140,8 @@ class Evaluations:
     """The evaluations of one start of a run: call it when one is due."""
 
     def __init__(self, config: Config, sets: EvaluationSets, world: World, steps: int, say: Callable[[str], None]):
-        """steps: after the last of which there is one in any case. Every rank makes one; say: of the first rank."""
+        """steps: after the last of which there is one, unless log.evaluation_share is 0. Every rank makes one; say: of
+        the first rank."""
         self.config, self.sets, self.world, self.steps, self.say = config, sets, world, steps, say
         self.budget = Budget(config.log.evaluation_share)
         self.told = False
@@ -156,9 +158,13 @@ class Evaluations:
 
     def __call__(self, engine: Engine, done: int) -> dict[str, dict[str, float]]:
         """Values by kind after step `done`; none where there is no time. The first rank's clock decides for all."""
+        if not self.budget.share:
+            return {}
         if not broadcast_object(done >= self.steps or self.budget.allows(), self.world):
             self._left_out(done)
             return {}
+        if not self.budget.last or self.budget.last > _LONG:
+            self._tell(f"evaluating after step {done}, on {len(self._kinds(done))} sets of images")
         started = time.perf_counter()
         # what was compiled runs no hooks that came later, and other shapes than training's would be compiled anew
         eager = torch.compiler.set_stance("force_eager") if self.config.train.compile else contextlib.nullcontext()
@@ -169,7 +175,7 @@ class Evaluations:
         return found
 
     def _left_out(self, done: int) -> None:
-        if not self.told and self.budget.share:
+        if not self.told:
             self._tell(
                 f"no evaluation after step {done}: the last took {self.budget.last:.1f} s, and one more would make all "
                 f"of them take more than log.evaluation_share {self.budget.share:g} of the time; others will be left "
@@ -177,13 +183,18 @@ class Evaluations:
             )
         self.told = True
 
-    def _measure(self, engine: Engine, done: int) -> dict[str, dict[str, float]]:
-        config, sets, most = self.config, self.sets, self.config.log.heldout_samples
-        seen = min(most, sets.seen.samples, done * config.train.global_batch)
+    def _kinds(self, done: int) -> dict[str, tuple[DataSource, int]]:
+        """What losses are measured on, and how many samples of it."""
+        sets, most = self.sets, self.config.log.heldout_samples
+        seen = min(most, sets.seen.samples, done * self.config.train.global_batch)
         kinds = {} if sets.heldout is None else {"heldout": (sets.heldout, min(most, sets.heldout.samples))}
         kinds["seen_view"] = sets.seen, seen
         if self.new is not None:
             kinds["new_view"] = self.new, seen
+        return kinds
+
+    def _measure(self, engine: Engine, done: int) -> dict[str, dict[str, float]]:
+        config, sets, kinds = self.config, self.sets, self._kinds(done)
         measured = {kind: losses(config, engine, *which, self._prepare) for kind, which in kinds.items()}
         found = {kind: loss.values for kind, loss in measured.items()}
         first = next(iter(kinds))  # held-out images where there are any

@@ -22,9 +22,12 @@ from beitforge.pipeline.config.identity import identity
 from beitforge.pipeline.config.loading import load_config, to_yaml
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.runs.jsonl import end_cut_line
+from beitforge.pipeline.runs.jsonl import end_cut_line, parse_line
 
 _LOCK_SECONDS = 120
+_MOST_LOCK = 4096  # characters read of it
+_HOLDER = "process "  # what the lock file of a run begins with
+_WRITTEN = ("environment.json", "metrics.jsonl", "bad_samples.jsonl", "ranks.json", "classes.json", "checkpoints")
 _PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "numpy", "pillow", "safetensors")
 
 
@@ -45,9 +48,21 @@ def claim(run: Path, config: Config, sections: tuple[str, ...], world: int, job:
                         f"{run} holds a run with {section}.{name}={old}, this config says {section}.{name}={value}; "
                         f"choose another run folder, or set it back"
                     )
+    else:
+        _refuse_strangers(run)
     run.mkdir(parents=True, exist_ok=True)
     write_whole(path, to_yaml(config))
     write_whole(run / "environment.json", json.dumps({"job": job, **environment(world, device)}, indent=1) + "\n")
+
+
+def _refuse_strangers(run: Path) -> None:
+    """Raise ConfigError when a folder without config.yaml, so not a run, has files that a run would write over."""
+    found = [name for name in _WRITTEN if (run / name).exists() or (run / name).is_symlink()]
+    if found:
+        raise ConfigError(
+            f"{run} holds {found[0]} but no config.yaml, so it is no run, and what is in it stays: choose another "
+            f"train.run folder, or move that away"
+        )
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -84,7 +99,10 @@ def environment(world: int, device: str) -> dict:
 def lock(run: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the run folder. Waits a while for a process that is just saving, then raises ConfigError."""
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "a+", encoding="utf-8") as file:
+    with open(run / ".lock", "a+", encoding="utf-8", errors="replace") as file:
+        file.seek(0)
+        if (holder := file.read(_MOST_LOCK).strip()) and not holder.startswith(_HOLDER):
+            raise ConfigError(f"{run / '.lock'} was not written by a run, so it stays: choose another train.run folder")
         deadline = time.monotonic() + _LOCK_SECONDS
         told = False
         while True:
@@ -93,7 +111,7 @@ def lock(run: Path, say: Callable[[str], None]) -> Iterator[None]:
                 break
             except BlockingIOError:
                 file.seek(0)
-                holder = file.read().strip()
+                holder = file.read(_MOST_LOCK).strip()
             if time.monotonic() > deadline:
                 raise ConfigError(f"{run} is in use by {holder}; wait for it, end it, or choose another train.run")
             if not told:
@@ -101,7 +119,7 @@ def lock(run: Path, say: Callable[[str], None]) -> Iterator[None]:
                 told = True
             time.sleep(1.0)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
 
@@ -116,27 +134,29 @@ class BadSamples:
         self.known: set[tuple[str, str]] = set()
         end_cut_line(self.path)
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    values = json.loads(line)
-                    self.known.add((values["shard"], values["key"]))
+            for line in filter(None, map(parse_line, self.path.read_bytes().splitlines())):
+                if "shard" in line and "key" in line:
+                    self.known.add((str(line["shard"]), str(line["key"])))
 
     def add(self, samples: list[Any]) -> None:
-        """Write down the new ones (shards.stream.loader.BadSample)."""
+        """Write down the new ones (shards.stream.loader.BadSample); they are on disk when it returns."""
         with open(self.path, "a", encoding="utf-8") as file:
             for sample in samples:
                 values = asdict(sample) if is_dataclass(sample) and not isinstance(sample, type) else dict(sample)
                 if (values["shard"], values["key"]) not in self.known:
                     self.known.add((values["shard"], values["key"]))
                     file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     @property
     def exhausted(self) -> bool:
         return len(self.known) > self.limit
 
     def over_budget(self) -> str:
-        """The line that ends a run whose budget is spent."""
+        """The line that ends a run whose budget is spent, whenever it is started."""
         return (
             f"{len(self.known)} samples could not be used, more than the {self.limit} of data.bad_sample_budget; "
-            f"they are listed in {self.path}; repair the shards (`verify` finds them all) or raise the budget"
+            f"they are listed in {self.path}; repair the shards (`verify` finds them all) and remove that list, or "
+            f"raise the budget"
         )

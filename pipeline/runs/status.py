@@ -169,9 +169,10 @@ class Follower:
             return "started", f"{again}, no step logged yet"
         usual = longest_pause(self.lines)
         if silent > max(_LEAST_SILENCE, _GAPS * usual):
+            then = "an evaluation, and no word since:" if self.lines[-1].get("kind") == "due" else "no word:"
             return (
                 "silent",
-                f"{at}, then no word: killed, or hanging? Before, {duration(usual)} was the longest pause",
+                f"{at}, then {then} killed, or hanging? Before, {duration(usual)} was the longest pause",
             )
         return "running", f"{at}, asked to stop" if self.stopping else at
 

@@ -64,6 +64,8 @@ def _same_source(out: Path, source: Path | None) -> None:
     note, name = out / "pictures.txt", str(source.resolve()) if source else "sample photographs"
     if note.exists() and note.read_text(encoding="utf-8").strip() != name:
         raise ConfigError(f"{out} holds a demo of {note.read_text().strip()}; give another --out, or remove it")
+    if not note.exists() and out.is_dir() and (others := sorted(path.name for path in out.iterdir())):
+        raise ConfigError(f"{out} holds {others[0]} and no demo: give a new or an empty folder as --out")
     write_text(note, name + "\n")
 
 

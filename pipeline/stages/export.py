@@ -7,7 +7,6 @@ tensor is enough. The libraries hold the whole encoder.
 
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from beitforge.pipeline.weights.encoder import (
     trained_weights,
     written_as_read,
 )
+from beitforge.shards.storage.staging import staged_folder
 
 FORMATS = ("safetensors", "hf", "timm", "unilm")
 _AGREES = 1e-5  # largest difference of logits, as a share of the largest logit: float32 rounding over all layers
@@ -49,27 +49,17 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
     if finetune and to not in ("hf", "timm"):
         raise ConfigError(f"--finetune is for --to hf or timm; {to} takes the pretraining weights as they are")
     out = out.resolve()
-    _refuse_others(out, run_folder.resolve())
-    partial, before = (out.with_name(f"{out.name}.{what}") for what in ("partial", "before"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    if out == run_folder.resolve():
+        raise ConfigError(f"{out} is what is exported: give another folder to write to")
+    with staged_folder(out, "export", replace=True) as folder:
         if to == "safetensors":
-            checked = _stream(partial, weights, config, run_folder)
+            checked = _stream(folder, weights, config, run_folder)
         elif fine_tuned(run_folder):
-            checked = _agreed(to, _write_tuned(partial, to, weights, config, class_names(run_folder)))
+            checked = _agreed(to, _write_tuned(folder, to, weights, config, class_names(run_folder)))
         elif finetune:
-            checked = _agreed(
-                to, _write_classifier(partial, to, weights, config.model, size or config.model.input_size)
-            )
+            checked = _agreed(to, _write_classifier(folder, to, weights, config.model, size or config.model.input_size))
         else:
-            checked = _agreed(to, _write_encoder(partial, to, weights, config, run_folder))
-        shutil.rmtree(before, ignore_errors=True)
-        if out.exists():
-            out.rename(before)
-        partial.rename(out)
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            checked = _agreed(to, _write_encoder(folder, to, weights, config, run_folder))
     numbers = sum(math.prod(shape) for shape in weights.shapes.values())
     say(f"exported step {weights.state.step} ({numbers:,} parameters) to {out} as {to}; loaded back, {checked}")
     return 0
@@ -94,16 +84,6 @@ def _agreed(to: str, largest: float) -> str:
             f"{_AGREES:.0g}: not exported; please report it"
         )
     return f"its logits differ by at most {largest:.1e} of the largest"
-
-
-def _refuse_others(out: Path, source: Path) -> None:
-    """An earlier export is replaced; the source, and a folder that holds anything else, are left alone."""
-    if out == source:
-        raise ConfigError(f"{out} is what is exported: give another folder to write to")
-    known = {"model.safetensors", "config.json", "preprocessor_config.json", export_formats.UNILM_FILE}
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in known) if out.is_dir() else []
-    if strangers or (out.exists() and not out.is_dir()):
-        raise ConfigError(f"{out} holds {strangers[0] if strangers else 'a file'}: give an empty or a new folder")
 
 
 @torch.no_grad()

@@ -52,6 +52,8 @@ def run(config: Config, stop: Callable[[], str]) -> int:
     def evaluate(engine: Engine, step: int) -> dict[str, dict[str, float]]:
         if test is None:
             return {}
+        if world.first:
+            say(f"finetune: testing on {test.samples} images after step {step}")
         found = tested(config, engine, test)
         if world.first:
             right = f"{found['accuracy']:.1%} of the test images right after step {step}"

@@ -21,7 +21,8 @@ from beitforge.pipeline.reading import read_object, require_regular
 from beitforge.pipeline.runs.checkpoints import State
 from beitforge.pipeline.tokenizers.safe_pickle import read_pickle
 from beitforge.pipeline.weights.conversion import from_hf, from_unilm
-from beitforge.pipeline.weights.encoder import refuse_full, save_encoder
+from beitforge.pipeline.weights.encoder import save_encoder
+from beitforge.shards.storage.staging import refuse_strangers, staged_folder
 
 Weights = dict[str, Tensor]
 
@@ -32,7 +33,7 @@ _DOWNSTREAM = ("fc_norm.", "classifier.", "beit.pooler.", "pooler.", "decode_hea
 
 def run(source: Path, out: Path, overrides: list[str]) -> int:
     """Write OUT/model.safetensors and OUT/config.json; returns the exit code. overrides: section.key=value."""
-    refuse_full(out)
+    refuse_strangers(out, replace=False)
     content, foreign = _read(source)
     weights = _our_names(foreign)
     left_out = [name for name in weights if name.startswith(_DOWNSTREAM)]
@@ -52,7 +53,8 @@ def run(source: Path, out: Path, overrides: list[str]) -> int:
         raise ConfigError(f"{source}: {odd[0]} does not fit a BEiT of this shape ({len(odd)} such names): {_CURE}")
     _load(beit, weights, source)
     state = State(step=0, samples_seen=0, world=1, zero_stage=0, precision="fp32", images="", tokens="", config="")
-    save_encoder(out, beit.state_dict(), config, state, source=str(source))
+    with staged_folder(out, "import", replace=False) as folder:
+        save_encoder(folder, beit.state_dict(), config, state, source=str(source))
     _tell(config, weights, fresh, left_out, out)
     return 0
 

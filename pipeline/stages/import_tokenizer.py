@@ -6,7 +6,6 @@ folder of ours. Nothing of a pickle is run.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from beitforge.pipeline.config.fields import Size
@@ -14,7 +13,7 @@ from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.tokenizers.published import Published
 from beitforge.pipeline.tokenizers.storage import KINDS, load_kind, load_tokenizer, save_tokenizer
-from beitforge.pipeline.weights.encoder import refuse_full
+from beitforge.shards.storage.staging import refuse_strangers, staged_folder
 
 _OURS = "tokenizer.json"
 _TAKES = "give encoder.pkl, a FLAVA folder, a VQ-KD .pth, or one of ours"
@@ -25,7 +24,7 @@ def run(source: Path, out: Path, size: Size | None) -> int:
 
     Raises ConfigError for a source that no kind reads, or a size that it cannot take.
     """
-    refuse_full(out)
+    refuse_strangers(out, replace=False)
     if not source.exists():
         raise ConfigError(f"{source} does not exist: {_TAKES}")
     kind, published = _read(source)
@@ -38,13 +37,9 @@ def run(source: Path, out: Path, size: Size | None) -> int:
         )
     if fixed_size is not None and size != fixed_size:
         raise ConfigError(f"--input-size {size}: this {kind} tokenizer takes {fixed_size} alone; leave the option out")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_tokenizer(partial, published.weights, kind, published.shape, size, published.resample)
-    _, identity = load_tokenizer(partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with staged_folder(out, "import-tokenizer", replace=False) as folder:
+        save_tokenizer(folder, published.weights, kind, published.shape, size, published.resample)
+        _, identity = load_tokenizer(folder)
     rows, columns = identity["grid"]
     say(
         f"imported a {kind} tokenizer of {identity['vocabulary']} tokens on a grid of {rows}×{columns} to {out}; "

@@ -67,7 +67,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         save_every=config.checkpoint.every,
         objective=lambda engine, _: lambda _, batch, __: loss(engine, batch),
         evaluate=Evaluations(config, sets, world, steps, say),
-        heldout_every=config.log.heldout_every,
+        heldout_every=config.log.heldout_every if config.log.evaluation_share else None,
         flops=training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches),
     )
     _, finished = run_training(config, job, world, stop)

@@ -14,6 +14,9 @@ from beitforge.pipeline.reports.report import images_left_out, sections_of
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.record import read_config, read_record
 from beitforge.shards.storage.files import write_text
+from beitforge.shards.storage.staging import refuse_other_file
+
+_PAGE = b"beitforge</title>"  # in the head of every page that is written here
 
 
 def run(run_folders: list[Path], out: Path | None = None, data: bool = False) -> int:
@@ -23,6 +26,8 @@ def run(run_folders: list[Path], out: Path | None = None, data: bool = False) ->
 
 
 def _report(run_folder: Path, out: Path | None, data: bool) -> int:
+    path = out or run_folder / "report.html"
+    refuse_other_file(path, _PAGE)
     record = read_record(run_folder, read_config(run_folder), data)
     passed_over: list[str] = []
     found = newest(run_folder, passed_over.append)
@@ -33,17 +38,19 @@ def _report(run_folder: Path, out: Path | None, data: bool) -> int:
 
         images = gallery.render_gallery(record, state)
     sections = sections_of(record, images, what_ran(record, state, passed_over))
-    path = out or run_folder / "report.html"
     write_text(path, components.page(f"{run_folder.resolve().name} · beitforge", sections))
-    say(f"report of step {record.step}: {path}")
+    weights = f"images by the weights of step {state.step}" if state is not None else "no complete checkpoint"
+    weights = weights if data or state is None else f"newest checkpoint of step {state.step}"
+    say(f"report of step {record.step}, {weights}: {path}")
     return 0
 
 
 def _compare(run_folders: list[Path], out: Path | None) -> int:
     if len({folder.resolve() for folder in run_folders}) < len(run_folders):
         raise ConfigError(f"a run is given twice in {' '.join(map(str, run_folders))}; give each once")
-    records = [read_record(folder, read_config(folder)) for folder in run_folders]
     path = out or Path("comparison.html")
+    refuse_other_file(path, _PAGE)
+    records = [read_record(folder, read_config(folder)) for folder in run_folders]
     write_text(path, components.page("comparison · beitforge", comparison.sections_of(records)))
     say(f"comparison of {len(records)} runs: {path}")
     return 0

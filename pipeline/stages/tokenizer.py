@@ -31,6 +31,7 @@ from beitforge.shards.stream.loader import Batch
 
 _MEASURED = 2048  # images the codebook use is taken from
 _SHOWN = 8
+_WRITTEN = ("tokenizer.json", "tokenizer.safetensors", "measured.json", "reconstructions.png")
 
 
 def run(config: Config, stop: Callable[[], str]) -> int:
@@ -64,6 +65,13 @@ def run(config: Config, stop: Callable[[], str]) -> int:
 
 def _opened(config: Config) -> DataSource:
     """What the run reads."""
+    folder = Path(config.data.tokenizer)
+    others = [name for name in _WRITTEN if (folder / name).exists()]
+    if others and not (folder / "training" / "config.yaml").exists():
+        raise ConfigError(
+            f"{folder} holds {others[0]}, which no training of a tokenizer there wrote (an imported tokenizer?), so it "
+            f"stays: set data.tokenizer to a new folder"
+        )
     if config.tokenizer.stride != DVAE_STRIDE:
         raise ConfigError(
             f"tokenizer.stride is {config.tokenizer.stride}; the dVAE that `tokenizer` trains has {DVAE_STRIDE}: "
@@ -116,6 +124,7 @@ def _finish(config: Config, engine: Engine, source: DataSource, folder: Path) ->
     error = 0.0
     shown: list[Tensor] = []
     samples = min(_MEASURED, source.samples)
+    say(f"tokenizer: measuring how it uses its codes, on {samples} images")
     batches = evaluation_batches(config, source, samples=samples, micro=64, rank=0, world=1)
     for batch in (batch.to(device) for batch in batches):
         view = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)

@@ -42,6 +42,8 @@ class Saving(Protocol):
     def finish(self) -> None: ...
 
 
+_PARTS = 1000  # tensors that the losses since the last log line are kept in
+
 Objective = Callable[[Callable, Any, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -60,13 +62,19 @@ class Schedule:
     flops: float = 0.0
     peak: float = 0.0
 
+    def evaluates(self, done: int) -> bool:
+        """Whether an evaluation is due after step `done`."""
+        return bool(self.heldout_every) and (done % self.heldout_every == 0 or done == self.steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
     """What the loop calls. hosts: by rank. monitor, bad_samples: on rank 0 only, else None. sample_log: None unless
     log.positions is set.
 
-    save: False when the weights are not finite and nothing was saved. beat: called at every step with what comes next.
+    save: puts on disk what the steps so far have said, then the checkpoint that covers them; False when the weights are
+    not finite and nothing was saved. beat: called at every step with what comes next, and whether that is as for the
+    first time.
     """
 
     objective: Objective
@@ -82,18 +90,21 @@ class Components:
     save: Callable[[int], bool]
     saving: Saving
     stop: Callable[[], str]
-    beat: Callable[[str], None]
+    beat: Callable[[str, bool], None]
 
 
 @dataclass
 class Meter:
-    """Sums since the last log line; tensors stay on the device until they are read."""
+    """Sums since the last log line, and every step's loss and gradient norm; tensors stay on the device until they are
+    read."""
 
     engine: Engine
     waiting: DeviceTimer
     totals: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
     started: float = field(default_factory=time.perf_counter)
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     bad: list = field(default_factory=list)
     forward: DeviceTimer = field(init=False)
 
@@ -106,22 +117,30 @@ class Meter:
             self.totals[name] = self.totals[name] + value if name in self.totals else value
         self.count += 1
 
-    def read(self) -> tuple[dict[str, float], list[list[float]]]:
-        """Means over ranks and micro batches; and for each rank its forward seconds, the share of time it waited for
-        data, and its memory in bytes. Resets all sums."""
-        names = sorted(self.totals)
+    def end_step(self, losses: Tensor, norm: float) -> None:
+        """losses [accumulation]: of the step's micro batches; not finite where its update was left out for that."""
+        self.losses.append(losses.float().mean(dim=0, keepdim=True))
+        self.norms.append(norm)
+        if len(self.losses) > _PARTS:
+            self.losses = [torch.cat(self.losses)]
+
+    def read(self) -> tuple[dict[str, float], list[float], list[float], list[list[float]]]:
+        """Means over ranks and micro batches; the loss of every step, likewise, and its gradient norm; and for each
+        rank its forward seconds, the share of time it waited for data, and its memory in bytes. Resets all sums."""
+        names, device = sorted(self.totals), self.engine.world.device
         seconds = time.perf_counter() - self.started
         waited = self.waiting.read() / max(seconds, 1e-9)
         local = [*(self.totals[name] for name in names), torch.tensor(waited)]
-        stacked = torch.stack([value.to(self.engine.world.device, torch.float32) for value in local])
-        means = (all_sum(stacked) / self.engine.world.size).tolist()
+        stacked = torch.stack([value.to(device, torch.float32) for value in local])
+        means = (all_sum(torch.cat([stacked, *self.losses])) / self.engine.world.size).tolist()
         result = {name: mean / self.count for name, mean in zip(names, means, strict=False)}
-        result["data_wait_share"] = means[-1]
+        result["data_wait_share"] = means[len(names)]
         result["seconds"] = seconds
+        losses, norms, self.losses, self.norms = means[len(names) + 1 :], self.norms, [], []
         memory = float(memory_bytes(self.engine.world.device))
         ranks = all_gather_values([self.forward.read(), waited, memory], self.engine.world)
         self.totals, self.count, self.started = {}, 0, time.perf_counter()
-        return result, ranks
+        return result, losses, norms, ranks
 
 
 def train(engine: Engine, batches: Iterator[Batch], schedule: Schedule, components: Components) -> int:
@@ -133,29 +152,37 @@ def train(engine: Engine, batches: Iterator[Batch], schedule: Schedule, componen
     prefetcher = DevicePrefetcher(batches, engine.world.device)
     meter = Meter(engine, prefetcher.waiting)
     for step in range(schedule.first_step, schedule.steps):
-        components.beat(f"step {step}")
-        stopping, norm, updated = _step(engine, prefetcher, step, meter, components)
+        components.beat(f"step {step}", step == schedule.first_step)
+        stopping, _, updated = _step(engine, prefetcher, step, meter, components)
         done = step + 1
-        if not updated and components.recovery.must_roll_back:
-            return done
-        last = done == schedule.steps or stopping
+        returns = not updated and components.recovery.must_roll_back
+        saves = done % schedule.save_every == 0 or done == schedule.steps or stopping
         components.progress.advance(1)
-        if (done % schedule.log_every == 0 or done == 1 or last) and meter.count:
-            _log(engine, schedule, done, norm, meter, components)
+        if done % schedule.log_every == 0 or done == 1 or saves or returns:
+            _log(engine, schedule, done, meter, components)
             _count_bad_samples(engine, meter, components.bad_samples)
+        if returns:
+            return done
         paused = time.perf_counter()
-        if schedule.heldout_every and (done % schedule.heldout_every == 0 or done == schedule.steps):
-            components.beat(f"held-out evaluation after step {done}")
-            components.evaluate(done)
-        if done % schedule.save_every == 0 or last:
-            components.beat(f"saving after step {done}")
+        if saves:
+            components.beat(f"saving after step {done}", False)
             if not components.save(done):
                 _record_skip(engine, components, step, "weights", False)
                 return done
+        if schedule.evaluates(done) and not (stopping and done < schedule.steps):
+            evaluate(components, done)
         meter.started += time.perf_counter() - paused  # evaluation and saving are not training time
         if stopping:
             return done
     return schedule.steps
+
+
+def evaluate(components: Components, done: int) -> None:
+    """The evaluation after step `done`, once a checkpoint that is still being written is complete."""
+    components.beat(f"saving after step {done}", False)
+    components.saving.finish()
+    components.beat(f"evaluation after step {done}", False)
+    components.evaluate(done)
 
 
 def _step(
@@ -173,10 +200,12 @@ def _step(
         batch, measures = _micro_step(engine, prefetcher, components.objective, step, meter)
         measured.append(measures)
         samples += batch.samples.tolist() if components.sample_log is not None else []
-    fault = ~torch.stack([measures["loss"] for measures in measured]).isfinite().all()
+    losses = torch.stack([measures["loss"] for measures in measured])
+    fault = ~losses.isfinite().all()
     told = device_values([float(bool(components.stop())), float(components.saving.busy)], engine.world)
     outcome = engine.step(components.rate(step), torch.cat([told, fault[None]]))
     stopping, busy, not_finite = outcome.flags
+    meter.end_step(losses, outcome.norm)
     if components.saving.open and not busy:
         components.saving.finish()
     if outcome.updated:
@@ -214,12 +243,16 @@ def _record_skip(engine: Engine, components: Components, step: int, what: str, l
         say(line)
 
 
-def _log(engine: Engine, schedule: Schedule, done: int, norm: float, meter: Meter, components: Components) -> None:
-    """Write one line of metrics.jsonl and the note next to the progress bar."""
-    samples = meter.count * engine.setup.micro_batch * engine.world.size
-    values, ranks = meter.read()
-    speed = samples / values.pop("seconds")
-    values |= {"lr": components.rate(done - 1), "gradient_norm": norm, "images_per_second": speed}
+def _log(engine: Engine, schedule: Schedule, done: int, meter: Meter, components: Components) -> None:
+    """Write one line of metrics.jsonl, unless every update since the last was left out, one of every step's numbers,
+    and the note next to the progress bar."""
+    micro_batches = meter.count
+    values, losses, norms, ranks = meter.read()
+    components.metrics.write_steps(done - len(norms) + 1, engine.world.size, losses, norms)
+    if not micro_batches:
+        return
+    speed = micro_batches * engine.setup.micro_batch * engine.world.size / values.pop("seconds")
+    values |= {"lr": components.rate(done - 1), "gradient_norm": norms[-1], "images_per_second": speed}
     values["memory_bytes"] = int(ranks[engine.world.rank][2])
     if schedule.flops and schedule.peak:
         values["mfu"] = speed * schedule.flops / (schedule.peak * engine.world.size)
@@ -237,6 +270,7 @@ def _count_bad_samples(engine: Engine, meter: Meter, bad_samples: BadSamples | N
     if not all_max([float(len(meter.bad))], engine.world)[0]:
         return
     everything = [sample for samples in all_gather_objects(meter.bad, engine.world) for sample in samples]
+    everything.sort(key=lambda bad: bad.sample)  # of an image met twice, the first time is written down
     meter.bad = []
     problem = ""
     if bad_samples is not None:

@@ -4,9 +4,11 @@ Must not know model, shards or any stage.
 """
 
 import json
+import os
+import struct
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,19 +46,36 @@ class Metrics:
                 self.writer = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line: {"step", "kind", "time", …values}. Kinds: train · heldout · new_view · seen_view · survey · test ·
-        start · skip · return."""
+        """One line: {"step", "kind", "time", …values}. Kinds: train · due (an evaluation, whose lines follow if there
+        is time for it) · heldout · new_view · seen_view · survey · test · start · skip · return; `write_steps` has
+        one more."""
         if not self.first:
             return
-        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self._line(step, kind, values)
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
         if self.board is not None:
             # steps as a value of their own: Weights & Biases' may not go back, as a run's do that is started again
             self.board.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+
+    def write_steps(self, first: int, world: int, losses: list[float], norms: list[float]) -> None:
+        """A line of the kind steps: every bit of loss and gradient norm of each step from `first` on, for `replay`."""
+        if self.first and norms:
+            packed = {"losses": to_hex("f", losses), "gradient_norms": to_hex("d", norms)}
+            self._line(first + len(norms) - 1, "steps", {"first": first, "world": world, **packed})
+
+    def _line(self, step: int, kind: str, values: Mapping[str, float | str]) -> None:
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Return when every line is on disk, whatever happens to the machine."""
+        if self.first:
+            os.fsync(self.file.fileno())
+            if self.writer is not None:
+                self.writer.flush()
 
     def write_ranks(self, step: int, hosts: list[str], ranks: list[list[float]]) -> None:
         """ranks.json, where every rank stands: seconds forward, share of time it waited for data, memory in bytes."""
@@ -77,6 +96,19 @@ class Metrics:
                 self.writer.close()
             if self.board is not None:
                 self.board.finish()
+
+
+def to_hex(form: str, numbers: list[float]) -> str:
+    """Numbers as hexadecimal digits, bit for bit; form: f (float32) or d (float64), little-endian."""
+    return struct.pack(f"<{len(numbers)}{form}", *numbers).hex()
+
+
+def from_hex(form: str, digits: str) -> list[float]:
+    """The numbers that `to_hex` wrote. Raises ValueError for what it did not write."""
+    try:
+        return [number for (number,) in struct.iter_unpack(f"<{form}", bytes.fromhex(digits))]
+    except struct.error as error:
+        raise ValueError(str(error)) from error
 
 
 def _board(run: Path, project: str, settings: dict) -> Any:

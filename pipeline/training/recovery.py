@@ -5,7 +5,6 @@ same. A step whose update is skipped counts like any other: its samples are seen
 torch, model, shards or any stage.
 """
 
-import contextlib
 import json
 import os
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from beitforge.pipeline.config.settings import Faults
 from beitforge.pipeline.errors import SharedError
-from beitforge.pipeline.runs.jsonl import end_cut_line
+from beitforge.pipeline.runs.jsonl import end_cut_line, parse_line
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,18 @@ class Recovery:
         self.path, self.faults, self.first = run / "skipped.jsonl", faults, first
         self.save_every, self.global_batch = save_every, global_batch
         self.rollbacks = read_rollbacks(run)
-        self.consecutive: list[Fault] = []
+        self.consecutive: list[Fault] = []  # of the updates left out just before
         self.weights_corrupted = False  # an update was applied and left non-finite weights
         if first:
             end_cut_line(self.path)
+
+    def begin(self, step: int) -> None:
+        """The run begins or resumes with `step`: what was left out just before it counts as if nothing had happened in
+        between, what was left out from there on will be done again."""
+        lines = _lines(self.path)
+        self.consecutive = _left_out_before(lines, step)
+        if lines:
+            self._write({"kind": "start", "step": step})
 
     def update_applied(self) -> None:
         """Record an applied update: no fault is consecutive to the next."""
@@ -63,7 +70,8 @@ class Recovery:
         first, last = fault.step * self.global_batch, (fault.step + 1) * self.global_batch - 1
         ranks = [{"rank": rank, "host": host} for rank, host in fault.ranks]
         self._write({"kind": "skip", "step": fault.step, "samples": [first, last], "what": fault.what, "ranks": ranks})
-        return f"step {fault.step} left out, samples {first}–{last}: {fault}"
+        look = f"`replay {self.path.parent} --step {fault.step + 1} --page OUT.html` shows them"
+        return f"step {fault.step} left out, samples {first}–{last}: {fault}; {look}"
 
     @property
     def must_roll_back(self) -> bool:
@@ -110,16 +118,33 @@ class Recovery:
                 os.fsync(file.fileno())
 
 
+def _lines(path: Path) -> list[dict]:
+    """What skipped.jsonl holds, in order."""
+    return list(filter(None, map(parse_line, path.read_bytes().splitlines()))) if path.exists() else []
+
+
+def _left_out_before(lines: list[dict], step: int) -> list[Fault]:
+    """The faults of the updates left out in a row that ends just before `step`, in the run as it stands there: without
+    those of steps that were done again after a start, or left behind by a rollback."""
+    faults: dict[int, Fault] = {}
+    for line in lines:
+        if line["kind"] == "skip" and line["what"] != "weights":
+            ranks = [(int(one["rank"]), str(one["host"])) for one in line["ranks"]]
+            faults[line["step"]] = Fault(line["step"], line["what"], ranks)
+        elif line["kind"] == "return":
+            faults.clear()
+        elif line["kind"] == "start":
+            faults = {number: fault for number, fault in faults.items() if number < line["step"]}
+    found: list[Fault] = []
+    while step - 1 - len(found) in faults:
+        found.insert(0, faults[step - 1 - len(found)])
+    return found
+
+
 def read_rollbacks(run: Path) -> list[Rollback]:
     """The rollbacks that a run has made, in order."""
-    path, found = run / "skipped.jsonl", []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                values = json.loads(line)
-                if values["kind"] == "return":
-                    found.append(Rollback(values["to"], values["on"]))
-    return found
+    lines = _lines(run / "skipped.jsonl")
+    return [Rollback(line["to"], line["on"]) for line in lines if line["kind"] == "return"]
 
 
 def usable(rollbacks: list[Rollback], step: int) -> bool:

@@ -5,6 +5,7 @@ Serves to check that no sample was lost or repeated. Must not know torch, model,
 
 import contextlib
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +27,10 @@ class SampleLog:
         """The samples this rank took for a step."""
         self.file.write(json.dumps({"session": self.session, "step": step, "samples": samples}) + "\n")
         self.file.flush()
+
+    def sync(self) -> None:
+        """Return when every line is on disk."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

@@ -26,10 +26,11 @@ from beitforge.pipeline.distributed.deepspeed_config import Setup
 from beitforge.pipeline.distributed.device import device_name, peak_flops
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.startup import run_on_all_ranks
-from beitforge.pipeline.errors import SharedError
+from beitforge.pipeline.errors import ConfigError, SharedError
 from beitforge.pipeline.runs import checkpoints
 from beitforge.pipeline.runs.folder import BadSamples, claim, lock, write_whole
-from beitforge.pipeline.training.loop import Components, Objective, Schedule, train
+from beitforge.pipeline.runs.jsonl import parse_line
+from beitforge.pipeline.training.loop import Components, Objective, Schedule, evaluate, train
 from beitforge.pipeline.training.metrics import Metrics, Reporter
 from beitforge.pipeline.training.monitor import Monitor
 from beitforge.pipeline.training.optim import learning_rate
@@ -38,6 +39,8 @@ from beitforge.pipeline.training.sample_log import SampleLog
 from beitforge.shards.decode import jpeg
 from beitforge.shards.progress import Progress, Silent
 from beitforge.shards.stream.order import ARITHMETIC
+
+_OF_TRAINING = ("train", "steps", "start", "skip", "return", "due")  # kinds of metrics that no evaluation writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
     tell = say if world.first else lambda _: None
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.faults.hang_seconds, world.rank))
-        run_on_all_ranks(lambda: _claim(config, job, world, stack), world)
+        bad_samples = run_on_all_ranks(lambda: _claim(config, job, world, stack), world)
         engine = Engine(job.module, job.groups, job.setup, world)
         steps = job.duration.steps(job.source.samples, job.setup.global_batch)
         schedule = _schedule(config, job, 0, steps, world)
@@ -86,17 +89,24 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         expected = _state(config, job, engine, 0)
         state = checkpoint.resume(engine, job.run, expected, tell, lambda step: usable(recovery.rollbacks, step))
         first = resume_step(recovery.rollbacks, state.step) if state else 0
+        owed = state is not None and state.step == first and schedule.evaluates(first)
+        owed = broadcast_object(owed and not _evaluated(job.run, first), world)
         if first >= steps:
             tell(f"{job.run} is finished: step {first} of {steps}; `report {job.run}` shows it")
-            return engine, True
+            if not owed:
+                return engine, True
         if job.warmup.steps(job.source.samples, job.setup.global_batch) >= steps:
             tell(f"the warm-up ({job.warmup}) is as long as the run: the learning rate never reaches its peak")
         metrics = run_on_all_ranks(lambda: Metrics(job.run, world.first, config), world)
         stack.enter_context(contextlib.closing(metrics))
         metrics.write(first, "start", {"world": world.size, "steps": steps, "epoch_samples": job.source.samples})
         schedule = replace(schedule, first_step=first)
-        components = _components(config, job, engine, schedule, recovery, metrics, watchdog, stop, stack)
-        while True:
+        recovery.begin(first)
+        components = _components(config, job, engine, schedule, recovery, metrics, bad_samples, watchdog, stop, stack)
+        if owed:
+            evaluate(components, first)
+        done = first
+        while first < steps:
             done = _train(config, job, engine, replace(schedule, first_step=first), components)
             if not recovery.must_roll_back:
                 break
@@ -110,14 +120,26 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         return engine, done == steps
 
 
-def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) -> None:
-    """Lock and open the run folder on rank 0, for all ranks, while the stack is open."""
+def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) -> BadSamples | None:
+    """Lock and open the run folder on rank 0, for all ranks, while the stack is open. Raises ConfigError when its
+    budget of bad samples is spent."""
     if not world.first:
-        return
+        return None
     stack.enter_context(lock(job.run, say))
     claim(job.run, config, job.sections, world.size, job.label, device_name(world.device))
     if job.classes:
         write_whole(job.run / "classes.json", json.dumps(job.classes) + "\n")
+    bad_samples = BadSamples(job.run, job.source.samples, config.data.bad_sample_budget)
+    if bad_samples.exhausted:
+        raise ConfigError(bad_samples.over_budget())
+    return bad_samples
+
+
+def _evaluated(run: Path, step: int) -> bool:
+    """Whether the evaluation after a step has said what it found."""
+    lines = (run / "metrics.jsonl").read_bytes().splitlines() if (run / "metrics.jsonl").exists() else []
+    found = [line for line in filter(None, map(parse_line, lines)) if line.get("step") == step]
+    return any(line.get("kind") not in _OF_TRAINING for line in found)
 
 
 def _components(
@@ -127,6 +149,7 @@ def _components(
     schedule: Schedule,
     recovery: Recovery,
     metrics: Metrics,
+    bad_samples: BadSamples | None,
     watchdog: Watchdog,
     stop: Callable[[], str],
     stack: contextlib.ExitStack,
@@ -143,10 +166,23 @@ def _components(
     def rate(step: int) -> float:
         return learning_rate(step, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=schedule.steps)
 
-    def evaluate(done: int) -> None:
+    def judge(done: int) -> None:
         if job.evaluate is not None:
+            metrics.write(done, "due", {})
             for kind, values in job.evaluate(engine, done).items():
                 metrics.write(done, kind, values)
+
+    def on_disk() -> None:
+        """All that a checkpoint's position covers, so that nothing of it is lost for good by a kill."""
+        metrics.sync()
+        if sample_log is not None:
+            sample_log.sync()
+        if first:
+            checkpoint.flush_folder(job.run)
+
+    def save(done: int) -> bool:
+        run_on_all_ranks(on_disk, world)
+        return saver.save(_state(config, job, engine, done))
 
     session = broadcast_object(time.time_ns(), world)
     hosts = all_gather_objects(socket.gethostname(), world)
@@ -163,10 +199,10 @@ def _components(
         hosts=hosts,
         recovery=recovery,
         monitor=Monitor(config.faults, hosts, say) if first else None,
-        bad_samples=BadSamples(job.run, job.source.samples, config.data.bad_sample_budget) if first else None,
+        bad_samples=bad_samples,
         sample_log=sample_log,
-        evaluate=evaluate,
-        save=lambda done: saver.save(_state(config, job, engine, done)),
+        evaluate=judge,
+        save=save,
         saving=saver,
         stop=stop,
         beat=watchdog.beat,
@@ -203,7 +239,7 @@ def _roll_back(
     tell: Callable[[str], None],
 ) -> int:
     """Load the weights of an earlier checkpoint; returns the step to resume with, after the skipped ones."""
-    components.beat("rolling back")
+    components.beat("rolling back", False)
     components.saving.finish()
     before, rollbacks = recovery.rollback_before(), list(recovery.rollbacks)
     state = checkpoint.resume(engine, job.run, expected, tell, lambda s: s < before and usable(rollbacks, s))

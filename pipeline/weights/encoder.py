@@ -28,12 +28,6 @@ Small = TypeVar("Small", dict, list)
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
-def refuse_full(out: Path) -> None:
-    """Raise ConfigError when `out` is a file, or a folder with something in it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not empty: give a new folder")
-
-
 def run_config(run: Path) -> Config:
     """The resolved config of a run folder, or of an exported or imported encoder."""
     if (run / "config.yaml").exists():

@@ -6,7 +6,9 @@ values. What is not in the pixels is ignored: EXIF turns (packing applies them o
 """
 
 import io
+import os
 import struct
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ _REGION_SHARE = 0.9  # of an image; a larger crop is cut from the whole
 # Plug-ins that are asked, and no others: some of Pillow's run programs (EPS) or read what is no image.
 _READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION = 0x0112
+_MOST_SAID = 1 << 14  # bytes kept of what a library prints about one image
 # Pillow reads a PNG to its end to look for EXIF; one that holds none of these has none.
 _PNG_EXIF_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
 # What Pillow's parsers raise on damaged input, found by fuzzing each format.
@@ -125,6 +128,8 @@ def _header(image: Image.Image, data: bytes) -> Header:
 
 def _pixels(image: Image.Image) -> np.ndarray:
     """Decode. 16-bit grey keeps its upper byte, which is what Pillow does for 16-bit colour; its own convert clips."""
+    if image.format == "TIFF":
+        _load_tiff(image)
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         grey = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
@@ -132,6 +137,40 @@ def _pixels(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise ImageError("32-bit pixels have no defined white: convert the image to 8 or 16 bits first")
     return np.array(image.convert("RGB"))
+
+
+def _load_tiff(image: Image.Image) -> None:
+    """Decode, with what libtiff prints on stderr, where it names no file, as the reason of a failure."""
+    said: list[str] = []
+    try:
+        with _captured_stderr(said):
+            image.load()
+    except _DAMAGE as error:
+        raise ImageError(
+            f"does not decode: {'; '.join(said[:2]) or str(error).strip() or type(error).__name__}"
+        ) from error
+
+
+@contextmanager
+def _captured_stderr(said: list[str]) -> Iterator[None]:
+    """Keep what C code of this process prints on stderr; its lines are added to `said`."""
+    try:
+        before = os.dup(2)
+    except OSError:  # closed: nothing can be printed there
+        yield
+        return
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(before, 2)
+                file.seek(0)
+                lines = file.read(_MOST_SAID).decode("utf-8", "replace").splitlines()
+                said += [" ".join(line.split())[:200] for line in lines if line.strip()]
+    finally:
+        os.close(before)
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:

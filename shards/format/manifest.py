@@ -16,6 +16,7 @@ import xxhash
 from beitforge.shards.errors import ShardError
 from beitforge.shards.storage.files import write_text
 from beitforge.shards.storage.remote import FETCHES, Missing, Remote, is_url
+from beitforge.shards.storage.staging import refuse_other_file
 from beitforge.shards.wording import with_article
 
 SCHEMA = 1
@@ -101,6 +102,11 @@ def write_manifest(folder: Path, manifest: ImageManifest | TokenManifest) -> Non
     content = {"schema": SCHEMA, "kind": kind, **dataclasses.asdict(manifest)}
     content["digest"] = _digest(content)
     write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
+
+
+def refuse_other_manifest(folder: Path) -> None:
+    """Raise ShardError when the folder has a manifest.json of another program, which would be replaced."""
+    refuse_other_file(folder / NAME, b'"schema": ', b'"made_by": ', b'"tokenizer": ')
 
 
 def _entries(kind: type[Entry], content: object) -> list[Entry]:

@@ -8,11 +8,19 @@ import numpy as np
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import FLAG_BAD, FLAG_LABELLED, Index, index_path, open_index, write_index
-from beitforge.shards.format.manifest import NAME, ImageManifest, ImageShard, read_image_manifest, write_manifest
+from beitforge.shards.format.manifest import (
+    NAME,
+    ImageManifest,
+    ImageShard,
+    read_image_manifest,
+    refuse_other_manifest,
+    write_manifest,
+)
 from beitforge.shards.pack.pack import MARKER
 from beitforge.shards.pack.tar_scan import scan_tar
 from beitforge.shards.progress import Progress
-from beitforge.shards.storage.files import PARTIAL, file_digest
+from beitforge.shards.storage.files import file_digest
+from beitforge.shards.storage.staging import leftovers, refuse_other_file
 from beitforge.shards.workers import Beat, each_shard, in_megabytes
 
 _SHOWN = 10
@@ -56,9 +64,10 @@ def adopt(folder: Path, num_workers: int) -> Adopted:
     Raises ShardError for a damaged tar, for a key (or its 64-bit hash) that occurs twice in the set, and when the
     folder holds no tar, no sample, or an unfinished packing.
     """
+    refuse_other_manifest(folder)
     before = _manifest_before(folder)
     jobs = _jobs(folder, before)
-    for leftover in folder.glob(f"*{PARTIAL}*"):
+    for leftover in leftovers(folder):
         leftover.unlink(missing_ok=True)
     megabytes = sum(job.tar.stat().st_size >> 20 for job in jobs)
     results: list[Indexed] = []
@@ -108,6 +117,8 @@ def _jobs(folder: Path, before: ImageManifest | None) -> list[ScanJob]:
     names = sorted(path.stem for path in folder.glob("*.tar") if path.is_file())
     if not names:
         raise ShardError(f"{folder} holds no .tar: give the folder of the tars, or make some with `pack`")
+    for name in (name for name in names if name not in digests):
+        refuse_other_file(index_path(folder, name), b'"image_xxh3"', b'"tar_digest"')
     return [ScanJob(folder, name, digests.get(name, "")) for name in names]
 
 

@@ -5,7 +5,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 class ImageFiles:
     """n image files, sorted by key. `paths` are relative to the folder, with "/"; `sizes` bytes, `times` mtime in ns.
 
-    `others` counts the files that are no images by their name; hidden ones are not counted.
+    `others` counts the files that are no images by their name; hidden ones are not counted. `links` are the links and
+    folders left out because what they lead to is taken already, by another name: "link → what".
     """
 
     paths: list[str]
@@ -29,6 +30,7 @@ class ImageFiles:
     sizes: np.ndarray
     times: np.ndarray
     others: int
+    links: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -43,7 +45,8 @@ def list_images(folder: Path, leave_out: Path) -> ImageFiles:
         raise ShardError(f"{folder} is not a folder; give the folder that holds the images")
     found: list[tuple[str, int, int]] = []
     others = 0
-    for path, status in _walk(folder, "", [], leave_out.resolve()):
+    walk = _Walk(folder, leave_out.resolve())
+    for path, status in walk.files():
         if not path.lower().endswith(EXTENSIONS):
             others += 1
         else:
@@ -61,30 +64,88 @@ def list_images(folder: Path, leave_out: Path) -> ImageFiles:
         sizes=np.array([found[i][1] for i in by_key], dtype=np.int64),
         times=np.array([found[i][2] for i in by_key], dtype=np.int64),
         others=others,
+        links=walk.left_out,
     )
 
 
-def _walk(
-    folder: Path, prefix: str, above: list[tuple[int, int]], leave_out: Path
-) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Relative path and status of every file below, in order; None for a link that leads nowhere.
+class _Walk:
+    """Every file below a folder, each by one name: its own where it lies in the folder, else that of the first link.
 
-    Links are followed, but not into a folder above; what is neither file nor folder is passed over.
+    `left_out` names the links, and the folders met again behind links, whose files have such a name already.
     """
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above or folder.resolve() == leave_out:
-        return
+
+    def __init__(self, root: Path, leave_out: Path):
+        self.root, self.leave_out = root, leave_out
+        self.left_out: list[str] = []
+        self._folders: dict[tuple[int, int], str] = {}  # device and inode: relative path
+        self._linked: dict[tuple[int, int], str] = {}  # of files that links led to
+
+    def files(self) -> Iterator[tuple[str, os.stat_result | None]]:
+        """Relative path and status of each; None for a link that leads nowhere. What is neither file nor folder is
+        passed over."""
+        links: list[str] = []
+        yield from self._below("", links)
+        for path in links:  # after all that lies in the folder, so that a link never takes the place of it
+            yield from self._link(path)
+        self.left_out.sort()
+
+    def _below(self, prefix: str, links: list[str]) -> Iterator[tuple[str, os.stat_result | None]]:
+        """Files of a folder and those below. Links are added to `links`."""
+        folder = self.root / prefix
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if folder.resolve() == self.leave_out:
+            return
+        if here in self._folders:
+            self._leave_out(prefix, self._folders[here])
+            return
+        self._folders[here] = prefix
+        for entry in _listed(folder):
+            path = f"{prefix}{entry.name}"
+            if entry.is_symlink():
+                links.append(path)
+            elif entry.is_dir():
+                yield from self._below(f"{path}/", links)
+            elif entry.is_file():
+                yield path, _status(folder / entry.name)
+
+    def _link(self, path: str) -> Iterator[tuple[str, os.stat_result | None]]:
+        """What a link leads to, unless it is taken already; links behind it likewise."""
+        target, status = self.root / path, _status(self.root / path)
+        if status is None:
+            yield path, None
+        elif stat.S_ISDIR(status.st_mode):
+            links: list[str] = []
+            yield from self._below(f"{path}/", links)
+            for inner in links:
+                yield from self._link(inner)
+        elif taken := self._taken(target, status):
+            self._leave_out(path, taken)
+        elif stat.S_ISREG(status.st_mode):
+            self._linked[status.st_dev, status.st_ino] = path
+            yield path, status
+
+    def _taken(self, target: Path, status: os.stat_result) -> str:
+        """By what name the file that a link leads to is taken already, or ''."""
+        if (status.st_dev, status.st_ino) in self._linked:
+            return self._linked[status.st_dev, status.st_ino]
+        real = target.resolve()
+        within = real.parent.stat()
+        if (folder := self._folders.get((within.st_dev, within.st_ino))) is None or real.name.startswith("."):
+            return ""
+        return f"{folder}{real.name}"
+
+    def _leave_out(self, path: str, taken: str) -> None:
+        self.left_out.append(f"{path.rstrip('/')} → {taken.rstrip('/') or '.'}")
+
+
+def _listed(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds but for hidden names, in order."""
     try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except PermissionError as error:
         raise ShardError(f"{folder} cannot be listed ({error.strerror}): make it readable, or move it away") from error
-    for name in names:
-        entry = _status(folder / name)
-        if entry is not None and stat.S_ISDIR(entry.st_mode):
-            yield from _walk(folder / name, f"{prefix}{name}/", [*above, here], leave_out)
-        elif entry is None or stat.S_ISREG(entry.st_mode):
-            yield f"{prefix}{name}", entry
 
 
 def _status(path: Path) -> os.stat_result | None:

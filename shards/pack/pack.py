@@ -8,11 +8,18 @@ from pathlib import Path
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import SUFFIX, open_index
-from beitforge.shards.format.manifest import NAME, ImageManifest, read_image_manifest, write_manifest
+from beitforge.shards.format.manifest import (
+    NAME,
+    ImageManifest,
+    read_image_manifest,
+    refuse_other_manifest,
+    write_manifest,
+)
 from beitforge.shards.pack.plan import PackOptions, Plan, make_plan
 from beitforge.shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
 from beitforge.shards.progress import Progress
-from beitforge.shards.storage.files import PARTIAL, write_text
+from beitforge.shards.storage.files import write_text
+from beitforge.shards.storage.staging import leftovers
 from beitforge.shards.workers import each_shard
 
 MARKER = "packing.json"
@@ -108,7 +115,9 @@ def _refuse_others(plan: Plan) -> None:
         if made_by.get("plan") != plan.fingerprint:
             raise ShardError(f"{plan.target} holds shards of another packing: {_difference(plan, made_by)}")
     for folder in folders:
-        strangers = [] if makers else sorted([*folder.glob("*.tar"), *folder.glob(f"*{SUFFIX}")])
+        refuse_other_manifest(folder)
+        lists = [folder / REJECTED] if (folder / REJECTED).exists() else []
+        strangers = [] if makers else sorted([*folder.glob("*.tar"), *folder.glob(f"*{SUFFIX}"), *lists])
         if strangers:
             raise ShardError(
                 f"{folder} holds {strangers[0].name} but nothing says which packing made it: choose another folder, "
@@ -137,10 +146,11 @@ def _closed(plan: Plan) -> dict[str, ImageManifest]:
 
 
 def _begin(plan: Plan) -> None:
-    """Mark the set as unfinished, and sweep what a killed run left."""
+    """Mark the set as unfinished, and sweep what a killed run left, which its marker or its shards prove."""
+    swept = _makers(plan.target, _folders(plan))
     write_text(plan.target / MARKER, json.dumps(plan.describe(), indent=1) + "\n")
     for folder in _folders(plan):
-        for leftover in folder.glob(f"*{PARTIAL}*"):
+        for leftover in leftovers(folder) if swept else []:
             leftover.unlink(missing_ok=True)
 
 

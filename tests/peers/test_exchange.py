@@ -23,6 +23,7 @@ from beitforge.pipeline.stages import export, import_encoder, probe, report
 from beitforge.pipeline.weights import conversion, export_formats
 from beitforge.pipeline.weights.conversion import to_unilm
 from beitforge.pipeline.weights.encoder import load_encoder, save_encoder
+from beitforge.shards.errors import ShardError
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 
@@ -116,7 +117,7 @@ def test_an_export_never_replaces_its_source(encoder):
 def test_an_export_never_replaces_strangers(encoder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+    with pytest.raises(ShardError, match=r"thesis\.tex"):
         export.run(encoder, tmp_path / "out", "timm", finetune=False, size=None)
 
 
@@ -173,7 +174,7 @@ def test_weights_of_something_else(tmp_path):
     with pytest.raises(ConfigError, match="no blocks or no positions"):
         import_encoder.run(tmp_path / "swin.safetensors", tmp_path / "out", [])
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ShardError, match="is a file"):
         import_encoder.run(tmp_path / "swin.safetensors", tmp_path / "file", [])
 
 

@@ -14,6 +14,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.stages import import_tokenizer, report, tokenize
 from beitforge.pipeline.tokenizers.storage import load_tokenizer
+from beitforge.shards.errors import ShardError
 from tests.peers import test_dalle, test_vqkd
 from tests.ranks import run_ranks
 
@@ -98,7 +99,7 @@ def test_a_size_it_cannot_have_is_refused_before_anything_is_written(tiny, tmp_p
 def test_nothing_is_overwritten(tiny, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ShardError, match="is not empty"):
         import_tokenizer.run(tiny.folder / "tokenizer", tmp_path / "full", None)
     with pytest.raises(ConfigError, match="does not exist"):
         import_tokenizer.run(tmp_path / "nowhere", tmp_path / "out", None)

@@ -233,7 +233,7 @@ def test_a_path_that_leads_elsewhere_is_one_line(tmp_path):
     command = [sys.executable, "-m", "beitforge", "report", str(tmp_path / "run"), "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"error: {tmp_path}" in done.stderr and "Is a directory" in done.stderr
+    assert f"error: {tmp_path}" in done.stderr and "is a folder" in done.stderr
     place = {"LOCAL_RANK": "1", "RANK": "1"}
     alone = subprocess.run(command, cwd=ROOT, env={**os.environ, **place}, capture_output=True, text=True, check=False)
     assert alone.returncode == 2 and f"error: rank 1 on {os.uname().nodename}: {tmp_path}" in alone.stderr

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -73,15 +74,56 @@ def test_every_image_is_found_and_others_counted(tmp_path):
     assert images.keys == sorted(images.keys)
 
 
-def test_links_are_followed_and_loops_are_not(tmp_path):
-    """Image folders are often linked together; a loop must end."""
+def test_links_are_followed_but_no_image_comes_twice(tmp_path):
+    """Image folders are often linked together; a loop must end, and what lies in the folder keeps its own name."""
     write_folder(tmp_path, {"in/a/x.jpg": b"x", "far/y.jpg": b"y"})
     (tmp_path / "in/a/up").symlink_to(tmp_path / "in")
     (tmp_path / "in/far").symlink_to(tmp_path / "far")
     (tmp_path / "far/back").symlink_to(tmp_path / "in/a")
     (tmp_path / "in/gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "in/pipe.jpg")
-    assert set(listed(tmp_path / "in")) == {"a/x.jpg", "far/y.jpg", "far/back/x.jpg", "gone.jpg"}
+    assert set(listed(tmp_path / "in")) == {"a/x.jpg", "far/y.jpg", "gone.jpg"}
+    links = list_images(tmp_path / "in", tmp_path / "out").links
+    assert links == ["a/up → .", "far/back → a"]
+
+
+LINKS = {  # link: (target, what it brings in or the name that its target has already)
+    "a folder beside, sorted before": ("a0", "b", "b"),
+    "a folder above": ("b/up", "..", "."),
+    "a file in the folder": ("a/x.jpg", "b/y.jpg", "b/y.jpg"),
+    "a second link to the same file outside": ("z/again.jpg", "FAR/far.jpg", "c/first.jpg"),
+    "a second link to the same folder outside": ("z", "FAR/deep", "d"),
+    "a folder within a linked one": ("z", "FAR/deep/er", "d/er"),
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_links_to_what_is_taken_already_are_named(tmp_path, case):
+    link, target, taken = LINKS[case]
+    (tmp_path / "far/deep/er").mkdir(parents=True)
+    write_folder(tmp_path, {"in/b/y.jpg": b"y", "far/far.jpg": b"f", "far/deep/v.jpg": b"v", "far/deep/er/w.jpg": b"w"})
+    for inner in ("c", Path(link).parent):
+        (tmp_path / "in" / inner).mkdir(exist_ok=True)
+    (tmp_path / "in/c/first.jpg").symlink_to(tmp_path / "far/far.jpg")
+    (tmp_path / "in/d").symlink_to(tmp_path / "far/deep")
+    outside = target.replace("FAR", str(tmp_path / "far"))
+    (tmp_path / "in" / link).symlink_to(outside if outside != target or target == ".." else tmp_path / "in" / target)
+    files = list_images(tmp_path / "in", tmp_path / "out")
+    assert set(files.paths) == {"b/y.jpg", "c/first.jpg", "d/v.jpg", "d/er/w.jpg"}
+    assert files.links == [f"{link} → {taken}"]
+
+
+def test_hard_links_are_files_of_their_own(tmp_path):
+    write_folder(tmp_path, {"a/x.jpg": b"x"})
+    (tmp_path / "b").mkdir()
+    os.link(tmp_path / "a/x.jpg", tmp_path / "b/x.jpg")
+    assert set(listed(tmp_path)) == {"a/x.jpg", "b/x.jpg"}
+
+
+def test_a_link_to_a_hidden_folder_brings_it_in(tmp_path):
+    write_folder(tmp_path, {".pool/x.jpg": b"x"})
+    (tmp_path / "a").symlink_to(".pool")
+    assert set(listed(tmp_path)) == {"a/x.jpg"}
 
 
 def test_the_shard_folder_inside_the_images_is_left_out(tmp_path):
