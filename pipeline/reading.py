@@ -51,7 +51,7 @@ def open_regular(path: Path, within: Path | None = None) -> Iterator[BinaryIO]:
 def _refuse_odd(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in _KINDS if test(status.st_mode)), "no regular file")
-        raise OddFile(f"{path} is {kind}; it must be a regular file")
+        raise OddFile(f"{path} is {kind}: give a regular file")
 
 
 def require_regular(path: Path) -> Path:

@@ -109,7 +109,7 @@ def _number(name: str, value: object, where: str) -> float:
         raise ConfigError(f"{where}: {name} is {shown(value)}; it must be a number") from None
     if isinstance(value, bool) or not (number == 0 or 1 / _LARGEST <= abs(number) <= _LARGEST):
         raise ConfigError(
-            f"{where}: {name} is {shown(value)}; it must be 0 or a number from {1 / _LARGEST:g} to {_LARGEST:g}"
+            f"{where}: {name} is {shown(value)}; it must be a finite number, 0 or from {1 / _LARGEST:g} to {_LARGEST:g}"
         )
     return number
 
@@ -144,11 +144,13 @@ def _of_file(content: dict, path: Path, flops_per_image: float) -> dict[str, flo
 
 def _of_run(run: Path, flops_per_image: float) -> dict[str, float]:
     """The second half of a run's metrics.jsonl: images a second over all GPUs, peak memory of the first."""
+    if not (run / "metrics.jsonl").exists():
+        raise ConfigError(f"--from {run} holds no metrics.jsonl; give the folder that train.run names")
     lines = read_lines(run / "metrics.jsonl", run, metric_line).lines
     started = max((place for place, line in enumerate(lines) if line.get("kind") == "start"), default=0)
     trained = [line for line in lines[started:] if line.get("kind") == "train" and "images_per_second" in line]
     if not trained:
-        raise ConfigError(f"--from {run}: its metrics.jsonl has no training step; give the folder that train.run names")
+        raise ConfigError(f"--from {run}: metrics.jsonl has no training step yet")
     world = max(1, count(lines[started], "world", 1))
     steady = median(value(line, "images_per_second") for line in trained[len(trained) // 2 :])
     memory = max(value(line, "memory_bytes") for line in trained)
