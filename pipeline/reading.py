@@ -5,6 +5,7 @@ that was received, and a few bytes of JSON may nest beyond the interpreter's sta
 """
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -39,7 +40,12 @@ def open_regular(path: Path, within: Path | None = None) -> Iterator[BinaryIO]:
     real = Path(os.path.realpath(path))
     if within is not None and not real.is_relative_to(os.path.realpath(within)):
         raise OddFile(f"{path} leads out of {within}, to {real}; it was not read: copy the file into the folder")
-    before = os.stat(real)
+    try:
+        before = os.stat(real)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OddFile(f"{path} is a link that leads in a circle: give a regular file") from error
     _refuse_odd(path, before)
     # it may be exchanged meanwhile: no link is followed any more, and nothing waits
     descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)

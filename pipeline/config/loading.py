@@ -25,7 +25,7 @@ _CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # of the checkout, o
 _NAME = 100  # characters of a name that others are compared with
 _DIGITS = 64  # of a number that a person types
 _SIDE = re.compile(r" *[0-9]{1,9} *")
-_PARTS = 10_000  # keys and values of the deepspeed section
+_PARTS = 5_000  # keys and values of the deepspeed section
 
 
 def load_config(path: str, overrides: list[str], within: Path | None = None) -> Config:
@@ -115,7 +115,7 @@ def from_dict(tree: dict, where: str) -> Config:
 
 def refuse_unplain(section: dict, where: str) -> None:
     """Raise ConfigError where free-form settings hold what no JSON for people does: keys that are no text, control
-    characters, numbers that are not finite, more than 32 levels or 10,000 parts."""
+    characters, numbers that are not finite, more than 32 levels or 5,000 parts."""
     try:
         refuse_deep(section)
     except ValueError as error:

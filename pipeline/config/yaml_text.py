@@ -11,7 +11,7 @@ import yaml
 
 LARGEST = 128 * 1024  # characters of a file
 _DEPTH = 32  # of nested lists and mappings
-_NODES = 10_000  # values, keys and lists, each as often as aliases repeat it
+_NODES = 5_000  # values, keys and lists, each as often as aliases repeat it
 _DIGITS = 40  # of a whole number; a longer one is a text
 _SAID = 300  # characters of a complaint
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"

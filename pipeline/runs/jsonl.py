@@ -77,7 +77,10 @@ def read_metrics(run: Path, kind: str) -> list[dict]:
 def read_lines(path: Path, within: Path | None = None, fits: Callable[[dict], bool] | None = None) -> Lines:
     """The objects of a file, those that `fits` says no to left out; a file that is odd or not there has none."""
     tail = JsonlTail(path, within, fits)
-    tail.read()
+    try:
+        tail.read()
+    except OSError as error:
+        return Lines(notes=[f"{path}: {error.strerror}"])
     return Lines(tail.lines, tail.notes)
 
 

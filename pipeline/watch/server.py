@@ -152,8 +152,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """A request that is no HTTP gets a line of text, like any other refusal."""
-        for name, default in (("command", "GET"), ("headers", {}), ("request_version", "HTTP/1.1")):
-            if not hasattr(self, name) or getattr(self, name) is None:
+        self.request_version = self.protocol_version  # else no headers are sent
+        for name, default in (("command", "GET"), ("headers", {})):
+            if not getattr(self, name, None):
                 setattr(self, name, default)
         self._refuse(code, "this is no request that a browser makes")
 
