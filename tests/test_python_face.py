@@ -222,6 +222,7 @@ def test_a_kind_of_ones_own_tokenizes_a_set(folder, tiny, monkeypatch):
     assert config.view.num_views == 3
     words = ["tokenize", str(tiny.config), f"data.tokenizer={folder / 'grey'}", f"data.tokens={folder / 'made'}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(folder)])}
+    environment["BEITFORGE_TOKENIZER_CLASSES"] = "other:Class, my_tokenizer:GreyLevels"
     command = [sys.executable, "-m", "beitforge", *words, "data.heldout_images=", "data.heldout_tokens="]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     images = beitforge.open_images(tiny.folder / "shards" / "train")
@@ -232,8 +233,21 @@ def test_a_kind_of_ones_own_tokenizes_a_set(folder, tiny, monkeypatch):
 
     sys.path.remove(str(folder))
     sys.modules.pop("my_tokenizer")
+    monkeypatch.setenv("BEITFORGE_TOKENIZER_CLASSES", "my_tokenizer:GreyLevels")
     with pytest.raises(beitforge.ConfigError, match=r"no module named 'my_tokenizer'.*PYTHONPATH"):
         beitforge.load_tokenizer(folder / "grey")
+
+
+@pytest.mark.parametrize("named", ["", "planted:Other", "planted"])
+def test_a_tokenizer_folder_imports_nothing_that_the_user_has_not_named(tmp_path, monkeypatch, named):
+    from beitforge.pipeline.tokenizers.storage import build
+
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("BEITFORGE_TOKENIZER_CLASSES", named)
+    with pytest.raises(beitforge.ConfigError, match="BEITFORGE_TOKENIZER_CLASSES=planted:Class"):
+        build("planted:Class", {"vocabulary": 64})
+    assert not (tmp_path / "ran").exists()
 
 
 def test_kinds_that_could_not_be_loaded_are_refused(folder, monkeypatch):

@@ -23,6 +23,7 @@ from beitforge.pipeline.config.loading import load_config, to_yaml
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.jsonl import end_cut_line, parse_line
+from beitforge.shards.errors import about_file
 
 _LOCK_SECONDS = 120
 _MOST_LOCK = 4096  # characters read of it
@@ -68,8 +69,9 @@ def _refuse_strangers(run: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file by rename: whoever reads it finds the old one or the new one."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with about_file(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 def environment(world: int, device: str) -> dict:
@@ -89,6 +91,7 @@ def environment(world: int, device: str) -> dict:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpus": len(os.sched_getaffinity(0)),
+        "threads": os.environ.get("OMP_NUM_THREADS", ""),
         "versions": versions,
         "commit": commit,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -140,7 +143,7 @@ class BadSamples:
 
     def add(self, samples: list[Any]) -> None:
         """Write down the new ones (shards.stream.loader.BadSample); they are on disk when it returns."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with about_file(self.path), open(self.path, "a", encoding="utf-8") as file:
             for sample in samples:
                 values = asdict(sample) if is_dataclass(sample) and not isinstance(sample, type) else dict(sample)
                 if (values["shard"], values["key"]) not in self.known:

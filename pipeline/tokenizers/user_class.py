@@ -1,15 +1,21 @@
 """Tokenizer kinds whose class is outside this package: `module:Class` in tokenizer.json (docs/python.md).
 
-The class is a torch module that is built from keyword arguments, its shape, and does what VisualTokenizer says.
+The class is a torch module that is built from keyword arguments, its shape, and does what VisualTokenizer says. A
+tokenizer folder may come from anywhere, so that the name in it imports nothing unless the user has named it, too.
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from beitforge.pipeline.errors import ConfigError
+
+# in the environment: the classes that a tokenizer folder may name, with commas between
+TRUSTED = "BEITFORGE_TOKENIZER_CLASSES"
 
 
 def build(kind: str, shape: dict) -> nn.Module:
@@ -37,9 +43,14 @@ def user_kind(module: nn.Module, shape: dict) -> str:
 
 
 def _user_class(kind: str) -> Callable[..., Any]:
-    """The class that a kind names. A tokenizer folder may come from anywhere: nothing but a torch module that
-    tokenizes is ever called."""
+    """The class that a kind names: of a module that is imported already, or that the user has named in TRUSTED. Nothing
+    but a torch module that tokenizes is ever called."""
     where, _, name = kind.partition(":")
+    if where not in sys.modules and kind not in [word.strip() for word in os.environ.get(TRUSTED, "").split(",")]:
+        raise ConfigError(
+            f"the tokenizer's class is {kind}, code outside beitforge that would run: if you trust it, set "
+            f"{TRUSTED}={kind}"
+        )
     try:
         found = getattr(importlib.import_module(where), name, None)
     except ModuleNotFoundError as error:

@@ -5,7 +5,6 @@ Must not know model, shards or any stage.
 
 import json
 import os
-import struct
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,8 @@ from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.folder import write_whole
 from beitforge.pipeline.runs.jsonl import end_cut_line
+from beitforge.pipeline.runs.recorded import to_hex
+from beitforge.shards.errors import about_file
 
 
 class Reporter(Protocol):
@@ -67,13 +68,15 @@ class Metrics:
 
     def _line(self, step: int, kind: str, values: Mapping[str, float | str]) -> None:
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with about_file(self.file.name):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
 
     def sync(self) -> None:
         """Return when every line is on disk, whatever happens to the machine."""
         if self.first:
-            os.fsync(self.file.fileno())
+            with about_file(self.file.name):
+                os.fsync(self.file.fileno())
             if self.writer is not None:
                 self.writer.flush()
 
@@ -96,19 +99,6 @@ class Metrics:
                 self.writer.close()
             if self.board is not None:
                 self.board.finish()
-
-
-def to_hex(form: str, numbers: list[float]) -> str:
-    """Numbers as hexadecimal digits, bit for bit; form: f (float32) or d (float64), little-endian."""
-    return struct.pack(f"<{len(numbers)}{form}", *numbers).hex()
-
-
-def from_hex(form: str, digits: str) -> list[float]:
-    """The numbers that `to_hex` wrote. Raises ValueError for what it did not write."""
-    try:
-        return [number for (number,) in struct.iter_unpack(f"<{form}", bytes.fromhex(digits))]
-    except struct.error as error:
-        raise ValueError(str(error)) from error
 
 
 def _board(run: Path, project: str, settings: dict) -> Any:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from beitforge.shards.errors import ShardError
+from beitforge.shards.errors import ShardError, about_file
 from beitforge.shards.storage.files import PARTIAL, atomic_path, file_digest
 
 MARKER = "beitforge.json"
@@ -46,8 +46,9 @@ def staged_folder(out: Path, verb: str, *, replace: bool) -> Iterator[Path]:
     try:
         with contextlib.suppress(OSError):  # a file system without locks: the folder is ours by its marker all the same
             fcntl.flock(lock, fcntl.LOCK_EX)
-        _mark(staged, verb, {})
-        yield staged
+        with about_file(out):
+            _mark(staged, verb, {})
+            yield staged
         _mark(staged, verb, {name: file_digest(staged / name) for name in _names(staged)})
         refuse_strangers(out, replace=replace)
         _swap(staged, out)
