@@ -9,7 +9,7 @@ from pathlib import Path
 from beitforge.pipeline.reading import OddFile, open_regular, parse_json
 
 LARGEST = 64 << 20  # bytes of a file that are read, its last ones
-LONGEST = 64 << 10  # bytes of a line
+LONGEST = 1 << 20  # bytes of a line
 MOST = 250_000  # lines that are kept, the last ones
 _TAIL = 256  # bytes before the place reached that are compared, to notice a file that was written anew
 _COUNT = 10**12  # of anything

@@ -133,7 +133,7 @@ def _machine(follower: Follower, trained: list[dict]) -> Rows:
         middle = statistics.median(share for share, _ in waits)
         rows.append(("data wait", f"{middle:6.1%}  median of {len(waits):,} ranks"))
     for share, rank in shown:
-        name = "" if len(waits) > _WORST or rows[-1][0] in ("data wait", "") else "data wait"
+        name = "" if rows and rows[-1][0] in ("data wait", "") else "data wait"
         rows.append((name, f"{share:6.1%}  rank {rank.get('rank', '?')} on {rank.get('host', '?')}"))
     return rows
 

@@ -146,7 +146,6 @@ def config(tmp_path) -> Path:
         (["train.run=a\ntouch ran; #"], {}),
         (["train.run=a\rb"], {}),
         (["--partition", "gpu\ntouch ran"], {}),
-        (["--partition", "-x"], {}),
         (["--account", "a\u2028b"], {}),
         (["--account=-x"], {}),
         (["--array", "0-1\n#"], {}),

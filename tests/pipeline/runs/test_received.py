@@ -172,7 +172,7 @@ def test_lines_that_no_run_writes(tmp_path):
             "[" * 10_000
             + "\n"
             + '{"step": 5, "x": "'
-            + "y" * 100_000
+            + "y" * jsonl.LONGEST
             + '"}\n'
             + '{"step": 5, "a": '
             + "[" * 40
@@ -187,9 +187,7 @@ def test_lines_that_no_run_writes(tmp_path):
     ]
     follower = Follower(run)
     for number, each in enumerate(huge):
-        run = received(
-            tmp_path / str(number), "x", [*lines_of(20, 20), each, {**each, "step": 24, "loss": -1e308}]
-        )
+        run = received(tmp_path / str(number), "x", [*lines_of(20, 20), each, {**each, "step": 24, "loss": -1e308}])
         assert report.run([run]) == 0
         follower = Follower(run)
         follower.refresh()
@@ -202,6 +200,7 @@ def test_many_lines(tmp_path, monkeypatch):
     """The last of them, in bounded memory."""
     monkeypatch.setattr(jsonl, "MOST", 1000)
     monkeypatch.setattr(jsonl, "LARGEST", 100_000)
+    monkeypatch.setattr(jsonl, "LONGEST", 50_000)
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(20_000)))
     found = read_lines(path, tmp_path, metric_line)

@@ -137,7 +137,7 @@ def test_malformed_requests_get_a_line(watch, text, status):
 
 
 def test_slow_clients_are_bounded(watch):
-    """So many connections and no more, each for so long; whoever comes later is answered again."""
+    """A number of connections and no more, each for so long; whoever comes later is answered again."""
     held = []
     for _ in range(80):
         connection = socket.create_connection((watch.host, watch.port), timeout=20)
