@@ -174,7 +174,9 @@ def _of_benchmark(content: dict, path: Path, flops_per_image: float) -> dict[str
         words = notes.replace(",", " ").split()
         copy, product = (float(words[words.index(word) + 1]) * 1e12 for word in ("copy", "product"))
         return {"memory_bandwidth": copy, "matrix_flops": product}
-    raise ConfigError(f"--from {path}: nothing of benchmark {shown(name)} is an assumption; give kernels, train or loader")
+    raise ConfigError(
+        f"--from {path}: nothing of benchmark {shown(name)} is an assumption; give kernels, train or loader"
+    )
 
 
 def _of_doctor(content: dict, path: Path) -> dict[str, float]:
