@@ -30,7 +30,7 @@ def _report(run_folder: Path, out: Path | None, data: bool) -> int:
     refuse_other_file(path, _PAGE)
     record = read_record(run_folder, read_config(run_folder), data)
     passed_over: list[str] = []
-    found = newest(run_folder, passed_over.append)
+    found = newest(run_folder, passed_over.append, whole=True)
     state = found[1] if found else None
     images = [images_left_out("report")]
     if data:
