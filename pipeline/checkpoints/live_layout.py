@@ -13,6 +13,7 @@ from torch import Tensor
 from beitforge.pipeline.checkpoints.zero_layout import ADAM, MUON, CheckpointFiles, Piece, own
 from beitforge.pipeline.distributed.collectives import all_max
 from beitforge.pipeline.distributed.engine import Engine
+from beitforge.pipeline.distributed.nvme_offload import in_memory
 from beitforge.pipeline.distributed.startup import run_on_all_ranks
 from beitforge.pipeline.errors import ConfigError
 
@@ -27,9 +28,11 @@ def load_into(engine: Engine, source: CheckpointFiles) -> None:
     if shapes != source.shapes:
         apart = sorted(shapes.keys() ^ source.shapes.keys()) or [n for n in shapes if shapes[n] != source.shapes[n]]
         raise ConfigError(f"{source.folder} holds another model: it differs in {', '.join(apart[:3])}")
-    pieces = engine_pieces(engine, source.step)
-    run_on_all_ranks(lambda: [source.fill(name, piece) for name, piece in pieces], engine.world)
-    _refresh(engine)
+    with in_memory(engine.optimizer):
+        pieces = engine_pieces(engine, source.step)
+        run_on_all_ranks(lambda: [source.fill(name, piece) for name, piece in pieces], engine.world)
+        del pieces
+        _refresh(engine)
     _restore_scale(engine, source.scale)
     for name, count in source.counters.items():
         setattr(engine.deepspeed, name, count)
@@ -45,7 +48,7 @@ def _restore_scale(engine: Engine, saved: dict[str, float]) -> None:
 
 
 def engine_pieces(engine: Engine, step: float | None = None) -> list[tuple[str, Piece]]:
-    """This rank's pieces, as views into the running optimizer. step: set its counters to this, making the moments of an
+    """This rank's pieces, as views into the running optimizer; inside of `in_memory` where that is on NVMe. step: set its counters to this, making the moments of an
     optimizer that has not stepped yet."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     stage = engine.setup.zero_stage

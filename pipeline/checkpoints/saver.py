@@ -18,6 +18,7 @@ from beitforge.pipeline.checkpoints import live_layout, zero_layout
 from beitforge.pipeline.checkpoints.choice import newest_whole
 from beitforge.pipeline.distributed.collectives import all_gather_lines, all_gather_text, barrier, broadcast_object
 from beitforge.pipeline.distributed.engine import Engine
+from beitforge.pipeline.distributed.nvme_offload import in_memory
 from beitforge.pipeline.distributed.startup import run_on_all_ranks
 from beitforge.pipeline.errors import SharedError
 from beitforge.pipeline.runs.checkpoints import STATE, SavedFile, State, candidates, sealed, step_of
@@ -46,6 +47,10 @@ class Saver:
         those before stay.
         """
         self.finish()
+        with in_memory(self.engine.optimizer):
+            return self._save(state)
+
+    def _save(self, state: State) -> bool:
         if not live_layout.finite(self.engine):
             return False
         live_layout.clear_padding(self.engine)

@@ -212,9 +212,19 @@ def _conflicts(config: Config) -> list[str]:
             "deepspeed.zero_optimization.offload_optimizer is not for optimizer.kind muon; use adamw",
         ),
         (
-            "nvme" not in (optimizer, parameters),
-            "deepspeed.zero_optimization: what is offloaded to nvme is in no checkpoint that could be read again; "
-            "use device: cpu",
+            optimizer != "nvme" or isinstance(zero["offload_optimizer"].get("nvme_path"), str),
+            "deepspeed.zero_optimization.offload_optimizer.device nvme needs nvme_path, a folder on a disk of each host",
+        ),
+        (
+            optimizer != "nvme" or _buffers(zero["offload_optimizer"]),
+            "deepspeed.zero_optimization.offload_optimizer.buffer_count must be at least 4 for device nvme (weights, "
+            "gradient and two moments), 8 with pipeline_read or pipeline_write, 12 with both",
+        ),
+        (
+            parameters != "nvme",
+            "deepspeed.zero_optimization.offload_param.device nvme is not supported: DeepSpeed then keeps no copy of the "
+            "weights that a checkpoint could be read into; use offload_param: {device: cpu}, and offload_optimizer: "
+            "{device: nvme} for the optimizer, which is most of it",
         ),
     )
     return [line for holds, line in rules if not holds]
@@ -223,3 +233,9 @@ def _conflicts(config: Config) -> list[str]:
 def _device(offload: Any) -> str:
     found = offload.get("device", "none") if isinstance(offload, dict) else "none"
     return "" if found == "none" else str(found)
+
+
+def _buffers(offload: dict) -> bool:
+    """Whether there are enough for what is on its way at once; DeepSpeed has 4 where none are named."""
+    count, ways = offload.get("buffer_count", 4), ("pipeline_read", "pipeline_write")
+    return not isinstance(count, int) or count >= 4 * (1 + sum(bool(offload.get(way)) for way in ways))

@@ -5,6 +5,7 @@ import json
 import math
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.distributed.deepspeed_config import SPEAKS, Setup, deepspeed_config
 from beitforge.pipeline.distributed.device import DTYPES
 from beitforge.pipeline.distributed.muon import muon_optimizer
+from beitforge.pipeline.distributed.nvme_offload import with_own_folder
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import ConfigError, HostError
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
@@ -59,8 +61,9 @@ class Engine:
         if any(name in setup.overrides for name in SPEAKS):
             deepspeed.utils.logger.setLevel("INFO")
         with _objections(setup):
+            placed = replace(setup, overrides=with_own_folder(setup.overrides))
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=module, model_parameters=groups, config=deepspeed_config(setup), optimizer=muon_optimizer(setup)
+                model=module, model_parameters=groups, config=deepspeed_config(placed), optimizer=muon_optimizer(setup)
             )
         for state in getattr(self.optimizer, "optimizer", self.optimizer).state.values():
             if "step" in state:  # not of Muon
@@ -72,6 +75,8 @@ class Engine:
         self.writer = self.deepspeed.checkpoint_engine = Writer()
         # two programs that it would lay beside the checkpoints, which run what a pickle says; `export` reads them
         self.deepspeed._copy_recovery_script = lambda save_path: None
+        # it would copy what is on NVMe beside a checkpoint, which holds that already (nvme_offload)
+        self.deepspeed.zero_nvme_offload_optimizer = lambda: False
         self.agreement = attach(self.deepspeed, world.device)
         if setup.compile:
             self.deepspeed.compile(compile_kwargs={"mode": setup.compile_mode})

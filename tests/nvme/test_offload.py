@@ -1,0 +1,61 @@
+"""Offloading the optimizer to NVMe: the numbers of an offload to the CPU, and checkpoints of the same form."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beitforge.pipeline.checkpoints import zero_layout
+from beitforge.pipeline.runs.checkpoints import State, newest
+from beitforge.pipeline.runs.jsonl import read_metrics
+from tests.conftest import TinySet
+from tests.pipeline.checkpoints.elastic_pairs import everything
+from tests.ranks import run_ranks
+
+# wide enough that a rank of two has tensors of more than 1 MiB, below which DeepSpeed leaves them in memory
+WIDE = ("model.width=192", "model.heads=3", "train.zero_stage=3")
+SHORT = ("train.duration=4 steps", "checkpoint.every=2 steps", "log.every_steps=1", "optimizer.warmup=1 steps")
+SHORT += ("data.heldout_images=", "data.heldout_tokens=", *WIDE)
+
+
+def section(folder: Path | None, **more: Any) -> str:
+    to = {"device": "nvme", "nvme_path": str(folder), **more} if folder else {"device": "cpu"}
+    zero = {"sub_group_size": 250_000, "offload_optimizer": {**to, "pin_memory": False}}
+    return f"deepspeed.zero_optimization={zero}"
+
+
+def train(tiny: TinySet, run: Path, *words: str, processes: int = 1) -> list[float]:
+    done = run_ranks("beitforge", "pretrain", "--rank", tiny.config, f"train.run={run}", *SHORT, *words, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return [line["loss"] for line in read_metrics(run, "train")]
+
+
+def newest_of(run: Path) -> tuple[State, dict[str, torch.Tensor]]:
+    folder, state = newest(run, print)
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert written == {*state.files, "state.json"}, "every file of it has a digest"
+    return state, everything(zero_layout.open_checkpoint(folder, state.zero_stage, state.groups, state.files))
+
+
+def test_nvme(tiny, tmp_path):
+    """The losses, weights and moments of an offload to the CPU; resumed bit for bit; resumed by two processes."""
+    on_cpu, run, disk = tmp_path / "cpu", tmp_path / "run", tmp_path / "disk"
+    expected = train(tiny, on_cpu, section(None))
+    left = disk / "beitforge-offload-left"
+    left.mkdir(parents=True)
+    assert train(tiny, run, section(disk)) == expected and len(expected) == 4
+    assert list(disk.iterdir()) == [], "what a process puts there, or has left there, is removed"
+    state, values = newest_of(run)
+    plain, wanted = newest_of(on_cpu)
+    assert state.files.keys() == plain.files.keys()
+    assert values.keys() == wanted.keys() and all(torch.equal(values[name], wanted[name]) for name in wanted)
+
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    shutil.copytree(run, tmp_path / "two")
+    assert train(tiny, run, section(disk)) == expected
+    assert newest_of(run)[0].files == state.files, "the same bytes"
+
+    piped = section(disk, pipeline_read=True, pipeline_write=True, buffer_count=12)
+    assert train(tiny, tmp_path / "two", piped, processes=2) == pytest.approx(expected, rel=1e-5)
