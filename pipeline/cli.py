@@ -33,6 +33,7 @@ VERBS = {
     "slurm": "slurm",
     "stop": "stop",
     "watch": "watch",
+    "replay": "replay",
     "report": "report",
     "probe": "probe",
     "export": "export",

@@ -82,9 +82,10 @@ TABLE = (
         "pipeline.reports pipeline.weights",
     ),
     Row(
-        "pipeline.reports.gallery*",
+        "pipeline.reports.gallery* pipeline.replay*",
         f"pipeline.evaluation pipeline.weights pipeline.training pipeline.data pipeline.tokenizers pipeline.model "
-        f"pipeline.runs pipeline.cluster beitforge {SHARDS} torch numpy",
+        f"pipeline.checkpoints pipeline.distributed pipeline.reports.components pipeline.runs pipeline.cluster "
+        f"shards.progress beitforge {SHARDS} torch numpy",
         "pipeline.watch pipeline.stages",
     ),
     Row("pipeline.reports*", "pipeline.runs shards.format numpy", f"{TORCHLESS} pipeline.watch"),

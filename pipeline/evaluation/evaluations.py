@@ -148,7 +148,8 @@ class Evaluations:
         self.new = sets.new
         if all_max([float(sets.new is None)], world)[0]:
             self.new = None
-            self._tell(f"no loss on new views: {sets.absent or 'another host has no such tokenizer'}")
+            if self.budget.share:
+                self._tell(f"no loss on new views: {sets.absent or 'another host has no such tokenizer'}")
         if sets.tokenizer is not None:
             sets.tokenizer.to(world.device)
 

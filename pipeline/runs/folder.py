@@ -91,6 +91,7 @@ def environment(world: int, device: str) -> dict:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpus": len(os.sched_getaffinity(0)),
+        "threads": os.environ.get("OMP_NUM_THREADS", ""),
         "versions": versions,
         "commit": commit,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -142,7 +143,7 @@ class BadSamples:
 
     def add(self, samples: list[Any]) -> None:
         """Write down the new ones (shards.stream.loader.BadSample); they are on disk when it returns."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with about_file(self.path), open(self.path, "a", encoding="utf-8") as file:
             for sample in samples:
                 values = asdict(sample) if is_dataclass(sample) and not isinstance(sample, type) else dict(sample)
                 if (values["shard"], values["key"]) not in self.known:

@@ -37,13 +37,20 @@ IDENTITY = ("data", "model", "finetune", "loader", *_OTHERS)
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Fine-tune; returns the exit code. `stop` says why to stop, or ''."""
+    world, job = prepare(config, lambda: newest(Path(config.finetune.run), lambda _: None) is None)
+    _, finished = run_training(config, job, world, stop)
+    return shut_down(job.run, finished, stop, world)
+
+
+def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
+    """Join the others and put the training together. begins: asked on the first rank, whether no checkpoint gives the
+    weights, so that finetune.init has to."""
     tune = config.finetune
     world, (source, test, classes) = open_and_join(config, lambda: _opened(config), _fingerprints)
     setup = run_on_all_ranks(lambda: tuning_setup(config, world), world)
-    run_folder = Path(tune.run)
     classifier = new_classifier(config, classes)
     float8 = config.train.precision == "fp8" and run_on_all_ranks(lambda: use_float8(classifier, world.device), world)
-    line = _start(config, classifier, run_folder, world)
+    line = _start(config, classifier, begins, world)
     read = f"{source.samples} images of {classes} classes to train on, {test.samples if test else 'none'} to test"
     for said in (line, float8, read):
         if world.first and said:
@@ -65,7 +72,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
 
     job = Job(
         label="finetune",
-        run=run_folder,
+        run=Path(tune.run),
         sections=IDENTITY,
         source=source,
         module=classifier,
@@ -82,8 +89,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         flops=training_flops(classifier.model, classes, masked=1),
         classes=tuple(source.stream.images.manifest.classes),
     )
-    _, finished = run_training(config, job, world, stop)
-    return shut_down(run_folder, finished, stop, world)
+    return world, job
 
 
 def _refuse(config: Config) -> None:
@@ -140,9 +146,9 @@ def new_classifier(config: Config, classes: int) -> Classifier:
     return classifier
 
 
-def _start(config: Config, classifier: Classifier, run_folder: Path, world: World) -> str:
+def _start(config: Config, classifier: Classifier, begins: Callable[[], bool], world: World) -> str:
     """Load finetune.init unless there is a checkpoint to go on from; returns the line that says so, or ''."""
-    if broadcast_object(newest(run_folder, lambda _: None) is not None, world):
+    if not broadcast_object(world.first and begins(), world):
         return ""
     if not config.finetune.init:
         return "finetune.init is empty: the encoder starts as drawn from data.seed"

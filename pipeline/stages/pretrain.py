@@ -33,16 +33,23 @@ IDENTITY = ("data", "view", "model", "mask", "optimizer", "train", "loader")
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Pretrain; returns the exit code. `stop` says why to stop, or ''."""
+    world, job = prepare(config, lambda: newest(Path(config.train.run), lambda _: None) is None)
+    _, finished = run_training(config, job, world, stop)
+    return shut_down(job.run, finished, stop, world)
+
+
+def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
+    """Join the others and put the training together. begins: asked on the first rank, whether no checkpoint gives the
+    weights, so that train.init has to."""
     world, (source, sets) = open_and_join(config, lambda: _opened(config), _fingerprints)
     batch = config.train.global_batch, config.train.micro_batch
     micro = run_on_all_ranks(lambda: micro_batch(*batch, world.size, "train.global_batch"), world)
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     beit.checkpointing = config.train.activation_checkpointing
-    run_folder = Path(config.train.run)
     lines = [f"attention: {run_on_all_ranks(lambda: _kernels(config, world), world)}"]
     if config.train.precision == "fp8":
         lines.append(run_on_all_ranks(lambda: use_float8(beit, world.device), world))
-    if config.train.init and broadcast_object(newest(run_folder, lambda _: None) is None, world):
+    if config.train.init and broadcast_object(world.first and begins(), world):
         init = Path(config.train.init)
         lines.append(run_on_all_ranks(lambda: initialise_from(init, beit, config.tokenizer.vocabulary), world))
     for line in lines if world.first else ():
@@ -54,7 +61,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
 
     job = Job(
         label="pretrain",
-        run=run_folder,
+        run=Path(config.train.run),
         sections=IDENTITY,
         source=source,
         module=beit,
@@ -70,8 +77,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         heldout_every=config.log.heldout_every if config.log.evaluation_share else None,
         flops=training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches),
     )
-    _, finished = run_training(config, job, world, stop)
-    return shut_down(run_folder, finished, stop, world)
+    return world, job
 
 
 def _opened(config: Config) -> tuple[DataSource, EvaluationSets]:

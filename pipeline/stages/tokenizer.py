@@ -36,15 +36,24 @@ _WRITTEN = ("tokenizer.json", "tokenizer.safetensors", "measured.json", "reconst
 
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Train and write the tokenizer; returns the exit code."""
+    world, job = prepare(config, lambda: True)
+    engine, finished = run_training(config, job, world, stop)
+    if finished and world.first:
+        _finish(config, engine, job.source, job.run.parent)
+    return shut_down(job.run, finished, stop, world)
+
+
+def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
+    """Join the others and put the training together. begins: not asked, since a tokenizer is never started from
+    another's weights."""
     world, source = open_and_join(config, lambda: _opened(config), lambda source: fingerprints({"": source}))
     settings = config.tokenizer
     batch = settings.global_batch, settings.micro_batch
     micro = run_on_all_ranks(lambda: micro_batch(*batch, world.size, "tokenizer.global_batch"), world)
-    folder = Path(config.data.tokenizer)
     dvae = Dvae(settings, config.data.seed)
     job = Job(
         label="tokenizer",
-        run=folder / "training",
+        run=Path(config.data.tokenizer) / "training",
         sections=("data", "view", "tokenizer", "loader"),
         source=source,
         module=dvae,
@@ -57,10 +66,7 @@ def run(config: Config, stop: Callable[[], str]) -> int:
         save_every=config.checkpoint.every,
         objective=lambda engine, steps: _objective(config, engine, steps),
     )
-    engine, finished = run_training(config, job, world, stop)
-    if finished and world.first:
-        _finish(config, engine, source, folder)
-    return shut_down(job.run, finished, stop, world)
+    return world, job
 
 
 def _opened(config: Config) -> DataSource:

@@ -23,13 +23,21 @@ from beitforge.pipeline.distributed.collectives import (
 from beitforge.pipeline.distributed.device import memory_bytes
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.errors import SharedError
-from beitforge.pipeline.runs.folder import BadSamples
 from beitforge.pipeline.training.device_timer import DeviceTimer
 from beitforge.pipeline.training.metrics import Metrics, Reporter
 from beitforge.pipeline.training.monitor import Monitor
 from beitforge.pipeline.training.prefetch import Batch, DevicePrefetcher
 from beitforge.pipeline.training.recovery import Fault, Recovery
 from beitforge.pipeline.training.sample_log import SampleLog
+
+
+class Replaced(Protocol):
+    """What the loop needs of the list of bad samples (pipeline.runs.folder.BadSamples)."""
+
+    @property
+    def exhausted(self) -> bool: ...
+    def add(self, samples: list[Any]) -> None: ...
+    def over_budget(self) -> str: ...
 
 
 class Saving(Protocol):
@@ -73,8 +81,8 @@ class Components:
     log.positions is set.
 
     save: puts on disk what the steps so far have said, then the checkpoint that covers them; False when the weights are
-    not finite and nothing was saved. beat: called at every step with what comes next, and whether that is as for the
-    first time.
+    not finite and nothing was saved. beat: called at every step with what comes next, and whether it may take as long
+    as the first time.
     """
 
     objective: Objective
@@ -84,7 +92,7 @@ class Components:
     hosts: list[str]
     recovery: Recovery
     monitor: Monitor | None
-    bad_samples: BadSamples | None
+    bad_samples: Replaced | None
     sample_log: SampleLog | None
     evaluate: Callable[[int], None]
     save: Callable[[int], bool]
@@ -265,7 +273,7 @@ def _log(engine: Engine, schedule: Schedule, done: int, meter: Meter, components
     components.progress.advance(0, note)
 
 
-def _count_bad_samples(engine: Engine, meter: Meter, bad_samples: BadSamples | None) -> None:
+def _count_bad_samples(engine: Engine, meter: Meter, bad_samples: Replaced | None) -> None:
     """Gather every rank's substitutions on rank 0. Raises SharedError on all ranks when the budget is spent."""
     if not all_max([float(len(meter.bad))], engine.world)[0]:
         return

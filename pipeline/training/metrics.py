@@ -5,7 +5,6 @@ Must not know model, shards or any stage.
 
 import json
 import os
-import struct
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.folder import write_whole
 from beitforge.pipeline.runs.jsonl import end_cut_line
+from beitforge.pipeline.runs.recorded import to_hex
 from beitforge.shards.errors import about_file
 
 
@@ -99,19 +99,6 @@ class Metrics:
                 self.writer.close()
             if self.board is not None:
                 self.board.finish()
-
-
-def to_hex(form: str, numbers: list[float]) -> str:
-    """Numbers as hexadecimal digits, bit for bit; form: f (float32) or d (float64), little-endian."""
-    return struct.pack(f"<{len(numbers)}{form}", *numbers).hex()
-
-
-def from_hex(form: str, digits: str) -> list[float]:
-    """The numbers that `to_hex` wrote. Raises ValueError for what it did not write."""
-    try:
-        return [number for (number,) in struct.iter_unpack(f"<{form}", bytes.fromhex(digits))]
-    except struct.error as error:
-        raise ValueError(str(error)) from error
 
 
 def _board(run: Path, project: str, settings: dict) -> Any:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from beitforge.pipeline.runs.jsonl import end_cut_line
+from beitforge.shards.errors import about_file
 
 
 class SampleLog:
@@ -25,12 +26,14 @@ class SampleLog:
 
     def write(self, step: int, samples: list[int]) -> None:
         """The samples this rank took for a step."""
-        self.file.write(json.dumps({"session": self.session, "step": step, "samples": samples}) + "\n")
-        self.file.flush()
+        with about_file(self.file.name):
+            self.file.write(json.dumps({"session": self.session, "step": step, "samples": samples}) + "\n")
+            self.file.flush()
 
     def sync(self) -> None:
         """Return when every line is on disk."""
-        os.fsync(self.file.fileno())
+        with about_file(self.file.name):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

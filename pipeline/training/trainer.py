@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -78,7 +79,7 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
         bad_samples = run_on_all_ranks(lambda: _claim(config, job, world, stack), world)
         engine = Engine(job.module, job.groups, job.setup, world)
         steps = job.duration.steps(job.source.samples, job.setup.global_batch)
-        schedule = _schedule(config, job, 0, steps, world)
+        schedule = schedule_of(config, job, 0, steps, world)
         recovery = Recovery(
             job.run,
             config.faults,
@@ -86,7 +87,7 @@ def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]
             save_every=schedule.save_every,
             global_batch=job.setup.global_batch,
         )
-        expected = _state(config, job, engine, 0)
+        expected = state_of(config, job, engine, 0)
         state = checkpoint.resume(engine, job.run, expected, tell, lambda step: usable(recovery.rollbacks, step))
         first = resume_step(recovery.rollbacks, state.step) if state else 0
         owed = state is not None and state.step == first and schedule.evaluates(first)
@@ -156,15 +157,11 @@ def _components(
 ) -> Components:
     """Build what the loop uses; the stack closes it."""
     world, setup, first = engine.world, job.setup, engine.world.first
-    warmup = job.warmup.steps(job.source.samples, setup.global_batch)
     settings = config.checkpoint
     keep_every = settings.keep_every.steps(job.source.samples, setup.global_batch)
     saver = checkpoint.Saver(
         engine, job.run, keep=settings.keep, keep_every=keep_every, asynchronous=settings.asynchronous
     )
-
-    def rate(step: int) -> float:
-        return learning_rate(step, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=schedule.steps)
 
     def judge(done: int) -> None:
         if job.evaluate is not None:
@@ -182,7 +179,7 @@ def _components(
 
     def save(done: int) -> bool:
         run_on_all_ranks(on_disk, world)
-        return saver.save(_state(config, job, engine, done))
+        return saver.save(state_of(config, job, engine, done))
 
     session = broadcast_object(time.time_ns(), world)
     hosts = all_gather_objects(socket.gethostname(), world)
@@ -193,7 +190,7 @@ def _components(
         sample_log = stack.enter_context(contextlib.closing(SampleLog(job.run, world.rank, session)))
     return Components(
         objective=job.objective(engine, schedule.steps),
-        rate=rate,
+        rate=rate_of(job, schedule.steps),
         metrics=metrics,
         progress=progress,
         hosts=hosts,
@@ -257,7 +254,15 @@ def _roll_back(
     return rollback.on
 
 
-def _schedule(config: Config, job: Job, first: int, steps: int, world: World) -> Schedule:
+def rate_of(job: Job, steps: int) -> Callable[[int], float]:
+    """The learning rate of every step of a run of `steps`."""
+    warmup = job.warmup.steps(job.source.samples, job.setup.global_batch)
+    return partial(learning_rate, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=steps)
+
+
+def schedule_of(config: Config, job: Job, first: int, steps: int, world: World) -> Schedule:
+    """When the run does what."""
+
     def every(duration: Duration | None) -> int:
         return max(1, duration.steps(job.source.samples, job.setup.global_batch)) if duration else 0
 
@@ -272,7 +277,8 @@ def _schedule(config: Config, job: Job, first: int, steps: int, world: World) ->
     )
 
 
-def _state(config: Config, job: Job, engine: Engine, step: int) -> checkpoints.State:
+def state_of(config: Config, job: Job, engine: Engine, step: int) -> checkpoints.State:
+    """What a checkpoint after `step` steps says of the run."""
     return checkpoints.State(
         step=step,
         samples_seen=step * job.setup.global_batch,

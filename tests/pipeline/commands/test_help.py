@@ -47,6 +47,7 @@ HELP = [
     (("beitforge", "export", "--help"), ["RUN", "OUT"]),
     (("beitforge", "probe", "--help"), ["RUN", "SHARDS", "--samples"]),
     (("beitforge", "report", "--help"), ["RUN"]),
+    (("beitforge", "replay", "--help"), ["RUN", "--step", "--from", "--to", "--page"]),
     (("beitforge", "demo", "--help"), ["DIR", "--out"]),
     (("beitforge", "pack", "--help"), ["IMAGES", "SHARDS", "--split", "--quality"]),
     (("beitforge", "verify", "--help"), ["SHARDS"]),

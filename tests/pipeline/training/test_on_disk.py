@@ -14,8 +14,8 @@ import pytest
 from beitforge.pipeline.cluster.watchdog import EXIT_HUNG
 from beitforge.pipeline.config.settings import Faults
 from beitforge.pipeline.runs.jsonl import read_metrics
+from beitforge.pipeline.runs.recorded import from_hex, to_hex
 from beitforge.pipeline.training import loop
-from beitforge.pipeline.training.metrics import from_hex, to_hex
 from beitforge.pipeline.training.recovery import Fault, Recovery
 from tests.ranks import run_ranks
 from tests.shards.stream.test_stream import copied, damage, moved

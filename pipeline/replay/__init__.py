@@ -1,0 +1,1 @@
+"""Steps of a run done again, held against what it wrote down, and their samples. Nothing of the run is changed."""
