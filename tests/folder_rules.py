@@ -1,13 +1,13 @@
 """The table that tests/test_folder_rules.py holds: which folder may import what.
 
 Module names are written without `beitforge.`. Each folder may import itself; everything in shards its root modules;
-everything in pipeline its `errors`, `console` and `config`, and `shards.errors`.
+everything in pipeline its `errors`, `console`, `config`, `plain_text` and `reading`, and `shards.errors`.
 """
 
 from dataclasses import dataclass
 
 SHARDS_ROOT = "shards.counter_rng shards.errors shards.options shards.progress shards.wording shards.workers"
-PIPELINE_ROOT = "pipeline.config pipeline.console pipeline.errors shards.errors"
+PIPELINE_ROOT = "pipeline.config pipeline.console pipeline.errors pipeline.plain_text pipeline.reading shards.errors"
 SHARDS = "shards.storage shards.format shards.decode shards.stream"
 TORCHLESS = "torch kernels deepspeed"
 NUMPY = "numpy xxhash"
@@ -39,7 +39,11 @@ TABLE = (
     Row("shards*", f"{NUMPY} tqdm", f"pipeline {TORCHLESS}"),
     Row("pipeline.config*", "yaml", "torch numpy shards kernels"),
     Row("pipeline.cluster*", "beitforge shards.storage", TORCHLESS),
-    Row("pipeline.runs*", "pipeline.cluster shards.format shards.storage numpy", TORCHLESS),
+    Row(
+        "pipeline.runs*",
+        "pipeline.cluster shards.format shards.storage shards.progress shards.wording numpy xxhash",
+        TORCHLESS,
+    ),
     Row("pipeline.model.masking", "numpy", "torch shards"),
     Row("pipeline.model*", "kernels torch torchao numpy scipy", "shards deepspeed"),
     Row("pipeline.tokenizers*", "pipeline.model torch safetensors", "pipeline.model.beit shards.stream deepspeed"),
@@ -50,7 +54,9 @@ TABLE = (
         "pipeline.model.beit deepspeed",
     ),
     Row("pipeline.plan*", "pipeline.runs shards.counter_rng numpy", TORCHLESS),
-    Row("pipeline.distributed*", "pipeline.cluster pipeline.runs torch deepspeed", "pipeline.model shards.stream"),
+    Row(
+        "pipeline.distributed*", "pipeline.cluster pipeline.runs torch deepspeed xxhash", "pipeline.model shards.stream"
+    ),
     Row("pipeline.checkpoints*", "pipeline.distributed pipeline.runs torch deepspeed", "pipeline.model shards.stream"),
     Row(
         "pipeline.training*",

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beitforge.pipeline.checkpoints import live_layout, zero_layout
 from beitforge.pipeline.checkpoints import saver as checkpoint
-from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.cluster.watchdog import Watchdog
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
@@ -227,7 +227,7 @@ def _to_compare(run: Path, start: int, until: int, rollbacks: list[Rollback]) ->
     for folder in reversed(candidates(run)):
         step, problems = step_of(folder), list[str]()
         if start < step <= until and usable(rollbacks, step) and (folder / STATE).exists():
-            there = newest(run, problems.append, partial(operator.eq, step))
+            there = newest(run, problems.append, partial(operator.eq, step), whole=True)
             found[step] = there or problems[0].partition(";")[0]
     return found
 
@@ -254,7 +254,7 @@ def _weights(
         tell(there)
         return True
     folder, state = there
-    found = _apart(engine, zero_layout.open_checkpoint(folder, state.zero_stage, state.groups))
+    found = _apart(engine, zero_layout.open_checkpoint(folder, state.zero_stage, state.groups, state.files))
     told = [f"{line}, on rank {engine.world.rank}" for line in found[:_TOLD]]
     everyone = all_gather_objects((told, len(found)), engine.world)
     lines, total = [line for lines, _ in everyone for line in lines], sum(count for _, count in everyone)
@@ -272,7 +272,7 @@ def _weights(
 def _apart(engine: Engine, source: zero_layout.CheckpointFiles) -> list[str]:
     """What of this rank's masters and optimizer state is not the checkpoint's, in words."""
     found = []
-    for name, piece in zero_layout.engine_pieces(engine):
+    for name, piece in live_layout.engine_pieces(engine):
         there = {key: torch.empty_like(value, device="cpu") for key, value in piece.values.items()}
         source.fill(name, zero_layout.Piece(piece.start, there))
         for key, value in piece.values.items():

@@ -11,7 +11,7 @@ from beitforge.pipeline.config.loading import to_yaml
 from beitforge.pipeline.config.settings import ONLINE
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.components import Section
-from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.runs.checkpoints import NotWhole, State, candidates, read_state
 from beitforge.pipeline.runs.formatting import process_count, utc_time
 from beitforge.pipeline.runs.record import RunRecord, attempt, json_object
 from beitforge.shards.format.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
@@ -22,11 +22,9 @@ _DIGITS = 16  # of a fingerprint; the whole one is in the manifest
 
 def what_ran(record: RunRecord, state: State | None, passed_over: list[str]) -> Section:
     """Details to unfold. `state`: of the newest complete checkpoint; `passed_over`: why newer ones are not used."""
-    path = record.run / "config.yaml"  # an imported encoder has none
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else to_yaml(record.config)
     bad, checkpoints = record.bad_samples, _checkpoints(record.run)
     parts = [
-        ("Configuration", "resolved", components.code(text)),
+        ("Configuration", "resolved", components.code(to_yaml(record.config))),
         ("Data", _data_about(record), _data(record, state)),
         ("Environment", _machine(record.environment), components.table([], _environment(record.environment))),
         ("Starts", str(len(record.sessions)), _starts(record)),
@@ -60,6 +58,9 @@ def _data(record: RunRecord, state: State | None) -> str:
     sets = [each for each in sets if each[1]]
     rows = []
     for name, folder, read, trained_on in sets:
+        if not record.data:
+            rows.append([name, folder, "not read", "", trained_on[:_DIGITS]])
+            continue
         if folder == ONLINE:
             rows.append([name, "made online, inside every step", "", "", ""])
             continue
@@ -73,8 +74,9 @@ def _data(record: RunRecord, state: State | None) -> str:
         rows.append([name, folder, *counts, manifest.fingerprint[:_DIGITS] + changed])
     if record.job == "finetune":
         return components.table(["", "folder", "samples", "shards", "fingerprint"], rows) + components.notes(missing)
-    tokenizer = json_object(Path(data.tokenizer) / "tokenizer.json", missing)
-    rows.append(["tokenizer", data.tokenizer, "", "", str(tokenizer.get("fingerprint", "not there"))[:_DIGITS]])
+    tokenizer = json_object(Path(data.tokenizer) / "tokenizer.json", missing) if record.data else {}
+    stated = str(tokenizer.get("fingerprint", "not there" if record.data else ""))[:_DIGITS]
+    rows.append(["tokenizer", data.tokenizer, "" if record.data else "not read", "", stated])
     return components.table(["", "folder", "samples", "shards", "fingerprint"], rows) + components.notes(missing)
 
 
@@ -114,18 +116,16 @@ _CHECKPOINT_HEAD = ["folder", "step", "samples seen", "size", "saved as"]
 
 def _checkpoints(run: Path) -> list[list[str]]:
     """A row for each folder in checkpoints/, newest first."""
-    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
     rows = []
-    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
-        state = json_object(folder / "state.json", [])
-        files = state.get("files", {})
-        if not {"step", "samples_seen"} <= state.keys() or not isinstance(files, dict):
-            rows.append([folder.name, "", "", "", "unfinished: no state.json that can be read"])
+    for folder in candidates(run):
+        try:
+            state = read_state(folder)
+        except NotWhole as problem:
+            rows.append([folder.name, "", "", "", f"not used: {problem}"])
             continue
-        processes = process_count(state.get("world", "?"))
-        saved = f"{state.get('precision', '?')}, ZeRO {state.get('zero_stage', '?')}, {processes}"
-        size = f"{sum(files.values()) / 2**20:,.1f} MiB"
-        rows.append([folder.name, f"{state['step']:,}", f"{state['samples_seen']:,}", size, saved])
+        saved = f"{state.precision}, ZeRO {state.zero_stage}, {process_count(state.world)}"
+        size = f"{sum(file.bytes for file in state.files.values()) / 2**20:,.1f} MiB"
+        rows.append([folder.name, f"{state.step:,}", f"{state.samples_seen:,}", size, saved])
     return rows
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from beitforge.pipeline.cli import main
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.weights.encoder import load_encoder
+from tests.ranks import places
 
 ARCHIVE = Path(__file__).parent / "made_by_0.1.0.tar.xz"
 CLOSE = 2e-6  # another number of ranks, and perhaps another processor, adds in another order
@@ -38,16 +39,22 @@ def test_sets_are_clean(old, capsys):
     assert capsys.readouterr().out.count("clean") == 4
 
 
-def test_a_run_is_resumed_exported_and_reported(old):
-    """On one rank: steps 7 to 12 have the losses that the old version went on to log, and end in its weights."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_is_resumed_exported_and_reported(old, ranks):
+    """On one rank, and on two as it was saved: steps 7 to 12 have the losses that the old version went on to log, and
+    end in its weights."""
     before = {line["step"]: line["loss"] for line in read_metrics(old / "run", "train")}
-    words = [sys.executable, "-W", "ignore", "-m", "beitforge"]
+    words = [sys.executable, "-W", "ignore", "-m", "beitforge", "pretrain", "--rank", "config.yaml"]
+    words += [f"train.micro_batch={4 // ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, "pretrain", "--rank", "config.yaml"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "from step 6" in done.stderr, done.stderr
+    running = [
+        subprocess.Popen(words, env={**environment, **place}, stderr=subprocess.PIPE, text=True)
+        for place in places(ranks)
+    ]
+    said = "".join(process.communicate(timeout=240)[1] for process in running)
+    assert [process.returncode for process in running] == [0] * ranks, said
+    assert "from step 6" in said and said.count("took no digests") == 1, said
+    assert ("laying it out" in said) == (ranks == 1)
     after = {line["step"]: line["loss"] for line in read_metrics(old / "run", "train")}
     assert sorted(after) == list(range(1, 13)) and after == pytest.approx(before, rel=CLOSE)
 

@@ -85,19 +85,20 @@ def test_auto_is_fused(tiny, plain, tmp_path):
 
 
 def test_fp16_saves_before_its_first_update(tiny, tmp_path):
-    """No CPU runs fp16: while the loss scale is searched for no step is made, and the optimizer has no moments yet."""
+    """No CPU runs fp16: while the loss scale is searched for no step is made, and the optimizer has no moments yet. The
+    search goes on where it stood, also under other stages."""
     settings = [*UNJUDGED, *PLAIN, "train.precision=fp16", "optimizer.warmup=1 steps", "log.every_steps=1"]
     settings += ["checkpoint.every=1 steps", f"train.run={tmp_path}"]
     settings += ["deepspeed.fp16={initial_scale_power: 24, hysteresis: 1}", "train.duration=4 steps"]
-    for first in (0, 3):
-        on_gpu("pretrain", "--rank", tiny.config, *settings)
+    for first, stage, exponent in ((0, 2, 20), (3, 2, 20), (3, 3, 20), (3, 0, 21)):  # ZeRO-0's sums overflow later
+        on_gpu("pretrain", "--rank", tiny.config, *settings, f"train.zero_stage={stage}")
         folder, state = newest(tmp_path, print)
         assert state.step == 4
         assert read_metrics(tmp_path, "start")[-1]["step"] == first
         saved = zero_layout.open_checkpoint(folder, state.zero_stage, state.groups)  # as any other world would
-        assert saved.step == 0
-        for name, pieces in saved.pieces.items():
-            assert all(not piece.values["exp_avg"].any() for piece in pieces), name
+        assert saved.scale["cur_scale"] == 2**exponent and saved.counters["skipped_steps"] == 24 - exponent
+        for name, pieces in saved.pieces.items() if stage else ():
+            assert saved.step == 0 and all(not piece.values["exp_avg"].any() for piece in pieces), name
         shutil.rmtree(folder)
 
 
