@@ -14,6 +14,7 @@ from pathlib import Path
 from beitforge.pipeline.config.settings import Faults
 from beitforge.pipeline.errors import SharedError
 from beitforge.pipeline.runs.jsonl import end_cut_line, parse_line
+from beitforge.shards.errors import about_file
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Recovery:
 
     def _write(self, values: dict) -> None:
         if self.first:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with about_file(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
