@@ -39,7 +39,11 @@ TABLE = (
     Row("shards*", f"{NUMPY} tqdm", f"pipeline {TORCHLESS}"),
     Row("pipeline.config*", "yaml", "torch numpy shards kernels"),
     Row("pipeline.cluster*", "beitforge shards.storage", TORCHLESS),
-    Row("pipeline.runs*", "pipeline.cluster shards.format shards.storage numpy", TORCHLESS),
+    Row(
+        "pipeline.runs*",
+        "pipeline.cluster shards.format shards.storage shards.progress shards.wording numpy xxhash",
+        TORCHLESS,
+    ),
     Row("pipeline.model.masking", "numpy", "torch shards"),
     Row("pipeline.model*", "kernels torch torchao numpy scipy", "shards deepspeed"),
     Row("pipeline.tokenizers*", "pipeline.model torch safetensors", "pipeline.model.beit shards.stream deepspeed"),
@@ -50,7 +54,9 @@ TABLE = (
         "pipeline.model.beit deepspeed",
     ),
     Row("pipeline.plan*", "pipeline.runs shards.counter_rng numpy", TORCHLESS),
-    Row("pipeline.distributed*", "pipeline.cluster pipeline.runs torch deepspeed", "pipeline.model shards.stream"),
+    Row(
+        "pipeline.distributed*", "pipeline.cluster pipeline.runs torch deepspeed xxhash", "pipeline.model shards.stream"
+    ),
     Row("pipeline.checkpoints*", "pipeline.distributed pipeline.runs torch deepspeed", "pipeline.model shards.stream"),
     Row(
         "pipeline.training*",

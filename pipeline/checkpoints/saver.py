@@ -1,8 +1,9 @@
 """Checkpoints of a run: DeepSpeed's sharded files in `checkpoints/step-N/`, closed by state.json.
 
 A checkpoint exists when its state.json does: rank 0 writes it, by rename, after every rank has flushed its files, with
-the size of each file. A torn one is passed over with a line that says so. Any number of processes under any ZeRO stage
-resumes from it. Must not know model, shards or any stage.
+the size and the digest of each, as the rank says that wrote it. A torn one is passed over with a line that says so, so
+is one of which a bit is not as it was written. Any number of processes under any ZeRO stage resumes from it. Must not
+know model, shards or any stage.
 """
 
 import contextlib
@@ -10,14 +11,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
-from beitforge.pipeline.checkpoints import zero_layout
-from beitforge.pipeline.distributed.collectives import all_gather_lines, barrier, broadcast_object
+from beitforge.pipeline.checkpoints import live_layout, zero_layout
+from beitforge.pipeline.checkpoints.choice import newest_whole
+from beitforge.pipeline.distributed.collectives import all_gather_lines, all_gather_text, barrier, broadcast_object
 from beitforge.pipeline.distributed.engine import Engine
-from beitforge.pipeline.errors import ConfigError, SharedError
-from beitforge.pipeline.runs.checkpoints import STATE, State, candidates, newest, step_of
+from beitforge.pipeline.distributed.startup import run_on_all_ranks
+from beitforge.pipeline.errors import SharedError
+from beitforge.pipeline.runs.checkpoints import STATE, SavedFile, State, candidates, sealed, step_of
 
 _SLACK = 1.02  # of a checkpoint's estimated size: names, shapes, archives
 
@@ -43,8 +46,9 @@ class Saver:
         those before stay.
         """
         self.finish()
-        if not zero_layout.finite(self.engine):
+        if not live_layout.finite(self.engine):
             return False
+        live_layout.clear_padding(self.engine)
         folder, first = _folder(self.run, state.step), self.engine.world.first
         refusal = broadcast_object(self._make_room() if first else "", self.engine.world)
         if refusal:
@@ -76,13 +80,22 @@ class Saver:
         state, self._open = self._open, None
         folder = _folder(self.run, state.step)
         if errors := all_gather_lines(self.engine.writer.wait(), self.engine.world):
+            self.engine.writer.take_written(folder)
             free = shutil.disk_usage(folder).free
             raise SharedError(
                 f"cannot write {folder} ({free >> 20} MiB free there; {errors[0]}): make room, then start again; it "
                 f"resumes from the checkpoint before"
             )
+        mine = "".join(
+            json.dumps([name, saved.bytes, saved.xxh3]) + "\n"
+            for name, saved in self.engine.writer.take_written(folder).items()
+        )
+        told = all_gather_text(mine, self.engine.world)
         if self.engine.world.first:
-            _close(folder, state)
+            files = {
+                name: SavedFile(bytes=size, xxh3=digest) for name, size, digest in map(json.loads, told.splitlines())
+            }
+            _close(folder, replace(state, files=dict(sorted(files.items()))))
             self._prune(self.keep)
         barrier()
 
@@ -110,12 +123,10 @@ class Saver:
 
 def _close(folder: Path, state: State) -> None:
     """Write state.json by rename, once the folder itself is flushed."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STATE)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     flush_folder(folder)
     partial = folder / f"{STATE}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({**asdict(state), "files": sizes}, file, indent=1)
+    with open(partial, "wb") as file:
+        file.write(sealed(state))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / STATE)
@@ -154,10 +165,10 @@ def resume(
     """Load the newest complete checkpoint into the engine; None when the run folder has none. Every rank calls it.
 
     `expected`: what this run would write now. One saved by another number of processes or ZeRO stage is laid out anew,
-    exactly; only fp16's loss scale then begins again. usable: as `newest` takes it. Raises ConfigError when the
-    checkpoint belongs to other data, or cannot be read.
+    exactly. usable: as `newest` takes it. Raises ConfigError when the checkpoint belongs to other data, or cannot be
+    read, or when all are damaged.
     """
-    found = broadcast_object(newest(run, say, usable) if engine.world.first else None, engine.world)
+    found = newest_whole(run, engine.world, say, usable)
     if found is None:
         return None
     folder, state = found
@@ -177,10 +188,10 @@ def resume(
             f"checkpoint {folder.name} was saved by {state.world} processes under ZeRO-{state.zero_stage}; laying it "
             f"out for {expected.world} under ZeRO-{expected.zero_stage}"
         )
-        zero_layout.load_into(engine, zero_layout.open_checkpoint(folder, state.zero_stage, state.groups))
-        barrier()
-        return state
-    loaded, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
-    if loaded is None:
-        raise ConfigError(f"DeepSpeed could not load {folder}; remove it to fall back to the one before")
+    groups = state.groups or engine.groups
+    source = run_on_all_ranks(
+        lambda: zero_layout.open_checkpoint(folder, state.zero_stage, groups, state.files), engine.world
+    )
+    live_layout.load_into(engine, source)
+    barrier()
     return state

@@ -1,74 +1,95 @@
-"""Where DeepSpeed keeps each parameter: in a running engine, and in the files of its checkpoints.
+"""Where DeepSpeed keeps each parameter in the files of its checkpoints; live_layout.py: in a running engine.
 
-Of every parameter this process, or one file, holds pieces: part of its float32 master, and of Adam's two moments or
-of Muon's momentum.
-With pieces of both sides a checkpoint of any ZeRO stage and number of processes goes into an engine of any other, and
-weights come out one tensor at a time. DeepSpeed's own universal checkpoint does not serve: under ZeRO-3 it gives every
-parameter group the first one's settings and one step counter, and it takes 1, 2 and 3 for different things.
+Of every parameter a file, or a process, holds pieces: part of its float32 master, and of Adam's two moments or of
+Muon's momentum. With pieces of both sides a checkpoint of any ZeRO stage and number of processes goes into an engine of
+any, also of the same, and weights come out one tensor at a time. DeepSpeed's own loader does not serve: it runs what a
+pickle says. Nor does its universal checkpoint: under ZeRO-3 it gives every parameter group the first one's settings and
+one step counter, and it takes 1, 2 and 3 for different things.
 
 Knows the insides of DeepSpeed 0.19, held by tests/pipeline/checkpoints/test_elastic.py. Must not know model, shards or
 any stage.
 """
 
 import math
-import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from beitforge.pipeline.distributed.collectives import all_max
-from beitforge.pipeline.distributed.engine import Engine
-from beitforge.pipeline.distributed.process_group import quiet_deepspeed
+from beitforge.pipeline.distributed.file_reader import DAMAGE, read_file, refusal
 from beitforge.pipeline.errors import ConfigError
 
-_ADAM, _MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+ADAM, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(frozen=True)
 class Piece:
     """Numbers start … start + length of a flattened parameter. values: `fp32` and what the optimizer keeps, views that
-    are 1-D of that length."""
+    are 1-D of that length; those of a file are read when they are asked for."""
 
     start: int
-    values: dict[str, Tensor]
+    values: Mapping[str, Tensor]
+    length: int | None = None  # of what is in a file
 
     @property
     def end(self) -> int:
-        return self.start + next(iter(self.values.values())).numel()
+        return self.start + (next(iter(self.values.values())).numel() if self.length is None else self.length)
+
+
+_Within = Callable[[int, int], list[Piece]]
 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A checkpoint's parameters: their shapes, their pieces in its (memory-mapped) files, and Adam's step counter."""
+    """A checkpoint's parameters: their shapes, their pieces in its (memory-mapped) files, Adam's step counter, what the
+    search for fp16's loss scale has come to, and DeepSpeed's own counters of steps.
+
+    within: by parameter, the pieces that reach into numbers first … last of it. A file that holds none is not opened.
+    """
 
     folder: Path
     shapes: dict[str, tuple[int, ...]]
-    pieces: dict[str, list[Piece]]
+    within: dict[str, _Within]
     step: float
+    scale: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def pieces(self) -> dict[str, list[Piece]]:
+        """All of each parameter's."""
+        return {name: within(0, math.prod(self.shapes[name])) for name, within in self.within.items()}
 
     @torch.no_grad()
     def fill(self, name: str, target: Piece) -> None:
         """Copy what the target wants of a parameter. Raises ConfigError when the files do not hold all of it."""
-        there = self.pieces.get(name, [])
-        for value, into in target.values.items():
-            filled, holding = 0, [piece for piece in there if value in piece.values]
-            if there and not holding:
-                raise ConfigError(f"{self.folder} holds weights but not what the optimizer knows of {name}")
-            for piece in holding:
-                first, last = max(piece.start, target.start), min(piece.end, target.end)
-                if first < last:
-                    found = piece.values[value][first - piece.start : last - piece.start]
-                    into[first - target.start : last - target.start].copy_(found)
-                    filled += last - first
-            wanted = target.end - target.start
-            if filled != wanted:
-                raise ConfigError(
-                    f"{self.folder} is damaged: it holds {filled} of {wanted} numbers of {name}; remove it"
-                )
+        try:
+            there = self.within[name](target.start, target.end) if name in self.within else []
+            for value, into in target.values.items():
+                filled, holding = 0, [piece for piece in there if value in piece.values]
+                if there and not holding:
+                    raise ConfigError(f"{self.folder} holds weights but not what the optimizer knows of {name}")
+                for piece in holding:
+                    first, last = max(piece.start, target.start), min(piece.end, target.end)
+                    if first < last:
+                        found = _of_length(piece.values[value], piece.end - piece.start)
+                        found = found[first - piece.start : last - piece.start]
+                        into[first - target.start : last - target.start].copy_(found)
+                        filled += last - first
+                wanted = target.end - target.start
+                if filled != wanted:
+                    raise ConfigError(
+                        f"{self.folder} is damaged: it holds {filled} of {wanted} numbers of {name}; remove it"
+                    )
+        except ConfigError:
+            raise
+        except DAMAGE as error:
+            raise refusal(self.folder, self.folder, error) from error
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """float32 weights, one after the other; only one of them is in memory."""
@@ -78,55 +99,67 @@ class CheckpointFiles:
             yield name, whole.view(shape)
 
 
-def open_checkpoint(folder: Path, stage: int, groups: list[list[str]]) -> CheckpointFiles:
-    """The parameters of a checkpoint folder. groups: names in the order of the optimizer's groups (state.json).
+def _of_length(found: Tensor, numbers: int) -> Tensor:
+    if not isinstance(found, Tensor) or found.shape != (numbers,) or not found.is_floating_point():
+        raise ValueError(f"it does not hold the {numbers} numbers that it says")
+    return found
+
+
+def open_checkpoint(folder: Path, stage: int, groups: list[list[str]], files: Collection[str] = ()) -> CheckpointFiles:
+    """The parameters of a checkpoint folder. groups: names in the order of the optimizer's groups; files: those it is
+    made of (both of state.json), without them all there are.
 
     Raises ConfigError when a file of it cannot be read.
     """
+    names = files or [path.name for path in folder.iterdir()]
     try:
         if stage == 0:
-            return _saved_whole(folder, groups)
-        return _saved_flat(folder) if stage < 3 else _saved_partitioned(folder)
-    except (RuntimeError, EOFError, KeyError, IndexError, pickle.UnpicklingError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{folder} is damaged ({reason}); remove it to fall back to the one before") from error
+            return _saved_whole(folder, names, groups)
+        return _saved_flat(folder, names) if stage < 3 else _saved_partitioned(folder, names)
+    except ConfigError:
+        raise
+    except DAMAGE as error:
+        raise refusal(folder, folder, error) from error
 
 
-def _load(path: Path) -> dict:
-    """A file DeepSpeed wrote, its tensors left on disk until they are read."""
-    quiet_deepspeed()
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+def _model_file(folder: Path, names: Collection[str], name: str) -> dict[str, Any]:
+    """The file that says which parameters there are. Raises ValueError where it is none of the checkpoint's."""
+    if name not in names:
+        raise ValueError(f"it has no {name}")
+    return read_file(folder / name)
 
 
-def _saved_whole(folder: Path, groups: list[list[str]]) -> CheckpointFiles:
+def _saved_whole(folder: Path, names: Collection[str], groups: list[list[str]]) -> CheckpointFiles:
     """ZeRO-0: one file with everything; masters apart from the weights unless these are float32 themselves."""
-    content = _load(folder / "mp_rank_00_model_states.pt")
+    content = _model_file(folder, names, "mp_rank_00_model_states.pt")
     module, optimizer = content["module"], content.get("optimizer")
     shapes = {name: tuple(tensor.shape) for name, tensor in module.items()}
-    masters = dict(module)
+    masters, scale = dict(module), dict[str, float]()
     if optimizer is None or not groups:  # weights alone: a checkpoint of before the groups' names were saved
-        alone = {name: [Piece(0, {"fp32": tensor.reshape(-1)})] for name, tensor in module.items()}
+        alone = {name: _one_piece({"fp32": tensor}) for name, tensor in module.items()}
         return CheckpointFiles(folder, shapes, alone, 0.0)
     if "fp32_groups" in optimizer:
-        for names, tensors in zip(groups, optimizer["fp32_groups"], strict=True):
-            masters.update(zip(names, tensors, strict=True))
+        for group, tensors in zip(groups, optimizer["fp32_groups"], strict=True):
+            masters.update(zip(group, tensors, strict=True))
+        scale = _scale(optimizer)
         optimizer = optimizer["optimizer_state_dict"]
-    order = [name for names in groups for name in names]
-    pieces = {}
-    for number, name in enumerate(order):
-        values = {"fp32": masters[name], **_own(optimizer["state"][number])}
-        pieces[name] = [Piece(0, {key: tensor.reshape(-1) for key, tensor in values.items()})]
-    return CheckpointFiles(folder, shapes, pieces, _step(optimizer["state"]))
+    order = [name for group in groups for name in group]
+    kept = [own(optimizer["state"][number]) for number in range(len(order))]
+    within = {name: _one_piece({"fp32": masters[name], **own}) for name, own in zip(order, kept, strict=True)}
+    return CheckpointFiles(folder, shapes, within, _step(optimizer["state"]), scale, _counters(content))
 
 
-def _own(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Of the state of one of the optimizer's tensors what it keeps of each number."""
-    return {key: state[key] for key in (*_ADAM, *_MUON) if key in state}
+def _one_piece(values: dict[str, Tensor]) -> _Within:
+    piece = Piece(0, {key: tensor.reshape(-1) for key, tensor in values.items()})
+    return lambda first, last: [piece]
+
+
+def own(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the state of one of the optimizer's tensors what it keeps of each number. Raises ValueError where that is more
+    than AdamW and Muon keep, and would be lost."""
+    if foreign := state.keys() - {"step", *ADAM, *MUON}:
+        raise ValueError(f"its optimizer keeps {min(map(str, foreign))!r:.40}, which neither AdamW nor Muon does")
+    return {key: state[key] for key in (*ADAM, *MUON) if key in state}
 
 
 def _step(states: dict[int, dict]) -> float:
@@ -134,14 +167,57 @@ def _step(states: dict[int, dict]) -> float:
     return float(next(state["step"] for state in states.values() if "step" in state))
 
 
-def _rank_files(folder: Path) -> list[dict]:
-    """The optimizer files of all ranks, in rank order."""
-    found = {
-        int(path.name.partition("pp_rank_")[2].partition("_")[0]): path for path in folder.glob("*_optim_states.pt")
-    }
-    if not found or sorted(found) != list(range(len(found))):
-        raise FileNotFoundError(f"optimizer files of ranks {sorted(found)}")
-    return [_load(found[rank])["optimizer_state_dict"] for rank in sorted(found)]
+def _scale(kept: dict[str, Any]) -> dict[str, float]:
+    """The loss scale and how long it has held, of what DeepSpeed keeps of a scale that is searched for."""
+    if kept.get("last_overflow_iter") is None:
+        return {}
+    return {key: float(kept[key]) for key in _SCALE if key in kept}
+
+
+def _counters(content: dict[str, Any]) -> dict[str, int]:
+    return {key: int(content[key]) for key in _COUNTERS if key in content}
+
+
+class _Ranks:
+    """The optimizer files of a checkpoint by rank, each opened when it is first asked for."""
+
+    def __init__(self, folder: Path, names: Collection[str]):
+        found = {
+            int(name.partition("pp_rank_")[2].partition("_")[0]): name
+            for name in names
+            if name.endswith("_optim_states.pt") and "/" not in name
+        }
+        if not found or sorted(found) != list(range(len(found))):
+            raise ValueError(f"it has optimizer files of ranks {sorted(found)!s:.80}")
+        self.folder, self.names, self.size = folder, found, len(found)
+        self._opened: dict[int, dict] = {}
+
+    def __getitem__(self, rank: int) -> dict:
+        if rank not in self._opened:
+            self._opened[rank] = read_file(self.folder / self.names[rank])["optimizer_state_dict"]
+        return self._opened[rank]
+
+
+@dataclass(frozen=True)
+class _Values(Mapping):
+    """Part of the tensors of a rank's file. of: what the file calls a value. part: of the file's flat tensors."""
+
+    ranks: _Ranks
+    rank: int
+    of: Callable[[dict, str], Tensor]
+    keys_: tuple[str, ...]
+    part: slice
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.keys_:
+            raise KeyError(key)
+        return self.of(self.ranks[self.rank], key)[self.part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)
 
 
 def _in_order(shapes: dict[str, tuple[int, ...]], groups: list[dict]) -> dict[str, tuple[int, ...]]:
@@ -150,191 +226,95 @@ def _in_order(shapes: dict[str, tuple[int, ...]], groups: list[dict]) -> dict[st
     return {name: wanted[name] for name in shapes if name in wanted}
 
 
-def _saved_flat(folder: Path) -> CheckpointFiles:
-    """ZeRO-1 and 2: a group's parameters lie end to end, rank r holds the r-th of equal shares. The master's ends with
-    the last parameter, the moments' with the padding. Muon's momentum is kept whole by every rank whose share the
-    parameter reaches into."""
-    content = _load(folder / "mp_rank_00_model_states.pt")
-    ranks = _rank_files(folder)
-    pieces: dict[str, list[Piece]] = {}
-    for group, shapes in enumerate(content["param_shapes"]):
-        own = [_own(rank["base_optimizer_state"]["state"].get(group, {})) for rank in ranks]
-        masters = [rank["single_partition_of_fp32_groups"][group] for rank in ranks]
-        share, offset, behind = masters[0].numel(), 0, [0] * len(ranks)
-        for (name, shape), padding in zip(shapes.items(), ranks[0]["param_alignment_paddings"][group], strict=True):
+@dataclass(frozen=True)
+class _FlatGroup:
+    """A parameter group under ZeRO-1 and 2: its parameters lie end to end, rank r holds the r-th of equal shares. The
+    master's ends with the last parameter, the moments' with the padding. Muon's momentum is kept whole by every rank
+    whose share the parameter reaches into."""
+
+    ranks: _Ranks
+    number: int
+    share: int
+    kept: tuple[str, ...]
+
+    def of(self, held: dict, key: str) -> Tensor:
+        if key == "fp32":
+            return held["single_partition_of_fp32_groups"][self.number]
+        return own(held["base_optimizer_state"]["state"][self.number])[key]
+
+    def within(self, offset: int, numbers: int, behind: int, first: int, last: int) -> list[Piece]:
+        """Of the parameter that begins at `offset`; whose whole momentum begins at `behind` on the first rank that has
+        it."""
+        found, share = [], self.share
+        alike = ("fp32", *(key for key in self.kept if key in ADAM))
+        for rank in range((offset + first) // share, min(self.ranks.size, -(-(offset + last) // share))):
+            begin, end = max(offset, rank * share), min(offset + numbers, (rank + 1) * share)
+            part = slice(begin - rank * share, end - rank * share)
+            found.append(Piece(begin - offset, _Values(self.ranks, rank, self.of, alike, part), end - begin))
+        if whole := tuple(key for key in self.kept if key in MUON):
+            part = slice(behind, behind + numbers)
+            found.append(Piece(0, _Values(self.ranks, offset // share, self.of, whole, part), numbers))
+        return found
+
+
+def _saved_flat(folder: Path, names: Collection[str]) -> CheckpointFiles:
+    content, ranks = _model_file(folder, names, "mp_rank_00_model_states.pt"), _Ranks(folder, names)
+    states = ranks[0]["base_optimizer_state"]["state"]
+    within: dict[str, _Within] = {}
+    for number, shapes in enumerate(content["param_shapes"]):
+        share = ranks[0]["single_partition_of_fp32_groups"][number].numel()
+        group = _FlatGroup(ranks, number, share, tuple(own(states.get(number, {}))))
+        offset, before = (
+            0,
+            list[tuple[int, int]](),
+        )  # where the parameters that reach into a rank end, and their numbers
+        for (name, shape), padding in zip(shapes.items(), ranks[0]["param_alignment_paddings"][number], strict=True):
+            before = [(end, count) for end, count in before if end > offset // share * share]
             numbers = math.prod(shape)
-            end, pieces[name] = offset + numbers, []
-            for rank in range(offset // share, min(len(ranks), -(-end // share))):
-                first, last = max(offset, rank * share), min(end, (rank + 1) * share)
-                here = slice(first - rank * share, last - rank * share)
-                alike = {key: own[rank][key][here] for key in _ADAM if key in own[rank]}
-                pieces[name].append(Piece(first - offset, {"fp32": masters[rank][here], **alike}))
-                whole = {
-                    key: own[rank][key][behind[rank] : behind[rank] + numbers] for key in _MUON if key in own[rank]
-                }
-                if whole and first == offset:
-                    pieces[name].append(Piece(0, whole))
-                behind[rank] += numbers
-            offset = end + padding
+            within[name] = partial(group.within, offset, numbers, sum(count for _, count in before))
+            before.append((offset + numbers, numbers))
+            offset += numbers + padding
     shapes = _in_order(content["module"], content["param_shapes"])
-    return CheckpointFiles(folder, shapes, pieces, _step(ranks[0]["base_optimizer_state"]["state"]))
+    scale = _scale(vars(ranks[0]["loss_scaler"]))
+    return CheckpointFiles(folder, shapes, within, _step(states), scale, _counters(content))
 
 
-def _saved_partitioned(folder: Path) -> CheckpointFiles:
-    """ZeRO-3: every parameter is cut into equal shares, rank r holds the r-th of each, one after the other, in one or
-    more flat tensors that end between two parameters."""
-    content = _load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    ranks = _rank_files(folder)
-    pieces: dict[str, list[Piece]] = {}
-    flat, offset = 0, 0
+@dataclass(frozen=True)
+class _Flat:
+    """A flat tensor under ZeRO-3: every parameter is cut into equal shares, rank r holds the r-th, end to end."""
+
+    ranks: _Ranks
+    number: int
+    kept: tuple[str, ...]
+
+    def of(self, held: dict, key: str) -> Tensor:
+        if key == "fp32":
+            return held["fp32_flat_groups"][self.number]
+        return own(held["optimizer_state_dict"]["state"][self.number])[key]
+
+    def within(self, offset: int, numbers: int, first: int, last: int) -> list[Piece]:
+        """Of the parameter whose shares begin at `offset`."""
+        found, share = [], -(-numbers // self.ranks.size)
+        for rank in range(first // share, -(-last // share)) if share else ():
+            part = slice(offset, offset + min(share, numbers - rank * share))
+            values = _Values(self.ranks, rank, self.of, ("fp32", *self.kept), part)
+            found.append(Piece(rank * share, values, part.stop - part.start))
+        return found
+
+
+def _saved_partitioned(folder: Path, names: Collection[str]) -> CheckpointFiles:
+    """Under ZeRO-3 the flat tensors, one or more, end between two parameters."""
+    content = _model_file(folder, names, "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    ranks = _Ranks(folder, names)
+    states = ranks[0]["optimizer_state_dict"]["state"]
+    within: dict[str, _Within] = {}
+    number, offset = 0, 0
     for name, shape in (item for group in content["param_shapes"] for item in group.items()):
-        if offset == ranks[0]["fp32_flat_groups"][flat].numel():
-            flat, offset = flat + 1, 0
+        if offset == ranks[0]["fp32_flat_groups"][number].numel():
+            number, offset = number + 1, 0
         numbers = math.prod(shape)
-        share, pieces[name] = -(-numbers // len(ranks)), []
-        for rank, file in enumerate(ranks):
-            length = min(share, numbers - rank * share)
-            if length > 0:
-                here, own = slice(offset, offset + length), _own(file["optimizer_state_dict"]["state"][flat])
-                values = {"fp32": file["fp32_flat_groups"][flat], **own}
-                pieces[name].append(Piece(rank * share, {key: value[here] for key, value in values.items()}))
-        offset += share
+        within[name] = partial(_Flat(ranks, number, tuple(own(states[number]))).within, offset, numbers)
+        offset += -(-numbers // ranks.size)
     shapes = _in_order(content["module"], content["param_shapes"])
-    return CheckpointFiles(folder, shapes, pieces, _step(ranks[0]["optimizer_state_dict"]["state"]))
-
-
-def load_into(engine: Engine, source: CheckpointFiles) -> None:
-    """Give the engine the weights, moments and step counter of a checkpoint that another shape of run saved.
-
-    Every rank calls it. Settings of the parameter groups stay the engine's. Raises ConfigError when the parameters are
-    not the engine's.
-    """
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
-    if shapes != source.shapes:
-        apart = sorted(shapes.keys() ^ source.shapes.keys()) or [n for n in shapes if shapes[n] != source.shapes[n]]
-        raise ConfigError(f"{source.folder} holds another model: it differs in {', '.join(apart[:3])}")
-    for name, piece in engine_pieces(engine, source.step):
-        source.fill(name, piece)
-    _refresh(engine)
-
-
-def engine_pieces(engine: Engine, step: float | None = None) -> list[tuple[str, Piece]]:
-    """This rank's pieces, as views into the running optimizer. step: set its counters to this, making the moments of an
-    optimizer that has not stepped yet."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    stage = engine.setup.zero_stage
-    if stage == 0:
-        return _live_whole(engine, names, step)
-    return _live_flat(engine, names, step) if stage < 3 else _live_partitioned(engine, names, step)
-
-
-def finite(engine: Engine) -> bool:
-    """Whether every master weight of every rank is a finite number."""
-    masters = [piece.values["fp32"] for _, piece in engine_pieces(engine) if "fp32" in piece.values]
-    broken = any(not bool(torch.isfinite(master).all()) for master in masters)
-    return not all_max([float(broken)], engine.world)[0]
-
-
-def _moments(optimizer: Any, group: dict, master: Tensor, step: float | None) -> dict[str, Tensor]:
-    """Master and moments of one of the inner optimizer's tensors, each flat. Before its first step, which in fp16 the
-    search for a loss scale puts off, they are what it would begin with. group: its settings."""
-    state, muon = optimizer.state[master], group.get("use_muon", False)
-    if step is None and not _own(state):
-        step = 0.0
-    if step is not None:
-        device = master.device if group.get("fused") or group.get("capturable") else "cpu"
-        if not muon:
-            state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
-        for key in _MUON if muon else _ADAM:
-            state.setdefault(key, torch.zeros_like(master, memory_format=torch.preserve_format))
-    return {"fp32": master.detach().view(-1), **{key: value.view(-1) for key, value in _own(state).items()}}
-
-
-def _live_whole(engine: Engine, names: dict[int, str], step: float | None) -> list[tuple[str, Piece]]:
-    optimizer, inner, found = engine.optimizer, getattr(engine.optimizer, "optimizer", engine.optimizer), []
-    of_groups = [group["params"] for group in inner.param_groups]
-    weights = getattr(optimizer, "fp16_groups", of_groups)
-    for group, parameters, masters in zip(inner.param_groups, weights, of_groups, strict=True):
-        for parameter, master in zip(parameters, masters, strict=True):
-            found.append((names[id(parameter)], Piece(0, _moments(inner, group, master, step))))
-    return found
-
-
-def _live_flat(engine: Engine, names: dict[int, str], step: float | None) -> list[tuple[str, Piece]]:
-    optimizer, found = engine.optimizer, []
-    flats = zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
-    for number, (group, flat) in enumerate(flats):
-        settings = optimizer.optimizer.param_groups[number]
-        if settings.get("use_muon", False):
-            found += _whole_momenta(engine, names, number, step)
-            whole = {"fp32": flat.detach()}
-        else:
-            whole = _moments(optimizer.optimizer, settings, flat, step)
-        for parameter in group:
-            if parameter._hp_mapping is None:
-                continue  # no part of it is this rank's
-            here, there = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
-            part = slice(there.start, there.start + there.numel)
-            found.append((names[id(parameter)], Piece(here.start, {key: v[part] for key, v in whole.items()})))
-    return found
-
-
-def _whole_momenta(engine: Engine, names: dict[int, str], number: int, step: float | None) -> list[tuple[str, Piece]]:
-    """Muon's momentum under ZeRO-1 and 2, of a group: of every parameter that reaches into this rank's share."""
-    optimizer, found, start = engine.optimizer, [], 0
-    here = optimizer.params_in_partition[number]
-    flat = optimizer.single_partition_of_fp32_groups[number]
-    state = optimizer.optimizer.state[flat]
-    if step is not None:
-        state.setdefault(*_MUON, flat.new_zeros(sum(parameter.numel() for parameter in here)))
-    for parameter in here:
-        end = start + parameter.numel()
-        found.append((names[id(parameter)], Piece(0, {key: value[start:end] for key, value in _own(state).items()})))
-        start = end
-    return found
-
-
-def _live_partitioned(engine: Engine, names: dict[int, str], step: float | None) -> list[tuple[str, Piece]]:
-    optimizer, found = engine.optimizer, []
-    inner = optimizer.optimizer
-    for number, (group, flat) in enumerate(
-        zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
-    ):
-        settings = inner.param_groups[optimizer.sub_group_to_group_id[number]]
-        whole, offset = _moments(inner, settings, flat, step), 0
-        for parameter in group:
-            share = parameter.partition_numel()
-            length = min(share, parameter.ds_numel - engine.world.rank * share)
-            if length > 0:
-                values = {key: value[offset : offset + length] for key, value in whole.items()}
-                found.append((names[id(parameter)], Piece(engine.world.rank * share, values)))
-            offset += share
-    return found
-
-
-@torch.no_grad()
-def _refresh(engine: Engine) -> None:
-    """The model's weights from the masters."""
-    optimizer, stage = engine.optimizer, engine.setup.zero_stage
-    if stage == 0:
-        for group, masters in zip(
-            getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
-        ):
-            for parameter, master in zip(group, masters, strict=True):
-                parameter.copy_(master)
-    elif stage < 3:
-        optimizer.update_lp_params()
-    else:
-        optimizer.checkpoint_event_prologue()
-        for master, flat, group in zip(
-            optimizer.fp32_partitioned_groups_flat,
-            optimizer.fp16_partitioned_groups_flat,
-            optimizer.fp16_partitioned_groups,
-            strict=True,
-        ):
-            flat.copy_(master)
-            for part, values in zip(group, optimizer.unflatten(flat, group), strict=True):
-                part.data = values.data
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-        optimizer.checkpoint_event_epilogue()
+    scale = _scale(vars(ranks[0]["loss_scaler"]))
+    return CheckpointFiles(folder, shapes, within, _step(states), scale, _counters(content))

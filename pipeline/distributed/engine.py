@@ -44,6 +44,8 @@ class Engine:
         from beitforge.pipeline.distributed.optimizer_step import attach
 
         self.writer = self.deepspeed.checkpoint_engine = Writer()
+        # two programs that it would lay beside the checkpoints, which run what a pickle says; `export` reads them
+        self.deepspeed._copy_recovery_script = lambda save_path: None
         self.agreement = attach(self.deepspeed, world.device)
         if setup.compile:
             self.deepspeed.compile(compile_kwargs={"mode": setup.compile_mode})

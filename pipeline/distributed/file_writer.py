@@ -1,27 +1,50 @@
 """How DeepSpeed's checkpoint files reach the disk: each flushed by the process that wrote it, at once or behind the
-run.
+run, and its digest taken of the bytes on their way there.
 
 Imports deepspeed; the engine imports it once that is set up. Must not know model, shards or any stage.
 """
 
 import copy
+import io
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+from beitforge.pipeline.distributed.file_reader import read_file
+from beitforge.pipeline.runs.checkpoints import SavedFile
 
 _WRITER = ("PytorchStreamWriter", "inline_container", "iostream")  # how torch reports a disk that is full
 
 
+class _Digested(io.BufferedWriter):
+    """A new file that is written from its beginning to its end, as torch.save does; digest: of what was written."""
+
+    def __init__(self, path: str):
+        super().__init__(io.FileIO(path, "w"))
+        self.digest = xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+    def seekable(self) -> bool:
+        return False
+
+
 class Writer(TorchCheckpointEngine):
-    """DeepSpeed hands every file of this process to `save`. What goes wrong with the disk is kept in `error`."""
+    """DeepSpeed hands every file of this process to `save`. What goes wrong with the disk is kept in `error`, what was
+    written in `written`, by path."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asynchronous = False
         self.error = ""
+        self.written: dict[Path, SavedFile] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future] = []
 
@@ -34,15 +57,20 @@ class Writer(TorchCheckpointEngine):
 
     def _write(self, state: dict, path: str) -> None:
         try:
-            with open(path, "wb") as file:
+            with _Digested(path) as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
+                self.written[Path(path)] = SavedFile(bytes=file.tell(), xxh3=file.digest.hexdigest())
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITER):
                 raise
             cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides a full disk
             self.error = self.error or " ".join(str(cause).split())[:200]
+
+    def load(self, path: str, map_location: Any = None) -> dict:
+        """DeepSpeed's own way to read a file, which would run what a pickle says, is shut: it gets data."""
+        return read_file(Path(path))
 
     @property
     def busy(self) -> bool:
@@ -56,6 +84,11 @@ class Writer(TorchCheckpointEngine):
             future.result()
         error, self.error = self.error, ""
         return error
+
+    def take_written(self, folder: Path) -> dict[str, SavedFile]:
+        """What this process wrote into a folder since the last time, by its name there; call `wait` before."""
+        written, self.written = self.written, {}
+        return {str(path.relative_to(folder)): saved for path, saved in written.items() if folder in path.parents}
 
 
 def _copied(item: Any) -> Any:

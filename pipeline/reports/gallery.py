@@ -51,7 +51,7 @@ def render_gallery(record: RunRecord, state: State | None) -> list[Section]:
     if record.job == "tokenizer":
         return [section for section in [_tokenizer_images(Path(config.data.tokenizer))] if section.html]
     missing: list[str] = []
-    encoder = attempt("Predictions are missing", missing, lambda: encoder_of(config, record.run, record.job))
+    encoder = attempt("Predictions are missing", missing, lambda: encoder_of(config, record.run, record.job, state))
     config = replace(config, model=replace(encoder.model, kernels=config.model.kernels)) if encoder else config
     sections = []
     if record.job == "pretrain":

@@ -45,7 +45,7 @@ def _images(record: RunRecord, threads: int) -> list[Section]:
     from beitforge.pipeline.reports import gallery
 
     torch.set_num_threads(threads)
-    found = newest(record.run, lambda _: None)
+    found = newest(record.run, lambda _: None, whole=True)
     return gallery.render_gallery(record, found[1] if found else None)
 
 

@@ -11,7 +11,7 @@ from beitforge.pipeline.config.loading import to_yaml
 from beitforge.pipeline.config.settings import ONLINE
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.components import Section
-from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.runs.checkpoints import NotWhole, State, candidates, read_state
 from beitforge.pipeline.runs.formatting import process_count, utc_time
 from beitforge.pipeline.runs.record import RunRecord, attempt, json_object
 from beitforge.shards.format.manifest import ImageManifest, TokenManifest, read_image_manifest, read_token_manifest
@@ -114,18 +114,16 @@ _CHECKPOINT_HEAD = ["folder", "step", "samples seen", "size", "saved as"]
 
 def _checkpoints(run: Path) -> list[list[str]]:
     """A row for each folder in checkpoints/, newest first."""
-    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
     rows = []
-    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
-        state = json_object(folder / "state.json", [])
-        files = state.get("files", {})
-        if not {"step", "samples_seen"} <= state.keys() or not isinstance(files, dict):
-            rows.append([folder.name, "", "", "", "unfinished: no state.json that can be read"])
+    for folder in candidates(run):
+        try:
+            state = read_state(folder)
+        except NotWhole as problem:
+            rows.append([folder.name, "", "", "", f"not used: {problem}"])
             continue
-        processes = process_count(state.get("world", "?"))
-        saved = f"{state.get('precision', '?')}, ZeRO {state.get('zero_stage', '?')}, {processes}"
-        size = f"{sum(files.values()) / 2**20:,.1f} MiB"
-        rows.append([folder.name, f"{state['step']:,}", f"{state['samples_seen']:,}", size, saved])
+        saved = f"{state.precision}, ZeRO {state.zero_stage}, {process_count(state.world)}"
+        size = f"{sum(file.bytes for file in state.files.values()) / 2**20:,.1f} MiB"
+        rows.append([folder.name, f"{state.step:,}", f"{state.samples_seen:,}", size, saved])
     return rows
 
 

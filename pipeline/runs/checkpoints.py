@@ -1,21 +1,57 @@
-"""What checkpoints of a run are there, told from their folders alone: a complete one has a state.json.
+"""What checkpoints of a run are there, and which of them are whole: told from their folders alone, without torch.
+
+A complete checkpoint has a state.json, which says how many bytes each of its files has and their digest, and ends with
+a digest of itself. Whoever reads a checkpoint checks what it reads (`newest` with whole=True for one process;
+pipeline.checkpoints.choice for many). A file that is no regular file of the folder is never opened. Digests guard
+against damage, not against somebody who writes new ones; what is in the files is not trusted either
+(pipeline.distributed.file_reader).
 
 pipeline.checkpoints.saver writes and loads them. Must not know torch, engine, model, shards or any stage.
 """
 
+import errno
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from beitforge.pipeline.errors import ConfigError
 
 STATE = "state.json"
+NO_DIGESTS = "{} was saved by a version that took no digests: only the sizes of its files are checked"
+
+_LARGEST_STATE = 64 << 20  # bytes: the files of 100,000 processes
+_LONGEST = 4096  # letters of a text in it
+_LARGEST = 2**63 - 1
+_BLOCK = 4 << 20
+_THREADS = 8
+_READS = 2  # before a file is called damaged: a read may have been at fault
+_SEAL = b',\n "digest": "'  # begins the last field
+_FOLDER = re.compile(r"step-[0-9]{1,18}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedFile:
+    """A file of a checkpoint. xxh3: 128 bits of it in hex; empty where the version that saved it took no digests."""
+
+    bytes: int
+    xxh3: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
     """Where a run stands. `samples_seen` is the whole state of the data stream; the fingerprints name its two sets.
 
-    `groups`: the parameters' names in the order of the optimizer's groups, which ZeRO-0's files leave out.
+    `groups`: the parameters' names in the order of the optimizer's groups, which ZeRO-0's files leave out. `files`: by
+    their path in the checkpoint's folder.
     """
 
     step: int
@@ -28,7 +64,19 @@ class State:
     config: str
     order: int = 1  # shards.stream.order.ARITHMETIC of the version that saved it; the first did not say
     groups: list[list[str]] = field(default_factory=list)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, SavedFile] = field(default_factory=dict)
+
+    @property
+    def has_digests(self) -> bool:
+        return all(saved.xxh3 for saved in self.files.values())
+
+
+class NotWhole(ConfigError):
+    """Why a checkpoint is not used, without its name."""
+
+
+class NotFinished(NotWhole):
+    """Its save never ended: there is no state.json."""
 
 
 def step_of(folder: Path) -> int:
@@ -38,38 +86,192 @@ def step_of(folder: Path) -> int:
 
 def candidates(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    folders = [path for path in (run / "checkpoints").glob("step-*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=step_of, reverse=True)
 
 
 def newest(
-    run: Path, say: Callable[[str], None], usable: Callable[[int], bool] = lambda _: True
+    run: Path,
+    say: Callable[[str], None],
+    usable: Callable[[int], bool] = lambda _: True,
+    *,
+    whole: bool = False,
 ) -> tuple[Path, State] | None:
     """The newest complete checkpoint of a run folder, or None. `say` is told of each one passed over, and why.
 
-    usable: whether one of a step may be taken at all.
+    usable: whether one of a step may be taken at all. whole: every byte of it is read and held against its digest,
+    which whoever takes weights out of it wants; else the sizes of its files are looked at.
     """
-    for folder in (folder for folder in candidates(run) if usable(step_of(folder))):
-        problem, state = _read(folder)
-        if state is not None:
+    for folder, state in readable(run, lambda folder, problem: say(passed_over(folder, problem)), usable):
+        problem = next(damage(folder, state, state.files, whole=whole), "")
+        if not problem:
+            if whole and not state.has_digests:
+                say(NO_DIGESTS.format(f"checkpoint {folder.name}"))
             return folder, state
-        say(f"checkpoint {folder.name} is not used: {problem}; taking the one before")
+        say(passed_over(folder, problem))
     return None
 
 
-def _read(folder: Path) -> tuple[str, State | None]:
+def readable(
+    run: Path, pass_over: Callable[[Path, NotWhole], None], usable: Callable[[int], bool]
+) -> Iterator[tuple[Path, State]]:
+    """The checkpoints whose state.json is as it was written, newest first; what is in their files is not looked at."""
+    for folder in candidates(run):
+        if usable(step_of(folder)):
+            try:
+                yield folder, read_state(folder)
+            except NotWhole as problem:
+                pass_over(folder, problem)
+
+
+def passed_over(folder: Path, problem: object) -> str:
+    """The line about a checkpoint that is not used."""
+    return f"checkpoint {folder.name} is not used: {problem}; taking the one before"
+
+
+def damage(folder: Path, state: State, names: Collection[str], *, whole: bool) -> Iterator[str]:
+    """What is wrong with files of a checkpoint, in words. names: which. whole: their bytes too; else their sizes."""
+    return (problem for _, problem in checked(folder, state, names, whole=whole) if problem)
+
+
+def checked(folder: Path, state: State, names: Collection[str], *, whole: bool) -> Iterator[tuple[str, str]]:
+    """Each of these files of a checkpoint and what is wrong with it, or ''. Several threads read them."""
+
+    def problem(name: str) -> str:
+        return _problem(folder, name, state.files[name], whole)
+
+    if not whole or len(names) < 2:
+        yield from zip(names, map(problem, names), strict=True)
+        return
+    with ThreadPoolExecutor(min(_THREADS, len(names), len(os.sched_getaffinity(0)))) as pool:
+        yield from zip(names, pool.map(problem, names), strict=True)
+
+
+def _problem(folder: Path, name: str, saved: SavedFile, whole: bool) -> str:
     try:
-        state = State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        with open_inside(folder, name) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != saved.bytes:
+                return f"{name} has {found} bytes instead of {saved.bytes}"
+            if not whole or not saved.xxh3 or any(digest_of(file) == saved.xxh3 for _ in range(_READS)):
+                return ""
+            return f"{name} is damaged (it holds other bytes than were saved)"
     except FileNotFoundError:
-        return "its save was never finished", None
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
-        return f"its {STATE} is damaged", None
-    for name, size in state.files.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}" if found is not None else f"{name} is missing", None
-    return "", state
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+
+
+def open_inside(folder: Path, name: str) -> BufferedReader:
+    """Open a regular file of a folder for reading. Raises OSError for anything else by that name: a link, a pipe, a
+    device, a folder, or what lies behind a link."""
+    within = PurePosixPath(name).parent
+    if within.parts and (folder / within).resolve() != folder.resolve() / within:
+        raise OSError(errno.ELOOP, "it lies behind a link")
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "it is a link") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return open(descriptor, "rb")
+
+
+def digest_of(file: BufferedReader) -> str:
+    """xxh3-128 of a whole open file, in hex."""
+    state, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
+    file.seek(0)
+    while count := file.readinto(block):
+        state.update(block[:count])
+    return state.hexdigest()
+
+
+def sealed(state: State) -> bytes:
+    """What state.json holds: the state, and last a digest of all that stands before it."""
+    return _with_seal(json.dumps(asdict(state), indent=1).removesuffix("\n}").encode())
+
+
+def _with_seal(body: bytes) -> bytes:
+    return body + _SEAL + xxhash.xxh3_128_hexdigest(body).encode() + b'"\n}\n'
+
+
+def read_state(folder: Path) -> State:
+    """The state of a checkpoint. Raises NotFinished without a state.json, and NotWhole where that is not as it was
+    written; those of versions that took no digests are held against what they have to look like."""
+    try:
+        with open_inside(folder, STATE) as file:
+            raw = file.read(_LARGEST_STATE + 1)
+    except FileNotFoundError as error:
+        raise NotFinished("its save was never finished") from error
+    except OSError as error:
+        raise NotWhole(f"its {STATE} cannot be read ({error.strerror})") from error
+    try:
+        if len(raw) > _LARGEST_STATE:
+            raise ValueError(f"more than {_LARGEST_STATE >> 20} MiB")
+        content = json.loads(raw)
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+        is_sealed = content.pop("digest", None) is not None
+        if is_sealed and raw != _with_seal(raw.rpartition(_SEAL)[0]):
+            raise ValueError("its digest differs")
+        state = _state(content)
+        if not is_sealed and any(saved.xxh3 for saved in state.files.values()):
+            raise ValueError("its own digest is missing")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NotWhole(f"its {STATE} is damaged ({reason})") from error
+    if state.step != step_of(folder):
+        raise NotWhole(f"its {STATE} is of step {state.step}")
+    return state
+
+
+def _state(content: dict[str, Any]) -> State:
+    """Raises ValueError for what no version has written."""
+    known = {one.name: one for one in fields(State)}
+    if unknown := sorted(content.keys() - known.keys()):
+        raise ValueError(f"it has {unknown[0][:40]!r}, which this version does not know")
+    for name, value in content.items():
+        if name in ("groups", "files"):
+            continue
+        if known[name].type is int:
+            fine = type(value) is int and 0 <= value <= _LARGEST
+        else:
+            fine = isinstance(value, str) and len(value) <= _LONGEST
+        if not fine:
+            raise ValueError(f"{name} is {value!r:.40}")
+    groups, files = content.get("groups", []), content.get("files", {})
+    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+        raise ValueError("groups is no list of lists")
+    if not all(isinstance(name, str) for group in groups for name in group):
+        raise ValueError("groups holds more than names")
+    if not isinstance(files, dict):
+        raise ValueError("files is no object")
+    try:
+        state = State(**{**content, "files": {name: _saved_file(name, about) for name, about in files.items()}})
+    except TypeError as error:
+        raise ValueError("a field is missing") from error
+    if state.world < 1 or state.zero_stage > 3:
+        raise ValueError(f"it says {state.world} processes under ZeRO-{state.zero_stage}")
+    return state
+
+
+def _saved_file(name: str, about: object) -> SavedFile:
+    """about: size and digest, or before there were digests the size alone."""
+    path = PurePosixPath(name)
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts and str(path) == name and name != STATE
+    if not inside or len(name) > _LONGEST or not name.isprintable():
+        raise ValueError(f"files names {name!r:.40}, which is no file of a checkpoint")
+    size, digest = about, ""
+    if isinstance(about, dict) and about.keys() == {"bytes", "xxh3"}:
+        size, digest = about["bytes"], about["xxh3"]
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{32}", digest):
+            raise ValueError(f"the digest of {name:.80} is {digest!r:.40}")
+    if type(size) is not int or not 0 <= size <= _LARGEST:
+        raise ValueError(f"the size of {name:.80} is {size!r:.40}")
+    return SavedFile(bytes=size, xxh3=digest)
 
 
 def checkpoint_bytes(

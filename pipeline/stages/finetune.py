@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from beitforge.pipeline.checkpoints.choice import newest_whole
 from beitforge.pipeline.config.derived import tuning_micro_batch
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
@@ -152,8 +153,9 @@ def _start(config: Config, classifier: Classifier, begins: Callable[[], bool], w
         return ""
     if not config.finetune.init:
         return "finetune.init is empty: the encoder starts as drawn from data.seed"
-    init = Path(config.finetune.init)
-    return run_on_all_ranks(lambda: initialise_classifier_from(init, classifier, config.model), world)
+    init, tell = Path(config.finetune.init), say if world.first else lambda _: None
+    chosen = newest_whole(init, world, tell)  # each byte read by one rank, and all take the same
+    return run_on_all_ranks(lambda: initialise_classifier_from(init, classifier, config.model, chosen), world)
 
 
 def tuning_setup(config: Config, world: World) -> Setup:

@@ -29,7 +29,7 @@ def _report(run_folder: Path, out: Path | None) -> int:
     refuse_other_file(path, _PAGE)
     record = read_record(run_folder, run_config(run_folder))
     passed_over: list[str] = []
-    found = newest(run_folder, passed_over.append)
+    found = newest(run_folder, passed_over.append, whole=True)
     state = found[1] if found else None
     sections = sections_of(record, gallery.render_gallery(record, state), what_ran(record, state, passed_over))
     write_text(path, components.page(f"{run_folder.resolve().name} · beitforge", sections))

@@ -19,7 +19,7 @@ from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit, Classifier
 from beitforge.pipeline.model.resize import fit_grid, for_finetuning
-from beitforge.pipeline.runs.checkpoints import State, newest
+from beitforge.pipeline.runs.checkpoints import State, candidates, newest
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
@@ -60,18 +60,20 @@ class Trained:
         return dict(self.each())
 
 
-def trained_weights(run: Path) -> Trained:
+def trained_weights(run: Path, checkpoint: tuple[Path, State] | None = None) -> Trained:
     """The weights of a run's newest complete checkpoint, put together from every process's part; or an encoder's.
 
-    Raises ConfigError when there is neither.
+    checkpoint: the one to take, where it has been chosen (`newest` with whole=True). Raises ConfigError when there is
+    neither.
     """
-    found = newest(run, say)
+    found = checkpoint or newest(run, say, whole=True)
     if found is not None:
         folder, state = found
-        saved = zero_layout.open_checkpoint(folder, state.zero_stage, state.groups)
+        saved = zero_layout.open_checkpoint(folder, state.zero_stage, state.groups, state.files)
         return Trained(saved.shapes, saved.weights, state)
     if not (run / _CONFIG).exists():
-        raise ConfigError(f"{run} has no complete checkpoint yet; let `pretrain` save one")
+        why = "no checkpoint that can be used" if candidates(run) else "no complete checkpoint yet"
+        raise ConfigError(f"{run} has {why}; let `pretrain` save one")
     content, _, weights = _read_encoder(run)
     seen = {name: content[name] for name in ("step", "samples_seen", "tokens")}
     state = State(**seen, world=1, zero_stage=0, precision="fp32", images="", config="")
@@ -191,13 +193,16 @@ def _refuse_other_shapes(what: str, theirs: Model, ours: Model) -> None:
             )
 
 
-def initialise_classifier_from(folder: Path, classifier: Classifier, model: Model) -> str:
+def initialise_classifier_from(
+    folder: Path, classifier: Classifier, model: Model, checkpoint: tuple[Path, State] | None = None
+) -> str:
     """Load an encoder, of a run folder, exported or imported, into a classifier for images of its own size; returns
     a line that says what was taken. The head stays as it was drawn.
 
-    model: the config's. Raises ConfigError when the two are of different shape, or there are no weights.
+    model: the config's. checkpoint: as `trained_weights` takes it. Raises ConfigError when the two are of different
+    shape, or there are no weights.
     """
-    config, found = run_config(folder), trained_weights(folder)
+    config, found = run_config(folder), trained_weights(folder, checkpoint)
     _refuse_other_shapes(f"finetune.init {folder}", config.model, model)
     refuse_others(config, found.shapes, folder)
     size = classifier.model.input_size

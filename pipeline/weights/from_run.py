@@ -11,12 +11,15 @@ import torch
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Classifier, Encoder
+from beitforge.pipeline.runs.checkpoints import State
 from beitforge.pipeline.weights.encoder import build_encoder, trained_weights
 
 
-def encoder_of(config: Config, run: Path, job: str) -> Encoder:
-    """For use on the CPU, in float32. Raises ConfigError when the run has none, or another than its config says."""
-    weights = trained_weights(run).all()
+def encoder_of(config: Config, run: Path, job: str, state: State | None = None) -> Encoder:
+    """For use on the CPU, in float32. state: of the checkpoint to take, where one has been chosen. Raises ConfigError
+    when the run has none, or another than its config says."""
+    chosen = (run / "checkpoints" / f"step-{state.step}", state) if state else None
+    weights = trained_weights(run, chosen).all()
     if job != "finetune":
         return build_encoder(config, weights, run)
     if "head.weight" not in weights:

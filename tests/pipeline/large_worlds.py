@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from beitforge.pipeline.checkpoints import zero_layout
+from beitforge.pipeline.checkpoints import live_layout, zero_layout
 from beitforge.pipeline.cli import execute, parse_arguments
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.distributed.deepspeed_config import setup_from
@@ -25,7 +25,7 @@ from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.process_group import start_world
 from beitforge.pipeline.evaluation import evaluations
 from beitforge.pipeline.model.beit import Beit
-from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.runs.checkpoints import read_state
 from beitforge.pipeline.training.optim import parameter_groups
 
 _NODE = 8  # ranks of a host
@@ -80,11 +80,11 @@ def lay(folder: Path, words: list[str]) -> dict:
     world = start_world()
     beit = Beit(config.model, config.tokenizer.vocabulary, 0)
     engine = Engine(beit, parameter_groups(beit, 0.05), setup_from(config, world, 1), world)
-    state = State(**json.loads((folder / "state.json").read_text()))
+    state = read_state(folder)
     started = time.perf_counter()
-    zero_layout.load_into(engine, zero_layout.open_checkpoint(folder, state.zero_stage, state.groups))
+    live_layout.load_into(engine, zero_layout.open_checkpoint(folder, state.zero_stage, state.groups))
     seconds, held, right = time.perf_counter() - started, {}, True
-    for name, piece in zero_layout.engine_pieces(engine):
+    for name, piece in live_layout.engine_pieces(engine):
         held[name] = [piece.start, piece.end]
         numbers = torch.arange(piece.start, piece.end, dtype=torch.float32)
         right &= torch.equal(piece.values["fp32"], numbers)

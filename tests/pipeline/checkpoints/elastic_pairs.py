@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from beitforge.pipeline.checkpoints import zero_layout
+from beitforge.pipeline.checkpoints import live_layout, zero_layout
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.distributed.collectives import all_sum, barrier
@@ -89,7 +89,7 @@ def carried(
 ) -> dict:
     """What became of a checkpoint under another stage: differing values, settings, and the losses that follow."""
     running = engine(stage, precision, seed=9, offload=offload, muon=muon)
-    zero_layout.load_into(running, source)
+    live_layout.load_into(running, source)
     before, after = everything(source), everything(save(running, folder))
     states = getattr(running.optimizer, "optimizer", running.optimizer).state.values()
     states = [state for state in states if "step" in state]  # Muon keeps none

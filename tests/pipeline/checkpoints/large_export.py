@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-from beitforge.pipeline.checkpoints import zero_layout
+from beitforge.pipeline.checkpoints import live_layout, zero_layout
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.distributed.deepspeed_config import Setup
@@ -30,7 +30,7 @@ def save(folder: Path, stage: int) -> None:
         compile=False, clip_norm=1.0, beta1=0.9, beta2=0.99, epsilon=1e-8, overrides={},
     )  # fmt: skip
     engine = Engine(model, parameter_groups(model, 0.05), setup, world)
-    zero_layout.engine_pieces(engine, 1.0)  # an optimizer that has stepped once
+    live_layout.engine_pieces(engine, 1.0)  # an optimizer that has stepped once
     engine.deepspeed.save_checkpoint(str(folder), tag=f"stage-{stage}", save_latest=False)
     destroy_process_group()
 

@@ -116,6 +116,6 @@ def groups(run: Path) -> list[list[str]]:
 
 
 def test_another_model_is_refused(tmp_path):
-    saved = zero_layout.CheckpointFiles(tmp_path, {"a": (2,)}, {"a": []}, 1.0)
+    saved = zero_layout.CheckpointFiles(tmp_path, {"a": (2,)}, {"a": lambda first, last: []}, 1.0)
     with pytest.raises(errors.ConfigError, match="holds 0 of 2 numbers of a"):
         saved.fill("a", zero_layout.Piece(0, {"fp32": torch.zeros(2)}))

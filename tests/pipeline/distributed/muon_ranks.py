@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from beitforge.pipeline.checkpoints import zero_layout
+from beitforge.pipeline.checkpoints import live_layout
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.distributed.collectives import all_gather_objects, all_sum
@@ -75,7 +75,7 @@ def step(running: Engine, number: int, factor: float = 1.0) -> tuple[float, bool
 def digest(running: Engine) -> list[str]:
     """Of every rank's masters, moments and momentum."""
     found = hashlib.sha256()
-    for name, piece in zero_layout.engine_pieces(running):
+    for name, piece in live_layout.engine_pieces(running):
         found.update(name.encode())
         for value in piece.values.values():
             found.update(value.float().numpy().tobytes())

@@ -135,7 +135,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_shown(run):
     assert report.run([run]) == 0
     said = words((run / "report.html").read_text())
     assert "checkpoint step-30 is not used" in said and "held-out set, at step 20" in said
-    assert "unfinished: no state.json" in said
+    assert "its save was never finished" in said
 
 
 def test_text_from_files_is_escaped(run):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from beitforge.pipeline.checkpoints import zero_layout
+from beitforge.pipeline.checkpoints import live_layout
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.distributed.collectives import all_sum
@@ -100,7 +100,7 @@ def main() -> None:
         rates = {round(group["lr"] / RATE, 9) for group in running.optimizer.param_groups}
         after = [step(running, number) for number in range(STEPS, 2 * STEPS)]
         other = engine((stage + 1) % 4, seed=9)
-        zero_layout.load_into(other, saved)
+        live_layout.load_into(other, saved)
         kept = everything(save(other, folder / f"{stage}-next" / "step"))
         findings.append(
             {

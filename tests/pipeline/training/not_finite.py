@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beitforge.pipeline.checkpoints import zero_layout
+from beitforge.pipeline.checkpoints import live_layout, zero_layout
 from beitforge.pipeline.config.derived import micro_batch
 from beitforge.pipeline.config.fields import Duration
 from beitforge.pipeline.config.loading import load_config
@@ -45,7 +45,7 @@ class NotFinite(torch.autograd.Function):
 def state(engine: Engine) -> str:
     """A digest of this rank's masters and moments, and of the step counter."""
     digest = hashlib.sha256()
-    for name, piece in zero_layout.engine_pieces(engine):
+    for name, piece in live_layout.engine_pieces(engine):
         digest.update(name.encode())
         for value in piece.values.values():
             digest.update(value.cpu().numpy().tobytes())

@@ -18,6 +18,7 @@ from beitforge.pipeline.cluster.signals import EXIT_STOPPED
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.jsonl import read_metrics
+from beitforge.shards.storage.files import file_digest
 from benchmarks.training.zero_parity import plain_losses as plain_losses_of
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
@@ -85,8 +86,9 @@ def test_writes_what_the_design_says(whole):
     assert {path.name for path in (whole / "checkpoints").glob("step-*")} == {"step-20", "step-24"}
     state = json.loads((whole / "checkpoints" / "step-24" / "state.json").read_text())
     assert state["samples_seen"] == STEPS * 8
-    for name, size in state["files"].items():
-        assert (whole / "checkpoints" / "step-24" / name).stat().st_size == size > 0
+    for name, saved in state["files"].items():
+        path = whole / "checkpoints" / "step-24" / name
+        assert path.stat().st_size == saved["bytes"] > 0 and file_digest(path) == saved["xxh3"]
 
 
 def test_interrupt_saves_and_goes_on(tiny, whole, tmp_path):
