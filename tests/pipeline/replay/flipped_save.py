@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from beitforge.__main__ import main
-from beitforge.pipeline.checkpoints import saver, zero_layout
+from beitforge.pipeline.checkpoints import live_layout, saver
 
 STEP = int(sys.argv.pop(1).partition("-")[2])
 WEIGHT = "blocks.1.fc2.weight"
@@ -14,7 +14,7 @@ save = saver.Saver.save
 
 
 def flip(engine: Any) -> None:
-    for name, piece in zero_layout.engine_pieces(engine):
+    for name, piece in live_layout.engine_pieces(engine):
         if name == WEIGHT and "fp32" in piece.values:
             piece.values["fp32"][piece.values["fp32"].abs().argmax()] *= -1
 
