@@ -124,6 +124,7 @@ def test_what_is_not_finite_is_shown(tiny, tmp_path):
     assert "micro batch 7: loss nan" in (tmp_path / "page.html").read_text()
 
 
+@nightly
 def test_a_launcher_starts_as_many_as_the_run_had(trained):
     """And its exit code is the comparison's."""
     run = trained(2, 2, "bf16", "flip-8")
@@ -153,8 +154,15 @@ def test_another_world_is_said(trained):
     assert "recorded by one process, replayed by 2: sums are taken in another order" in said
 
 
-@pytest.mark.parametrize("verb", [pytest.param("finetune", marks=nightly), pytest.param("tokenizer", marks=nightly)])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("verb", "world"),
+    [
+        ("tokenizer", 1),
+        pytest.param("tokenizer", 2, marks=nightly),
+        pytest.param("finetune", 1, marks=nightly),
+        pytest.param("finetune", 2, marks=nightly),
+    ],
+)
 def test_other_trainings(tiny, tmp_path, verb, world):
     """From their beginning, and from a checkpoint, in a copy of the run folder."""
     run = tmp_path / "made" / "training"
