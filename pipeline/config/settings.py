@@ -34,7 +34,10 @@ class Data:
     )
     labelled_test: str = setting("", place="shards", per_host=True, doc="Labelled set that measures accuracy.")
     cache: str = setting(
-        "", place="folder", per_host=True, doc="Node-local cache of sets behind URLs; empty: a folder in $TMPDIR."
+        "",
+        place="folder",
+        per_host=True,
+        doc="Node-local cache of sets behind URLs, which only its user can write; empty: one in that user's ~/.cache.",
     )
     cache_gb: float = setting(100.0, more_than=0, unit="GB", per_host=True, doc="The most the cache may hold.")
     seed: int = setting(
