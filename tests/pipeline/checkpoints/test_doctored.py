@@ -21,7 +21,7 @@ from beitforge.pipeline.distributed.file_reader import read_file
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.checkpoints import SavedFile, read_state, sealed
-from beitforge.shards.storage.files import file_digest
+from beitforge.shards.storage.reading import file_digest
 from tests.conftest import ROOT
 from tests.pipeline.checkpoints.test_integrity import SHORT, newest_of
 from tests.pipeline.training.test_trainer import trained

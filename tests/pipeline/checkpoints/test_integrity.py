@@ -16,7 +16,7 @@ from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.checkpoints import STATE, NotWhole, SavedFile, State, damage, newest, read_state, sealed
 from beitforge.pipeline.weights.encoder import trained_weights
-from beitforge.shards.storage.files import file_digest
+from beitforge.shards.storage.reading import file_digest
 from tests.pipeline.training.test_trainer import trained
 from tests.ranks import run_ranks
 
