@@ -23,7 +23,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.checkpoints import SavedFile, read_state, sealed
 from beitforge.shards.storage.files import file_digest
 from tests.conftest import ROOT
-from tests.pipeline.checkpoints.test_integrity import SHORT, newest_of
+from tests.pipeline.checkpoints.test_integrity import NIGHTLY, SHORT, newest_of
 from tests.pipeline.training.test_trainer import trained
 
 
@@ -58,7 +58,6 @@ def run(tiny, tmp_path_factory) -> Path:
     return run
 
 
-NIGHTLY = bool(os.environ.get("BEITFORGE_NIGHTLY"))
 FILES = ["mp_rank_00_model_states.pt", *(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))]
 
 
@@ -274,6 +273,7 @@ def test_content_of_another_shape_is_one_line(run, tmp_path):
         {**content, "base_optimizer_state": {"state": {}}},
         {**content, "base_optimizer_state": {"state": {0: {**state[0], "hessian": torch.zeros(3)}, 1: state[1]}}},
         {**content, "base_optimizer_state": {"state": {0: {**state[0], "exp_avg": "x"}, 1: state[1]}}},
+        {**content, "base_optimizer_state": {"state": {0: {**state[0], "step": torch.tensor(torch.nan)}, 1: state[1]}}},
         {**content, "base_optimizer_state": {"state": {0: {**state[0], "exp_avg": torch.zeros(5)}, 1: state[1]}}},
     ]
     from beitforge.pipeline.checkpoints import zero_layout
@@ -289,6 +289,21 @@ def test_content_of_another_shape_is_one_line(run, tmp_path):
                     for value in piece.values:
                         saved.fill(*_target(saved, value, piece))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [[2**60], [2**62, 2**62], [-1], [1.5], ["a"], [2**33]])
+def test_parameters_that_are_not_there_are_one_line(run, tmp_path, shape):
+    """Nor is memory taken for them."""
+    from beitforge.pipeline.checkpoints import zero_layout
+
+    folder = Path(shutil.copytree(newest_of(run), tmp_path / "step-4"))
+    content = torch.load(folder / FILES[0], weights_only=False)
+    shapes = [{**group} for group in content["param_shapes"]]
+    shapes[0][next(iter(shapes[0]))] = tuple(shape)
+    torch.save({**content, "param_shapes": shapes}, folder / FILES[0])
+    with pytest.raises(ConfigError) as caught:
+        dict(zero_layout.open_checkpoint(folder, 2, [], FILES).weights())
+    assert "\n" not in str(caught.value)
 
 
 def _target(saved, value, piece):  # type: ignore[no-untyped-def]

@@ -20,6 +20,7 @@ from beitforge.shards.storage.files import file_digest
 from tests.pipeline.training.test_trainer import trained
 from tests.ranks import run_ranks
 
+NIGHTLY = bool(os.environ.get("BEITFORGE_NIGHTLY"))
 SHORT = ["data.heldout_images=", "data.heldout_tokens=", "train.duration=4 steps", "optimizer.warmup=1 steps"]
 SHORT += ["checkpoint.every=2 steps", "log.every_steps=1"]
 
@@ -99,12 +100,12 @@ def test_a_restart_takes_the_one_before(tiny, run, copy, processes):
     name = flip_a_weight(newest_of(copy))
     output = trained(tiny, copy, *SHORT, processes=processes)
     assert f"checkpoint step-4 is not used: {name} is damaged" in output and "from step 2" in output
-    if processes == 2:
+    if processes == 2:  # the last save of a resumed run is that of an unbroken one
         assert all((newest_of(copy) / name).read_bytes() == (newest_of(run) / name).read_bytes() for name in files(run))
 
 
 def files(run: Path) -> list[str]:
-    return [path.name for path in newest_of(run).iterdir()]
+    return sorted(path.name for path in newest_of(run).iterdir())
 
 
 def test_every_reader_takes_the_one_before(tiny, copy, capsys, tmp_path):
@@ -193,7 +194,7 @@ def test_digests_are_of_what_is_on_disk(tmp_path, asynchronous):
     assert len(taken) == 4 and writer.take_written(tmp_path) == {}
 
 
-@pytest.mark.parametrize("stage", range(4) if os.environ.get("BEITFORGE_NIGHTLY") else [3])
+@pytest.mark.parametrize("stage", range(4) if NIGHTLY else [3])
 def test_the_same_run_gives_the_same_bytes(tiny, tmp_path, stage):
     """Every file of a checkpoint of three ranks, by whom nothing divides, whatever was in memory before."""
     settings = [*SHORT, "train.duration=2 steps", "train.global_batch=6", "train.micro_batch=2", "model.width=30"]
@@ -208,11 +209,21 @@ def test_the_same_run_gives_the_same_bytes(tiny, tmp_path, stage):
     assert [name for name in contents[0] if contents[0][name] != contents[1][name]] == []
 
 
-def test_two_saves_of_a_state_are_the_same_bytes(tiny, copy, run):
-    """A run resumed from the checkpoint before writes what it would have written."""
-    shutil.rmtree(newest_of(copy))
-    trained(tiny, copy, *SHORT)
-    assert all((newest_of(copy) / name).read_bytes() == (newest_of(run) / name).read_bytes() for name in files(run))
+BF16, OFFLOAD = "train.precision=bf16", "train.offload_optimizer=true"
+SHAPES = [[BF16, "train.zero_stage=0"], [OFFLOAD, BF16, "train.zero_stage=3"], [OFFLOAD, "train.zero_stage=1"]]
+SHAPES += [["train.zero_stage=0"], [BF16, "train.zero_stage=1"], ["train.zero_stage=3"]] if NIGHTLY else []
+
+
+@pytest.mark.parametrize("settings", SHAPES, ids=" ".join)
+def test_what_is_saved_after_a_restart_is_the_same_bytes(tiny, tmp_path, settings):
+    """A run resumed from the checkpoint before writes what an unbroken one writes."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    trained(tiny, whole, *SHORT, *settings)
+    shutil.copytree(whole, run)
+    shutil.rmtree(newest_of(run))
+    assert "from step 2" in trained(tiny, run, *SHORT, *settings)
+    assert files(run) == files(whole)
+    assert all((newest_of(run) / name).read_bytes() == (newest_of(whole) / name).read_bytes() for name in files(run))
 
 
 # What cannot be a checkpoint, whoever wrote it.
