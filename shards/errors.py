@@ -1,4 +1,4 @@
-"""The one error type for everything a user, a disk or a foreign file can cause."""
+"""The error types for everything a user, a disk or a foreign file can cause."""
 
 import contextlib
 import os
@@ -6,7 +6,26 @@ from collections.abc import Iterator
 
 
 class ShardError(ValueError):
-    """One line for the person at the keyboard: what is wrong, where, the rule, and the cure."""
+    """One line for the person at the keyboard: what is wrong, where, the rule, and the cure.
+
+    Names and keys out of foreign files may be in it: what does not print (a line break, a terminal's escape) is written
+    as its escape sequence.
+    """
+
+    def __init__(self, message: str = "", *details: object):
+        super().__init__(printable(message), *details)
+
+
+class Damaged(ShardError):
+    """What was read is not what was written. The disk, the memory or the network may have erred this once, so it is
+    read again before it is believed (shards.storage.retry.reread)."""
+
+
+def printable(text: str) -> str:
+    """A text on one line: each character that does not print as Python's escape sequence for it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """The table that tests/test_folder_rules.py holds: which folder may import what.
 
 Module names are written without `beitforge.`. Each folder may import itself; everything in shards its root modules;
-everything in pipeline its `errors`, `console` and `config`, and `shards.errors`.
+everything in pipeline its `errors`, `console`, `config`, `plain_text` and `reading`, and `shards.errors`.
 """
 
 from dataclasses import dataclass
 
 SHARDS_ROOT = "shards.counter_rng shards.errors shards.options shards.progress shards.wording shards.workers"
-PIPELINE_ROOT = "pipeline.config pipeline.console pipeline.errors shards.errors"
+PIPELINE_ROOT = "pipeline.config pipeline.console pipeline.errors pipeline.plain_text pipeline.reading shards.errors"
 SHARDS = "shards.storage shards.format shards.decode shards.stream"
 TORCHLESS = "torch kernels deepspeed"
 NUMPY = "numpy xxhash"

@@ -28,7 +28,6 @@ from benchmarks.faults.corpus.judge import (
     Truth,
     Verdict,
     central_sample,
-    close_files,
     compare,
     ended,
     open_stream,
@@ -87,7 +86,6 @@ def make_bases(folder: Path) -> Bases:
     stored, other = make_set(folder / "stored", 1), make_set(folder / "other", 2)
     write_tokens(stored, other.folder / OTHER_TOKENS, 3)
     recorded, central = truth_of(stored.images, stored.tokens), truth_of(stored.images, None)
-    close_files(folder)
     return Bases(stored, other, recorded, central)
 
 
@@ -263,7 +261,6 @@ def run(bases: Bases, folder: Path, seed: int, numbers: Iterable[int]) -> list[E
         here = folder / f"case{number}"
         with quiet():
             verdict = judge(Case(seed, number, bases), here)
-        close_files(here)
         shutil.rmtree(here)
         done.append(Ended(number, kind, verdict))
     return done

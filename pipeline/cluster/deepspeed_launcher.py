@@ -20,9 +20,11 @@ from pathlib import Path
 
 from beitforge.pipeline.cluster.hostfile import meeting_port, num_gpus, processes_here
 from beitforge.pipeline.cluster.signals import EXIT_STOPPED, FINISHED, ORPHAN_SECONDS, STOP_FILE, begin, read_ended
-from beitforge.pipeline.cluster.ssh_environment import forwarded_lines, user_lines
+from beitforge.pipeline.cluster.ssh_environment import forwarded_lines, remote_words, user_lines, without_leaks
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.plain_text import address, operand, shown
 
+_UNQUOTED = re.compile(r"[\w@+=:,./-]+")
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
 _TOGETHER_SECONDS = (
     20.0  # all hosts of a training end within this; where one ended alone, the others wait for it forever
@@ -46,7 +48,7 @@ def run(verb: str, words: list[str], folder: Path, finished: Callable[[], bool] 
     if finished is None:
         begin(folder)
     watch = _Launcher(folder, len(hosts), saves=finished is None)
-    code = _watched(watch, [verb, "--rank", *words], environment, kept, options)
+    code = _watched(watch, _program(verb, words, hosts), environment, kept, options)
     return _exit_code(code, watch, folder, finished)
 
 
@@ -58,10 +60,16 @@ def listen(
     ConfigError for hosts that cannot be used."""
     watch = _Launcher(folder, len(hosts), saves=False, said=said, until=time.monotonic() + seconds)
     environment, kept, options = _launcher_setup(hosts)
-    _watched(watch, [verb, "--rank", *words], environment, kept, options)
+    _watched(watch, _program(verb, words, hosts), environment, kept, options)
     if watch.reader is not None:
         watch.reader.join(_LAST_WORD_SECONDS)
     return watch.asked
+
+
+def _program(verb: str, words: list[str], hosts: dict[str, int]) -> list[str]:
+    """What follows the module: over ssh it goes through shells, which must not see what words hold."""
+    words = [operand(words[0], "CONFIG"), *(operand(word, "an override") for word in words[1:])]
+    return [verb, "--rank", *(remote_words(words) if hosts else words)]
 
 
 def _launcher_setup(hosts: dict[str, int]) -> tuple[dict[str, str], tuple[int, ...], list[str]]:
@@ -77,8 +85,16 @@ def _launcher_setup(hosts: dict[str, int]) -> tuple[dict[str, str], tuple[int, .
     options = ["--log_level", "critical", "--no_local_rank", "--master_port", port]
     kept: tuple[int, ...] = ()
     if hosts:
-        address = environment.get("MASTER_ADDR") or _address(next(iter(hosts)))
-        options += ["--hostfile", os.environ["HOSTFILE"], "--force_multi", "--no_ssh_check", "--master_addr", address]
+        for what, path in (("the working folder", os.getcwd()), ("the path of Python", sys.executable)):
+            if not _UNQUOTED.fullmatch(path):
+                raise ConfigError(
+                    f"{what} is {shown(path)}: over ssh DeepSpeed's launcher takes letters, digits and @+=:,./_- "
+                    f"alone; use another"
+                )
+        given = environment.get("MASTER_ADDR")
+        meeting = address(given, "MASTER_ADDR in the environment") if given else _address(next(iter(hosts)))
+        options += ["--hostfile", os.environ["HOSTFILE"], "--force_multi", "--no_ssh_check", "--master_addr", meeting]
+        environment = without_leaks(environment)
         environment["PDSH_SSH_ARGS_APPEND"] = f"{_SSH_KEEPALIVE} {environment.get('PDSH_SSH_ARGS_APPEND', '')}".strip()
         kept = (_carried(environment),)
         environment["DS_ENV_FILE"] = f"/proc/self/fd/{kept[0]}"
@@ -118,12 +134,12 @@ def _address(host: str) -> str:
     """The first address of a host, asked over ssh: also the test that it can be reached without a password."""
     if shutil.which("pdsh") is None:
         raise ConfigError("HOSTFILE needs pdsh on this machine (Debian: apt-get install pdsh); or start under SLURM")
-    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, "hostname", "-I"]
+    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host, "hostname", "-I"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode or not done.stdout.split():
         reason = " ".join(done.stderr.split()) or f"`hostname -I` gives {done.stdout.strip()!r}"
         raise ConfigError(f"HOSTFILE: {host} cannot be used over ssh without a password: {reason}; or set MASTER_ADDR")
-    return done.stdout.split()[0]
+    return address(done.stdout.split()[0], f"the first address of {host}, by its `hostname -I`,")
 
 
 def _carried(environment: dict[str, str]) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from beitforge.pipeline.errors import ConfigError, HostError
+from beitforge.pipeline.plain_text import address as checked_address
+from beitforge.pipeline.plain_text import whole_number
 
 _PORTS = range(12000, 32000)  # below what Linux gives away for outgoing connections
 _STEPS_OF_SLURM = 0xFFFFFFF0  # from here on SLURM numbers what is no srun: the batch script, an interactive shell
@@ -75,7 +77,7 @@ def rendezvous_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.size),
         "LOCAL_RANK": str(place.local_rank),
-        "MASTER_ADDR": address or "127.0.0.1",
+        "MASTER_ADDR": checked_address(address or "127.0.0.1", "MASTER_ADDR"),
         "MASTER_PORT": str(port or _free_port()),
     }
 
@@ -99,9 +101,7 @@ def refuse_loopback_name(place: RankInfo, environment: Mapping[str, str]) -> Non
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, "")
-    if text and not text.strip().isdecimal():
-        raise ConfigError(f"{name} is {text!r} in the environment; it must be a whole number, or unset")
-    return int(text) if text else default
+    return whole_number(text, name) if text else default
 
 
 def _tasks(environment: Mapping[str, str]) -> int:

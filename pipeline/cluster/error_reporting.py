@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 
 from beitforge.pipeline.cluster.environment import rank_info, rank_of, under_srun
-from beitforge.pipeline.errors import ConfigError, HostError, SharedError
+from beitforge.pipeline.errors import ConfigError, HostError, SharedError, one_line
 from beitforge.shards.errors import ShardError
 
 USER_ERRORS = (ConfigError, ShardError, OSError, RuntimeError)  # `user_message` tells which of the last two are
@@ -43,9 +43,9 @@ def doing(what: str) -> None:
 def user_message(error: BaseException) -> str:
     """The line for an error that a user, a shard or a disk caused; '' for one that nobody expects."""
     if isinstance(error, ConfigError | ShardError):
-        return str(error)
+        return one_line(str(error))
     if isinstance(error, OSError) and error.errno in _DISK:
-        return f"{error.filename or 'a file'}: {error.strerror}; fix this and rerun"
+        return one_line(f"{error.filename or 'a file'}: {error.strerror}; fix this and rerun")
     return _left_alone(error) if isinstance(error, RuntimeError) else ""
 
 

@@ -16,6 +16,7 @@ from beitforge.pipeline.cluster import deepspeed_launcher
 from beitforge.pipeline.cluster.error_reporting import as_host_error
 from beitforge.pipeline.cluster.hostfile import processes_here, read_hostfile
 from beitforge.pipeline.cluster.signals import StopRequest
+from beitforge.pipeline.config.deepspeed_section import refuse_deepspeed
 from beitforge.pipeline.config.derived import refuse_world, work_folder
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.config.settings import Config
@@ -86,7 +87,10 @@ def launch(arguments: argparse.Namespace, finished: Callable[[Path], bool] | Non
 def rank_config(arguments: argparse.Namespace) -> Config:
     """The config of one of many processes, where each host has its own copy of the file and they have not met."""
     with as_host_error():
-        return load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.verb != "tokenize":
+            refuse_deepspeed(config)
+        return config
 
 
 def start_rank(arguments: argparse.Namespace) -> tuple[Config, StopRequest]:

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from beitforge.pipeline.cluster.environment import rank_of, under_srun
+from beitforge.pipeline.plain_text import plain, whole_number
+from beitforge.pipeline.reading import open_regular, read_text
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, saved, run again to go on
 STOP_FILE, ENDED_FILE = "stop", "ended"
@@ -30,6 +32,7 @@ OVER_SSH = "BEITFORGE_OVER_SSH"  # set for processes that a launcher started ove
 ORPHAN_SECONDS = 120.0  # from the launcher's end to that of a process that reached no step boundary since
 _SAME_REQUEST_SECONDS = 3.0  # a launcher that passes a terminal's Ctrl-C on is not a second request
 _LOOK_SECONDS = 1.0
+_LONGEST_WORD = 1000  # bytes of RUN/ended
 # Of several reasons the first decides what happens next; SIGUSR1 alone asks for the job to go back to the queue.
 _STRONGEST_FIRST = (BY_FILE, "SIGTERM", "SIGINT", "SIGUSR1")
 
@@ -152,9 +155,9 @@ def write_ended(run: Path, step: int, reason: str) -> None:
 def read_ended(run: Path) -> tuple[int, str] | None:
     """Step and reason of the last start's end, or None when it left no word."""
     try:
-        step, _, reason = (run / ENDED_FILE).read_text(encoding="utf-8").strip().partition(" ")
-        return int(step), reason
-    except (FileNotFoundError, ValueError):
+        step, _, reason = read_text(run / ENDED_FILE, _LONGEST_WORD, run).strip().partition(" ")
+        return whole_number(step, str(run / ENDED_FILE)), plain(reason, str(run / ENDED_FILE))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 
@@ -164,7 +167,7 @@ def begin(run: Path) -> None:
     Whoever starts a run wants it to run. Only while another process holds the run folder its stop file is left alone;
     so is a file of such a name in a folder that holds no run, unless it is empty.
     """
-    with contextlib.suppress(FileNotFoundError), open(run / LOCK_FILE, encoding="utf-8") as lock:
+    with contextlib.suppress(FileNotFoundError), open_regular(run / LOCK_FILE) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -21,12 +21,14 @@ from beitforge.pipeline.config.loading import load_config, to_yaml
 from beitforge.pipeline.config.settings import ONLINE, Config
 from beitforge.pipeline.console import program_name
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.plain_text import operand, plain, shown
 from beitforge.shards.storage.files import write_text
 
 VERBS = ("pretrain", "finetune", "tokenizer", "tokenize", "pack")
 _PACKAGES = Path(beitforge.__file__).absolute().parent.parent  # for PYTHONPATH: src of a checkout, or site-packages
 _PROGRAM = (sys.executable, "-u", "-m", "beitforge")
 _BLANK = re.compile(r"\{\{(\w+)\}\}")
+_MOST = 1_000_000  # of nodes, tasks, seconds
 _TICK_SECONDS = 60  # SLURM signals up to so much early
 
 
@@ -71,6 +73,8 @@ class SlurmJob:
 def run(words: list[str], wanted: SlurmRequest, dry_run: bool, shards_of: Callable[[list[str]], Path]) -> int:
     """Write and submit; returns the exit code. shards_of: the folder that `pack` with these words writes. Raises
     ConfigError before anything is written or submitted."""
+    for word in [*words, *wanted.more]:
+        plain(word, "a word of the command line")
     verb, rest = (words[0], words[1:]) if words and words[0] in VERBS else ("pretrain", words)
     _check(verb, wanted)
     if not dry_run and shutil.which("sbatch") is None:
@@ -78,15 +82,15 @@ def run(words: list[str], wanted: SlurmRequest, dry_run: bool, shards_of: Callab
     work = _packing(rest, wanted, shards_of(rest)) if verb == "pack" else _configured(verb, rest, wanted)
     script = _write(work, wanted)
     if dry_run:
-        print(f"written, not submitted: {script}\nsubmit with: sbatch {shlex.quote(str(script))}")
+        print(f"written, not submitted: {script}\nsubmit with: sbatch {_quoted(script)}")
         return 0
     if work.run is not None:
         begin(work.run)
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["sbatch", "--parsable", _word(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"sbatch refused {script}: {' '.join(done.stderr.split())}")
     sys.stderr.write(done.stderr)  # what the site has to say
-    print(_advice(work, wanted, script, done.stdout.strip().partition(";")[0]))
+    print(_advice(work, wanted, script, operand(done.stdout.strip().partition(";")[0], "the job's number by sbatch")))
     return 0
 
 
@@ -94,8 +98,10 @@ def _check(verb: str, wanted: SlurmRequest) -> None:
     counts = {"--nodes": wanted.nodes, "--signal-seconds": wanted.signal_seconds}
     counts |= {"--gpus-per-node": wanted.gpus_per_node or 1, "--tasks-per-node": wanted.tasks_per_node or 1}
     for option, count in {**counts, "--cpus-per-task": wanted.cpus_per_task or 1}.items():
-        if count < 1:
-            raise ConfigError(f"{option} is {count}; it must be at least 1")
+        if not 1 <= count <= _MOST:
+            raise ConfigError(f"{option} is {shown(count)}; it must be at least 1 and at most {_MOST:,}")
+    for option in ("time", "partition", "account", "array"):
+        operand(getattr(wanted, option), f"--{option}")
     if verb == "pack" and (wanted.nodes > 1 or wanted.tasks > 1 or wanted.array):
         raise ConfigError("pack runs as one task on one node; give it CPUs with --cpus-per-task")
     if verb in ("pretrain", "finetune", "tokenizer") and not (wanted.gpus_per_node or wanted.tasks_per_node):
@@ -117,9 +123,11 @@ def _seconds(time: str) -> int:
     """SLURM's ways to write a time: 90, 90:00, 1:30:00, 1-2, 1-2:30, 1-2:30:00; 0 for none and for UNLIMITED."""
     if not time or time.upper() in ("UNLIMITED", "INFINITE"):
         return 0
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    found = re.fullmatch(r"(?:([0-9]{1,9})-)?([0-9]{1,9})(?::([0-9]{1,9}))?(?::([0-9]{1,9}))?", time)
     if not found:
-        raise ConfigError(f"--time is {time!r}; write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
+        raise ConfigError(
+            f"--time is {shown(time)}; write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
+        )
     days, first, second, third = (int(part) if part else 0 for part in found.groups())
     if found[1]:
         return ((days * 24 + first) * 60 + second) * 60 + third
@@ -138,52 +146,88 @@ def _configured(verb: str, words: list[str], wanted: SlurmRequest) -> SlurmJob:
         if config.data.tokens == ONLINE:
             raise ConfigError("data.tokens is online: `pretrain` makes the tokens itself; name a folder for them")
         made = [home, *(Path(path) for path in [config.data.heldout_tokens] if path not in ("", ONLINE))]
-        program = [*_PROGRAM, "tokenize", "--rank", str(home / "slurm" / "tokenize.yaml")]
-        blanks = {"command": shlex.join(program), "made": shlex.join(map(str, made))}
+        program = shlex.join([*_PROGRAM, "tokenize", "--rank"])
+        blanks = {
+            "command": f"{program} {_quoted(home / 'slurm' / 'tokenize.yaml')}",
+            "made": " ".join(map(_quoted, made)),
+        }
         return SlurmJob(verb, f"tokenize-{home.parent.name}", home, None, blanks, config)
     name = home.name if verb in ("pretrain", "finetune") else f"tokenizer-{home.parent.name}"
-    return SlurmJob(verb, name, home, home, {"run": shlex.quote(str(home))}, config)
+    return SlurmJob(verb, name, home, home, {"run": _quoted(home)}, config)
 
 
 def _packing(words: list[str], wanted: SlurmRequest, shards: Path) -> SlurmJob:
     """`pack IMAGES SHARDS …`."""
     more = [] if "--workers" in words or not wanted.cpus_per_task else ["--workers", str(wanted.cpus_per_task)]
     program = shlex.join([*_PROGRAM, "pack", *words, *more])
-    blanks = {"command": program, "made": shlex.quote(str(shards))}
+    blanks = {"command": program, "made": _quoted(shards)}
     return SlurmJob("pack", f"pack-{shards.name}", shards, None, blanks)
 
 
 def _write(work: SlurmJob, wanted: SlurmRequest) -> Path:
     """The batch script, and the resolved config it runs with: later changes of the file are another job's."""
-    work.folder.mkdir(parents=True, exist_ok=True)
     script = work.folder / f"{work.verb}.sbatch"
     config = work.folder / f"{work.verb}.yaml"
+    if "\\" in str(work.folder):
+        raise ConfigError(
+            f"{work.folder} holds a backslash, which SLURM drops from the name of a log: rename the folder"
+        )
     output = str(work.folder).replace("%", "%%") + f"/{work.verb}-{'%A_%a' if wanted.array else '%j'}.out"
     blanks = {
         "verb": work.verb,
-        "made_by": f"Written by:  {program_name()} {' '.join(shlex.join(sys.argv[1:]).split())}",
-        "script": shlex.quote(str(script)),
+        "made_by": f"Written by:  {program_name()} {shlex.join(sys.argv[1:])}",
+        "script": _quoted(script),
         "signal_seconds": str(wanted.signal_seconds),
         "doctor": "yes" if wanted.doctor and work.verb == "pretrain" else "no",
-        "name": shlex.quote(work.name),
+        "name": _for_sbatch(work.name),
         "nodes": str(wanted.nodes),
         "tasks_per_node": str(wanted.tasks),
-        "output": shlex.quote(output),
-        "working_folder": shlex.quote(str(Path.cwd())),
+        "output": _for_sbatch(output),
+        "working_folder": _for_sbatch(str(Path.cwd())),
         "more_options": "\n".join(_options(wanted)),
         "root": shlex.quote(str(_PACKAGES)),
         "python": shlex.quote(sys.executable),
-        "config": shlex.quote(str(config)),
-        "folder": shlex.quote(str(work.folder)),
+        "config": _quoted(config),
+        "folder": _quoted(work.folder),
         **work.blanks,
     }
+    for blank, text in blanks.items():
+        if blank != "more_options":  # lines, of texts that were looked at
+            plain(text, _BLANKS.get(blank, f"the {blank} in the script"))
     name = "work.sbatch" if work.run is None else "training.sbatch"
     template = (resources.files("beitforge.pipeline.cluster") / "templates" / name).read_text(encoding="utf-8")
+    work.folder.mkdir(parents=True, exist_ok=True)
     if work.config is not None:
         write_text(config, to_yaml(work.config))
     write_text(script, render(template, blanks))
     script.chmod(0o755)
     return script
+
+
+# what a blank of a template holds, where a person would not know
+_BLANKS = {
+    "made_by": "the command line, or BEITFORGE_COMMAND in the environment,",
+    "working_folder": "the working folder",
+    "root": "the folder of the package",
+    "python": "the path of Python",
+}
+
+
+def _quoted(path: Path) -> str:
+    """A path for a shell, which no program takes for an option."""
+    return shlex.quote(_word(path))
+
+
+def _word(path: Path) -> str:
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def _for_sbatch(text: str) -> str:
+    """A word of an #SBATCH line: sbatch knows quotes as a shell does, but a backslash escapes inside of them, too."""
+    if shlex.quote(text) == text:
+        return text
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def render(template: str, blanks: dict[str, str]) -> str:
@@ -201,8 +245,8 @@ def _options(wanted: SlurmRequest) -> list[str]:
         "account": wanted.account,
         "array": wanted.array,
     }
-    lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in given.items() if value]
-    return [*lines, f"#SBATCH {shlex.join(wanted.more)}"] if wanted.more else lines
+    lines = [f"#SBATCH --{name}={_for_sbatch(str(value))}" for name, value in given.items() if value]
+    return [*lines, f"#SBATCH {' '.join(map(_for_sbatch, wanted.more))}"] if wanted.more else lines
 
 
 def _advice(work: SlurmJob, wanted: SlurmRequest, script: Path, job: str) -> str:
@@ -210,9 +254,9 @@ def _advice(work: SlurmJob, wanted: SlurmRequest, script: Path, job: str) -> str
     log = work.folder / f"{work.verb}-{job}{'_0' if wanted.array else ''}.out"
     tasks = f"{wanted.nodes} nodes × {wanted.tasks} tasks{f', array {wanted.array}' if wanted.array else ''}"
     lines = [f"submitted job {job}: {work.verb} on {tasks}, by {script}"]
-    lines += [f"  watch    squeue -j {job}; tail -F {shlex.quote(str(log))}"]
+    lines += [f"  watch    squeue -j {job}; tail -F {_quoted(log)}"]
     if work.run is not None:
-        lines += [f"  stop     {program_name()} stop {shlex.quote(str(work.run))}   (saves, and ends the job)"]
+        lines += [f"  stop     {program_name()} stop {_quoted(work.run)}   (saves, and ends the job)"]
         lines += [f"  requeue  scancel -s USR1 {job}   (saves, and waits for its turn again)"]
     lines += [f"  cancel   scancel {job}"]
     return "\n".join(lines)

@@ -1,8 +1,6 @@
 """`stop RUN`: ask a run to finish its step, save and end, under whatever launcher and on whatever host it runs."""
 
 import argparse
-import contextlib
-import json
 from pathlib import Path
 
 from beitforge.pipeline.cluster.signals import FINISHED, STOP_FILE, read_ended
@@ -39,13 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _finished(folder: Path) -> bool:
     """Whether the checkpoint of the last step is complete."""
-    steps = 0
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return False
-    for line in lines:
-        if '"start"' in line:
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
-                steps = json.loads(line).get("steps", steps)
+    from beitforge.pipeline.runs.jsonl import count, read_metrics
+
+    starts = read_metrics(folder, "start")
+    steps = count(starts[-1], "steps") if starts else 0
     return steps > 0 and (folder / "checkpoints" / f"step-{steps}" / "state.json").exists()

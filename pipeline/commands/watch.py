@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help=text)
     text = "port to listen on (default 8265; 0: any free one)"
     parser.add_argument("--port", type=int, default=8265, metavar="PORT", help=text)
+    text = "also read the sets and the tokenizer that RUN's config names, for images; for a run you trust"
+    parser.add_argument("--data", action="store_true", help=text)
     parser.add_argument("--terminal", action="store_true", help="show numbers in this terminal instead, for ssh")
 
 
@@ -31,14 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.run
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: give the run's folder (train.run of its config)")
-    return _draw(folder) if arguments.terminal else _serve(folder, arguments.host, arguments.port)
+    return _draw(folder) if arguments.terminal else _serve(folder, arguments.host, arguments.port, arguments.data)
 
 
-def _serve(folder: Path, host: str, port: int) -> int:
+def _serve(folder: Path, host: str, port: int, data: bool) -> int:
     from beitforge.pipeline.watch.server import Server
     from beitforge.pipeline.watch.site import Site
 
-    site = Site(folder)
+    site = Site(folder, data)
     server = Server(host, port, site.page, site.live)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

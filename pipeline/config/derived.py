@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from beitforge.pipeline.config.deepspeed_section import refuse_deepspeed
 from beitforge.pipeline.config.settings import Config, Finetune
 from beitforge.pipeline.errors import ConfigError
 
@@ -45,7 +46,10 @@ def work_folder(verb: str, config: Config) -> Path:
 
 
 def refuse_world(verb: str, config: Config, world: int) -> None:
-    """Raise ConfigError when `world` processes cannot build the verb's global batch."""
+    """Raise ConfigError when `world` processes cannot build the verb's global batch, or the deepspeed section says what
+    other settings decide."""
+    if verb != "tokenize":
+        refuse_deepspeed(config)
     if verb in ("pretrain", "doctor"):
         micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
     if verb == "finetune":

@@ -7,7 +7,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from beitforge.pipeline.plain_text import shown
+
 UNITS = ("epochs", "steps", "samples")
+LARGEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def find_violation(name: str, value: Any, rule: Rule) -> str:
     """One line with the setting, its value and the rule that it breaks; empty where it breaks none."""
     if rule.choices:
         broken = "" if value in rule.choices else f"it takes {rule.range()}"
-        return broken and f"{name} is {value!r}; {broken}"
+        return broken and f"{name} is {shown(value)}; {broken}"
     if rule.place:
         return _misplaced(name, value, rule)
     numbers = [value.count] if isinstance(value, Duration) else list(value) if isinstance(value, tuple) else [value]
@@ -126,13 +129,14 @@ def find_violation(name: str, value: Any, rule: Rule) -> str:
             continue
         interval = rule.range() if rule.range().endswith(("]", ")")) and isinstance(value, float) else ""
         must = f"it lies in {interval}" if interval else f"{_subject(value)} must be {end}"
-        shown = list(value) if isinstance(value, tuple) and not isinstance(value, Size) else value
-        return f"{name} is {shown}; {must}" + (f"; {rule.hint}" if rule.hint else "")
+        written = list(value) if isinstance(value, tuple) and not isinstance(value, Size) else value
+        return f"{name} is {written}; {must}" + (f"; {rule.hint}" if rule.hint else "")
     return ""
 
 
 def _broken_end(number: float, rule: Rule) -> str:
-    """The end of the range that a number lies beyond, in words; empty where it lies inside."""
+    """The end of the range that a number lies beyond, in words; empty where it lies inside. No number is larger than
+    LARGEST, unless its rule says so: products of settings must stay numbers."""
     if rule.at_least is not None and number < rule.at_least:
         return f"at least {_number(rule.at_least)}"
     if rule.more_than is not None and number <= rule.more_than:
@@ -141,6 +145,8 @@ def _broken_end(number: float, rule: Rule) -> str:
         return f"at most {_number(rule.at_most)}"
     if rule.less_than is not None and number >= rule.less_than:
         return f"less than {_number(rule.less_than)}"
+    if abs(number) > LARGEST and rule.at_most is None and rule.less_than is None:
+        return f"at most {_number(LARGEST)}, as any setting"
     return ""
 
 
@@ -149,6 +155,8 @@ def _subject(value: object) -> str:
 
 
 def _misplaced(name: str, where: str, rule: Rule) -> str:
+    if where.startswith("-"):
+        return f"{name} is {where}, which programs would take for an option; write ./{where}"
     if rule.place == "folder":
         return f"{name} is {where}, a URL; it must be a folder of this machine" if "://" in where else ""
     scheme, colon, rest = where.partition(":/")

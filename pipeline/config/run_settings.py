@@ -10,9 +10,15 @@ class Loader:
     """The stream. data.seed, chunk, window and lanes fix its order; workers, prefetch and decoder never change it."""
 
     workers: int = setting(
-        8, at_least=0, per_host=True, doc="Worker processes per rank; 0 builds batches in the training process."
+        8,
+        at_least=0,
+        at_most=1024,
+        per_host=True,
+        doc="Worker processes per rank; 0 builds batches in the training process.",
     )
-    prefetch: int = setting(4, at_least=1, unit="batches", per_host=True, doc="Batches that each worker keeps ready.")
+    prefetch: int = setting(
+        4, at_least=1, at_most=4096, unit="batches", per_host=True, doc="Batches that each worker keeps ready."
+    )
     decoder: str = setting(
         "auto",
         choices=("auto", "nvimgcodec", "simplejpeg", "pillow"),

@@ -34,7 +34,10 @@ class Data:
     )
     labelled_test: str = setting("", place="shards", per_host=True, doc="Labelled set that measures accuracy.")
     cache: str = setting(
-        "", place="folder", per_host=True, doc="Node-local cache of sets behind URLs; empty: a folder in $TMPDIR."
+        "",
+        place="folder",
+        per_host=True,
+        doc="Node-local cache of sets behind URLs, which only its user can write; empty: one in that user's ~/.cache.",
     )
     cache_gb: float = setting(100.0, more_than=0, unit="GB", per_host=True, doc="The most the cache may hold.")
     seed: int = setting(
@@ -49,7 +52,7 @@ class Data:
 class View:
     """How `tokenize` draws views (docs/recipe.md: BEiT's transform). A change requires new token shards."""
 
-    num_views: int = setting(16, at_least=1, doc="Number of stored views of each image.")
+    num_views: int = setting(16, at_least=1, at_most=65536, doc="Number of stored views of each image.")
     seed: int = setting(0, at_least=-(2**63), less_than=2**63, doc="Seed of the views.")
     area_min: float = setting(0.08, more_than=0, at_most=1, doc="Smallest crop, as a share of the image's area.")
     area_max: float = setting(1.0, more_than=0, at_most=1, doc="Largest crop, as a share of the image's area.")
@@ -66,10 +69,18 @@ class Tokenizer:
     """The project's own dVAE: shape and training. The first four settings also describe an imported tokenizer."""
 
     input_size: Size = setting(
-        Size(112, 112), at_least=1, unit="pixels", doc="Input of the tokenizer; its grid is input_size / stride."
+        Size(112, 112),
+        at_least=1,
+        at_most=65536,
+        unit="pixels",
+        doc="Input of the tokenizer; its grid is input_size / stride.",
     )
     stride: int = setting(
-        8, at_least=1, unit="pixels", doc="Side of a token's square: 8 for this dVAE and DALL-E's, 16 for VQ-KD."
+        8,
+        at_least=1,
+        at_most=4096,
+        unit="pixels",
+        doc="Side of a token's square: 8 for this dVAE and DALL-E's, 16 for VQ-KD.",
     )
     vocabulary: int = setting(
         8192, at_least=1, at_most=65536, hint="token ids are stored in 16 bits", doc="Number of visual tokens."
@@ -80,9 +91,11 @@ class Tokenizer:
         identity=False,
         doc="Precision of the encoder in `tokenize` and for online tokens.",
     )
-    width: int = setting(256, at_least=1, doc="Channels of the convolutions; a multiple of 4.")
-    embedding: int = setting(512, at_least=1, doc="Size of a codebook entry.")
-    residual_blocks: int = setting(2, at_least=0, doc="Residual blocks in the encoder, and as many in the decoder.")
+    width: int = setting(256, at_least=1, at_most=65536, doc="Channels of the convolutions; a multiple of 4.")
+    embedding: int = setting(512, at_least=1, at_most=65536, doc="Size of a codebook entry.")
+    residual_blocks: int = setting(
+        2, at_least=0, at_most=1024, doc="Residual blocks in the encoder, and as many in the decoder."
+    )
     duration: Duration = setting(Duration(20, "epochs"), more_than=0, doc="Length of the tokenizer's training.")
     global_batch: int = setting(512, at_least=1, unit="samples", doc="Samples per optimizer step, over all processes.")
     micro_batch: int = setting(
@@ -115,12 +128,12 @@ class Tokenizer:
 class Model:
     """The encoder and its head (docs/recipe.md, "Model")."""
 
-    input_size: Size = setting(Size(224, 224), at_least=1, unit="pixels", doc="Input of the encoder.")
-    patch_size: int = setting(16, at_least=1, unit="pixels", doc="Side of a patch.")
-    layers: int = setting(12, at_least=1, doc="Number of transformer layers.")
-    width: int = setting(768, at_least=1, doc="Size of the hidden vectors; a multiple of heads.")
-    heads: int = setting(12, at_least=1, doc="Attention heads of a layer.")
-    mlp_ratio: float = setting(4.0, more_than=0, doc="Hidden width of the MLP, as a multiple of width.")
+    input_size: Size = setting(Size(224, 224), at_least=1, at_most=65536, unit="pixels", doc="Input of the encoder.")
+    patch_size: int = setting(16, at_least=1, at_most=4096, unit="pixels", doc="Side of a patch.")
+    layers: int = setting(12, at_least=1, at_most=1024, doc="Number of transformer layers.")
+    width: int = setting(768, at_least=1, at_most=65536, doc="Size of the hidden vectors; a multiple of heads.")
+    heads: int = setting(12, at_least=1, at_most=4096, doc="Attention heads of a layer.")
+    mlp_ratio: float = setting(4.0, more_than=0, at_most=256, doc="Hidden width of the MLP, as a multiple of width.")
     positions: str = setting(
         "relative_shared",
         choices=("absolute", "relative_shared", "relative"),
@@ -231,7 +244,7 @@ class Finetune:
         place="folder",
         doc="Run folder, or exported or imported encoder; empty: the model section with weights drawn from data.seed.",
     )
-    input_size: Size = setting(Size(224, 224), at_least=1, unit="pixels", doc="Input of the classifier.")
+    input_size: Size = setting(Size(224, 224), at_least=1, at_most=65536, unit="pixels", doc="Input of the classifier.")
     label_share: float = setting(
         1.0, more_than=0, at_most=1, doc="Share of each class's images to train on, at least one image."
     )

@@ -97,8 +97,8 @@ def refuse_other_classes(
 def require_labels(images: ImageSet, what: str, who: str) -> None:
     """Raise ConfigError unless every image has a label from 0 on; `what` names the set, `who` needs them."""
     for shard, entry in enumerate(images.manifest.shards):
-        columns = images.index(shard).columns
-        if not (columns["flags"] & FLAG_LABELLED).all() or columns["label"].min(initial=0) < 0:
+        index = images.index(shard)
+        if not (index.flags & FLAG_LABELLED).all() or index.label.min(initial=0) < 0:
             raise ConfigError(
                 f"{what} ({images.folder}): {entry.name} has images without a label (.cls from 0 on); {who} needs "
                 f"labelled shards: pack a folder per class"
@@ -107,7 +107,7 @@ def require_labels(images: ImageSet, what: str, who: str) -> None:
 
 def num_classes(images: ImageSet) -> int:
     """The largest label, and one more for 0."""
-    return max(int(images.index(n).columns["label"].max(initial=0)) for n in range(len(images.manifest.shards))) + 1
+    return max(int(images.index(n).label.max(initial=0)) for n in range(len(images.manifest.shards))) + 1
 
 
 @dataclass

@@ -27,14 +27,19 @@ class Setup:
     muon: bool = False  # the groups are pipeline.training.optim.muon_groups
 
 
+# what a section asks DeepSpeed to print, which is else quiet
+SPEAKS = ("wall_clock_breakdown", "memory_breakdown", "comms_logger", "dump_state", "flops_profiler", "steps_per_print")
+
+
 def deepspeed_config(setup: Setup) -> dict:
-    """DeepSpeed's own configuration. `setup.overrides` (the YAML's deepspeed section) wins, key by key."""
+    """DeepSpeed's own configuration. `setup.overrides` (the YAML's deepspeed section) goes into it, key by key; none of
+    its keys is one of those derived here (pipeline.config.deepspeed_section), but for `steps_per_print`."""
     derived: dict[str, Any] = {
         "train_batch_size": setup.global_batch,
         "train_micro_batch_size_per_gpu": setup.micro_batch,
         "gradient_accumulation_steps": setup.accumulation,
         "gradient_clipping": setup.clip_norm,
-        "steps_per_print": 10**9,
+        "steps_per_print": 10 if any(name in setup.overrides for name in SPEAKS) else 10**9,
         "zero_optimization": {"stage": setup.zero_stage},
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": {

@@ -1,30 +1,53 @@
 """DeepSpeed: start-up, configuration, and the few calls the loop needs. Must not know model, shards or stages."""
 
+import contextlib
+import json
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from beitforge.pipeline.distributed.collectives import World
-from beitforge.pipeline.distributed.deepspeed_config import Setup, deepspeed_config
+from beitforge.pipeline.distributed.deepspeed_config import SPEAKS, Setup, deepspeed_config
 from beitforge.pipeline.distributed.device import DTYPES
 from beitforge.pipeline.distributed.muon import muon_optimizer
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
-from beitforge.pipeline.errors import HostError
+from beitforge.pipeline.errors import ConfigError, HostError
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
 
 if TYPE_CHECKING:
     from beitforge.pipeline.distributed.optimizer_step import Outcome
 
 
+@contextlib.contextmanager
+def _objections(setup: Setup) -> Iterator[None]:
+    """Turn what DeepSpeed raises over a deepspeed section, whatever it is, into one line of a host. Without a section
+    it is nobody's mistake."""
+    try:
+        yield
+    except Exception as error:
+        if not setup.overrides or isinstance(error, ConfigError):
+            raise
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        detail = getattr(error, "errors", None)  # pydantic's: where, and what
+        if callable(detail) and (found := detail()):
+            said = f"{'.'.join(map(str, found[0]['loc']))}: {found[0]['msg']}"
+        section = json.dumps(setup.overrides)
+        raise HostError(
+            f"deepspeed: DeepSpeed refuses this section on {socket.gethostname()}: {said.strip()[:300]}; change it, or "
+            f"leave out what it names ({section[:200]})"
+        ) from error
+
+
 class Engine:
     """A model under DeepSpeed. `model` is what objectives call; parameters live wherever ZeRO put them."""
 
     def __init__(self, module: nn.Module, groups: list[dict], setup: Setup, world: World):
-        """groups: parameter groups of AdamW, or of Muon where setup.muon. Raises HostError for fp16 without a GPU."""
+        """groups: parameter groups of AdamW, or of Muon where setup.muon. Raises HostError for fp16 without a GPU, and
+        for what DeepSpeed has against the deepspeed section."""
         if setup.precision == "fp16" and world.device.type == "cpu":
             host = socket.gethostname()
             raise HostError(f"train.precision fp16 needs a GPU, and {host} shows none; on a CPU use bf16 or fp32")
@@ -33,9 +56,12 @@ class Engine:
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         deepspeed = quiet_deepspeed()
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, model_parameters=groups, config=deepspeed_config(setup), optimizer=muon_optimizer(setup)
-        )
+        if any(name in setup.overrides for name in SPEAKS):
+            deepspeed.utils.logger.setLevel("INFO")
+        with _objections(setup):
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=module, model_parameters=groups, config=deepspeed_config(setup), optimizer=muon_optimizer(setup)
+            )
         for state in getattr(self.optimizer, "optimizer", self.optimizer).state.values():
             if "step" in state:  # not of Muon
                 state["step"].zero_()  # DeepSpeed's optimizer without ZeRO warms up with a step that AdamW counts

@@ -63,7 +63,7 @@ def _ask(host: str, words: list[str], port: int, environment: Mapping[str, str])
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}", "-o", "ConnectionAttempts=1"]
     try:
         done = subprocess.run(
-            ["ssh", *options, host, remote],
+            ["ssh", *options, "--", host, remote],
             capture_output=True,
             text=True,
             check=False,

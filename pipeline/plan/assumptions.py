@@ -4,13 +4,17 @@ Must not know torch.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.plain_text import shown
+from beitforge.pipeline.reading import read_object
+from beitforge.pipeline.runs.jsonl import count, metric_line, read_lines, value
+
+_LARGEST = 1e24  # of an assumption, and 1 / this the smallest: products of them must stay numbers
 
 
 def _assumed(value: float, unit: str, source: str) -> Any:
@@ -87,39 +91,47 @@ def load_assumptions(paths: list[str], overrides: list[str], flops_per_image: fl
             raise ConfigError(f"--assume {word!r}: write name=number, for example straggler_cv=0.05")
         values[name] = _number(name, text, "--assume")
         origins[name] = "given"
-    for name, value in values.items():
+    for name, number in values.items():
         share = name.endswith("_share") or name == "memory_usable"
-        if share and not 0 < value <= 1:
-            raise ConfigError(f"{origins[name]}: {name} is {value:g}; a share lies in (0, 1]")
-        if value < 0 or (value == 0 and name in _MORE_THAN_NOTHING):
-            raise ConfigError(f"{origins[name]}: {name} is {value:g}; it must be more than 0")
+        if share and not 0 < number <= 1:
+            raise ConfigError(f"{origins[name]}: {name} is {number:g}; a share lies in (0, 1]")
+        if number < 0 or (number == 0 and name in _MORE_THAN_NOTHING):
+            raise ConfigError(f"{origins[name]}: {name} is {number:g}; it must be more than 0")
     return Assumptions(**values, origins=origins)
 
 
 def _number(name: str, value: object, where: str) -> float:
     if name not in NAMES:
-        raise ConfigError(f"{where}: there is no assumption {name!r}; it takes {', '.join(NAMES)}")
+        raise ConfigError(f"{where}: there is no assumption {shown(name)}; it takes {', '.join(NAMES)}")
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where}: {name} is {value!r}; it must be a number") from None
-    if number != number or number in (float("inf"), float("-inf")) or isinstance(value, bool):
-        raise ConfigError(f"{where}: {name} is {value!r}; it must be a finite number")
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{where}: {name} is {shown(value)}; it must be a number") from None
+    if isinstance(value, bool) or not (number == 0 or 1 / _LARGEST <= abs(number) <= _LARGEST):
+        raise ConfigError(
+            f"{where}: {name} is {shown(value)}; it must be a finite number, 0 or from {1 / _LARGEST:g} to {_LARGEST:g}"
+        )
     return number
 
 
 def _measured(path: Path, flops_per_image: float) -> dict[str, float]:
     """What a folder or a file says, by the names of Assumptions."""
-    if path.is_dir():
-        return _of_run(path, flops_per_image)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.is_dir():
+            return _of_run(path, flops_per_image)
+        return _of_file(read_object(path), path, flops_per_image)
     except FileNotFoundError:
         raise ConfigError(f"--from {path} does not exist; give a run folder, a results file or a JSON file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--from {path} cannot be read as JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"--from {path} holds a {type(content).__name__}, not an object of names and numbers")
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        said = f"{type(error).__name__}: {shown(str(error))}"
+        raise ConfigError(f"--from {path} is not what it seems ({said}); give a file as it was written") from error
+
+
+def _of_file(content: dict, path: Path, flops_per_image: float) -> dict[str, float]:
     if "rows" in content and "name" in content:
         return _of_benchmark(content, path, flops_per_image)
     if "findings" in content and "verdict" in content:
@@ -132,26 +144,18 @@ def _measured(path: Path, flops_per_image: float) -> dict[str, float]:
 
 def _of_run(run: Path, flops_per_image: float) -> dict[str, float]:
     """The second half of a run's metrics.jsonl: images a second over all GPUs, peak memory of the first."""
-    try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    except OSError:
-        raise ConfigError(f"--from {run} holds no metrics.jsonl; give the folder that train.run names") from None
-    speeds: list[float] = []
-    world, memory = 1, 0.0
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line a kill cut short
-        if values.get("kind") == "start":
-            world, speeds = int(values.get("world", 1)), []
-        if values.get("kind") == "train" and "images_per_second" in values:
-            speeds.append(float(values["images_per_second"]))
-            memory = max(memory, float(values.get("memory_bytes", 0)))
-    if not speeds:
+    if not (run / "metrics.jsonl").exists():
+        raise ConfigError(f"--from {run} holds no metrics.jsonl; give the folder that train.run names")
+    lines = read_lines(run / "metrics.jsonl", run, metric_line).lines
+    started = max((place for place, line in enumerate(lines) if line.get("kind") == "start"), default=0)
+    trained = [line for line in lines[started:] if line.get("kind") == "train" and "images_per_second" in line]
+    if not trained:
         raise ConfigError(f"--from {run}: metrics.jsonl has no training step yet")
-    steady = median(speeds[len(speeds) // 2 :])
-    return {"achieved_flops": steady * flops_per_image / world, "memory_bytes": memory}
+    world = max(1, count(lines[started], "world", 1))
+    steady = median(value(line, "images_per_second") for line in trained[len(trained) // 2 :])
+    memory = max(value(line, "memory_bytes") for line in trained)
+    found = {"achieved_flops": steady * flops_per_image / world, "memory_bytes": memory}
+    return {name: number for name, number in found.items() if number == number}
 
 
 def _of_benchmark(content: dict, path: Path, flops_per_image: float) -> dict[str, float]:
@@ -170,7 +174,9 @@ def _of_benchmark(content: dict, path: Path, flops_per_image: float) -> dict[str
         words = notes.replace(",", " ").split()
         copy, product = (float(words[words.index(word) + 1]) * 1e12 for word in ("copy", "product"))
         return {"memory_bandwidth": copy, "matrix_flops": product}
-    raise ConfigError(f"--from {path}: nothing of benchmark {name!r} is an assumption; give kernels, train or loader")
+    raise ConfigError(
+        f"--from {path}: nothing of benchmark {shown(name)} is an assumption; give kernels, train or loader"
+    )
 
 
 def _of_doctor(content: dict, path: Path) -> dict[str, float]:

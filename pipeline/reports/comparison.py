@@ -13,9 +13,10 @@ from beitforge.pipeline.config.loading import to_dict
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.charts import Series, line_chart
 from beitforge.pipeline.reports.components import Section
-from beitforge.pipeline.reports.summary import data_wait
+from beitforge.pipeline.reports.summary import data_wait, probe_results
 from beitforge.pipeline.runs.formatting import duration, number, utc_time
-from beitforge.pipeline.runs.record import RunRecord, points, value
+from beitforge.pipeline.runs.jsonl import value
+from beitforge.pipeline.runs.record import RunRecord, points
 
 _TONES = 6  # colours of lines; they repeat after this many
 _COMMIT = 12  # digits that tell one from another
@@ -113,7 +114,7 @@ def _waiting(record: RunRecord) -> float:
 
 
 def _probed(record: RunRecord, name: str) -> float:
-    return value(record.probe.get("results", {}).get("trained", {}), name)
+    return value(probe_results(record.probe).get("trained", {}), name)
 
 
 def _share(of: float) -> str:

@@ -10,7 +10,8 @@ from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.charts import Series, line_chart
 from beitforge.pipeline.reports.components import Block, Section, Tick
 from beitforge.pipeline.runs.formatting import duration, number, utc_time
-from beitforge.pipeline.runs.record import RunRecord, points, value
+from beitforge.pipeline.runs.jsonl import value
+from beitforge.pipeline.runs.record import RunRecord, points
 
 _SPIKY = 20  # a gradient norm this many times its median asks for a logarithmic axis
 _LITTLE = 0.02  # nats that do not matter

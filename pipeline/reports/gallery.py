@@ -235,7 +235,7 @@ def _labels(source: DataSource, bank: FeatureBank) -> list[str] | None:
     images = source.stream.images
     _, shards, rows = source.stream.places.locate(bank.numbers)
     places = zip(shards.tolist(), rows.tolist(), strict=True)
-    if not all(images.index(shard).flags[row] & FLAG_LABELLED for shard, row in places):
+    if not all(images.row(shard, row).flags & FLAG_LABELLED for shard, row in places):
         return None
     classes = images.manifest.classes
     return [classes[label] if 0 <= label < len(classes) else str(label) for label in bank.labels.tolist()]

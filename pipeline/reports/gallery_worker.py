@@ -1,5 +1,5 @@
 """`python -m beitforge.pipeline.reports.gallery_worker RUN THREADS OUT`: the expensive sections of a live page, made in
-a process of its own.
+a process of its own from the sets that the run's config names, which the user has agreed to.
 
 It has the lowest priority, uses THREADS threads and no GPU, and ends with the process that started it. Must not know
 any stage.
@@ -18,7 +18,8 @@ from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.components import Section
 from beitforge.pipeline.runs.checkpoints import newest
-from beitforge.pipeline.runs.record import RunRecord, attempt, json_lines, record_of, token_use
+from beitforge.pipeline.runs.jsonl import metric_line, read_lines
+from beitforge.pipeline.runs.record import RunRecord, attempt, record_of, token_use
 
 
 def main(run: Path, threads: int, out: Path) -> None:
@@ -26,8 +27,8 @@ def main(run: Path, threads: int, out: Path) -> None:
     why} into `out`."""
     os.nice(19)
     end_with_launcher()
-    config, notes = load_config(str(run / "config.yaml"), []), list[str]()
-    record = record_of(run, config, json_lines(run / "metrics.jsonl"), [], None)
+    config, notes = load_config(str(run / "config.yaml"), [], run), list[str]()
+    record = record_of(run, config, read_lines(run / "metrics.jsonl", run, metric_line).lines, [], None, data=True)
     tokens = attempt("Token statistics", notes, lambda: token_use(config)) if record.job == "pretrain" else None
     images = [asdict(section) for section in _images(record, threads)]
     result = {"images": images, "tokens": asdict(tokens) if tokens else None, "notes": notes}

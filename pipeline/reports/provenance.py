@@ -22,11 +22,9 @@ _DIGITS = 16  # of a fingerprint; the whole one is in the manifest
 
 def what_ran(record: RunRecord, state: State | None, passed_over: list[str]) -> Section:
     """Details to unfold. `state`: of the newest complete checkpoint; `passed_over`: why newer ones are not used."""
-    path = record.run / "config.yaml"  # an imported encoder has none
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else to_yaml(record.config)
     bad, checkpoints = record.bad_samples, _checkpoints(record.run)
     parts = [
-        ("Configuration", "resolved", components.code(text)),
+        ("Configuration", "resolved", components.code(to_yaml(record.config))),
         ("Data", _data_about(record), _data(record, state)),
         ("Environment", _machine(record.environment), components.table([], _environment(record.environment))),
         ("Starts", str(len(record.sessions)), _starts(record)),
@@ -60,6 +58,9 @@ def _data(record: RunRecord, state: State | None) -> str:
     sets = [each for each in sets if each[1]]
     rows = []
     for name, folder, read, trained_on in sets:
+        if not record.data:
+            rows.append([name, folder, "not read", "", trained_on[:_DIGITS]])
+            continue
         if folder == ONLINE:
             rows.append([name, "made online, inside every step", "", "", ""])
             continue
@@ -73,8 +74,9 @@ def _data(record: RunRecord, state: State | None) -> str:
         rows.append([name, folder, *counts, manifest.fingerprint[:_DIGITS] + changed])
     if record.job == "finetune":
         return components.table(["", "folder", "samples", "shards", "fingerprint"], rows) + components.notes(missing)
-    tokenizer = json_object(Path(data.tokenizer) / "tokenizer.json", missing)
-    rows.append(["tokenizer", data.tokenizer, "", "", str(tokenizer.get("fingerprint", "not there"))[:_DIGITS]])
+    tokenizer = json_object(Path(data.tokenizer) / "tokenizer.json", missing) if record.data else {}
+    stated = str(tokenizer.get("fingerprint", "not there" if record.data else ""))[:_DIGITS]
+    rows.append(["tokenizer", data.tokenizer, "" if record.data else "not read", "", stated])
     return components.table(["", "folder", "samples", "shards", "fingerprint"], rows) + components.notes(missing)
 
 

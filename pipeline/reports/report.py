@@ -13,6 +13,15 @@ from beitforge.pipeline.runs.formatting import utc_time
 from beitforge.pipeline.runs.record import RunRecord
 
 
+def images_left_out(verb: str) -> Section:
+    """In place of the images, where the user has not said that the data may be read."""
+    line = (
+        f"Images need the sets and the tokenizer that the config names, which are not read unasked, since "
+        f"somebody else may have written it: `{verb} RUN --data` reads them."
+    )
+    return components.section("images", "Images", "", components.notes([line]))
+
+
 def sections_of(record: RunRecord, images: Sequence[Section], what_ran: Section) -> list[Section]:
     """The sections in order, without empty ones: head, numbers, notes, probe, curves, gaps, survey, those of the images
     (pipeline.reports.gallery), what-ran (pipeline.reports.provenance) and footer."""

@@ -11,7 +11,8 @@ import statistics
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.components import Card, Section
 from beitforge.pipeline.runs.formatting import duration, number, process_count
-from beitforge.pipeline.runs.record import RunRecord, value
+from beitforge.pipeline.runs.jsonl import count, value
+from beitforge.pipeline.runs.record import RunRecord
 
 
 def header(record: RunRecord) -> Section:
@@ -161,9 +162,9 @@ def _accuracy_card(record: RunRecord) -> Card:
 def _codebook_card(record: RunRecord) -> Card:
     measured, tokens = record.codebook, record.tokens
     used, about = "–", []
-    if {"used", "vocabulary", "perplexity"} <= measured.keys():
-        used = f"{measured['used']:,} of {measured['vocabulary']:,}"
-        about.append(f"perplexity {measured['perplexity']:,.0f} as the tokenizer was measured")
+    if math.isfinite(value(measured, "perplexity")):
+        used = f"{count(measured, 'used'):,} of {count(measured, 'vocabulary'):,}"
+        about.append(f"perplexity {value(measured, 'perplexity'):,.0f} as the tokenizer was measured")
     if tokens is not None:
         used = f"{tokens.used:,} of {tokens.vocabulary:,}"
         about.insert(0, f"perplexity {tokens.perplexity:,.0f} in the token set")
@@ -202,15 +203,25 @@ def _chose(results: dict[str, dict]) -> str:
     return "and chose its features by a part of them"
 
 
+def probe_results(said: dict) -> dict[str, dict]:
+    """Those of probe.json that have both numbers, by whose they are."""
+    results = said.get("results")
+    found = results.items() if isinstance(results, dict) else ()
+    both = [(who, each) for who, each in found if isinstance(each, dict)]
+    return {
+        who: each for who, each in both if math.isfinite(value(each, "knn")) and math.isfinite(value(each, "linear"))
+    }
+
+
 def probe(record: RunRecord) -> Section:
     """The results in probe.json, as bars; empty without them."""
     said = record.probe
-    results = {who: result for who, result in said.get("results", {}).items() if {"knn", "linear"} <= result.keys()}
+    results = probe_results(said)
     if not results:
         return Section("probe", "")
-    rows = [(who, [float(result["linear"]), float(result["knn"])]) for who, result in results.items()]
-    if "majority_class" in said:
-        rows.append(("majority class", [float(said["majority_class"])] * 2))
+    rows = [(who, [value(result, "linear"), value(result, "knn")]) for who, result in results.items()]
+    if math.isfinite(value(said, "majority_class")):
+        rows.append(("majority class", [value(said, "majority_class")] * 2))
     chosen = ", ".join(f"{result.get('features', '?')} ({who})" for who, result in results.items())
     tested, fitted = number(value(said, "test_samples")), number(value(said, "train_samples"))
     epochs = f" for {number(value(said, 'epochs'))} epochs" if "epochs" in said else ""

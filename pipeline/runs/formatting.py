@@ -26,6 +26,8 @@ DURATION_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1
 
 def duration(seconds: float) -> str:
     """3 d 4 h · 2 h 5 min · 4 min 10 s · 7 s."""
+    if not math.isfinite(seconds):
+        return "no time"
     total = round(max(0.0, seconds))
     for length, unit, part, part_unit in DURATION_UNITS:
         if total >= length:
@@ -40,4 +42,7 @@ def process_count(count: object) -> str:
 
 def utc_time(seconds: float) -> str:
     """A time since 1970 as date and time, UTC."""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+    except (OverflowError, ValueError, OSError):  # of no calendar
+        return "no time"

@@ -4,8 +4,6 @@ Whatever cannot be read is a line in `notes`, never an error: a report of half a
 know HTML, the model or any stage.
 """
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from beitforge.pipeline.config.loading import from_dict, load_config
 from beitforge.pipeline.config.settings import ONLINE, Config
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.reading import read_object
+from beitforge.pipeline.runs.jsonl import count, metric_line, read_lines, value
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.tokens import TokenSet, token_counts
 from beitforge.shards.storage.remote import cache_for, is_url
@@ -54,7 +55,7 @@ class TokenUse:
 class RunRecord:
     """A run folder. `kinds`: the lines of metrics.jsonl by their kind (pipeline.training.metrics), in step order; of a
     step that was logged again after a restart, the last. `step` is where the run stands, `job` what it does: pretrain,
-    finetune or tokenizer."""
+    finetune or tokenizer; `data`: whether the sets and the tokenizer that the config names may be read."""
 
     run: Path
     config: Config
@@ -69,6 +70,7 @@ class RunRecord:
     codebook: dict
     tokens: TokenUse | None
     bad_samples: list[dict]
+    data: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -100,32 +102,57 @@ class RunRecord:
         return sum(session.ended - session.started for session in self.sessions)
 
 
-def read_record(run: Path, config: Config) -> RunRecord:
-    """Everything but the config, which the caller has read and checked."""
-    lines, bad_samples = json_lines(run / "metrics.jsonl"), json_lines(run / "bad_samples.jsonl")
-    return record_of(run, config, lines, bad_samples, lambda: token_use(config))
+def read_config(run: Path) -> Config:
+    """The resolved config of a run folder, or of an exported or imported encoder; no link out of it is followed.
+    Raises ConfigError where there is neither."""
+    if (run / "config.yaml").exists():
+        return load_config(str(run / "config.yaml"), [], run)
+    notes: list[str] = []
+    content = json_object(run / "config.json", notes, run)
+    if isinstance(content.get("config"), dict):
+        return from_dict(content["config"], str(run / "config.json"))
+    raise ConfigError(
+        notes[0]
+        if notes
+        else f"{run} is neither a run folder (no config.yaml) nor an encoder (config.json): give the train.run folder "
+        f"of a pretraining, or what `export` or `import` wrote"
+    )
+
+
+def read_record(run: Path, config: Config, data: bool = False) -> RunRecord:
+    """Everything but the config, which the caller has read and checked. data: whether the sets and the tokenizer that
+    it names are read as well; nothing else leads out of the run folder."""
+    lines = read_lines(run / "metrics.jsonl", run, metric_line)
+    bad_samples = read_lines(run / "bad_samples.jsonl", run)
+    record = record_of(run, config, lines.lines, bad_samples.lines, (lambda: token_use(config)) if data else None, data)
+    record.notes[:0] = [*lines.notes, *bad_samples.notes]
+    return record
 
 
 def record_of(
-    run: Path, config: Config, lines: list[dict], bad_samples: list[dict], count: Callable[[], TokenUse] | None
+    run: Path,
+    config: Config,
+    lines: list[dict],
+    bad_samples: list[dict],
+    token_statistics: Callable[[], TokenUse] | None,
+    data: bool = False,
 ) -> RunRecord:
     """A record of lines that were read already (of metrics.jsonl, in file order), and of the small files.
 
-    count: gives the token statistics, which takes long for a large set; None leaves them out.
+    token_statistics: gives those of the token sets, which takes long for a large one; None leaves them out. data:
+    whether what the config names may be read.
     """
     notes: list[str] = []
-    lines = [line for line in lines if isinstance(line.get("step"), int)]
-    lines = [line for line in lines if isinstance(line.get("time", 0.0), int | float)]
     kinds = by_kind(lines)
-    environment = json_object(run / "environment.json", notes)
+    environment = json_object(run / "environment.json", notes, run)
     job = job_of(environment, kinds)
     starts = [line for line in lines if line.get("kind") == "start"]
     steps = [line["step"] for line in lines if line.get("kind") == "train"]
     last_start = starts[-1] if starts else {}
     tokens, codebook = None, dict[str, object]()
-    if job == "pretrain" and count is not None:
-        tokens = attempt("Token statistics", notes, count)
-    if job != "finetune":
+    if job == "pretrain" and token_statistics is not None:
+        tokens = attempt("Token statistics", notes, token_statistics)
+    if job != "finetune" and data:
         codebook = json_object(Path(config.data.tokenizer) / "measured.json", notes)
     return RunRecord(
         run=run,
@@ -134,13 +161,14 @@ def record_of(
         kinds=kinds,
         sessions=sessions(lines),
         step=steps[-1] if steps else 0,
-        planned_steps=int(last_start.get("steps", 0)),
-        epoch_samples=int(last_start.get("epoch_samples", 0)),
+        planned_steps=count(last_start, "steps"),
+        epoch_samples=count(last_start, "epoch_samples"),
         environment=environment,
-        probe=json_object(run / "probe.json", notes),
+        probe=json_object(run / "probe.json", notes, run),
         codebook=codebook,
         tokens=tokens,
         bad_samples=bad_samples,
+        data=data,
         notes=notes,
     )
 
@@ -175,33 +203,17 @@ def attempt(what: str, notes: list[str], work: Callable[[], Value]) -> Value | N
         return None
 
 
-def json_object(path: Path, notes: list[str]) -> dict:
-    """A JSON object; empty when there is none, with a note when it is damaged."""
+def json_object(path: Path, notes: list[str], within: Path | None = None) -> dict:
+    """A JSON object; empty when there is none, with a note when it is damaged, no regular file, or leads elsewhere."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, within)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
+    except ConfigError as error:
+        notes.append(str(error))
+    except (OSError, ValueError):
         notes.append(f"{path} is damaged and was left out")
-        return {}
-    return content
-
-
-def json_lines(path: Path) -> list[dict]:
-    """The JSON objects of a file, one a line, in file order; lines that a kill cut short are passed over."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(values, dict):
-            found.append(values)
-    return found
+    return {}
 
 
 def sessions(lines: list[dict]) -> list[Session]:
@@ -213,13 +225,13 @@ def sessions(lines: list[dict]) -> list[Session]:
         if begun:
             first, last = begun[0], begun[-1]
             started, ended = (float(line.get("time", 0.0)) for line in (first, last))
-            steps = [int(line.get("step", 0)) for line in (first, last)]
-            world = int(first.get("world", 1))
+            steps = [count(line, "step") for line in (first, last)]
+            world = count(first, "world", 1)
             found.append(Session(started=started, ended=ended, first_step=steps[0], last_step=steps[1], world=world))
 
     for line in lines:
         starts = line.get("kind") == "start"
-        if starts and (begun or found) and 0 < line.get("steps", 0) <= line.get("step", 0):
+        if starts and (begun or found) and 0 < count(line, "steps") <= count(line, "step"):
             continue
         if starts:
             close()
@@ -254,9 +266,3 @@ def token_use(config: Config) -> TokenUse:
 def points(lines: list[dict], name: str) -> list[tuple[float, float]]:
     """(step, value) of the lines that have the value."""
     return [(float(line["step"]), value(line, name)) for line in lines if name in line]
-
-
-def value(line: dict, name: str) -> float:
-    """A number of a line; NaN when it is missing or none."""
-    found = line.get(name)
-    return float(found) if isinstance(found, int | float) else math.nan

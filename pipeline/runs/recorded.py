@@ -6,7 +6,8 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from beitforge.pipeline.runs.record import by_kind, job_of, json_lines, json_object
+from beitforge.pipeline.runs.jsonl import metric_line, read_lines
+from beitforge.pipeline.runs.record import by_kind, job_of, json_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class Recorded:
 
 def read_recorded(run: Path) -> Recorded:
     """What the run folder says. Of steps done again after a start, the last time counts."""
-    lines = [line for line in json_lines(run / "metrics.jsonl") if _whole(line.get("step"))]
-    environment = json_object(run / "environment.json", [])
+    lines = [line for line in read_lines(run / "metrics.jsonl", run, metric_line).lines if _whole(line.get("step"))]
+    environment = json_object(run / "environment.json", [], run)
     found, reached = Recorded(job_of(environment, by_kind(lines)), environment), 0
     for line in lines:
         number, kind = line["step"], line.get("kind")
@@ -57,7 +58,7 @@ def read_recorded(run: Path) -> Recorded:
             norm = line.get("gradient_norm")
             if number not in found.steps and isinstance(norm, float):
                 found.steps[number] = Step(norm=norm, world=found.world)
-    bad = json_lines(run / "bad_samples.jsonl")
+    bad = read_lines(run / "bad_samples.jsonl", run).lines
     found.replaced = {(str(line.get("shard")), str(line.get("key"))) for line in bad}
     return found
 

@@ -5,7 +5,7 @@ shared file system. Must not know HTML, torch or any stage.
 """
 
 import itertools
-import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -15,9 +15,11 @@ from beitforge.pipeline.cluster.signals import ENDED_FILE, FINISHED, STOP_FILE, 
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.reading import OddFile, open_regular
 from beitforge.pipeline.runs.checkpoints import STATE, State, candidates, newest
 from beitforge.pipeline.runs.formatting import duration
-from beitforge.pipeline.runs.jsonl import JsonlTail
+from beitforge.pipeline.runs.jsonl import JsonlTail, count, metric_line, value
+from beitforge.pipeline.runs.record import json_object
 
 _LEAST_SILENCE = 60.0  # seconds without a word before a run is called silent
 _GAPS = 3.0  # and this many times the longest pause it made before
@@ -25,7 +27,7 @@ _RECENT = 30  # logged intervals that rate and remaining time are told from
 _SMALL = ("config.yaml", "environment.json", "probe.json", "ranks.json", ENDED_FILE, STOP_FILE)
 _WORDS = ("ranks.json",)  # of these, what the training itself writes while it goes
 Stamp = tuple[int, int, int]
-_NONE = (0, 0, 0)  # of a file that is not there
+_NONE, _ODD = (0, 0, 0), (-1, 0, 0)  # of a file that is not there, and of one that is not read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ class Follower:
     changes: int = 0
 
     def __post_init__(self) -> None:
-        self.metrics = JsonlTail(self.run / "metrics.jsonl")
-        self.bad_samples = JsonlTail(self.run / "bad_samples.jsonl")
+        self.metrics = JsonlTail(self.run / "metrics.jsonl", self.run, metric_line)
+        self.bad_samples = JsonlTail(self.run / "bad_samples.jsonl", self.run)
         self._stamps: dict[str, Stamp] = {}
         self._saves: list[tuple[str, Stamp]] = []
         self._heard = 0.0  # on the monotonic clock: when something new was first seen
@@ -71,6 +73,11 @@ class Follower:
     def lines(self) -> list[dict]:
         """Those of metrics.jsonl, in file order."""
         return self.metrics.lines
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the files of lines."""
+        return [*self.metrics.notes, *self.bad_samples.notes]
 
     def refresh(self) -> bool:
         """Read what is new; whether anything is. What cannot be read for a moment stays as it was."""
@@ -99,16 +106,18 @@ class Follower:
 
     def _small_files(self) -> set[str]:
         """Read those that are not as they were; their names."""
-        now = {name: _stamp(self.run / name) for name in _SMALL}
+        now = {name: _stamp(self.run / name, self.run) for name in _SMALL}
         changed = {name for name, stamp in now.items() if stamp != self._stamps.get(name, _NONE)}
         if "ranks.json" in changed:
-            self.ranks = _object(self.run / "ranks.json")
+            self.ranks = json_object(self.run / "ranks.json", [], self.run)
         if ENDED_FILE in changed:
             self.ended = read_ended(self.run)
         if "config.yaml" in changed:
             self.config, self.refused = None, ""
             try:
-                self.config = load_config(str(self.run / "config.yaml"), []) if now["config.yaml"] != _NONE else None
+                self.config = (
+                    load_config(str(self.run / "config.yaml"), [], self.run) if now["config.yaml"] != _NONE else None
+                )
             except ConfigError as error:
                 self.refused = str(error)
         self.stopping = now[STOP_FILE] != _NONE
@@ -117,29 +126,28 @@ class Follower:
 
     def _checkpoints(self) -> bool:
         """Look for another newest checkpoint; whether there is one."""
-        saves = [(folder.name, _stamp(folder / STATE)) for folder in candidates(self.run)[:3]]
+        saves = [(folder.name, _stamp(folder / STATE, self.run)) for folder in candidates(self.run)[:3]]
         if saves == self._saves:
             return False
         passed_over: list[str] = []
         found = newest(self.run, passed_over.append)
         self.saved = found[1] if found else None
-        self.saved_at = _stamp(found[0] / STATE)[2] / 1e9 if found else 0.0
+        self.saved_at = _stamp(found[0] / STATE, self.run)[2] / 1e9 if found else 0.0
         self._saves, self.passed_over = saves, passed_over
         return True
 
     def _last_word(self) -> float:
         """When the run last wrote, as it says itself: files that were copied are newer."""
-        said = [self.lines[-1].get("time"), self.ranks.get("time")] if self.lines else []
-        times = [float(when) for when in said if isinstance(when, int | float)]
-        return max(times, default=time.time())
+        said = [value(self.lines[-1], "time"), value(self.ranks, "time")] if self.lines else []
+        return max((when for when in said if math.isfinite(when)), default=time.time())
 
     def status(self) -> RunStatus:
         """How the run stands now."""
         lines = self.lines
         trained = [line for line in lines if line.get("kind") == "train"]
         starts = [line for line in lines if line.get("kind") == "start"]
-        step = int(trained[-1].get("step", 0)) if trained else 0
-        planned = int(starts[-1].get("steps", 0)) if starts else 0
+        step = count(trained[-1], "step") if trained else 0
+        planned = count(starts[-1], "steps") if starts else 0
         silent = time.monotonic() - self._heard if lines else float("nan")
         state, told = self._state(trained, step, planned, silent)
         goes_on = state in ("running", "started") and planned > step
@@ -157,7 +165,7 @@ class Follower:
         if self._said_end() and self.ended:
             return "stopped", f"stopped at {at} ({self.ended[1] or 'asked to'}); the same command goes on"
         if self.lines[-1].get("kind") == "start":
-            again = f"started again from step {int(self.lines[-1].get('step', 0)):,}" if trained else "started"
+            again = f"started again from step {count(self.lines[-1], 'step'):,}" if trained else "started"
             return "started", f"{again}, no step logged yet"
         usual = longest_pause(self.lines)
         if silent > max(_LEAST_SILENCE, _GAPS * usual):
@@ -200,20 +208,16 @@ def _session(lines: list[dict]) -> list[dict]:
     return lines
 
 
-def _stamp(path: Path) -> Stamp:
-    """Which file it is, its bytes, and when it changed in nanoseconds; zeros when there is none. Opened first, since an
-    open is what makes a client of a shared file system ask its server."""
+def _stamp(path: Path, run: Path) -> Stamp:
+    """Which file it is, its bytes, and when it changed in nanoseconds; zeros when there is none.
+
+    Opened first, since an open is what makes a client of a shared file system ask its server.
+    """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, run) as file:
             status = os.fstat(file.fileno())
+    except OddFile:
+        return _ODD
     except (FileNotFoundError, NotADirectoryError):
         return _NONE
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _object(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -134,7 +134,7 @@ def _learn_steps(out: Path, overrides: list[str]) -> list[Step]:
     if _probed(out):
         probe = ["probe", str(run_folder), str(shards / "train"), str(shards / "test")]
         steps.append(Step("probe", lambda: (run_folder / "probe.json").exists(), probe))
-    steps.append(Step("report", lambda: (run_folder / "report.html").exists(), ["report", str(run_folder)]))
+    steps.append(Step("report", lambda: (run_folder / "report.html").exists(), ["report", str(run_folder), "--data"]))
     return steps
 
 

@@ -3,7 +3,6 @@
 SRC is a folder of transformers, of timm, or of `export`; or a file: the released code's .pth, or .safetensors.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.plain_text import shown
+from beitforge.pipeline.reading import read_object, require_regular
 from beitforge.pipeline.runs.checkpoints import State
 from beitforge.pipeline.tokenizers.safe_pickle import read_pickle
 from beitforge.pipeline.weights.conversion import from_hf, from_unilm
@@ -37,7 +38,12 @@ def run(source: Path, out: Path, overrides: list[str]) -> int:
     weights = _our_names(foreign)
     left_out = [name for name in weights if name.startswith(_DOWNSTREAM)]
     weights = {name: tensor.float() for name, tensor in weights.items() if name not in left_out}
-    tree = described(weights, content)
+    try:
+        tree = described(weights, content)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source} describes no BEiT ({shown(str(error))}): {_CURE}") from error
     config = load_dict(tree, overrides, str(source))
     beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     absent = [name for name in beit.state_dict() if name not in weights]
@@ -77,14 +83,14 @@ def _read(source: Path) -> tuple[dict, Weights]:
     """What a config.json beside the weights says, or {}; and the weights under their own names."""
     try:
         if source.is_dir():
-            content = json.loads((source / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ConfigError(f"{source / 'config.json'} holds a list, no settings: {_CURE}")
+            content = read_object(source / "config.json")
             return {**_preprocessing(source), **content}, _folder_weights(source)
         if source.suffix == ".safetensors":
-            return {}, load_file(source)
+            return {}, load_file(require_regular(source))
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename or source} does not exist: {_CURE}") from error
+    except ConfigError:
+        raise
     except (ValueError, SafetensorError) as error:
         raise ConfigError(f"{source} cannot be read ({' '.join(str(error).split())[:200]}): {_CURE}") from error
     return {}, read_pickle(source, _saved_weights)
@@ -101,7 +107,7 @@ def _saved_weights(saved: Any) -> dict[str, Any]:
 def _preprocessing(folder: Path) -> dict:
     """Mean and standard deviation, where transformers keeps them, as timm's config.json has them."""
     path = folder / "preprocessor_config.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content = read_object(path) if path.exists() else {}
     if "image_mean" not in content or "image_std" not in content:
         return {}
     return {"pretrained_cfg": {"mean": content["image_mean"], "std": content["image_std"]}}
@@ -111,7 +117,7 @@ def _folder_weights(folder: Path) -> Weights:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{folder} holds no .safetensors file: {_CURE}")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in files for name, tensor in load_file(require_regular(file)).items()}
 
 
 def _our_names(weights: Weights) -> Weights:

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from beitforge.pipeline.config.fields import LARGEST
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.plan.assumptions import load_assumptions
 from beitforge.pipeline.plan.costs import training_flops
 from beitforge.pipeline.plan.estimate import Estimate, Machine, estimate, size_of
@@ -20,6 +23,7 @@ from beitforge.pipeline.plan.tokenization import tokenizations
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.manifest import read_image_manifest
 
+_COUNT = re.compile("[0-9]{1,9}")
 _IMAGENET = 1_281_167
 Known = TypeVar("Known", Chip, Network, Storage)
 
@@ -47,10 +51,10 @@ def run(words: list[str], asked: PlanOptions) -> int:
     config = load_config(words[0], words[1:])
     counts = _counts(asked.gpus, "--gpus", 1, 65_536)
     stages = _counts(asked.stages, "--stages", 0, 3)
-    if asked.days < 0 or not math.isfinite(asked.days):
-        raise ConfigError(f"--days is {asked.days:g}; it must be more than 0")
-    if asked.images < 0:
-        raise ConfigError(f"--images is {asked.images}; it must be at least 1")
+    if not 0 <= asked.days <= LARGEST:
+        raise ConfigError(f"--days is {asked.days:g}; it must be more than 0 and at most {LARGEST:g}")
+    if not 0 <= asked.images <= LARGEST:
+        raise ConfigError(f"--images is {shown(asked.images)}; it must lie between 1 and {LARGEST:g}")
     flops = training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches)
     machine = Machine(
         _known(asked.gpu, CHIPS, "--gpu"),
@@ -78,8 +82,9 @@ def _counts(text: str, option: str, least: int, most: int) -> list[int]:
     """`8,64,512` as numbers, each once."""
     counts = []
     for word in text.split(","):
-        if not word.strip().isdecimal() or not least <= int(word) <= most:
-            raise ConfigError(f"{option} {text!r}: {word.strip()!r} is no number from {least} to {most}; write 8,64")
+        if not _COUNT.fullmatch(word.strip()) or not least <= int(word) <= most:
+            said = f"{shown(word.strip())} is no number from {least} to {most}"
+            raise ConfigError(f"{option} {shown(text)}: {said}; write 8,64")
         counts.append(int(word))
     return list(dict.fromkeys(counts))
 

@@ -32,15 +32,15 @@ from beitforge.shards.format.manifest import NAME, ImageShard, TokenManifest, wr
 from beitforge.shards.format.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
 from beitforge.shards.format.views import FIELDS, ViewPolicy, Views, draw_views
 from beitforge.shards.progress import Progress, Silent
-from beitforge.shards.storage.files import PARTIAL
+from beitforge.shards.storage.files import sweep_partials
 from beitforge.shards.storage.remote import is_url
+from beitforge.shards.storage.staging import leftovers
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.view_batches import ShardViews, ViewBatch, load_view_batches
 
 _IMAGES_PER_ITEM = 16
 _COMPARED, _COMPARED_SLOWLY = 16, 4  # images tokenized once more at every precision, on a GPU and on a CPU
 _POLL_SECONDS = 1.0
-_OLD_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,10 @@ def _try_shard(config: Config, task: Task, number: int, watch: "_Finished", prog
 
 
 def _sweep(folder: Path) -> None:
-    """Remove claims, and what processes killed long ago left half written."""
+    """Remove claims, and what killed processes left half written."""
     for claim in folder.glob("*.claim"):
         claim.unlink(missing_ok=True)
-    for partial in folder.glob(f"*{PARTIAL}*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > _OLD_SECONDS:
-                partial.unlink()
+    sweep_partials(leftovers(folder))
 
 
 def _provenance(task: Task) -> dict:

@@ -8,7 +8,6 @@ or deepspeed.
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 from collections import OrderedDict
@@ -26,6 +25,7 @@ from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import DVAE_STRIDE
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import from_tokenizer, tokenizer_input
+from beitforge.pipeline.reading import read_object, require_regular
 from beitforge.pipeline.tokenizers.published import Names, Published, count, our_weights, sizes
 from beitforge.pipeline.tokenizers.safe_pickle import CURE, DECODER, ENCODER, Inert, Refused, Weights, read_pickle
 
@@ -272,7 +272,7 @@ def read_flava_codebook(folder_or_file: Path) -> tuple[DalleShape, Weights]:
 def _check_flava_config(path: Path) -> None:
     """The one setting that changes the tokens and shows in no weight."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         part = content.get("image_codebook_config") or content
         groups = part.get("num_groups", _NUM_GROUPS)
     except FileNotFoundError:
@@ -291,7 +291,7 @@ def _flava_tensors(root: Any) -> dict[str, Inert]:
 
 def _read_safetensors(path: Path) -> Weights:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(require_regular(path), framework="pt") as file:
             return {name: file.get_tensor(name).float() for name in file.keys() if _FLAVA.match(name)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): {CURE}") from error

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.reading import open_regular
 
 Weights = dict[str, Tensor]
 _Pick = Callable[[Any], dict[str, "Inert"]]  # from what was saved, the tensors that are wanted, by name
@@ -136,7 +137,7 @@ def read_pickle(path: Path, pick: _Pick) -> Weights:
     published tokenizers do not.
     """
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of bad escapes in a pickle's texts
             head = file.read(len(_LEGACY))
             file.seek(0)
@@ -146,6 +147,8 @@ def read_pickle(path: Path, pick: _Pick) -> Weights:
                 return _read_legacy(file, pick)
         hint = " (the log of the download, perhaps)" if head and head.isascii() else ""
         raise Refused(f"is no file of torch.save: it begins with {head!r}{hint}")
+    except ConfigError:
+        raise
     except Refused as error:
         raise ConfigError(f"{path} {error}; nothing of it was run: {CURE}") from error
     except OSError as error:

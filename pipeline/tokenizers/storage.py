@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.plain_text import shown
+from beitforge.pipeline.reading import read_object, require_regular
 from beitforge.pipeline.tokenizers import user_class
 from beitforge.pipeline.tokenizers.published import Published
 
@@ -116,8 +119,9 @@ def _fingerprint(weights: Path, content: dict) -> str:
 def stated_fingerprint(folder: Path) -> str | None:
     """What the tokenizer in `folder` says it is, without reading its weights; None where there is none."""
     try:
-        return json.loads((folder / _CONFIG).read_text()).get("fingerprint")
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        stated = read_object(folder / _CONFIG).get("fingerprint")
+        return stated if isinstance(stated, str) else None
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 
@@ -127,10 +131,10 @@ def load_tokenizer(folder: Path) -> tuple[VisualTokenizer, dict]:
     Raises ConfigError when the folder holds none, or its weights are not those its tokenizer.json was written for.
     """
     try:
-        content = json.loads((folder / _CONFIG).read_text())
+        content = read_object(folder / _CONFIG)
         stated = content.pop("fingerprint")
         kind, shape, size = content["kind"], content["shape"], Size(*content["input_size"])
-        fingerprint = _fingerprint(folder / _WEIGHTS, content)
+        fingerprint = _fingerprint(require_regular(folder / _WEIGHTS), content)
         if fingerprint != stated:
             raise ConfigError(
                 f"{folder / _WEIGHTS} is not the file its {_CONFIG} was written for (sha256 differs): {_CURE}"
@@ -138,9 +142,15 @@ def load_tokenizer(folder: Path) -> tuple[VisualTokenizer, dict]:
         tokenizer = build(kind, shape)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} holds no finished tokenizer ({error.filename} is missing): {_CURE}") from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder / _CONFIG} is damaged ({error}): {_CURE}") from error
-    tokenizer.load_state_dict(load_file(folder / _WEIGHTS))
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder / _CONFIG} is damaged ({shown(str(error))}): {_CURE}") from error
+    try:
+        tokenizer.load_state_dict(load_file(folder / _WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        said = shown(" ".join(str(error).split()))
+        raise ConfigError(f"{folder / _WEIGHTS} is damaged or of another shape ({said}): {_CURE}") from error
     identity = {"kind": kind, "fingerprint": fingerprint, "vocabulary": shape["vocabulary"]}
     identity |= {"grid": list(size.grid(tokenizer.stride)), "input_size": list(size), "filter": content["filter"]}
     return tokenizer.eval(), identity

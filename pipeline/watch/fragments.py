@@ -3,10 +3,13 @@
 Must not know runs, torch or any stage.
 """
 
+import re
 import secrets
 from collections.abc import Sequence
 
 from beitforge.pipeline.reports.components import Section
+
+_NUMBER = re.compile("[0-9]{1,15}")
 
 
 class Fragments:
@@ -39,6 +42,6 @@ class Fragments:
     def since(self, stamp: str) -> dict:
         """{"stamp", "order": the id of every section, "sections": {id: html} of those that are new}."""
         server, _, number = stamp.rpartition("-")
-        known = int(number) if server == self.server and number.isdecimal() else -1
+        known = int(number) if server == self.server and _NUMBER.fullmatch(number) else -1
         new = {section.id: section.html for section in self.now if self._since[section.id] > known}
         return {"stamp": self.stamp, "order": [section.id for section in self.now], "sections": new}

@@ -10,8 +10,11 @@ import ipaddress
 import json
 import socket
 import socketserver
+import sys
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from beitforge.pipeline.errors import ConfigError
@@ -31,6 +34,9 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 _HERE = {"localhost", "127.0.0.1", "::1"}
+_QUERY = 200  # characters of a query that are looked at
+_MOST = 64  # connections at a time
+_REQUEST_SECONDS = 60.0  # from one answer's end to the next one's; a browser that asks again opens a new connection
 _SMALL = 1000  # bytes that are not worth compressing
 
 
@@ -53,11 +59,40 @@ class Server(ThreadingHTTPServer):
 
         names = (socket.gethostname(), socket.getfqdn()) if self.is_public else ()
         self._names = {name.lower() for name in names}
+        self._until: dict[socket.socket, float] = {}  # of each connection, on the monotonic clock
 
     def server_bind(self) -> None:
         """As TCPServer does it: HTTPServer also asks for this machine's name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own; one connection too many is closed."""
+        if len(self._until) >= _MOST:
+            self.shutdown_request(request)
+            return
+        self.allow(request)
+        super().process_request(request, client_address)
+
+    def allow(self, connection: socket.socket) -> None:
+        """A connection may last as long as a request may take from now on, however slowly it is sent or read."""
+        self._until[connection] = time.monotonic() + _REQUEST_SECONDS
+
+    def shutdown_request(self, request: Any) -> None:
+        """The connection ends."""
+        self._until.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called a few times a second: end what takes too long."""
+        now = time.monotonic()
+        for connection in [each for each, until in list(self._until.items()) if until < now]:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A line, not a traceback: what a request asks for is not ours."""
+        print(f"a request could not be answered: {sys.exc_info()[1]!r:.200}", file=sys.stderr, flush=True)
 
     @property
     def url(self) -> str:
@@ -110,16 +145,32 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError, TimeoutError):
             super().handle()
 
+    def handle_one_request(self) -> None:
+        """The next request of a connection."""
+        self.server.allow(self.connection)
+        super().handle_one_request()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """A request that is no HTTP gets a line of text, like any other refusal."""
+        self.request_version = self.protocol_version  # else no headers are sent
+        for name, default in (("command", "GET"), ("headers", {})):
+            if not getattr(self, name, None):
+                setattr(self, name, default)
+        self._refuse(code, "this is no request that a browser makes")
+
     def do_GET(self) -> None:
         """The page, what is new, or a refusal."""
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self._named(hosts[0]):
             return self._refuse(421, "this server answers to its own name alone: open the address that watch printed")
-        parts = urlsplit(self.path)
+        try:
+            parts = urlsplit(self.path)
+        except ValueError:  # an unclosed bracket
+            return self._refuse(400, "this is no address")
         if parts.path == "/":
             return self._answer(200, "text/html; charset=utf-8", self.server.page())
         if parts.path == "/live":
-            since = parse_qs(parts.query).get("since", [""])[0]
+            since = parse_qs(parts.query[:_QUERY]).get("since", [""])[0]
             return self._answer(200, "application/json", json.dumps(self.server.live(since), separators=(",", ":")))
         return self._refuse(404, "there is / and nothing else here")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from beitforge.pipeline.reports import components
 from beitforge.pipeline.reports.components import Section, asset
 from beitforge.pipeline.reports.provenance import what_ran
-from beitforge.pipeline.reports.report import sections_of
+from beitforge.pipeline.reports.report import images_left_out, sections_of
 from beitforge.pipeline.runs.formatting import DURATION_UNITS, duration
 from beitforge.pipeline.runs.record import TokenUse, record_of
 from beitforge.pipeline.runs.status import Follower, RunStatus
@@ -39,8 +39,9 @@ def _headline(status: RunStatus) -> str:
 class Site:
     """The live page of a run. Its methods may be called from any thread."""
 
-    def __init__(self, run_folder: Path):
-        self.run = run_folder
+    def __init__(self, run_folder: Path, data: bool = False):
+        """data: whether the sets and the tokenizer that the config names are read, for images."""
+        self.run, self.data = run_folder, data
         self.follower = Follower(run_folder)
         worker = [sys.executable, "-W", "ignore", "-m", "beitforge.pipeline.reports.gallery_worker"]
         self.background = BackgroundJob([*worker, str(run_folder), str(THREADS)])
@@ -99,7 +100,7 @@ class Site:
             return
         self._next_refresh = begun + _REFRESH_SECONDS
         self.follower.refresh()
-        if self.follower.config is not None:
+        if self.follower.config is not None and self.data:
             self.background.request(self.follower.saved.step if self.follower.saved else 0)
         shown = (self.follower.changes, self.background.changes)
         if shown != self._shown and begun >= self._next_render:
@@ -118,8 +119,10 @@ class Site:
         result = json.loads(self.background.result or b"{}")
         tokens = TokenUse(**result["tokens"]) if result.get("tokens") else None
         count = (lambda: tokens) if tokens is not None else None
-        record = record_of(self.run, follower.config, follower.lines, follower.bad_samples.lines, count)
-        record.notes.extend(result.get("notes", []))
+        bad = follower.bad_samples.lines
+        record = record_of(self.run, follower.config, follower.lines, bad, count, self.data)
+        record.notes.extend([*follower.notes, *result.get("notes", [])])
         record.notes.extend([f"Images: {self.background.error}"] if self.background.error else [])
         images = [Section(**section) for section in result.get("images", [])]
+        images = images if self.data else [images_left_out("watch")]
         return sections_of(record, images, what_ran(record, follower.saved, follower.passed_over))

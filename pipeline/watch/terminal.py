@@ -19,8 +19,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from beitforge.pipeline.runs.formatting import duration
-from beitforge.pipeline.runs.jsonl import latest
-from beitforge.pipeline.runs.record import value
+from beitforge.pipeline.runs.jsonl import latest, value
 from beitforge.pipeline.runs.status import Follower, RunStatus, seconds_a_step
 
 NARROWEST = 40  # columns
@@ -44,7 +43,7 @@ def render(follower: Follower, width: int, plain: bool = False) -> list[str]:
             *_progress(stand, follower, width - _LABEL, plain),
             *_learning(follower, trained, width - _LABEL, plain),
         ]
-        rows += [*_machine(follower, trained), *_past(follower)]
+        rows += [*_machine(follower, trained), *_past(follower), *(("note", note) for note in follower.notes)]
         lines += ["", *(f"{name:<{_LABEL}}{text}" for name, text in rows)]
     return [cut(line, width, plain) for line in lines]
 
@@ -84,7 +83,10 @@ def _progress(stand: RunStatus, follower: Follower, width: int, plain: bool) -> 
 
 
 def _when(moment: float) -> str:
-    there, now = time.localtime(moment), time.localtime()
+    try:
+        there, now = time.localtime(moment), time.localtime()
+    except (OverflowError, ValueError, OSError):  # of no calendar
+        return "no time"
     return time.strftime("%H:%M" if there[:3] == now[:3] else "%a %d %b %H:%M", there)
 
 
@@ -131,7 +133,7 @@ def _machine(follower: Follower, trained: list[dict]) -> Rows:
         middle = statistics.median(share for share, _ in waits)
         rows.append(("data wait", f"{middle:6.1%}  median of {len(waits):,} ranks"))
     for share, rank in shown:
-        name = "" if len(waits) > _WORST or rows[-1][0] in ("data wait", "") else "data wait"
+        name = "" if rows and rows[-1][0] in ("data wait", "") else "data wait"
         rows.append((name, f"{share:6.1%}  rank {rank.get('rank', '?')} on {rank.get('host', '?')}"))
     return rows
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +20,11 @@ from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit, Classifier
 from beitforge.pipeline.model.resize import fit_grid, for_finetuning
+from beitforge.pipeline.plain_text import shown
+from beitforge.pipeline.reading import parse_json, read_object, read_regular, require_regular
 from beitforge.pipeline.runs.checkpoints import State, candidates, newest
 
+Small = TypeVar("Small", dict, list)
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
@@ -38,14 +42,27 @@ def run_config(run: Path) -> Config:
 
 def fine_tuned(run: Path) -> bool:
     """Whether a run folder is a fine-tuning's: its weights are a classifier's (pipeline.model.beit.Classifier)."""
-    path = run / "environment.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("job") == "finetune"
+    return _read_small(run / "environment.json", dict).get("job") == "finetune"
 
 
 def class_names(run: Path) -> tuple[str, ...]:
     """What a fine-tuning's classes are called, in the order of their labels; () where nobody said."""
-    path = run / "classes.json"
-    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ()
+    return tuple(map(str, _read_small(run / "classes.json", list)))
+
+
+def _read_small(path: Path, kind: type[Small]) -> Small:
+    """The JSON object or list in a file of a run folder; an empty one where there is no file. Raises ConfigError."""
+    try:
+        content = parse_json(read_regular(path))
+    except FileNotFoundError:
+        return kind()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it") from error
+    if not isinstance(content, kind):
+        raise ConfigError(f"{path} is damaged: it holds a {type(content).__name__}; remove it")
+    return content
 
 
 @dataclass(frozen=True)
@@ -75,11 +92,18 @@ def trained_weights(run: Path, checkpoint: tuple[Path, State] | None = None) -> 
         why = "no checkpoint that can be used" if candidates(run) else "no complete checkpoint yet"
         raise ConfigError(f"{run} has {why}; let `pretrain` save one")
     content, _, weights = _read_encoder(run)
-    seen = {name: content[name] for name in ("step", "samples_seen", "tokens")}
-    state = State(**seen, world=1, zero_stage=0, precision="fp32", images="", config="")
+    step, seen, tokens = _whole(content, "step"), _whole(content, "samples_seen"), str(content.get("tokens", ""))
+    state = State(
+        step=step, samples_seen=seen, tokens=tokens, world=1, zero_stage=0, precision="fp32", images="", config=""
+    )
     return Trained(
         {name: tuple(tensor.shape) for name, tensor in weights.items()}, lambda: iter(weights.items()), state
     )
+
+
+def _whole(content: dict, name: str) -> int:
+    found = content.get(name)
+    return found if isinstance(found, int) else 0
 
 
 def save_encoder(folder: Path, weights: dict[str, Tensor], config: Config, state: State, source: str = "") -> None:
@@ -157,16 +181,18 @@ def build_encoder(config: Config, weights: dict[str, Tensor], source: Path) -> B
 
 def _read_encoder(folder: Path) -> tuple[dict, Config, dict[str, Tensor]]:
     try:
-        content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        content = read_object(folder / _CONFIG)
         if content.get("kind") != "beit":
             raise ConfigError(f"{folder} holds another library's checkpoint; bring it in with `import {folder} OUT`")
-        config = from_dict(content["config"], str(folder / _CONFIG))
-        return content, config, load_file(folder / _WEIGHTS)
+        config = from_dict(dict(content["config"]), str(folder / _CONFIG))
+        return content, config, load_file(require_regular(folder / _WEIGHTS))
     except FileNotFoundError as error:
         cure = f"`export {folder} OUT` and give OUT" if (folder / "config.yaml").exists() else "`export RUN OUT`"
         raise ConfigError(f"{folder} holds no exported encoder; make one with {cure}") from error
-    except (json.JSONDecodeError, KeyError, SafetensorError) as error:
-        raise ConfigError(f"{folder} is damaged ({error}); export or import it again") from error
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is damaged ({shown(str(error))}); export or import it again") from error
 
 
 def initialise_from(folder: Path, beit: Beit, vocabulary: int) -> str:

@@ -14,15 +14,20 @@ no manifest lists an index, nothing else tells a damaged one from a whole one.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from beitforge.shards.errors import ShardError
-from beitforge.shards.storage.files import open_tensors, write_tensors
+from beitforge.shards.errors import Damaged
+from beitforge.shards.storage.reading import OpenFile, forget
+from beitforge.shards.storage.retry import reread, retry
+from beitforge.shards.storage.tensors import MOST_HEADER, TensorFile, write_tensors
 
 SUFFIX = ".index.safetensors"
 DIGEST = "digest"
+MOST_IMAGE = 1 << 31  # bytes
+_MOST_KEY = 4096  # bytes of a key, on average
 
 FLAG_JPEG, FLAG_PNG, FLAG_WEBP = 1, 2, 4
 FLAG_PROGRESSIVE, FLAG_NOT_RGB, FLAG_ROTATED, FLAG_ANIMATED = 8, 16, 32, 64  # ROTATED: an EXIF turn not yet applied
@@ -65,33 +70,103 @@ class IndexRow:
     flags: int
 
 
-@dataclass(frozen=True)
-class Index:
-    """The columns of one shard, mapped. Row i is sample i of the tar."""
+class Row(NamedTuple):
+    """What reading a sample asks of its row."""
 
-    path: Path
-    columns: dict[str, np.ndarray]
-    metadata: dict[str, str]
+    key_hash: int
+    image_offset: int
+    image_size: int
+    image_xxh3: int
+    width: int
+    height: int
+    mean_grey: float
+    label: int
+    flags: int
+
+
+_RECORD = np.dtype([(name, COLUMNS[name]) for name in Row._fields])
+
+
+class Index:
+    """The index of one shard, open: a row is read when it is asked for, and has to be part of what `digest`, the
+    xxh3-128 of the whole file, was made of. Row i is sample i of the tar.
+
+    `columns` are read row by row; an attribute of a column's name is the whole column, read anew each time.
+    """
+
+    def __init__(self, file: TensorFile):
+        """Raises Damaged where the file is no index."""
+        self.path, self.columns, self.metadata, self.digest = file.path, file.tensors, file.metadata, file.digest
+        self._bytes, self._read = file.bytes, file.bytes.read
+        cure = "make it again with `index`"
+        for name, dtype in {**COLUMNS, "key_end": np.uint64, "key_text": np.uint8}.items():
+            column = self.columns.get(name)
+            if column is None or column.dtype != dtype or len(column.shape) != 1:
+                raise Damaged(f"{self.path} has no column {name} of type {np.dtype(dtype)}: {cure}")
+            if name != "key_text" and len(column) != len(self):
+                raise Damaged(f"{self.path} has columns of unequal length ({name}): {cure}")
+        ends = self.columns["key_end"].whole()
+        if np.any(ends[1:] < ends[:-1]) or int(ends[-1] if len(ends) else 0) != len(self.columns["key_text"]):
+            raise Damaged(f"{self.path}: where its keys end cannot be: {cure}")
 
     def __len__(self) -> int:
         return len(self.columns["key_hash"])
 
     def __getattr__(self, name: str) -> np.ndarray:
         if name in COLUMNS:
-            return self.columns[name]
+            return self.columns[name].whole()
         raise AttributeError(name)
 
     @property
     def whole(self) -> bool:
         """Whether it is as it was written, by its own digest; those of earlier versions carry none, and are not."""
         others = {name: value for name, value in self.metadata.items() if name != DIGEST}
-        return self.metadata.get(DIGEST) == _digest(self.columns, others)
+        return self.metadata.get(DIGEST) == _digest(
+            {name: column.whole() for name, column in self.columns.items()}, others
+        )
+
+    def row(self, row: int) -> Row:
+        """What the columns say of a row. Raises IndexError, and as `rows` does."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return Row(*self.rows(row, row + 1)[0].item())
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """What the columns say of the rows from `first` on to before `last`, or to the end: a record of Row's fields
+        each. Raises as shards.storage.tensors.Checked.read does."""
+        found = np.empty(max(0, min(last, len(self)) - first), _RECORD)
+        for name in Row._fields:
+            column = self.columns[name]
+            size = column.dtype.itemsize
+            found[name] = np.frombuffer(self._read(len(found) * size, column.start + first * size), column.dtype)
+        return found
 
     def key(self, row: int) -> str:
         """The sample's key, for people; code compares key_hash."""
-        ends = self.columns["key_end"]
-        start = int(ends[row - 1]) if row else 0
-        return bytes(self.columns["key_text"][start : int(ends[row])]).decode("utf-8", "surrogateescape")
+        ends, text = self.columns["key_end"].start, self.columns["key_text"].start
+        first, last = max(0, row - 1), row  # of the ends that say where it is
+        found = np.frombuffer(self._bytes.certain(8 * (last - first + 1), ends + 8 * first), np.uint64).tolist()
+        start = found[0] if row else 0
+        key = self._bytes.certain(found[-1] - start, text + start)
+        return key.decode("utf-8", "surrogateescape")
+
+    def check_places(self, tar_bytes: int) -> None:
+        """Raises Damaged unless the images lie one behind the other within a tar of `tar_bytes`."""
+        offsets, sizes = self.image_offset, self.image_size
+        beyond = np.flatnonzero((sizes > min(tar_bytes, MOST_IMAGE)) | (offsets > tar_bytes))
+        if not len(beyond):
+            ends = offsets + sizes
+            beyond = np.flatnonzero((ends > tar_bytes) | (ends > np.append(offsets[1:], np.uint64(tar_bytes))))
+        if len(beyond):
+            raise Damaged(
+                f"{self.path}: the image of row {beyond[0]}, {sizes[beyond[0]]} bytes from {offsets[beyond[0]]} on, "
+                f"cannot lie in a tar of {tar_bytes} bytes: make the index again with `index`"
+            )
+
+
+def most_bytes(samples: int) -> int:
+    """More than an index of that number of samples ever has; their keys are paths."""
+    return MOST_HEADER + samples * (len(COLUMNS) * 8 + 8 + _MOST_KEY)
 
 
 def index_path(folder: Path, name: str) -> Path:
@@ -118,12 +193,19 @@ def _digest(columns: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
     return state.hexdigest()
 
 
-def open_index(path: Path) -> Index:
-    """Map an index. Raises ShardError when it is missing, damaged, or of another layout."""
-    columns, metadata = open_tensors(path)
-    for name, dtype in {**COLUMNS, "key_end": np.uint64, "key_text": np.uint8}.items():
-        if name not in columns or columns[name].dtype != dtype:
-            raise ShardError(f"{path} has no column {name} of type {np.dtype(dtype)}: make it again with `index`")
-        if name != "key_text" and len(columns[name]) != len(columns["key_hash"]):
-            raise ShardError(f"{path} has columns of unequal length ({name}): make it again with `index`")
-    return Index(path, columns, metadata)
+def open_index(source: Path | OpenFile) -> Index:
+    """Open an index, reading it through once. Raises ShardError when it is missing, damaged, or of another layout, or
+    its disk fails."""
+    if isinstance(source, OpenFile):
+        return Index(TensorFile(source))
+    return retry(lambda: reread(lambda: Index(TensorFile(source)), lambda: forget(source)), str(source))
+
+
+def read_columns(paths: list[Path], names: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
+    """By name the columns of many indexes, which need not be open all at once. Raises as open_index does."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for path in paths:
+        index = open_index(path)
+        for name in names:
+            found[name].append(getattr(index, name))
+    return found

@@ -4,24 +4,29 @@ Schema 1. An image set lists its tars and their indexes; a token set lists its s
 digest of the image shard it was made from.
 """
 
-import contextlib
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import xxhash
 
-from beitforge.shards.errors import ShardError
+from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.storage.files import write_text
-from beitforge.shards.storage.remote import FETCHES, Missing, Remote, is_url
+from beitforge.shards.storage.reading import forget, parse_json, read_whole
+from beitforge.shards.storage.remote import Missing, Remote, is_url
+from beitforge.shards.storage.retry import reread, retry
 from beitforge.shards.storage.staging import refuse_other_file
 from beitforge.shards.wording import with_article
 
 SCHEMA = 1
 NAME = "manifest.json"
 
+_MOST_BYTES = 1 << 26  # of a manifest: over 300,000 shards
+_MOST_NAME = 200  # bytes of a shard's name
+_MOST_VOCABULARY = 1 << 16  # tokens are u16
 _LEAST_BYTES = 512  # of a sample in a tar: the header of its image
 
 
@@ -66,6 +71,8 @@ class TokenShard:
     image_digest: str
     checks_digest: str = ""
 
+
+_ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 Entry = TypeVar("Entry", ImageShard, TokenShard)
 
@@ -117,8 +124,21 @@ def _entries(kind: type[Entry], content: object) -> list[Entry]:
     for entry in entries:
         for field in dataclasses.fields(entry):
             value = getattr(entry, field.name)
-            _demand(_is_count(value) if field.type is int else isinstance(value, str), field.name, value)
+            _demand(_is_count(value) if field.type is int else is_plain(value), field.name, value)
+        _demand(is_file_name(entry.name), "name", entry.name)
+    _demand(len({entry.name for entry in entries}) == len(entries), "shards", "a list that has a name twice")
+    _demand(_is_count(sum(entry.samples for entry in entries)), "samples", "more than can be counted")
     return entries
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a shard may have this name: that of a file in the set's own folder, which can be printed."""
+    return is_plain(name) and "/" not in name and name not in ("", ".", "..") and len(name.encode()) <= _MOST_NAME
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a text on one line that every terminal and file system takes."""
+    return isinstance(value, str) and _ODD.search(value) is None
 
 
 def _is_count(value: object) -> bool:
@@ -130,30 +150,35 @@ def _demand(holds: bool, name: str, value: object) -> None:
         raise TypeError(f"{name} is {str(value)[:40]!r}")
 
 
-def _read_object(path: Path) -> dict | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _read(folder: Path | str, kind: str, cure: str) -> dict:
     path = f"{folder}/{NAME}"
     if not is_url(folder) and not Path(folder).is_dir():
         raise ShardError(f"{folder} does not exist; {with_article(kind[:-1])} shard set is expected there: {cure}")
-    try:
-        content = _fetched(Remote(str(folder))) if is_url(folder) else json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, Missing) as error:
-        raise ShardError(f"{folder} has no {NAME}, so it is unfinished: {cure}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path} is damaged ({error}): {cure}") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ShardError(f"{path} is not of schema {SCHEMA}, the one this version reads: {cure}")
-    if content.get("digest", "") not in ("", _digest(content)):
-        raise ShardError(f"{path} is damaged (its digest differs): {cure}")
+
+    def once() -> dict:
+        """Its content; Damaged where it is not as it was written, which may be the reading's doing."""
+        remote = Remote(str(folder)) if is_url(folder) else None
+        data = remote.whole(NAME, _MOST_BYTES) if remote else read_whole(Path(path), _MOST_BYTES)
+        try:
+            content = parse_json(data)
+            if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+                raise Damaged(f"it is not of schema {SCHEMA}, the one this version reads")
+            if content.get("digest", "") not in ("", _digest(content)):
+                raise Damaged("its digest differs")
+        except (Damaged, RecursionError) as error:
+            raise Damaged(f"{path} is damaged, or of another version ({error}): {cure}") from error
+        return content
+
+    def read() -> dict:
+        try:
+            return reread(once, None if is_url(folder) else lambda: forget(Path(path)))
+        except (FileNotFoundError, Missing) as error:
+            raise ShardError(f"{folder} has no {NAME}, so it is unfinished: {cure}") from error
+
+    content = retry(read, path)
     if content.get("kind") != kind:
-        raise ShardError(f"{folder} holds {content.get('kind')}, not {kind}: give the folder of the {kind}")
+        held = str(content.get("kind"))[:40]
+        raise ShardError(f"{folder} holds {held}, not {kind}: give the folder of the {kind}")
     return content
 
 
@@ -161,16 +186,6 @@ def _digest(content: dict) -> str:
     """xxh3-128 of everything else in a manifest; those of earlier versions have none."""
     others = {name: value for name, value in content.items() if name != "digest"}
     return xxhash.xxh3_128_hexdigest(json.dumps(others, sort_keys=True).encode())
-
-
-def _fetched(remote: Remote) -> object:
-    """A remote manifest; one that comes damaged is fetched again."""
-    for _ in range(FETCHES - 1):
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            content = json.loads(remote.whole(NAME))
-            if not isinstance(content, dict) or content.get("digest", "") in ("", _digest(content)):
-                return content
-    return json.loads(remote.whole(NAME))
 
 
 def kind_of(folder: Path) -> str:
@@ -181,10 +196,14 @@ def kind_of(folder: Path) -> str:
         if below:
             raise ShardError(f"{folder} is no shard set itself, but {', '.join(below)} in it are: give one of them")
         raise ShardError(f"{folder} has no {NAME}, so it is unfinished: run the command that makes it again")
-    content = _read_object(path) if folder.is_dir() else None
-    if content is None or content.get("kind") not in ("images", "tokens"):
+    try:
+        content = parse_json(read_whole(path, _MOST_BYTES)) if folder.is_dir() else None
+    except (OSError, Damaged):
+        content = None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind not in ("images", "tokens"):
         raise ShardError(f"{path} is missing, damaged, or of another program: give the folder of a shard set")
-    return content["kind"]
+    return str(kind)
 
 
 def read_image_manifest(folder: Path | str) -> ImageManifest:
@@ -199,7 +218,7 @@ def read_image_manifest(folder: Path | str) -> ImageManifest:
         _demand(isinstance(classes, list) and all(isinstance(name, str) for name in classes), "classes", classes)
         _demand(isinstance(made_by, dict), "made_by", made_by)
         return ImageManifest(shards=shards, classes=classes, made_by=made_by)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{folder}/{NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error
 
 
@@ -214,8 +233,8 @@ def read_token_manifest(folder: Path | str) -> TokenManifest:
             _demand(isinstance(fields[key], dict), key, fields[key])
         grid, vocabulary = fields["tokenizer"]["grid"], fields["tokenizer"]["vocabulary"]
         _demand(isinstance(grid, list) and len(grid) == 2 and all(map(_is_count, grid)), "tokenizer.grid", grid)
-        _demand(_is_count(vocabulary), "tokenizer.vocabulary", vocabulary)
+        _demand(_is_count(vocabulary) and vocabulary <= _MOST_VOCABULARY, "tokenizer.vocabulary", vocabulary)
         _demand(_is_count(fields["num_views"]), "num_views", fields["num_views"])
         return TokenManifest(shards=_entries(TokenShard, content["shards"]), **fields)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{folder}/{NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error

@@ -6,23 +6,30 @@ image could not be read, its rows are zeros and the stream substitutes it) · ch
 of each row, which sets of earlier versions lack. View-major, so that more views can follow.
 """
 
+import functools
+from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
 
-from beitforge.shards.errors import ShardError
+from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.format.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
 from beitforge.shards.format.views import FIELDS, Views
 from beitforge.shards.storage.cache import Cache
-from beitforge.shards.storage.files import file_digest, open_files, open_tensors, write_tensors
+from beitforge.shards.storage.files import open_files
+from beitforge.shards.storage.reading import OpenFile, forget
 from beitforge.shards.storage.remote import Kept, Remote, is_url
-from beitforge.shards.storage.retry import retry
+from beitforge.shards.storage.retry import anew, reread, retry
+from beitforge.shards.storage.tensors import MOST_HEADER, TensorFile, write_tensors
+
+Value = TypeVar("Value")
 
 _CURE = "run `tokenize` again with this image set, or point data.tokens at the folder made from it"
+CHECKS = "checks"
+_ROW_BYTES = 64  # of a view of an image, and of an image, beside its tokens: more than there are
 _DTYPES = {
     "tokens": np.uint16,
     "boxes": np.uint32,
@@ -34,32 +41,90 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
 class OpenTokenShard:
-    """One mapped token file. `checks` is None in files of earlier versions."""
+    """One token file, open: rows are read when they are asked for. An attribute of a tensor's name is all of it, read
+    anew each time; `views` are the records."""
 
-    path: Path
-    tokens: np.ndarray
-    views: Views
-    keys: np.ndarray
-    bad: np.ndarray
-    checks: np.ndarray | None
-    metadata: dict[str, str]
+    def __init__(self, file: TensorFile):
+        """Raises Damaged where the file is no token file."""
+        self.file, self.path, self.metadata = file, file.path, file.metadata
+        self._tensors = tensors = file.tensors
+        for name, dtype in _DTYPES.items():
+            if name not in tensors or tensors[name].dtype != dtype:
+                raise Damaged(f"{self.path} has no tensor {name} of type {np.dtype(dtype)}: {_CURE}")
+        self.shape = tensors["tokens"].shape
+        if len(self.shape) != 3:
+            raise Damaged(f"{self.path}: tokens has shape {self.shape}, not views, samples, patches: {_CURE}")
+        num_views, samples = self.shape[:2]
+        shapes = {"boxes": (num_views, samples, 4), "jitters": (num_views, samples, 3), "keys": (samples,)}
+        shapes |= {"flips": (num_views, samples), "orders": (num_views, samples), "bad": (samples,)}
+        shapes |= {CHECKS: (num_views, samples)} if CHECKS in tensors else {}
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
+                raise Damaged(
+                    f"{self.path}: {name} has shape {tensors[name].shape}, its tokens ask for {shape}: {_CURE}"
+                )
+        if CHECKS in tensors and tensors[CHECKS].dtype != np.uint64:
+            raise Damaged(f"{self.path}: {CHECKS} is of type {tensors[CHECKS].dtype}: {_CURE}")
+        parts = [tensors[name] for name in ("tokens", *FIELDS)]
+        self._places = [(tensor.start, tensor.rows[2], tensor.dtype) for tensor in parts]
+        self._bad, self._checks = tensors["bad"].start, tensors[CHECKS].start if self.has_checks else None
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name in ("tokens", "keys", "bad"):
+            return self._tensors[name].whole()
+        raise AttributeError(name)
 
     @property
+    def views(self) -> Views:
+        return Views(*(self._tensors[name].whole() for name in FIELDS))
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether rows have checksums: not in files of earlier versions."""
+        return CHECKS in self._tensors
+
+    @functools.cached_property
     def checks_digest(self) -> str:
         """xxh3-128 of the rows' checksums; empty where there are none."""
-        return "" if self.checks is None else xxhash.xxh3_128_hexdigest(self.checks.tobytes())
+        return xxhash.xxh3_128_hexdigest(self._tensors[CHECKS].whole().tobytes()) if self.has_checks else ""
+
+    def is_bad(self, row: int) -> bool:
+        """Whether `tokenize` could not read the image of a row: that is seldom so, and looked at closely. Raises as
+        `row` does."""
+        marked = self.file.bytes.read(1, self._bad + row) != b"\0"
+        return marked and self._checked(0, row)[1] != b"\0"
 
     def row(self, view: int, row: int) -> "TokenRow":
-        """One image's tokens u16 [patches] and record. Raises ShardError when they are not what was written."""
-        found = TokenRow(self.tokens[view, row], *(getattr(self.views, name)[view, row] for name in FIELDS))
-        if self.checks is not None and found.check(self.bad[row]) != int(self.checks[view, row]):
-            raise ShardError(
-                f"{self.path}: view {view} of row {row} is damaged (its checksum differs): restore the file, or remove "
-                "it and the manifest and run `tokenize` again"
-            )
-        return found
+        """One image's tokens u16 [patches] and record, read again where they are not what was written. Raises Damaged
+        when they stay so; EOFError and OSError when the file cannot be read."""
+        parts, _ = self._checked(view, row)
+        arrays = [np.frombuffer(part, dtype) for part, (_, _, dtype) in zip(parts, self._places, strict=True)]
+        tokens, boxes, flips, jitters, orders = arrays
+        return TokenRow(tokens, boxes, flips[0], jitters, orders[0])
+
+    def _checked(self, view: int, row: int) -> tuple[list[bytes], bytes]:
+        """The bytes of a row's tokens and record, and of its mark."""
+
+        num_views, samples = self.shape[:2]
+        if not (0 <= view < num_views and 0 <= row < samples):
+            raise IndexError(f"view {view} of {num_views}, row {row} of {samples}")
+        bytes_of, place = self.file.bytes.read, view * samples + row
+
+        def read() -> tuple[list[bytes], bytes]:
+            parts = [bytes_of(size, start + place * size) for start, size, _ in self._places]
+            mark = bytes_of(1, self._bad + row)
+            if self._checks is not None:
+                written = int.from_bytes(bytes_of(8, self._checks + place * 8), "little")
+                if xxhash.xxh3_64_intdigest(b"".join([*parts, mark])) != written:
+                    self.file.bytes.file.forget()
+                    raise Damaged(
+                        f"view {view} of row {row} of {self.path} is damaged (its checksum differs): restore the "
+                        "file, or remove it and the manifest and run `tokenize` again"
+                    )
+            return parts, mark
+
+        return reread(read)
 
 
 class TokenRow(NamedTuple):
@@ -93,24 +158,12 @@ def write_token_shard(
     write_tensors(path, {**tensors, "checks": checks}, metadata)
 
 
-def open_token_shard(path: Path) -> OpenTokenShard:
-    """Map one token file. Raises ShardError when it is missing, damaged, or its tensors do not fit each other."""
-    tensors, metadata = open_tensors(path)
-    for name, dtype in _DTYPES.items():
-        if name not in tensors or tensors[name].dtype != dtype:
-            raise ShardError(f"{path} has no tensor {name} of type {np.dtype(dtype)}: {_CURE}")
-    if tensors["tokens"].ndim != 3:
-        raise ShardError(f"{path}: tokens has shape {tensors['tokens'].shape}, not views, samples, patches: {_CURE}")
-    num_views, samples = tensors["tokens"].shape[:2]
-    shapes = {"boxes": (num_views, samples, 4), "jitters": (num_views, samples, 3), "keys": (samples,)}
-    shapes |= {"flips": (num_views, samples), "orders": (num_views, samples), "bad": (samples,)}
-    shapes |= {"checks": (num_views, samples)} if "checks" in tensors else {}
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise ShardError(f"{path}: {name} has shape {tensors[name].shape}, its tokens ask for {shape}: {_CURE}")
-    views = Views(*(tensors[name] for name in FIELDS))
-    checks = tensors.get("checks")
-    return OpenTokenShard(path, tensors["tokens"], views, tensors["keys"], tensors["bad"], checks, metadata)
+def open_token_shard(source: Path | OpenFile) -> OpenTokenShard:
+    """Open one token file. Raises ShardError when it is missing, damaged, its tensors do not fit each other, or its
+    disk fails."""
+    if isinstance(source, OpenFile):
+        return OpenTokenShard(TensorFile(source))
+    return retry(lambda: reread(lambda: OpenTokenShard(TensorFile(source)), lambda: forget(source)), str(source))
 
 
 def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | str) -> None:
@@ -132,7 +185,7 @@ def check_rows(name: str, keys: np.ndarray, image_keys: np.ndarray) -> None:
     """Refuse a token file whose rows are not the image shard's rows. keys, image_keys: u64 [samples]."""
     if len(keys) != len(image_keys) or not np.array_equal(keys, image_keys):
         wrong = int(np.argmax(keys != image_keys)) if len(keys) == len(image_keys) else min(len(keys), len(image_keys))
-        raise ShardError(f"{name}: the token rows are not the images' rows (first difference in row {wrong}): {_CURE}")
+        raise Damaged(f"{name}: the token rows are not the images' rows (first difference in row {wrong}): {_CURE}")
 
 
 class TokenSet:
@@ -144,19 +197,38 @@ class TokenSet:
         self.manifest: TokenManifest = read_token_manifest(where)
         self._cache = cache
         self._open: dict[int, OpenTokenShard] = {}
-        self._whole: set[int] = set()
+        self._sums: dict[int, array] = {}  # of files that were read through
         if isinstance(self.folder, Remote) and cache is None:
             raise ShardError(f"{where} is a URL, which is read through a cache on this machine only")
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_open": {}, "_whole": set()}
+        return {**vars(self), "_open": {}, "_sums": {}}
 
-    def shard(self, number: int, image_keys: np.ndarray) -> OpenTokenShard:
-        """Shard `number`, checked against the manifest and the image shard's keys (u64 [samples]) when first opened."""
+    def shard(self, number: int, image_keys: np.ndarray | Callable[[], np.ndarray]) -> OpenTokenShard:
+        """Shard `number`, checked against the manifest and the image shard's keys (u64 [samples], or what gives them)
+        when first opened. Raises ShardError."""
+        return self._anew(number, lambda: self._shard(number, image_keys))
+
+    def row(self, number: int, image_keys: Callable[[], np.ndarray], view: int, row: int) -> TokenRow:
+        """A row of shard `number`. Raises ShardError."""
+        return self._anew(number, lambda: self._shard(number, image_keys).row(view, row))
+
+    def is_bad(self, number: int, image_keys: Callable[[], np.ndarray], row: int) -> bool:
+        """Whether `tokenize` could not read the image of a row. Raises ShardError."""
+        return self._anew(number, lambda: self._shard(number, image_keys).is_bad(row))
+
+    def _anew(self, number: int, read: Callable[[], Value]) -> Value:
+        def forget() -> None:
+            self._open.pop(number, None)
+            self._sums.pop(number, None)
+
+        return anew(read, forget, f"{self.folder}/{self._name(number)}")
+
+    def _shard(self, number: int, image_keys: np.ndarray | Callable[[], np.ndarray]) -> OpenTokenShard:
         opened = self._open.get(number)
         if opened is None:
-            name = f"{self.folder}/{self._name(number)}"
-            opened = retry(lambda: self.opened(number, lambda path: self._checked(number, path, image_keys)), name)
+            keys = image_keys() if callable(image_keys) else image_keys
+            opened = reread(lambda: self._opened(number, lambda source: self._checked(number, source, keys)))
             self._open[number] = opened
             if len(self._open) > open_files(each=4):
                 del self._open[next(iter(self._open))]
@@ -165,35 +237,50 @@ class TokenSet:
     def _name(self, number: int) -> str:
         return token_path(Path(), self.manifest.shards[number].name).name
 
-    def opened(self, number: int, open_: Callable[[Path], OpenTokenShard]) -> OpenTokenShard:
-        """What `open_` makes of the file of shard `number`; a remote one is fetched."""
+    def opened(self, number: int) -> OpenTokenShard:
+        """The file of shard `number`, checked against the manifest alone; a remote one is fetched."""
+        return self._anew(number, lambda: self._opened(number, lambda source: self._fitting(number, source)))
+
+    def _opened(self, number: int, open_: Callable[[Path | OpenFile], OpenTokenShard]) -> OpenTokenShard:
         if not isinstance(self.folder, Remote):
             return open_(self.folder / self._name(number))
         assert self._cache is not None, "a remote set has a cache"
         kept = Kept(self.folder, self._cache, self.manifest.fingerprint[:16])
-        return kept.open(self._name(number), self.manifest.shards[number].digest, open_)
+        num_views, samples, patches = self._shape(number)
+        most = MOST_HEADER + samples * (num_views * (2 * patches + _ROW_BYTES) + _ROW_BYTES)
+        return kept.open(self._name(number), self.manifest.shards[number].digest, most, open_)
 
-    def _checked(self, number: int, path: Path, image_keys: np.ndarray) -> OpenTokenShard:
-        entry, opened = self.manifest.shards[number], open_token_shard(path)
+    def _shape(self, number: int) -> tuple[int, int, int]:
         rows, columns = self.manifest.tokenizer["grid"]
-        shape = (self.manifest.num_views, entry.samples, rows * columns)
-        if opened.tokens.shape != shape:
-            raise ShardError(f"{path} holds tokens of shape {opened.tokens.shape}, its manifest says {shape}: {_CURE}")
-        check_rows(str(path), opened.keys, image_keys)
-        self._check_contents(number, path, opened)
+        return self.manifest.num_views, self.manifest.shards[number].samples, rows * columns
+
+    def _fitting(self, number: int, source: Path | OpenFile) -> OpenTokenShard:
+        opened, shape = OpenTokenShard(TensorFile(source)), self._shape(number)
+        if opened.shape != shape:
+            raise Damaged(f"{opened.path} holds tokens of shape {opened.shape}, its manifest says {shape}: {_CURE}")
         return opened
 
-    def _check_contents(self, number: int, path: Path, opened: OpenTokenShard) -> None:
+    def _checked(self, number: int, source: Path | OpenFile, image_keys: np.ndarray) -> OpenTokenShard:
+        opened = self._fitting(number, source)
+        check_rows(str(opened.path), opened.keys, image_keys)
+        self._check_contents(number, opened)
+        return opened
+
+    def _check_contents(self, number: int, opened: OpenTokenShard) -> None:
         """The manifest vouches for the rows' checksums, and they for each row that is read. Files of earlier versions
-        are read through, once a process: a wrong token looks like any other."""
-        entry = self.manifest.shards[number]
+        are read through, once a process, and every row has to be part of that: a wrong token looks like any other."""
+        entry, contents = self.manifest.shards[number], opened.file.bytes
         if entry.checks_digest:
             whole = opened.checks_digest == entry.checks_digest
+        elif number in self._sums and contents.fits(self._sums[number]):
+            contents.sums, whole = self._sums[number], True
         else:
-            whole = number in self._whole or file_digest(path) == entry.digest
+            whole = opened.file.digest == entry.digest
         if not whole:
-            raise ShardError(f"{path} is damaged, or not the file its manifest lists (digest differs): {_CURE}")
-        self._whole.add(number)
+            contents.file.forget()
+            raise Damaged(f"{opened.path} is damaged, or not the file its manifest lists (digest differs): {_CURE}")
+        if contents.sums is not None:
+            self._sums[number] = contents.sums
 
 
 def token_shard_entry(folder: Path, name: str, image_digest: str) -> TokenShard:
@@ -203,7 +290,7 @@ def token_shard_entry(folder: Path, name: str, image_digest: str) -> TokenShard:
     return TokenShard(
         name=name,
         samples=len(opened.keys),
-        digest=file_digest(path),
+        digest=opened.file.digest,
         image_digest=image_digest,
         checks_digest=opened.checks_digest,
     )
@@ -214,6 +301,6 @@ def token_counts(tokens: TokenSet, at_most_shards: int = 64) -> np.ndarray:
     shards = len(tokens.manifest.shards)
     counts = np.zeros(tokens.manifest.tokenizer["vocabulary"], dtype=np.int64)
     for number in range(0, shards, -(-shards // at_most_shards)):
-        found = tokens.opened(number, open_token_shard).tokens
+        found = tokens.opened(number).tokens
         counts += np.bincount(found.reshape(-1), minlength=len(counts))
     return counts

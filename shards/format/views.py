@@ -91,6 +91,12 @@ def draw_views(
     )
 
 
+def impossible(views: Views) -> np.ndarray:
+    """bool […]: the records that no policy gives, whatever the image."""
+    factors = np.isfinite(views.jitters) & (views.jitters >= 0)
+    return (views.flips > 1) | (views.orders >= len(JITTER_ORDERS)) | ~factors.all(axis=-1)
+
+
 def unclipped_limits(views: Views, mean_greys: np.ndarray) -> np.ndarray:
     """u8 […, 2]: the lowest and highest value a grey pixel may have for no operation of its view's jitter to clip it.
 

@@ -15,7 +15,7 @@ from beitforge.shards.format.index import (
     FLAG_ROTATED,
     FLAG_WEBP,
     index_path,
-    open_index,
+    read_columns,
 )
 from beitforge.shards.format.manifest import read_image_manifest, read_token_manifest
 from beitforge.shards.format.tokens import open_token_shard, token_path
@@ -38,11 +38,9 @@ def image_stats(folder: Path) -> dict:
     Raises ShardError when there is no finished image set in `folder`.
     """
     manifest = read_image_manifest(folder)
-    indexes = [open_index(index_path(folder, entry.name)) for entry in manifest.shards]
-    columns = {
-        name: np.concatenate([index.columns[name] for index in indexes])
-        for name in ("flags", "label", "width", "height", "image_size")
-    }
+    paths = [index_path(folder, entry.name) for entry in manifest.shards]
+    found = read_columns(paths, ("flags", "label", "width", "height", "image_size"))
+    columns = {name: np.concatenate(parts) for name, parts in found.items()}
     flags = columns["flags"]
     sides = {name: columns[name][(flags & FLAG_BAD) == 0] for name in ("width", "height")}
     labels, counts = np.unique(columns["label"][(flags & FLAG_LABELLED) != 0], return_counts=True)
@@ -87,9 +85,10 @@ def token_stats(folder: Path) -> dict:
         path = token_path(folder, entry.name)
         shard = open_token_shard(path)
         size += path.stat().st_size
-        num_bad += int(np.count_nonzero(shard.bad))
+        bad = shard.bad
+        num_bad += int(np.count_nonzero(bad))
         for view in shard.tokens:
-            counts += np.bincount(view[shard.bad == 0].ravel(), minlength=len(counts))
+            counts += np.bincount(view[bad == 0].ravel(), minlength=len(counts))
     shares = counts[counts > 0] / max(1, counts.sum())
     return {
         "kind": "tokens",

@@ -10,7 +10,7 @@ import xxhash
 
 from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import FLAG_LABELLED, Index, index_path, open_index
+from beitforge.shards.format.index import COLUMNS, FLAG_LABELLED, Index, Row, index_path, open_index
 from beitforge.shards.format.manifest import ImageManifest, ImageShard, read_image_manifest
 from beitforge.shards.pack.adopt import find_twins
 from beitforge.shards.pack.tar_scan import (
@@ -24,7 +24,7 @@ from beitforge.shards.pack.tar_scan import (
     read_samples,
 )
 from beitforge.shards.progress import Progress
-from beitforge.shards.storage.files import file_digest
+from beitforge.shards.storage.reading import file_digest
 from beitforge.shards.workers import Beat, each_shard, in_megabytes
 
 Report = Callable[[str], None]
@@ -65,12 +65,13 @@ def _check_set(folder: Path, manifest: ImageManifest) -> Iterator[str]:
     for path in sorted(folder.glob("*.tar")):
         if path.name not in listed:
             yield f"{path} is not in the manifest, but a reader of *.tar would read it: move it away, or run `index`"
-    indexes = []
-    for entry in manifest.shards:
+    paths, key_hashes = [], []
+    for path in (index_path(folder, entry.name) for entry in manifest.shards):
         with contextlib.suppress(ShardError):
-            indexes.append(open_index(index_path(folder, entry.name)))
-    if indexes:
-        yield from (f"{folder}: {twins}" for twins in find_twins(indexes))
+            key_hashes.append(open_index(path).key_hash)
+            paths.append(path)
+    if paths:
+        yield from (f"{folder}: {twins}" for twins in find_twins(paths, key_hashes))
 
 
 def check_shard(job: CheckJob, beat: Beat) -> list[str]:
@@ -89,7 +90,7 @@ def check_shard(job: CheckJob, beat: Beat) -> list[str]:
             index = open_index(beside)
         except ShardError as error:
             return [*findings, str(error)]
-        if file_digest(beside) != entry.index_digest:
+        if index.digest != entry.index_digest:
             findings.append(f"{beside} is not the index the manifest lists (digest differs): run `index`")
         if len(index) != entry.samples:
             findings.append(f"{beside} has {len(index)} rows, the manifest says {entry.samples}: run `index`")
@@ -108,25 +109,27 @@ def _check_layout(tar: Path, index: Index) -> list[str]:
     findings = []
     if len(samples) != len(index):
         findings.append(f"{tar} holds {len(samples)} samples, its index {len(index)} rows")
+    columns = {name: getattr(index, name) for name in COLUMNS}
     with open(tar, "rb") as file:
         for row, sample in enumerate(samples[: len(index)]):
-            difference = _difference(sample, index, row, file.fileno(), tar)
+            key, facts = index.key(row), {name: column[row].item() for name, column in columns.items()}
+            difference = _difference(sample, key, facts, file.fileno(), tar)
             if difference:
-                findings.append(f"{tar} row {row} ({index.key(row)}): {difference}")
+                findings.append(f"{tar} row {row} ({key}): {difference}")
     return findings
 
 
-def _difference(sample: Sample, index: Index, row: int, descriptor: int, tar: Path) -> str:
-    """How a sample of the tar differs from its row, the image itself apart; "" where it does not."""
-    if sample.key != index.key(row) or hash_key(sample.key) != int(index.key_hash[row]):
+def _difference(sample: Sample, key: str, facts: dict[str, int], descriptor: int, tar: Path) -> str:
+    """How a sample of the tar differs from its row, key and columns, the image itself apart; "" where it does not."""
+    if sample.key != key or hash_key(sample.key) != facts["key_hash"]:
         return f"the tar has the key {sample.key} there"
     nowhere = TarMember(0, 0)
     places = {"label": sample.members.get(LABEL, nowhere), "json": sample.members.get(JSON, nowhere)}
     for member, place in {"image": sample.image, **places}.items():
-        listed = TarMember(int(index.columns[f"{member}_offset"][row]), int(index.columns[f"{member}_size"][row]))
+        listed = TarMember(facts[f"{member}_offset"], facts[f"{member}_size"])
         if place != listed:
             return f"its {member} lies at {place} in the tar, the index says {listed}"
-    if (LABEL in sample.members) != bool(int(index.flags[row]) & FLAG_LABELLED):
+    if (LABEL in sample.members) != bool(facts["flags"] & FLAG_LABELLED):
         return "the index disagrees with the tar on whether it has a label"
     if LABEL not in sample.members:
         return ""
@@ -134,7 +137,7 @@ def _difference(sample: Sample, index: Index, row: int, descriptor: int, tar: Pa
         label = read_label(read_member(descriptor, sample.members[LABEL], tar), f"{tar}: sample {sample.key}")
     except ShardError as error:
         return str(error)
-    return "" if label == int(index.label[row]) else f"its label is {label}, the index says {int(index.label[row])}"
+    return "" if label == facts["label"] else f"its label is {label}, the index says {facts['label']}"
 
 
 def _check_images(tar: Path, index: Index, decode: bool, tell: Beat) -> list[str]:
@@ -142,29 +145,30 @@ def _check_images(tar: Path, index: Index, decode: bool, tell: Beat) -> list[str
     findings = []
     with open(tar, "rb") as file:
         for row in range(len(index)):
-            place = TarMember(int(index.image_offset[row]), int(index.image_size[row]))
+            known = index.row(row)
+            place = TarMember(known.image_offset, known.image_size)
             where = f"{tar} row {row} ({index.key(row)})"
             try:
                 data = read_member(file.fileno(), place, tar)
             except ShardError as error:
                 findings.append(f"{where}: {error}")
                 continue
-            if xxhash.xxh3_64_intdigest(data) != int(index.image_xxh3[row]):
+            if xxhash.xxh3_64_intdigest(data) != known.image_xxh3:
                 findings.append(f"{where}: the image's bytes are not what was packed (checksum differs)")
-            elif decode and (difference := _decoded_difference(data, index, row)):
+            elif decode and (difference := _decoded_difference(data, known)):
                 findings.append(f"{where}: {difference}")
             tell(place.size)
     return findings
 
 
-def _decoded_difference(data: bytes, index: Index, row: int) -> str:
+def _decoded_difference(data: bytes, known: Row) -> str:
     facts = describe(data)
-    listed = int(index.flags[row]) & ~FLAG_LABELLED
+    listed = known.flags & ~FLAG_LABELLED
     for name, found, expected in (
         ("flags", facts.flags, listed),
-        ("width", facts.width, int(index.width[row])),
-        ("height", facts.height, int(index.height[row])),
-        ("mean grey", np.float32(facts.mean_grey), index.mean_grey[row]),
+        ("width", facts.width, known.width),
+        ("height", facts.height, known.height),
+        ("mean grey", np.float32(facts.mean_grey), np.float32(known.mean_grey)),
     ):
         if found != expected:
             return f"decoded here its {name} is {found}, the index says {expected}: run `index`, or check the decoder"

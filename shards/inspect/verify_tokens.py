@@ -13,7 +13,6 @@ from beitforge.shards.format.tokens import OpenTokenShard, check_pairing, check_
 from beitforge.shards.format.views import JITTER_ORDERS
 from beitforge.shards.inspect.verify import Report
 from beitforge.shards.progress import Progress
-from beitforge.shards.storage.files import file_digest
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.workers import Beat, each_shard
 
@@ -72,10 +71,10 @@ def check_token_shard(job: TokenJob, beat: Beat) -> list[str]:
     except ShardError as error:
         return [str(error)]
     findings = []
-    if file_digest(path) != job.entry.digest:
+    if shard.file.digest != job.entry.digest:
         findings.append(f"{path} is not the file the manifest lists (digest differs): tokenize it again")
-    if shard.tokens.shape != job.shape:
-        findings.append(f"{path} holds tokens of shape {shard.tokens.shape}, the manifest says {job.shape}")
+    if shard.shape != job.shape:
+        return [*findings, f"{path} holds tokens of shape {shard.shape}, the manifest says {job.shape}"]
     findings += [f"{path}: {finding}" for finding in _check_values(shard, job.vocabulary)]
     if job.paired:
         findings += _check_pair(path, shard, index_path(job.images, job.entry.name))
@@ -84,15 +83,15 @@ def check_token_shard(job: TokenJob, beat: Beat) -> list[str]:
 
 def _check_values(shard: OpenTokenShard, vocabulary: int) -> list[str]:
     """Values that no tokenizer and no view policy gives. Rows marked bad are zeros and not looked at."""
-    good = shard.bad == 0
-    views = shard.views
+    bad, views = shard.bad, shard.views
+    good = bad == 0
     checks = (
         (f"tokens of {vocabulary} or more, the vocabulary's size", shard.tokens >= vocabulary),
         ("crop boxes without area", views.boxes[:, good, 2:] == 0),
         ("flips other than 0 and 1", views.flips > 1),
         (f"jitter orders of {len(JITTER_ORDERS)} or more", views.orders >= len(JITTER_ORDERS)),
         ("jitter factors that are negative or not finite", ~(np.isfinite(views.jitters) & (views.jitters >= 0))),
-        ("marks for bad rows other than 0 and 1", shard.bad > 1),
+        ("marks for bad rows other than 0 and 1", bad > 1),
     )
     return [f"{int(wrong.sum())} {what}" for what, wrong in checks if wrong.any()]
 
@@ -110,9 +109,10 @@ def _check_pair(path: Path, shard: OpenTokenShard, index_file: Path) -> list[str
 def _check_boxes(path: Path, shard: OpenTokenShard, index: Index) -> list[str]:
     boxes = shard.views.boxes.astype(np.int64)
     right, bottom = boxes[:, :, 0] + boxes[:, :, 2], boxes[:, :, 1] + boxes[:, :, 3]
-    outside = (right > index.width) | (bottom > index.height)
+    widths, heights = index.width, index.height
+    outside = (right > widths) | (bottom > heights)
     return [
         f"{path}: view {view} of row {row} ({index.key(row)}) has the box {boxes[view, row].tolist()} (x, y, width, "
-        f"height), outside its image of {index.width[row]}x{index.height[row]}"
+        f"height), outside its image of {widths[row]}x{heights[row]}"
         for view, row in np.argwhere(outside).tolist()
     ]

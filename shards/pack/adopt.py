@@ -7,11 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import FLAG_BAD, FLAG_LABELLED, Index, index_path, open_index, write_index
+from beitforge.shards.format.index import (
+    FLAG_BAD,
+    FLAG_LABELLED,
+    SUFFIX,
+    index_path,
+    open_index,
+    read_columns,
+    write_index,
+)
 from beitforge.shards.format.manifest import (
     NAME,
     ImageManifest,
     ImageShard,
+    is_file_name,
     read_image_manifest,
     refuse_other_manifest,
     write_manifest,
@@ -19,7 +28,8 @@ from beitforge.shards.format.manifest import (
 from beitforge.shards.pack.pack import MARKER
 from beitforge.shards.pack.tar_scan import scan_tar
 from beitforge.shards.progress import Progress
-from beitforge.shards.storage.files import file_digest
+from beitforge.shards.storage.files import sweep_partials
+from beitforge.shards.storage.reading import file_digest
 from beitforge.shards.storage.staging import leftovers, refuse_other_file
 from beitforge.shards.workers import Beat, each_shard, in_megabytes
 
@@ -67,8 +77,7 @@ def adopt(folder: Path, num_workers: int) -> Adopted:
     refuse_other_manifest(folder)
     before = _manifest_before(folder)
     jobs = _jobs(folder, before)
-    for leftover in leftovers(folder):
-        leftover.unlink(missing_ok=True)
+    sweep_partials(leftovers(folder))
     megabytes = sum(job.tar.stat().st_size >> 20 for job in jobs)
     results: list[Indexed] = []
     with (
@@ -80,20 +89,22 @@ def adopt(folder: Path, num_workers: int) -> Adopted:
     shards = [entry for entry in entries if entry.samples]
     if not shards:
         raise ShardError(f"the {len(jobs)} tars in {folder} hold no sample: give the folder of an image set")
-    indexes = [open_index(index_path(folder, entry.name)) for entry in shards]
-    twins = find_twins(indexes)
+    paths = [index_path(folder, entry.name) for entry in shards]
+    columns = read_columns(paths, ("key_hash", "flags", "label"))
+    twins = find_twins(paths, columns["key_hash"])
+    flags = np.concatenate(columns["flags"])
     if twins:
         raise ShardError(f"{folder}: every sample must have a key of its own; {_first(twins)}: make the tars again")
     manifest = ImageManifest(
         shards=shards,
-        classes=before.classes if before else _classes(indexes),
+        classes=before.classes if before else _classes(flags, np.concatenate(columns["label"])),
         made_by=before.made_by if before else {"verb": "index"},
     )
     write_manifest(folder, manifest)
     return Adopted(
         manifest,
         kept=sum(result.kept for result in results),
-        num_bad=sum(int(np.count_nonzero(index.flags & FLAG_BAD)) for index in indexes),
+        num_bad=int(np.count_nonzero(flags & FLAG_BAD)),
         empty=[entry.name for entry in entries if not entry.samples],
     )
 
@@ -117,6 +128,11 @@ def _jobs(folder: Path, before: ImageManifest | None) -> list[ScanJob]:
     names = sorted(path.stem for path in folder.glob("*.tar") if path.is_file())
     if not names:
         raise ShardError(f"{folder} holds no .tar: give the folder of the tars, or make some with `pack`")
+    for name in names:
+        if not is_file_name(name):
+            raise ShardError(
+                f"{folder}: no manifest can list {name}.tar: give it a shorter name, of printing characters"
+            )
     for name in (name for name in names if name not in digests):
         refuse_other_file(index_path(folder, name), b'"image_xxh3"', b'"tar_digest"')
     return [ScanJob(folder, name, digests.get(name, "")) for name in names]
@@ -131,13 +147,8 @@ def index_tar(job: ScanJob, beat: Beat) -> Indexed:
         if not kept:
             rows = scan_tar(job.tar, tell)
             write_index(path, rows, {"tar_bytes": str(size), "tar_digest": digest})
-    entry = ImageShard(
-        name=job.name,
-        samples=len(open_index(path)),
-        bytes=size,
-        digest=digest,
-        index_digest=file_digest(path),
-    )
+    index = open_index(path)
+    entry = ImageShard(name=job.name, samples=len(index), bytes=size, digest=digest, index_digest=index.digest)
     return Indexed(entry, kept)
 
 
@@ -148,13 +159,13 @@ def _fits(path: Path, tar_digest: str, index_digest: str) -> bool:
     except ShardError:
         return False
     made_from_it = index.whole and index.metadata.get("tar_digest") == tar_digest
-    return made_from_it and index_digest in ("", file_digest(path))
+    return made_from_it and index_digest in ("", index.digest)
 
 
-def find_twins(indexes: list[Index]) -> list[str]:
-    """A line for every pair of samples of the set that share a key, or only its 64-bit hash."""
-    hashes = np.concatenate([index.key_hash for index in indexes])
-    ends = np.cumsum([len(index) for index in indexes])
+def find_twins(paths: list[Path], key_hashes: list[np.ndarray]) -> list[str]:
+    """A line for every pair of samples of the set that share a key, or only its 64-bit hash. Given are the indexes and
+    their column of that name."""
+    hashes, ends = np.concatenate(key_hashes), np.cumsum([len(found) for found in key_hashes])
     order = np.argsort(hashes, kind="stable")
     lines = []
     for same in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
@@ -162,8 +173,8 @@ def find_twins(indexes: list[Index]) -> list[str]:
         for sample in order[same : same + 2].tolist():
             shard = int(np.searchsorted(ends, sample, side="right"))
             row = sample - int(ends[shard - 1] if shard else 0)
-            names.append(f"{indexes[shard].path.name.split('.index.')[0]} row {row}")
-            keys.append(indexes[shard].key(row))
+            names.append(f"{paths[shard].name.removesuffix(SUFFIX)} row {row}")
+            keys.append(open_index(paths[shard]).key(row))
         what = f"key {keys[0]}" if keys[0] == keys[1] else f"keys {keys[0]} and {keys[1]} with the same hash"
         lines.append(f"{what} in {names[0]} and {names[1]}")
     return lines
@@ -174,10 +185,8 @@ def _first(twins: list[str]) -> str:
     return f"{len(twins)} pairs do not: {'; '.join(twins[:_SHOWN])}{more}"
 
 
-def _classes(indexes: list[Index]) -> list[str]:
+def _classes(flags: np.ndarray, labels: np.ndarray) -> list[str]:
     """The labels themselves as class names, 0 … largest; none unless every sample has a label from 0 on."""
-    flags = np.concatenate([index.flags for index in indexes])
-    labels = np.concatenate([index.label for index in indexes])
     if not np.all(flags & FLAG_LABELLED) or labels.min() < 0 or labels.max() >= _MOST_CLASSES:
         return []
     return [str(label) for label in range(int(labels.max()) + 1)]

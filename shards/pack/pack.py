@@ -18,7 +18,7 @@ from beitforge.shards.format.manifest import (
 from beitforge.shards.pack.plan import PackOptions, Plan, make_plan
 from beitforge.shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
 from beitforge.shards.progress import Progress
-from beitforge.shards.storage.files import write_text
+from beitforge.shards.storage.files import sweep_partials, write_text
 from beitforge.shards.storage.staging import leftovers
 from beitforge.shards.workers import each_shard
 
@@ -150,8 +150,8 @@ def _begin(plan: Plan) -> None:
     swept = _makers(plan.target, _folders(plan))
     write_text(plan.target / MARKER, json.dumps(plan.describe(), indent=1) + "\n")
     for folder in _folders(plan):
-        for leftover in leftovers(folder) if swept else []:
-            leftover.unlink(missing_ok=True)
+        if swept:
+            sweep_partials(leftovers(folder))
 
 
 def _difference(plan: Plan, made_by: dict) -> str:

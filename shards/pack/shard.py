@@ -11,7 +11,8 @@ from beitforge.shards.format.manifest import ImageShard
 from beitforge.shards.pack.encode import encode, read_file
 from beitforge.shards.pack.plan import ShardJob
 from beitforge.shards.pack.tar_scan import Facts, index_row, read_samples
-from beitforge.shards.storage.files import atomic_path, file_digest
+from beitforge.shards.storage.files import atomic_path
+from beitforge.shards.storage.reading import file_digest
 from beitforge.shards.workers import Beat
 
 # Any fixed time will do, but 0 makes GNU tar warn: 2020-01-01.
@@ -115,6 +116,6 @@ def finished_shard(job: ShardJob) -> PackedShard | None:
         samples=len(index),
         bytes=size,
         digest=metadata["tar_digest"],
-        index_digest=file_digest(path),
+        index_digest=index.digest,
     )
     return PackedShard(job.folder, entry, json.loads(metadata["rejected"]))

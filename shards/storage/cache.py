@@ -3,7 +3,11 @@
 An entry is a file that appears by rename: it is whole, or it is not there. Its place is SET/NAME below the cache's
 folder, SET being the fingerprint of the set it belongs to; nothing else in the folder is touched. When room is needed,
 that goes first which is used last; whole files (indexes, tokens), which all parts of a shard share, go after all parts,
-the least lately opened first.
+the least lately opened first. What is being fetched is a partial file, whose room counts and whose lock its process
+holds; one without is removed by whoever opens the cache or needs the room.
+
+The folder belongs to one user, and only that user can write it (shards.storage.own_folder); its files are opened
+below it, never by a path that somebody could turn elsewhere, and never through a link.
 """
 
 import contextlib
@@ -13,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-import time
+import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from beitforge.shards.errors import ShardError
-from beitforge.shards.storage.files import PARTIAL
+from beitforge.shards.storage.files import PARTIAL, is_abandoned
+from beitforge.shards.storage.own_folder import Folder, own_folder
+from beitforge.shards.storage.reading import OpenFile
 
 PART = ".part"  # an entry that is a part of a tar; others are whole files
 ALWAYS = float("-inf")  # in use before anything else
@@ -32,7 +38,6 @@ Uses = Callable[[list[str]], np.ndarray]
 _SET = re.compile(r"[0-9a-f]{16}")
 _LOCKS = 256
 _KEPT_SHARE = 0.95  # what is cleared out makes a little more room than asked for, so that it is rare
-_OLD_SECONDS = 3600.0
 _FAR = 2.0**50
 _log = logging.getLogger(__name__)
 
@@ -42,35 +47,41 @@ class Cache:
     ShardError where the folder fails."""
 
     def __init__(self, folder: Path, limit: int):
-        """limit: bytes, of all sets together; less where the disk has no room for them."""
+        """limit: bytes, of all sets together; less where the disk has no room for them. Raises ShardError for a folder
+        that others can change."""
         self.folder, self.limit = folder, limit
         with self._told():
-            (folder / ".locks").mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            self._top = own_folder(folder)
+            self._locks = self._top.inner(".locks", folder / ".locks")
             with self._locked("usage"):
-                used = sum(info.st_size for _, info in self._files())
+                used = sum(size for _, size, _ in self._files())  # without what dead processes left
                 self._write_used(used)
-            room = used + int(_KEPT_SHARE * shutil.disk_usage(folder).free)
+            room = used + int(_KEPT_SHARE * shutil.disk_usage(self._top.number).free)
         if room < limit:
             _log.warning("%s has room for %.1f GB, less than data.cache_gb: it takes no more", folder, room / 1e9)
             self.limit = room
 
+    def __reduce__(self) -> tuple:
+        return Cache, (self.folder, self.limit)
+
     def path(self, entry: str) -> Path:
+        """Where an entry is, for messages."""
         return self.folder / entry
+
+    def open(self, entry: str) -> OpenFile:
+        """An entry. Raises FileNotFoundError when it is not here."""
+        owner, _, name = entry.partition("/")
+        return OpenFile(self.path(entry), self._set(owner).file(name, os.O_RDONLY))
 
     def read(self, entry: str, start: int, size: int) -> bytes | None:
         """Bytes of an entry from `start` on, at most `size`; None when it is not here, or its disk fails."""
         try:
-            descriptor = os.open(self.path(entry), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return os.pread(descriptor, size, start)
-            finally:
-                os.close(descriptor)
-        except OSError:
+            return self.open(entry).up_to(size, start)
+        except (OSError, ShardError):
             return None
 
     def has(self, entry: str) -> bool:
-        return self.path(entry).exists()
+        return self._size(entry) is not None
 
     def keep_part(
         self, entry: str, size: int, fetch: Callable[[], bytes], uses: Uses | None = None, before: float = ALWAYS
@@ -83,72 +94,90 @@ class Cache:
         with self._told(), self._locked_entry(entry):
             if self.has(entry):
                 return True
-            partial = self._reserve(entry, size, uses, before, alone=uses is None)
-            if partial is not None:
-                self._fill(partial, entry, size, fetch)
-            return partial is not None
+            with self._reserved(entry, size, uses, before, alone=uses is None) as descriptor:
+                if descriptor is not None:
+                    _write(descriptor, fetch(), size)
+                return descriptor is not None
 
-    def keep_whole(self, entry: str, fetch: Callable[[], bytes], uses: Uses | None = None) -> Path:
-        """The path of a whole file, fetched unless it is here. Raises ShardError when it is larger than the cache."""
-        path = self.path(entry)
+    def keep_whole(self, entry: str, fetch: Callable[[], bytes], uses: Uses | None = None) -> None:
+        """See to it that a whole file is here, fetching it unless it is. Raises ShardError when it is larger than the
+        cache."""
+        owner, _, name = entry.partition("/")
         with self._told(), self._locked_entry(entry):
             if self.has(entry):
-                os.utime(path)
-                return path
+                self._set(owner).touch(name)
+                return
             data = fetch()
-            partial = self._reserve(entry, len(data), uses, ALWAYS, alone=False)
-            if partial is None:
-                raise ShardError(
-                    f"{entry} has {len(data)} bytes, and the cache {self.folder} may take {self.limit} in all: raise "
-                    f"data.cache_gb"
-                )
-            self._fill(partial, entry, len(data), lambda: data)
-        return path
+            with self._reserved(entry, len(data), uses, ALWAYS, alone=False) as descriptor:
+                if descriptor is None:
+                    raise ShardError(
+                        f"{entry} has {len(data)} bytes, and the cache {self.folder} may take {self.limit} in all: "
+                        f"raise data.cache_gb"
+                    )
+                _write(descriptor, data, len(data))
 
     def drop(self, entry: str) -> None:
         """Remove an entry that turned out to be damaged."""
         with self._told(), self._locked_entry(entry):
-            self._forget(self.path(entry))
+            self._forget(entry)
 
-    def _fill(self, partial: Path, entry: str, size: int, fetch: Callable[[], bytes]) -> None:
-        """Make an entry of what was reserved for it."""
+    def _set(self, owner: str) -> Folder:
+        return self._top.inner(owner, self.folder / owner)
+
+    def _size(self, entry: str) -> int | None:
+        """Bytes of an entry or a partial file; None where there is none."""
+        owner, _, name = entry.partition("/")
         try:
-            data = fetch()
-            assert len(data) == size, "what was reserved is what comes"
-            with open(partial, "r+b") as file:  # it keeps its size, which is counted, while it is written
-                file.write(data)
-            with self._locked("usage"):  # so that whoever counts sees it once
-                os.replace(partial, self.path(entry))
-        except BaseException:
-            self._forget(partial)
-            raise
+            found = self._set(owner).stat(name)
+        except FileNotFoundError:
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
-    def _forget(self, path: Path) -> None:
+    def _unlink(self, entry: str) -> None:
+        owner, _, name = entry.partition("/")
+        self._set(owner).unlink(name)
+
+    def _forget(self, entry: str) -> None:
         """Remove a file and its count, in one."""
-        with self._locked("usage"), contextlib.suppress(FileNotFoundError):
-            size = path.stat().st_size
-            path.unlink()
-            self._write_used(max(0, self._used() - size))
+        with self._locked("usage"):
+            size = self._size(entry)
+            if size is not None:
+                self._unlink(entry)
+                self._write_used(max(0, self._used() - size))
 
-    def _reserve(self, entry: str, size: int, uses: Uses | None, before: float, alone: bool) -> Path | None:
-        """A partial file of `size` bytes to be filled, which count from now on; None where no room can be made."""
+    @contextlib.contextmanager
+    def _reserved(self, entry: str, size: int, uses: Uses | None, before: float, alone: bool) -> Iterator[int | None]:
+        """A partial file of `size` bytes, which count from now on, to be filled in the block: then it is the entry.
+        None where no room can be made. Its lock is this process's until then."""
+        owner, _, name = entry.partition("/")
+        partial = f"{name}{PARTIAL}{uuid.uuid4().hex[:8]}"
         with self._locked("usage"):
             used = self._used()
             if used + size > self.limit:
-                used = self._make_room(entry.partition("/")[0], size, uses, before, alone)
-            fits = used + size <= self.limit
-            self._write_used(used + size if fits else used)
-            if not fits:
-                return None
-            partial = self.folder / f"{entry}{PARTIAL}{uuid.uuid4().hex[:8]}"
-            partial.parent.mkdir(exist_ok=True)
-            with open(partial, "wb") as file:
-                file.truncate(size)
-            return partial
+                used = self._make_room(owner, size, uses, before, alone)
+            descriptor = None
+            if used + size <= self.limit:
+                # under the lock of whoever sweeps, so that nobody sees it before it is held
+                descriptor = self._set(owner).file(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                os.ftruncate(descriptor, size)
+                used += size
+            self._write_used(used)
+        try:
+            yield descriptor
+            if descriptor is not None:
+                with self._locked("usage"):  # so that whoever counts sees it once
+                    self._set(owner).rename(partial, name)
+        except BaseException:
+            self._forget(f"{owner}/{partial}")
+            raise
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _make_room(self, owner: str, size: int, uses: Uses | None, before: float, alone: bool) -> int:
         """Remove entries until `size` more fit, the last used first; the bytes that are left."""
-        found = [(entry, info.st_size, info.st_mtime) for entry, info in self._files()]
+        found = list(self._files())
         used = sum(length for _, length, _ in found)  # with what is on its way
         entries = [(entry, length, modified) for entry, length, modified in found if PARTIAL not in entry]
         next_use = np.array([_age(entry, modified, owner, alone) for entry, _, modified in entries])
@@ -159,34 +188,37 @@ class Cache:
             if used + size <= self.limit * _KEPT_SHARE or next_use[place] <= before:
                 break
             entry, length, _ = entries[place]
-            self.path(entry).unlink(missing_ok=True)
+            self._unlink(entry)
             used -= length
         return used
 
-    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Entries, and partial files, of all sets."""
-        for owner in os.scandir(self.folder):
-            if owner.is_dir() and _SET.fullmatch(owner.name):
-                for file in os.scandir(owner.path):
-                    with contextlib.suppress(FileNotFoundError):
-                        if file.is_file(follow_symlinks=False):
-                            yield f"{owner.name}/{file.name}", file.stat()
-
-    def _sweep(self) -> None:
-        """Remove what killed processes left half written."""
-        for entry, info in list(self._files()):
-            if PARTIAL in entry and time.time() - info.st_mtime > _OLD_SECONDS:
-                self.path(entry).unlink(missing_ok=True)
+    def _files(self) -> Iterator[tuple[str, int, float]]:
+        """Name, bytes and time of entries and of partial files, of all sets; partial files of dead processes are
+        removed. Under the lock of usage."""
+        for owner in os.listdir(self._top.number):
+            if not _SET.fullmatch(owner) or not stat.S_ISDIR(self._top.stat(owner).st_mode):
+                continue
+            folder = self._set(owner)
+            for file in list(os.scandir(folder.number)):
+                with contextlib.suppress(FileNotFoundError):
+                    found = file.stat(follow_symlinks=False)
+                    if not stat.S_ISREG(found.st_mode):
+                        continue
+                    if PARTIAL in file.name and _is_dead(file.name, folder):
+                        folder.unlink(file.name)
+                    else:
+                        yield f"{owner}/{file.name}", found.st_size, found.st_mtime
 
     def _used(self) -> int:
         """Bytes counted so far; counted anew where the count was cut short."""
-        try:
-            return int((self.folder / ".locks/used").read_text())
-        except (FileNotFoundError, ValueError):
-            return sum(info.st_size for _, info in self._files())
+        with self._opened("used") as descriptor:
+            text = os.pread(descriptor, 32, 0)
+        return int(text) if text.isdigit() else sum(size for _, size, _ in self._files())
 
     def _write_used(self, used: int) -> None:
-        (self.folder / ".locks/used").write_text(str(used))
+        with self._opened("used") as descriptor:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d" % used, 0)
 
     def _locked_entry(self, entry: str) -> contextlib.AbstractContextManager[None]:
         return self._locked(f"{zlib.crc32(entry.encode()) % _LOCKS:03d}")
@@ -194,12 +226,26 @@ class Cache:
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         """One process, and one thread of it, at a time; the lock ends with the process, however it ends."""
-        with open(self.folder / ".locks" / name, "w", encoding="ascii") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with self._opened(name) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             try:
                 yield
             finally:
-                fcntl.flock(file, fcntl.LOCK_UN)
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """A file of the cache's own, open to be locked or written. One with a second name may be somebody's file."""
+        descriptor = self._locks.file(name, os.O_RDWR | os.O_CREAT)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_uid != os.getuid():
+                raise ShardError(
+                    f"{self.folder}/.locks/{name} is not the cache's own file: remove {self.folder}/.locks"
+                )
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -210,6 +256,23 @@ class Cache:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             cure = "lower data.cache_gb, or set data.cache to another folder" if full else "set data.cache to another"
             raise ShardError(f"the cache folder {self.folder} cannot be used ({error}): {cure}") from error
+
+
+def _write(descriptor: int, data: bytes, size: int) -> None:
+    """Fill a partial file, which keeps its size, that is counted, meanwhile."""
+    assert len(data) == size, "what was reserved is what comes"
+    written, view = 0, memoryview(data)
+    while written < size:
+        written += os.pwrite(descriptor, view[written:], written)
+
+
+def _is_dead(name: str, folder: Folder) -> bool:
+    """Whether no process holds a partial file."""
+    descriptor = folder.file(name, os.O_RDWR)
+    try:
+        return is_abandoned(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _age(entry: str, modified: float, owner: str, alone: bool) -> float:

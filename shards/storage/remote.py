@@ -8,7 +8,6 @@ import contextlib
 import functools
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,16 @@ from typing import Any, TypeVar
 import xxhash
 
 from beitforge.shards.errors import ShardError
+from beitforge.shards.storage import fetching
 from beitforge.shards.storage.cache import Cache, Uses
-from beitforge.shards.storage.files import file_digest
-from beitforge.shards.storage.retry import retry
+from beitforge.shards.storage.fetching import Asked, Refused, fetch
+from beitforge.shards.storage.own_folder import default_folder
+from beitforge.shards.storage.reading import OpenFile
+from beitforge.shards.storage.retry import READS, retry
 
 Value = TypeVar("Value")
 
-FETCHES = 4  # of what comes damaged
-
-_STALLED_SECONDS = 60
+_BLOCK = 512  # of a tar: its first two, the header and the data of a member, are never alike
 _CURE = "check the address, the credentials and the store, then start again"
 _log = logging.getLogger(__name__)
 
@@ -36,10 +36,11 @@ def is_url(where: object) -> bool:
 
 
 def cache_for(where: str, folder: str, gigabytes: float) -> Cache | None:
-    """The cache that a set is read through; None for a folder of this machine. folder: empty for one in $TMPDIR."""
+    """The cache that a set is read through; None for a folder of this machine. folder: empty for own_folder's
+    default."""
     if not is_url(where):
         return None
-    return Cache(Path(folder or f"{tempfile.gettempdir()}/beitforge-cache-{os.getuid()}"), int(gigabytes * 1e9))
+    return Cache(Path(folder) if folder else default_folder(), int(gigabytes * 1e9))
 
 
 class Missing(ShardError):
@@ -55,30 +56,28 @@ class Remote:
     def __str__(self) -> str:
         return self.url
 
-    def whole(self, name: str) -> bytes:
-        """A whole file. Raises Missing when the store says there is none, ShardError when it cannot be read."""
-        return self._tried(name, lambda system, path: system.cat_file(path))
+    def whole(self, name: str, most: int) -> bytes:
+        """A whole file of at most `most` bytes. Raises Missing when the store says there is none, ShardError when it
+        cannot be read."""
+        return self._tried(name, Asked(0, None, most))
 
     def part(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start … stop - 1 of a file, all of them. Raises as `whole` does."""
-        if start == stop:
-            return b""
+        return self._tried(name, Asked(start, stop, stop - start))
 
-        def read(system: Any, path: str) -> bytes:
-            data = system.cat_file(path, start=start, end=stop)
-            if len(data) != stop - start:
-                raise EOFError(f"bytes {start} to {stop} were asked for, {len(data)} came")
-            return data
+    def check_ranges(self, name: str) -> None:
+        """Raises ShardError where a store says that it sends a part of a tar, and sends another, which makes every
+        sample look damaged."""
+        if self.part(name, 0, 2 * _BLOCK)[_BLOCK:] != self.part(name, _BLOCK, 2 * _BLOCK):
+            raise ShardError(f"{self.url}/{name}: the store sends other bytes than it is asked for: {_CURE}")
 
-        return self._tried(name, read)
-
-    def _tried(self, name: str, read: Callable[[Any, str], bytes]) -> bytes:
+    def _tried(self, name: str, asked: Asked) -> bytes:
         where = f"{self.url}/{name}"
 
         def once() -> bytes:
             try:
                 system, root = _system(self.url, os.getpid())
-                return read(system, f"{root}/{name}")
+                return fetch(system, f"{root}/{name}", asked)
             except FileNotFoundError as error:
                 raise Missing(f"{where} is not there: {_CURE}") from error
 
@@ -88,7 +87,7 @@ class Remote:
 
 def _refused(error: Exception) -> bool:
     """Whether a store will give the same answer again."""
-    return isinstance(error, PermissionError)
+    return isinstance(error, (PermissionError, Refused))
 
 
 @dataclass(frozen=True)
@@ -99,18 +98,19 @@ class Kept:
     cache: Cache
     owner: str
 
-    def open(self, name: str, digest: str, open_: Callable[[Path], Value], uses: Uses | None = None) -> Value:
-        """What `open_` makes of a file that has the digest (xxh3-128) its manifest lists. One that is damaged in the
-        cache is fetched again. Raises ShardError when the store's own copy has another digest."""
-        for _ in range(FETCHES):
-            path = self.cache.keep_whole(f"{self.owner}/{name}", lambda: self._fetched(name, digest), uses)
+    def open(
+        self, name: str, digest: str, most: int, open_: Callable[[OpenFile], Value], uses: Uses | None = None
+    ) -> Value:
+        """What `open_` makes of a file that has the digest (xxh3-128) its manifest lists, and at most `most` bytes. One
+        that is damaged in the cache is fetched again. Raises ShardError when the store's own copy has another digest.
+        """
+        for _ in range(READS):
+            self.cache.keep_whole(f"{self.owner}/{name}", lambda: self._fetched(name, digest, most), uses)
             with contextlib.suppress(FileNotFoundError):  # another process needed its room
-                if file_digest(path) == digest:
-                    opened = open_(path)
-                    if path.exists():
-                        return opened
-                else:
-                    self.again(name)
+                file = self.cache.open(f"{self.owner}/{name}")
+                if file.digest() == digest:
+                    return open_(file)
+                self.again(name)
         raise ShardError(f"{self.cache.folder} does not keep {self.remote}/{name}: raise data.cache_gb")
 
     def again(self, name: str) -> None:
@@ -118,9 +118,9 @@ class Kept:
         _log.warning("%s/%s is damaged in the cache; fetching it again", self.remote, name)
         self.cache.drop(f"{self.owner}/{name}")
 
-    def _fetched(self, name: str, digest: str) -> bytes:
-        for _ in range(FETCHES):
-            data = self.remote.whole(name)
+    def _fetched(self, name: str, digest: str, most: int) -> bytes:
+        for _ in range(READS):
+            data = self.remote.whole(name, most)
             if xxhash.xxh3_128_hexdigest(data) == digest:
                 return data
             _log.warning("%s/%s came damaged; fetching it again", self.remote, name)
@@ -150,6 +150,6 @@ def _http_options(known: dict) -> dict:
     """The files as they are, and not what a server keeps compressed beside them; a dead connection does not last."""
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_STALLED_SECONDS, sock_read=_STALLED_SECONDS)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=fetching.QUIET_SECONDS, sock_read=fetching.QUIET_SECONDS)
     headers = {"Accept-Encoding": "identity", **known.get("headers", {})}
     return {"headers": headers, "client_kwargs": {"timeout": timeout, **known.get("client_kwargs", {})}}

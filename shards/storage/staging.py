@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from beitforge.shards.errors import ShardError, about_file
-from beitforge.shards.storage.files import PARTIAL, atomic_path, file_digest
+from beitforge.shards.storage.files import PARTIAL, atomic_path
+from beitforge.shards.storage.reading import file_digest
 
 MARKER = "beitforge.json"
 _MADE_BY = "made_by"

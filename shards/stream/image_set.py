@@ -5,25 +5,31 @@ A set is a folder, or lies behind a URL: then what is read of it comes in chunks
 
 import functools
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
 
 from beitforge.shards.decode import codec
-from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import FLAG_BAD, Index, index_path, open_index
+from beitforge.shards.errors import Damaged, ShardError, printable
+from beitforge.shards.format.index import FLAG_BAD, Index, Row, index_path, most_bytes
 from beitforge.shards.format.manifest import ImageManifest, read_image_manifest
 from beitforge.shards.storage.cache import ALWAYS, PART, Cache
-from beitforge.shards.storage.files import file_digest, open_files
-from beitforge.shards.storage.remote import FETCHES, Kept, Remote, cache_for, is_url
-from beitforge.shards.storage.retry import retry
+from beitforge.shards.storage.files import open_files
+from beitforge.shards.storage.reading import OpenFile, forget, twice_read
+from beitforge.shards.storage.remote import Kept, Remote, cache_for, is_url
+from beitforge.shards.storage.retry import READS, anew, reread
+from beitforge.shards.storage.tensors import TensorFile
 from beitforge.shards.stream.order import Chunks, Order
 
+Value = TypeVar("Value")
+
+_ROWS, _MOST_ROWS = 64, 4096  # of an index that are read together, and how many times that is kept: 15 MB
+_MOST_CHUNK = 1 << 33  # bytes that are fetched together; images whose chunk has more are fetched alone
 _CURE = "restore it, or pack again; `verify` lists every difference"
 _log = logging.getLogger(__name__)
 
@@ -47,9 +53,9 @@ class Sample:
 
 @dataclass
 class _OpenShard:
-    """`descriptor` of the tar; -1 where it is remote."""
+    """`tar` is None where it is remote."""
 
-    descriptor: int
+    tar: OpenFile | None
     index: Index
 
 
@@ -77,11 +83,12 @@ class ImageSet:
         self.reading: Reading | None = None
         self._cache = cache
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._rows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         if isinstance(self.folder, Remote) and cache is None:
             raise ShardError(f"{where} is a URL, which is read through a cache on this machine only")
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_open": OrderedDict()}
+        return {**vars(self), "_open": OrderedDict(), "_rows": OrderedDict()}
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -92,8 +99,8 @@ class ImageSet:
         number = range(len(self))[number]
         shard = int(np.searchsorted(self._ends, number, side="right"))
         row = number - int(self._ends[shard]) + self.manifest.shards[shard].samples
-        index = self.index(shard)
-        return Sample(index.key(row), int(index.columns["label"][row]), self.read(shard, row))
+        known = self.row(shard, row)
+        return Sample(self.index(shard).key(row), known.label, self.read_row(shard, row, known))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[number] for number in range(len(self)))
@@ -104,46 +111,82 @@ class ImageSet:
 
     def index(self, shard: int) -> Index:
         """The index of shard number `shard`, checked against the manifest when first opened."""
-        return self._shard(shard).index
+        return self._anew(shard, lambda: self._shard(shard)).index
+
+    def key_hashes(self, shard: int) -> np.ndarray:
+        """Of all its samples, u64."""
+
+        def read() -> np.ndarray:
+            index = self._shard(shard).index
+            return index.rows(0, len(index))["key_hash"]
+
+        return self._anew(shard, read)
+
+    def row(self, shard: int, row: int) -> Row:
+        """What the index says of a sample. Rows are read some at a time: those beside one come soon."""
+        place = shard, row // _ROWS
+        rows = self._rows.get(place)
+        if rows is None:
+            first = row - row % _ROWS
+            rows = self._rows[place] = self._anew(shard, lambda: self._shard(shard).index.rows(first, first + _ROWS))
+            if len(self._rows) > _MOST_ROWS:
+                self._rows.popitem(last=False)
+        return Row(*rows[row % _ROWS].item())
 
     def read(self, shard: int, row: int) -> bytes:
         """The encoded image. Raises DamagedSample when its checksum or flags say it cannot be used."""
-        opened = self._shard(shard)
-        index, name = opened.index, self.manifest.shards[shard].name
-        columns = index.columns
-        if int(columns["flags"][row]) & FLAG_BAD:
-            raise DamagedSample(f"{name} {index.key(row)}: does not decode (known since it was indexed)")
-        size, offset, digest = (int(columns[column][row]) for column in ("image_size", "image_offset", "image_xxh3"))
-        if isinstance(self.folder, Remote):
-            data = self._read_remote(self.folder, shard, row, digest)
-        else:
-            data = retry(lambda: os.pread(opened.descriptor, size, offset), f"{name}.tar in {self.folder}")
-        if xxhash.xxh3_64_intdigest(data) != digest:
-            raise DamagedSample(f"{name} {index.key(row)}: the bytes differ from what was packed (checksum)")
-        return data
+        return self.read_row(shard, row, self.row(shard, row))
 
-    def _read_remote(self, remote: Remote, shard: int, row: int, digest: int) -> bytes:
+    def read_row(self, shard: int, row: int, known: Row) -> bytes:
+        """`read` where what the index says of it is known."""
+        return self._anew(shard, lambda: self._read(shard, row, known))
+
+    def _anew(self, shard: int, read: Callable[[], Value]) -> Value:
+        """The value of `read`, made again where it fails. Raises ShardError."""
+        where = f"{self.manifest.shards[shard].name} in {self.folder}"
+        return anew(read, lambda: self._open.pop(shard, None), where)
+
+    def _read(self, shard: int, row: int, known: Row) -> bytes:
+        opened, name = self._shard(shard), self.manifest.shards[shard].name
+        if known.flags & FLAG_BAD:
+            raise DamagedSample(f"{name} {opened.index.key(row)}: does not decode (known since it was indexed)")
+        if isinstance(self.folder, Remote):
+            data = self._read_remote(self.folder, shard, row, known)
+            if xxhash.xxh3_64_intdigest(data) == known.image_xxh3:
+                return data
+            self.folder.check_ranges(f"{name}.tar")
+        else:
+            assert opened.tar is not None, "a folder's tars are open"
+            try:
+                return twice_read(opened.tar, known.image_size, known.image_offset, known.image_xxh3)
+            except Damaged:
+                pass
+        raise DamagedSample(f"{name} {opened.index.key(row)}: the bytes differ from what was packed (checksum)")
+
+    def _read_remote(self, remote: Remote, shard: int, row: int, known: Row) -> bytes:
         """An image out of the cache, or past it where it has no room. When it is not what was packed, its chunk is
         fetched once more, which repairs the cache, and then the image alone: processes that share a chunk may each
         drop what another has just fetched anew."""
-        index, entry, now = self.index(shard), self._entry(shard, row // self.chunk), ALWAYS
+        entry, now = self._entry(shard, row // self.chunk), ALWAYS
         if self.reading is not None:
             now = self.reading.sample
-        offset, size = int(index.columns["image_offset"][row]), int(index.columns["image_size"][row])
-        within = offset - self._span(shard, row // self.chunk)[0]
-        for tries in range(1, FETCHES + 1):
+        offset, size = known.image_offset, known.image_size
+        start, stop = self._span(shard, row // self.chunk)
+        within = offset - start
+        for tries in range(1, READS + 1):
             data = None
-            if tries <= 2:
+            if tries <= 2 and stop - start <= _MOST_CHUNK:
                 data = self._kept().read(entry, within, size)
                 if data is None and self.fetcher(shard, row // self.chunk)(now):
                     data = self._kept().read(entry, within, size)
             if data is None:
                 data = remote.part(f"{self.manifest.shards[shard].name}.tar", offset, offset + size)
-            if tries == FETCHES or xxhash.xxh3_64_intdigest(data) == digest:
+            if tries == READS or xxhash.xxh3_64_intdigest(data) == known.image_xxh3:
                 return data
             if tries == 1:
                 self._kept().drop(entry)
-            _log.warning("%s: %s came damaged, or is so in the cache; fetching it again", remote, index.key(row))
+            key = self.index(shard).key(row)
+            _log.warning("%s: %s came damaged, or is so in the cache; fetching it again", remote, printable(key))
         raise AssertionError("unreachable")
 
     def fetcher(self, shard: int, number: int) -> Callable[[float], bool]:
@@ -178,9 +221,9 @@ class ImageSet:
 
     def _span(self, shard: int, number: int) -> tuple[int, int]:
         """The bytes of the tar from the first image of a chunk to the end of its last."""
-        columns = self.index(shard).columns
-        first, last = number * self.chunk, min((number + 1) * self.chunk, len(columns["key_hash"])) - 1
-        return int(columns["image_offset"][first]), int(columns["image_offset"][last] + columns["image_size"][last])
+        samples = self.manifest.shards[shard].samples
+        first, last = self.row(shard, number * self.chunk), self.row(shard, min((number + 1) * self.chunk, samples) - 1)
+        return first.image_offset, last.image_offset + last.image_size
 
     def _uses(self, entries: list[str]) -> np.ndarray:
         """cache.Uses of this set's parts; those of another chunk size are not used."""
@@ -199,41 +242,47 @@ class ImageSet:
     def _shard(self, shard: int) -> _OpenShard:
         opened = self._open.get(shard)
         if opened is None:
-            opened = retry(lambda: self._open_shard(shard), f"{self.manifest.shards[shard].name} in {self.folder}")
-            self._open[shard] = opened
+            opened = self._open[shard] = reread(lambda: self._open_shard(shard), lambda: self._forget(shard))
             if len(self._open) > open_files(each=4):  # a tar and its index, and half for tokens
-                oldest = self._open.popitem(last=False)[1]
-                if oldest.descriptor >= 0:
-                    os.close(oldest.descriptor)
+                self._open.popitem(last=False)
         self._open.move_to_end(shard)
         return opened
 
+    def _forget(self, shard: int) -> None:
+        """Have the index come from the disk when it is opened next."""
+        if not isinstance(self.folder, Remote):
+            forget(index_path(self.folder, self.manifest.shards[shard].name))
+
     def _open_shard(self, shard: int) -> _OpenShard:
-        entry = self.manifest.shards[shard]
+        """Raises ShardError, Damaged where another look may find otherwise, OSError."""
+        entry, tar = self.manifest.shards[shard], None
         if isinstance(self.folder, Remote):
             name, uses = index_path(Path(), entry.name).name, self._uses if self.reading else None
             kept = Kept(self.folder, self._kept(), self._owner)
-            index, descriptor, size = kept.open(name, entry.index_digest, open_index, uses), -1, entry.bytes
+            index = kept.open(name, entry.index_digest, most_bytes(entry.samples), _indexed, uses)
         else:
-            tar, path = self.folder / f"{entry.name}.tar", index_path(self.folder, entry.name)
-            if file_digest(path) != entry.index_digest:
-                raise ShardError(f"{path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
-            index = open_index(path)
-            descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-            size = os.fstat(descriptor).st_size
+            path = index_path(self.folder, entry.name)
+            index = _indexed(path)
+            if index.digest != entry.index_digest:
+                raise Damaged(f"{path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
+            tar = OpenFile(self.folder / f"{entry.name}.tar")
+        size = tar.size if tar else entry.bytes
         if size != entry.bytes or len(index) != entry.samples:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise ShardError(
-                f"{self.folder}/{entry.name}.tar has {size} bytes and {len(index)} indexed samples; the manifest says "
-                f"{entry.bytes} bytes and {entry.samples} samples: {_CURE}"
+            raise Damaged(
+                f"{self.folder}/{entry.name}.tar has {size} bytes and {len(index)} indexed samples; the "
+                f"manifest says {entry.bytes} bytes and {entry.samples} samples: {_CURE}"
             )
-        return _OpenShard(descriptor, index)
+        index.check_places(size)
+        return _OpenShard(tar, index)
+
+
+def _indexed(source: Path | OpenFile) -> Index:
+    return Index(TensorFile(source))
 
 
 def open_images(where: Path | str, *, cache: Path | str = "", cache_gb: float = 100.0) -> ImageSet:
     """Open the image shard set in a folder or behind a URL. Raises ShardError when there is none.
 
-    cache: the folder that a remote set is read through, by default one in $TMPDIR; cache_gb: its size.
+    cache: the folder that a remote set is read through, by default one of the user's own; cache_gb: its size.
     """
     return ImageSet(where, cache_for(str(where), str(cache), cache_gb))

@@ -26,14 +26,14 @@ class Subset:
 def chosen_rows(images: ImageSet, share: float, seed: int) -> list[np.ndarray]:
     """Of every shard the rows that belong to the share (0, 1]: round(share · n), at least one, of the n images of
     each class, those with the smallest hash of (seed, key). A larger share holds all of a smaller one's."""
-    columns = [images.index(shard).columns for shard in range(len(images.manifest.shards))]
-    labels = np.concatenate([column["label"] for column in columns])
-    shards = np.repeat(np.arange(len(columns)), [len(column["label"]) for column in columns])
-    rows = np.concatenate([np.arange(len(column["label"])) for column in columns])
-    hashes = counter_rng.bits(counter_rng.LABEL_SHARE, seed, np.concatenate([column["key_hash"] for column in columns]))
+    indexes = [images.index(shard) for shard in range(len(images.manifest.shards))]
+    labels = np.concatenate([index.label for index in indexes])
+    shards = np.repeat(np.arange(len(indexes)), [len(index) for index in indexes])
+    rows = np.concatenate([np.arange(len(index)) for index in indexes])
+    hashes = counter_rng.bits(counter_rng.LABEL_SHARE, seed, np.concatenate([index.key_hash for index in indexes]))
     taken = np.zeros(len(labels), bool)
     for label in np.unique(labels).tolist():
         members = np.flatnonzero(labels == label)
         count = max(1, round(share * len(members)))
         taken[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
-    return [rows[taken & (shards == shard)] for shard in range(len(columns))]
+    return [rows[taken & (shards == shard)] for shard in range(len(indexes))]

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from beitforge.shards import counter_rng
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import COLUMNS, Row
 from beitforge.shards.format.views import unclipped_limits
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet
 from beitforge.shards.stream.view_sources import Selection, ViewSource
@@ -143,14 +144,14 @@ class Stream:
         if self.images.reading is not None:
             self.images.reading.sample = int(samples.min())
         bad: list[BadSample] = []
-        encoded = []
+        encoded, known = [], []
         for i, sample in enumerate(samples.tolist()):
-            rows[i], data = self._read_usable(i, sample, int(shards[i]), int(rows[i]), refused, bad)
+            rows[i], facts, data = self._read_usable(i, sample, int(shards[i]), int(rows[i]), refused, bad)
             encoded.append(data)
-        indexes = [self.images.index(shard) for shard in shards.tolist()]
+            known.append(facts)
         columns = {
-            name: np.array([index.columns[name][row] for index, row in zip(indexes, rows.tolist(), strict=True)])
-            for name in ("key_hash", "width", "height", "mean_grey", "label", "flags")
+            name: np.array(values, COLUMNS[name])
+            for name, values in zip(Row._fields, zip(*known, strict=True), strict=True)
         }
         picked = Selection(epochs, shards, rows, columns["key_hash"], columns["width"], columns["height"])
         views, tokens = self.source.views(picked)
@@ -164,8 +165,8 @@ class Stream:
             except codec.ImageError as error:
                 raise _Undecodable((i, int(rows[i])), str(error)) from error
             except ShardError as error:
-                name = self.images.manifest.shards[int(shards[i])].name
-                raise ShardError(f"{name} {indexes[i].key(int(rows[i]))}: {error}") from error
+                name, index = self.images.manifest.shards[int(shards[i])].name, self.images.index(int(shards[i]))
+                raise ShardError(f"{name} {index.key(int(rows[i]))}: {error}") from error
             cut_into(pixels[i], crop, bool(flip), limit, self.resample)
             if self.augment is not None:
                 self.augment(int(samples[i]), pixels[i])
@@ -187,27 +188,31 @@ class Stream:
 
     def _read_usable(
         self, i: int, sample: int, shard: int, row: int, refused: dict[tuple[int, int], str], bad: list[BadSample]
-    ) -> tuple[int, bytes]:
-        """The image at place i and its row, or those of the first usable substitute: a pure function of the
-        sample."""
-        index, name = self.images.index(shard), self.images.manifest.shards[shard].name
-        key_hash, reason, candidate = int(index.key_hash[row]), "", row
+    ) -> tuple[int, Row, bytes]:
+        """The image at place i, its row and what the index says of that, or those of the first usable substitute: a
+        pure function of the sample."""
+        entry, asked = self.images.manifest.shards[shard], self.images.row(shard, row)
+        reason, candidate = "", row
         for attempt in range(_SUBSTITUTES):
             try:
                 if (i, candidate) in refused:
                     raise DamagedSample(refused[i, candidate])
                 if not self.source.usable(shard, candidate):
                     raise DamagedSample("`tokenize` could not read it, so it has no tokens")
-                data = self.images.read(shard, candidate)
+                known = asked if candidate == row else self.images.row(shard, candidate)
+                data = self.images.read_row(shard, candidate, known)
                 break
             except DamagedSample as error:
                 reason = reason or str(error)
-            candidate = int(counter_rng.uniform(counter_rng.SUBSTITUTE, self.seed, key_hash, attempt)[0] * len(index))
+            drawn = counter_rng.uniform(counter_rng.SUBSTITUTE, self.seed, asked.key_hash, attempt)[0]
+            candidate = int(drawn * entry.samples)
         else:
-            raise ShardError(f"{name}: {_SUBSTITUTES} samples tried for {index.key(row)}, none usable; run `verify`")
+            key = self.images.index(shard).key(row)
+            raise ShardError(f"{entry.name}: {_SUBSTITUTES} samples tried for {key}, none usable; run `verify`")
         if candidate != row:
-            bad.append(BadSample(sample, name, index.key(row), reason, index.key(candidate)))
-        return candidate, data
+            index = self.images.index(shard)
+            bad.append(BadSample(sample, entry.name, index.key(row), reason, index.key(candidate)))
+        return candidate, known, data
 
 
 class _Undecodable(Exception):

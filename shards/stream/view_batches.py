@@ -64,8 +64,8 @@ class ShardViews(Dataset):
 
     def _image(self, row: int) -> np.ndarray | None:
         try:
-            flags = int(self.images.index(self.shard).flags[row])
-            return codec.decode_whole(self.images.read(self.shard, row), flags, self.decoder)
+            known = self.images.row(self.shard, row)
+            return codec.decode_whole(self.images.read_row(self.shard, row, known), known.flags, self.decoder)
         except (DamagedSample, codec.ImageError):
             return None
 

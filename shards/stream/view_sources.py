@@ -3,14 +3,16 @@
 Each source answers one question for n images at once: which view of each, and which tokens belong to it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from beitforge.shards.errors import ShardError
 from beitforge.shards.format.tokens import TokenSet, check_pairing
-from beitforge.shards.format.views import ViewPolicy, Views, central_views, draw_views
+from beitforge.shards.format.views import ViewPolicy, Views, central_views, draw_views, impossible
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.remote import cache_for
 from beitforge.shards.stream.image_set import ImageSet
@@ -78,17 +80,28 @@ class RecordedViews:
         check_pairing(images.manifest, self.tokens.manifest, where)
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
-        """Reads one row per image from the mapped token files."""
+        """Reads one row per image."""
         numbers = (picked.key_hashes + picked.epochs.astype(np.uint64)) % np.uint64(self.tokens.manifest.num_views)
         places = list(zip(picked.shards.tolist(), numbers.tolist(), picked.rows.tolist(), strict=True))
-        opened = [self.tokens.shard(shard, self.images.index(shard).key_hash) for shard, _, _ in places]
-        rows = [shard.row(k, row) for shard, (_, k, row) in zip(opened, places, strict=True)]
+        rows = [self.tokens.row(shard, self._keys(shard), view, row) for shard, view, row in places]
         tokens, *records = (np.stack(column) for column in zip(*rows, strict=True))
-        return Views(*records), tokens
+        views = Views(*records)
+        vocabulary = self.tokens.manifest.tokenizer["vocabulary"]
+        wrong = np.flatnonzero(impossible(views) | (tokens >= vocabulary).any(axis=-1))
+        if len(wrong):
+            shard, view, row = places[wrong[0]]
+            name = f"{self.tokens.folder}/{self.tokens.manifest.shards[shard].name}"
+            raise ShardError(
+                f"{name}: view {view} of row {row} holds what no tokenizer and no view policy gives; `verify` says what"
+            )
+        return views, tokens
 
     def usable(self, shard: int, row: int) -> bool:
         """False where `tokenize` could not read the image."""
-        return not self.tokens.shard(shard, self.images.index(shard).key_hash).bad[row]
+        return not self.tokens.is_bad(shard, self._keys(shard), row)
+
+    def _keys(self, shard: int) -> Callable[[], np.ndarray]:
+        return lambda: self.images.key_hashes(shard)
 
 
 def open_tokens(

@@ -104,7 +104,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     made = {"whole": whole, "begun": begun, "tuned": tuned, "tokenizer": tokenizer}
     found = {name: run / "report.html" for name, run in made.items()}
     for run in made.values():
-        assert report.run([run]) == 0
+        assert report.run([run], data=True) == 0
     write_run(folder / "other" / "run", config, lines_of(100, 100))
     found["compared"] = folder / "comparison.html"
     assert report.run([whole, folder / "other" / "run", tuned], found["compared"]) == 0
@@ -127,5 +127,5 @@ def long(tmp_path_factory) -> Path:
     for line in lines:
         line |= {"loss": line["loss"] + 0.1 * (line["step"] % 7)} if "loss" in line else {}
     write_run(folder / "run", config_of(folder), measured(lines, every=2000))
-    assert report.run([folder / "run"]) == 0
+    assert report.run([folder / "run"], data=True) == 0
     return folder / "run" / "report.html"

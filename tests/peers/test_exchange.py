@@ -190,7 +190,7 @@ def test_an_imported_encoder_is_pretrained_further_probed_and_reported(tiny, tmp
         probe.run(tmp_path / "encoder2", str(tiny.folder / "shards" / "train"), None, probe.ProbeOptions(samples=50))
         == 0
     )
-    assert report.run([tmp_path / "encoder2"]) == 0
+    assert report.run([tmp_path / "encoder2"], data=True) == 0
     page = (tmp_path / "encoder2" / "report.html").read_text()
     assert page.count(">masked<") == page.count(">predicted<") == 8
     run = tmp_path / "run"

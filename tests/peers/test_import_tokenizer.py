@@ -66,7 +66,7 @@ def test_from_its_file_to_a_run(tiny, tmp_path, capfd, kind):
     done = run_ranks("beitforge", "pretrain", "--rank", tiny.config, *settings, f"train.run={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert read_metrics(tmp_path / "run", "train")[-1]["step"] == 3
-    assert report.run([tmp_path / "run"]) == 0
+    assert report.run([tmp_path / "run"], data=True) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count(">masked<") == 8
     assert page.count(">predicted<") == (8 if decodes else 0)

@@ -90,8 +90,15 @@ class _Agreeable(int):
 def test_without_checksums_the_judge_finds_wrong_samples(bases, tmp_path, monkeypatch):
     """The test above can fail: a reader that does not look gives wrong pixels, and is caught."""
     assert {case.verdict.outcome for case in flips(bases, tmp_path)} == {"substituted"}
-    monkeypatch.setattr("beitforge.shards.stream.image_set.xxhash", Blind)
+    monkeypatch.setattr("beitforge.shards.storage.reading.xxhash", Blind)
     assert Counter(case.verdict.outcome for case in flips(bases, tmp_path))["silent"] > 3
+
+
+class TwoLines(ShardError):
+    """One that evades ShardError's rule."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}\nmend it"
 
 
 def raises(error: Exception) -> Verdict:
@@ -103,10 +110,11 @@ def raises(error: Exception) -> Verdict:
     [
         (ShardError("shard-000001 is damaged: repair it"), "refused"),
         (ShardError("something is damaged"), "traceback"),
-        (ShardError("shard-000001 is damaged\nmend it"), "traceback"),
+        (ShardError("shard-000001 is damaged\nmend it"), "refused"),
+        (TwoLines("shard-000001 is damaged"), "traceback"),
         (KeyError("shard-000001"), "traceback"),
     ],
-    ids=["named", "unnamed", "two lines", "another"],
+    ids=["named", "unnamed", "made one line", "two lines", "another"],
 )
 def test_only_a_line_that_names_what_is_wrong_is_a_refusal(error, outcome):
     assert ended(functools.partial(raises, error), ["shard-000001"]).outcome == outcome

@@ -5,7 +5,6 @@ the place of the substitute that is named for it.
 """
 
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -151,11 +150,3 @@ def ended(case: Callable[[], Verdict], names: list[str]) -> Verdict:
         return Verdict("refused", message)
     except (Exception, Hang) as error:  # whatever it is: finding it is what the corpus is for
         return Verdict("traceback", f"{type(error).__name__}: {error}")
-
-
-def close_files(folder: Path) -> None:
-    """Close what sets below `folder` have left open; they keep their tars open for as long as the process lives."""
-    for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{folder}/"):
-                os.close(int(descriptor))

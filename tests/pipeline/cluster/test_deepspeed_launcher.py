@@ -188,10 +188,10 @@ def test_hostfiles(tmp_path):
 def test_what_travels():
     """Names that matter, quoted for what they go through; nothing secret, nothing of this host alone."""
     environment = {"NCCL_DEBUG": "INFO", "GLOO_X": 'a "b" $c %h', "CUDA_VISIBLE_DEVICES": "0", "EDITOR": "vi"}
-    environment |= {"HF_TOKEN": "s", "HF_HOME": "/data/hf", "OMP_NUM_THREADS": "4", "NCCL_TWO": "lines\nof"}
+    environment |= {"HF_TOKEN": "s", "HF_HOME": "/data/hf", "OMP_NUM_THREADS": "4"}
     carried = forwarded_lines(environment, ["", "# mine", "  NCCL_DEBUG = WARN "])
     assert carried[:4] == ['GLOO_X=a \\"b\\" \\$c %%h', "HF_HOME=/data/hf", "NCCL_DEBUG=INFO", "OMP_NUM_THREADS=4"]
-    assert carried[4:] == ["NCCL_DEBUG = WARN", "BEITFORGE_OVER_SSH=1"]
+    assert carried[4:] == ["NCCL_DEBUG=WARN", "BEITFORGE_OVER_SSH=1"]
     with pytest.raises(ConfigError, match="NAME=VALUE"):
         forwarded_lines({}, ["export"])
 

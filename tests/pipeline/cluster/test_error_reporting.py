@@ -80,7 +80,7 @@ def test_a_shard_that_one_rank_alone_cannot_read(tiny, tmp_path, torn):
                 "checkpoint.every is '7 steps' and not '4 steps'",
             ],
         ),
-        (["deepspeed.gradient_clipping=0.5"], ["deepspeed is '{{\"gradient_clipping\": 0.5}}' and not '{{}}'"]),
+        (["deepspeed.steps_per_print=7"], ["deepspeed is '{{\"steps_per_print\": 7}}' and not '{{}}'"]),
         (["data.images={folder}/other", "data.tokens=online"], ["image set is '", "token set is 'online"]),
         (
             ["data.heldout_images=", "data.heldout_tokens=", "data.labelled_images={tiny}/shards/train"],

@@ -17,7 +17,7 @@ def record_of(tmp_path, lines, environment=None):
     write_run(tmp_path / "run", config_of(tmp_path), lines)
     if environment is not None:
         (tmp_path / "run" / "environment.json").write_text(environment)
-    return read_record(tmp_path / "run", config_of(tmp_path))
+    return read_record(tmp_path / "run", config_of(tmp_path), data=True)
 
 
 def whole_page(record):
@@ -145,7 +145,7 @@ def test_lines_that_are_not_what_they_should_be_are_passed_over(tmp_path):
 def test_ten_thousand_steps_stay_a_small_page(tmp_path):
     """How long they take is benchmarks/training/watch.py's matter."""
     write_run(tmp_path / "run", config_of(tmp_path), measured(lines_of(200_000, 200_000, every=20), every=2000))
-    html = whole_page(read_record(tmp_path / "run", config_of(tmp_path)))
+    html = whole_page(read_record(tmp_path / "run", config_of(tmp_path), data=True))
     assert len(html) < 1_000_000 and html.count("<figure") > 5
 
 

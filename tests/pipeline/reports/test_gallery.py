@@ -142,7 +142,7 @@ def test_a_fine_tuned_encoder_is_loaded_whatever_its_tables(made):
     loaded = encoder_of(config, folder / "tuned", "finetune")
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert isinstance(loaded, Classifier) and torch.equal(loaded(pixels), classifier.eval()(pixels))
-    assert report.run([folder / "tuned"]) == 0
+    assert report.run([folder / "tuned"], data=True) == 0
     html = (folder / "tuned" / "report.html").read_text()
     assert images_of(html, "attention") == 4 * 5 and images_of(html, "neighbours") == 6 * 11
     assert images_of(html, "images") == 0 and "test set, at step 60" in words(html)
@@ -152,7 +152,7 @@ def test_weights_of_another_kind_are_a_line_not_a_traceback(made):
     folder, config = made
     write_run(folder / "wrong", config, tuned_lines(60))
     write_checkpoint(folder / "wrong", config, 60)
-    assert report.run([folder / "wrong"]) == 0
+    assert report.run([folder / "wrong"], data=True) == 0
     said = words((folder / "wrong" / "report.html").read_text())
     assert "no classifier's of its config" in said and "Test accuracy" in said
 
@@ -162,9 +162,9 @@ def test_a_tokenizers_report_shows_its_images(made):
     lines = [{**line, "reconstruction_mse": 0.01} for line in tuned_lines(20) if line["kind"] != "test"]
     write_run(folder / "tokenizer" / "training", config, lines)
     shown = folder / "tokenizer" / "reconstructions.png"
-    assert report.run([folder / "tokenizer" / "training"]) == 0
+    assert report.run([folder / "tokenizer" / "training"], data=True) == 0
     html = (folder / "tokenizer" / "training" / "report.html").read_text()
     assert images_of(html, "images") == 0 and not shown.exists()
     shown.write_bytes(b"\x89PNG")
-    assert report.run([folder / "tokenizer" / "training"]) == 0
+    assert report.run([folder / "tokenizer" / "training"], data=True) == 0
     assert images_of((folder / "tokenizer" / "training" / "report.html").read_text(), "images") == 1

@@ -23,7 +23,8 @@ from beitforge.pipeline.reports.curves import curves
 from beitforge.pipeline.reports.provenance import what_ran
 from beitforge.pipeline.reports.summary import cards, data_wait, header, probe
 from beitforge.pipeline.runs.formatting import duration
-from beitforge.pipeline.runs.record import json_lines, read_record, sessions, token_use
+from beitforge.pipeline.runs.jsonl import read_lines
+from beitforge.pipeline.runs.record import read_record, sessions, token_use
 from beitforge.pipeline.stages import report
 from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
 from tests.conftest import ROOT
@@ -58,7 +59,7 @@ def run(made, tmp_path):
 
 
 def test_a_finished_run_with_everything(run, capsys):
-    assert report.run([run]) == 0
+    assert report.run([run], data=True) == 0
     html = (run / "report.html").read_text()
     said = words(html)
     for expected in ("finished", "20", "6.667 epochs of 12", "2.500", "from 3.400 at step 2", "3 min 20 s"):
@@ -87,7 +88,7 @@ def test_a_run_of_which_nothing_else_is_there(tmp_path):
     write_run(folder, config_of(tmp_path / "gone"), [])
     (folder / "metrics.jsonl").unlink()
     (folder / "environment.json").unlink()
-    assert report.run([folder]) == 0
+    assert report.run([folder], data=True) == 0
     said = words((folder / "report.html").read_text())
     for expected in ("not started", "No step has been logged yet", "Held-out images are missing: "):
         assert expected in said, expected
@@ -108,7 +109,7 @@ def test_a_run_of_which_nothing_else_is_there(tmp_path):
 def test_what_is_gone_is_named_and_the_rest_is_shown(run, lost, images, line):
     for name in lost:
         shutil.rmtree(run.parent / name)
-    assert report.run([run]) == 0
+    assert report.run([run], data=True) == 0
     html = (run / "report.html").read_text()
     assert images_of(html, "images") == 8 * images
     assert line in words(html)
@@ -123,7 +124,7 @@ def test_another_tokenizer_or_encoder_is_not_shown_as_this_one(run):
     torch.save({"module": {"decoder.weight": torch.zeros(3)}}, weights)
     state = json.loads((weights.parent / "state.json").read_text())
     (weights.parent / "state.json").write_text(json.dumps({**state, "files": {}}))
-    assert report.run([run]) == 0
+    assert report.run([run], data=True) == 0
     said = words((run / "report.html").read_text())
     assert "is not the tokenizer that" in said and "are no pretraining's" in said
 
@@ -132,7 +133,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_shown(run):
     write_checkpoint(run, config_of(run.parent), 30)
     next((run / "checkpoints" / "step-30").glob("*.pt")).write_bytes(b"")
     (run / "checkpoints" / "step-40").mkdir()
-    assert report.run([run]) == 0
+    assert report.run([run], data=True) == 0
     said = words((run / "report.html").read_text())
     assert "checkpoint step-30 is not used" in said and "held-out set, at step 20" in said
     assert "its save was never finished" in said
@@ -147,7 +148,7 @@ def test_text_from_files_is_escaped(run):
     (run / "probe.json").write_text(json.dumps({"step": 20, "results": {hostile: result}}))
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(f"# {hostile}\n{text}")
-    assert report.run([run]) == 0
+    assert report.run([run], data=True) == 0
     html = (run / "report.html").read_text()
     assert hostile not in html and html.count("&lt;img src=x") >= 45
     assert "30 replaced" in html and "and 10 more" in html and "75.0%" in html
@@ -158,7 +159,7 @@ def test_damaged_files_are_noted(run):
     (run.parent / "tokenizer" / "measured.json").write_bytes(b"\xff\xfe")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 21, "kind": "tr')
-    assert report.run([run]) == 0
+    assert report.run([run], data=True) == 0
     said = words((run / "report.html").read_text())
     assert "probe.json is damaged" in said and "measured.json is damaged" in said and "finished" in said
 
@@ -170,7 +171,7 @@ def test_ten_thousand_lines_stay_small(tmp_path):
         if line["kind"] == "train":
             line |= {"loss": line["loss"] + draw.random(), "gradient_norm": draw.choice([1.0, 2.0, 1e4, float("inf")])}
     write_run(folder, config_of(tmp_path), lines)
-    assert report.run([folder]) == 0
+    assert report.run([folder], data=True) == 0
     html = (folder / "report.html").read_text()
     assert len(html) < 500_000 and " not finite</b>" in html
 
@@ -178,7 +179,7 @@ def test_ten_thousand_lines_stay_small(tmp_path):
 def test_restarts_are_marked_and_their_work_is_counted(tmp_path):
     lines = lines_of(12, 40, time=1000.0) + lines_of(20, 40, begin=8, time=2000.0)
     write_run(tmp_path / "run", config_of(tmp_path), lines)
-    record = read_record(tmp_path / "run", config_of(tmp_path))
+    record = read_record(tmp_path / "run", config_of(tmp_path), data=True)
     assert [(s.first_step, s.last_step, s.ended - s.started) for s in record.sessions] == [(0, 12, 120), (8, 20, 120)]
     assert record.step == 20 and record.seconds == 240 and not record.finished and record.samples_seen == 80
     html = curves(record).html
@@ -197,8 +198,8 @@ def test_a_start_that_finds_the_run_finished_is_no_restart():
 def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": \n[1]\n\xff\n{"a": NaN}\n')
-    assert [list(line) for line in json_lines(path)] == [["a"], ["a"]]
-    assert json_lines(tmp_path / "none") == []
+    assert [list(line) for line in read_lines(path).lines] == [["a"], ["a"]]
+    assert read_lines(tmp_path / "none").lines == []
 
 
 def test_cards_of_the_numbers_that_matter(tmp_path):
@@ -207,7 +208,7 @@ def test_cards_of_the_numbers_that_matter(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     measured = {"used": 21, "vocabulary": 24, "perplexity": 17.4}
     (tmp_path / "tokenizer" / "measured.json").write_text(json.dumps(measured))
-    said = words(cards(read_record(tmp_path / "run", config)).html)
+    said = words(cards(read_record(tmp_path / "run", config, data=True)).html)
     for expected in (
         "111",
         "25.0% of the time",
@@ -240,13 +241,13 @@ def test_a_path_that_leads_elsewhere_is_one_line(tmp_path):
 
 def test_the_probe_table(tmp_path):
     write_run(tmp_path / "run", config_of(tmp_path), [])
-    assert probe(read_record(tmp_path / "run", config_of(tmp_path))).html == ""
+    assert probe(read_record(tmp_path / "run", config_of(tmp_path), data=True)).html == ""
     results = {
         who: {"knn": k, "linear": n, "features": "f"} for who, k, n in (("trained", 0.5, 0.6), ("raw", 0.2, 0.3))
     }
     content = {"step": 5, "test_samples": 1234, "classes": 7, "majority_class": 0.125, "results": results}
     (tmp_path / "run" / "probe.json").write_text(json.dumps(content))
-    said = words(probe(read_record(tmp_path / "run", config_of(tmp_path))).html)
+    said = words(probe(read_record(tmp_path / "run", config_of(tmp_path), data=True)).html)
     for expected in ("1,234", "7 classes", "60.0%", "50.0%", "30.0%", "12.5%", "majority class"):
         assert expected in said, expected
 

@@ -63,7 +63,7 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(run: Path, *words: str, port: int = 0, before: tuple[str, ...] = ()) -> Iterator[Watch]:
+def watching(run: Path, *words: str, port: int = 0, before: tuple[str, ...] = (), data: bool = True) -> Iterator[Watch]:
     """`watch RUN`, ended by Ctrl-C; that is no error, and nothing was complained about. before: what starts it."""
     command = [
         *before,
@@ -76,6 +76,7 @@ def watching(run: Path, *words: str, port: int = 0, before: tuple[str, ...] = ()
         str(run),
         "--port",
         str(port),
+        *(["--data"] if data else []),
         *words,
     ]
     process = subprocess.Popen(

@@ -1,6 +1,7 @@
 """Token files are checked when they are opened: a wrong token or box looks like any other."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,7 @@ from beitforge.shards.errors import ShardError
 from beitforge.shards.format.manifest import TokenManifest, read_token_manifest, write_manifest
 from beitforge.shards.format.tokens import TokenSet, open_token_shard, token_path, token_shard_entry, write_token_shard
 from beitforge.shards.format.views import ViewPolicy, draw_views
-from beitforge.shards.storage import files
-from beitforge.shards.storage.files import open_tensors, write_tensors
+from beitforge.shards.storage.tensors import TensorFile, open_tensors, write_tensors
 
 KEYS = np.arange(5, dtype=np.uint64)
 SIDES = np.full(5, 40)
@@ -72,21 +72,30 @@ def test_a_file_of_an_earlier_version_is_read_through_once_a_process(folder, mon
     tokens = TokenSet(folder)
     tokens.shard(0, KEYS)
     tokens._open.clear()
-    monkeypatch.setattr("beitforge.shards.format.tokens.file_digest", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(TensorFile, "digest", property(lambda self: pytest.fail("read again")))
     tokens.shard(0, KEYS)
+    monkeypatch.undo()
+    flipped = token_path(folder, "a")
+    data = bytearray(flipped.read_bytes())
+    data[-1] ^= 1
+    flipped.write_bytes(data)
+    with pytest.raises(ShardError, match="digest differs"):
+        for row in range(5):
+            tokens.row(0, lambda: KEYS, 0, row)
+            tokens.is_bad(0, lambda: KEYS, row)
 
 
 def test_an_io_error_is_tried_again(folder, monkeypatch):
     """As it is for images."""
     as_before(folder)
-    errors = iter([OSError(5, "Input/output error")])
+    errors, real = iter([OSError(5, "Input/output error")]), os.pread
 
-    def digest(path: Path) -> str:
+    def pread(descriptor: int, size: int, start: int) -> bytes:
         for error in errors:
             raise error
-        return files.file_digest(path)
+        return real(descriptor, size, start)
 
-    monkeypatch.setattr("beitforge.shards.format.tokens.file_digest", digest)
+    monkeypatch.setattr(os, "pread", pread)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert len(TokenSet(folder).shard(0, KEYS).keys) == 5
 

@@ -10,7 +10,7 @@ from beitforge.shards.format.manifest import TokenManifest, TokenShard, write_ma
 from beitforge.shards.format.tokens import token_path, write_token_shard
 from beitforge.shards.format.views import Views
 from beitforge.shards.inspect.stats import table, token_stats
-from beitforge.shards.storage.files import file_digest
+from beitforge.shards.storage.reading import file_digest
 
 
 @pytest.fixture

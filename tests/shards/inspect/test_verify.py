@@ -18,7 +18,8 @@ from beitforge.shards.inspect.verify import verify_images
 from beitforge.shards.inspect.verify_tokens import verify_tokens
 from beitforge.shards.pack.pack import pack
 from beitforge.shards.pack.plan import PackOptions
-from beitforge.shards.storage.files import file_digest, open_tensors, write_tensors
+from beitforge.shards.storage.reading import file_digest
+from beitforge.shards.storage.tensors import open_tensors, write_tensors
 from tests.shards.made_images import two_classes
 
 VOCABULARY, GRID, NUM_VIEWS = 50, (2, 3), 2

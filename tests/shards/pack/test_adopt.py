@@ -15,7 +15,8 @@ from beitforge.shards.pack.adopt import Adopted, adopt
 from beitforge.shards.pack.pack import pack
 from beitforge.shards.pack.plan import PackOptions
 from beitforge.shards.pack.tar_scan import scan_tar
-from beitforge.shards.storage.files import PARTIAL, file_digest
+from beitforge.shards.storage.files import PARTIAL
+from beitforge.shards.storage.reading import file_digest
 from tests.shards.made_images import jpeg, two_classes
 
 

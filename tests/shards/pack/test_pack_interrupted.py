@@ -15,7 +15,8 @@ from beitforge.shards.errors import ShardError
 from beitforge.shards.pack.encode import EncodeOptions
 from beitforge.shards.pack.pack import Packed, pack
 from beitforge.shards.pack.plan import PackOptions, make_plan
-from beitforge.shards.storage.files import PARTIAL, write_tensors
+from beitforge.shards.storage.files import PARTIAL
+from beitforge.shards.storage.tensors import write_tensors
 from tests.shards.made_images import contents, jpeg, stamps, write_folder
 
 

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +173,7 @@ def test_a_folder_that_fails_is_one_line(tmp_path, monkeypatch, what):
         return
     cache = Cache(tmp_path / "cache", 1000)
 
-    def full(*_) -> None:
+    def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
@@ -190,3 +192,77 @@ def test_a_disk_that_fails_to_read_is_passed_by(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pread", broken)
     assert cache.read(part(ONE, 1), 0, 10) is None
+
+
+def killed_while_fetching(cache: Cache, number: int, size: int) -> None:
+    """Fork a process that fetches a part, and kill it once its room is taken."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+
+        def hang() -> bytes:
+            os.write(write, b"x")
+            time.sleep(60)
+            return b""
+
+        try:
+            cache.keep_part(part(ONE, number), size, hang)
+        finally:
+            os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b"x"
+    os.close(read)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("opened", ["again", "before"])
+def test_what_killed_fetchers_leave_takes_no_room(tmp_path, opened):
+    """36 of them leave more than the cache holds; whoever opens it, or needs the room, has all of it."""
+    cache = Cache(tmp_path, 2_000_000)
+    for number in range(36):
+        killed_while_fetching(cache, number, 190_000)
+    left = on_disk(cache)
+    assert left > 1_000_000
+    if opened == "again":
+        cache = Cache(tmp_path, 2_000_000)
+        assert on_disk(cache) == cache._used() == 0
+    for number in range(10):
+        assert cache.keep_part(part(OTHER, number), 190_000, fetched(190_000), in_turn, before=0)
+    assert names(cache) == {part(OTHER, number) for number in range(10)}
+
+
+def test_what_is_being_fetched_is_not_swept(tmp_path):
+    """By whoever opens the cache meanwhile, in this process or another, a hundred times."""
+    cache, began, may_end = Cache(tmp_path, 10_000), threading.Event(), threading.Event()
+
+    def fetch() -> bytes:
+        began.set()
+        assert may_end.wait(60)
+        return b"y" * 600
+
+    kept: list[bool] = []
+    thread = threading.Thread(target=lambda: kept.append(cache.keep_part(part(ONE, 1), 600, fetch)))
+    thread.start()
+    assert began.wait(60)
+    for _ in range(100):
+        assert Cache(tmp_path, 10_000)._used() == 600
+    child = os.fork()
+    if not child:
+        os._exit(0 if Cache(tmp_path, 10_000)._used() == 600 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    may_end.set()
+    thread.join()
+    assert kept == [True] and cache.read(part(ONE, 1), 0, 600) == b"y" * 600
+
+
+def test_a_partial_file_of_no_kind(tmp_path):
+    """A folder, a link or a pipe that is called like one is let be."""
+    cache = Cache(tmp_path, 1000)
+    cache.keep_part(part(ONE, 1), 100, fetched(100))
+    inside = tmp_path / ONE
+    (inside / "a.part.partial-00000000").mkdir()
+    (inside / "b.part.partial-00000000").symlink_to("nowhere")
+    os.mkfifo(inside / "c.part.partial-00000000")
+    assert Cache(tmp_path, 1000)._used() == 100
+    assert len(list(inside.iterdir())) == 4

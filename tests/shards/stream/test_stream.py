@@ -275,7 +275,7 @@ def test_worker_errors_name_the_file(tiny, tmp_path):
     (folder / "shards" / "train" / f"{name}.tar").unlink()
     source = pretraining(tiny_config(tiny, *moved(folder)))
     numbers = RankBatches(0, 50, 50, 0, 1, 1)
-    with pytest.raises(ShardError, match=f"^cannot read {name}[^\n]*$"):
+    with pytest.raises(ShardError, match=f"^host .* cannot read {name}[^\n]*$"):
         next(load(source.stream, numbers, workers=1, prefetch=1, pin=False))
 
 

@@ -274,7 +274,7 @@ def test_a_text_is_no_tokenizer(tmp_path):
     ("make", "words"),
     [
         (lambda path: None, "No such file"),
-        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.mkdir(), "is a folder"),
         (lambda path: path.write_bytes(b""), "no file of torch.save"),
         (lambda path: path.write_bytes(pickle.dumps(Reduced(os.system, "false"))), "no file of torch.save"),
         (lambda path: save_file({"x": torch.ones(1)}, path), "no file of torch.save"),

@@ -1,0 +1,194 @@
+"""Safetensors files: written whole and always alike, read row by row."""
+
+import functools
+import json
+import math
+import struct
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from beitforge.shards.errors import Damaged, ShardError
+from beitforge.shards.storage.files import atomic_path
+from beitforge.shards.storage.reading import OpenFile, forget, parse_json, twice_read
+from beitforge.shards.storage.retry import reread, retry
+
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+}
+MOST_HEADER = 1 << 24  # bytes
+_MOST_ROWS, _MOST_DIMENSIONS = 1 << 48, 8
+_BLOCK = 4096  # bytes that have a checksum of their own once the file was read whole
+_CURE = "make it again with the command that made its folder"
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically; the same tensors and metadata always give the same bytes.
+
+    Written here because the library's writer puts the metadata in an order that differs from process to process, which
+    would change digests, and reports a full disk as an error of its own that is no OSError.
+    """
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, dict] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as partial, open(partial, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            file.write(np.ascontiguousarray(tensor).data)
+
+
+class Checked:
+    """The bytes of a file: any, until it was read through by `digest`; then only such as that was made of."""
+
+    def __init__(self, file: OpenFile):
+        self.file = file
+        self.sums: array | None = None  # xxh3-64 of each block
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """xxh3-128 of the whole file, read now."""
+        state, sums, size = xxhash.xxh3_128(), array("Q"), self.file.size
+        for start in range(0, size, 256 * _BLOCK):
+            data = self.file.read(min(256 * _BLOCK, size - start), start)
+            state.update(data)
+            sums.extend(xxhash.xxh3_64_intdigest(data[at : at + _BLOCK]) for at in range(0, len(data), _BLOCK))
+        self.sums = sums
+        return state.hexdigest()
+
+    def fits(self, sums: array) -> bool:
+        """Whether checksums can be those of this file."""
+        return len(sums) == -(-self.file.size // _BLOCK)
+
+    def read(self, size: int, start: int) -> bytes:
+        """Raises Damaged, EOFError, OSError."""
+        if self.sums is None or not size:
+            return self.file.read(size, start)
+        first, last = start // _BLOCK, (start + size - 1) // _BLOCK
+        parts = []
+        for block in range(first, last + 1):
+            at = block * _BLOCK
+            parts.append(twice_read(self.file, min(_BLOCK, self.file.size - at), at, self.sums[block]))
+        within = start - first * _BLOCK
+        return (parts[0] if first == last else b"".join(parts))[within : within + size]
+
+    def certain(self, size: int, start: int) -> bytes:
+        """`read`, tried again where it fails. Raises ShardError."""
+        return retry(lambda: self.read(size, start), str(self.file.path))
+
+
+class Tensor:
+    """One tensor of an open file; indexing reads the row, and `whole` the rest."""
+
+    def __init__(self, source: Checked, start: int, dtype: np.dtype, shape: tuple[int, ...]):
+        self.source, self.start, self.dtype, self.shape = source, start, dtype, shape
+        self.rows = [math.prod(shape[depth:]) * dtype.itemsize for depth in range(len(shape) + 1)]  # bytes, by depth
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, place: Any) -> np.ndarray:
+        """What lies at the leading indexes, read now; of all of it, where NumPy's other indexes ask for more. Raises
+        IndexError, and as Checked.read does."""
+        indexes = place if isinstance(place, tuple) else (place,)
+        if not all(isinstance(index, int) for index in indexes):
+            return self.whole()[place]
+        start = self.start
+        for depth, index in enumerate(indexes):
+            if not 0 <= index < self.shape[depth]:
+                raise IndexError(f"{index} of {self.shape[depth]}")
+            start += index * self.rows[depth + 1]
+        found = np.frombuffer(self.source.read(self.rows[len(indexes)], start), self.dtype)
+        return found.reshape(self.shape[len(indexes) :])[()]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.whole(), dtype=dtype)
+
+    def whole(self) -> np.ndarray:
+        """All of it, read now. Raises ShardError when that fails."""
+        return np.frombuffer(self.source.certain(self.rows[0], self.start), self.dtype).reshape(self.shape)
+
+
+class TensorFile:
+    """A safetensors file, open; of its contents nothing is kept. `tensors` by name, `metadata` as written."""
+
+    def __init__(self, source: Path | OpenFile):
+        """Reads the header only. Raises ShardError when the file is missing or no regular file, Damaged when it is cut
+        short or its header does not describe it, OSError when its disk fails."""
+        try:
+            file = source if isinstance(source, OpenFile) else OpenFile(source)
+        except FileNotFoundError as error:
+            raise ShardError(f"{source} is missing; {_CURE}") from error
+        self.path, self.bytes = file.path, Checked(file)
+        header, start = self._header(file)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._damaged("its metadata are no texts")
+        self.metadata: dict[str, str] = metadata
+        self.tensors = {name: self._tensor(name, entry, start) for name, entry in header.items()}
+        end = max((tensor.start + tensor.rows[0] for tensor in self.tensors.values()), default=start)
+        if end != file.size:
+            raise Damaged(f"{self.path} is {file.size} bytes long but its header describes {end}: damaged; {_CURE}")
+
+    @property
+    def digest(self) -> str:
+        """Checked.digest, from which on every read is checked."""
+        return self.bytes.digest
+
+    def _damaged(self, why: str) -> Damaged:
+        return Damaged(f"{self.path} is not a whole safetensors file: {why}; {_CURE}")
+
+    def _header(self, file: OpenFile) -> tuple[dict, int]:
+        """The header, and where the tensors begin."""
+        prefix = file.up_to(8, 0)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file.size
+        if length > min(MOST_HEADER, file.size - 8):
+            raise self._damaged("its header is damaged")
+        try:
+            header = parse_json(file.up_to(length, 8))
+        except Damaged as error:
+            raise self._damaged(f"its header is damaged ({error})") from error
+        if not isinstance(header, dict):
+            raise self._damaged("its header is damaged")
+        return header, 8 + length
+
+    def _tensor(self, name: str, entry: Any, start: int) -> Tensor:
+        impossible = self._damaged(f"what it says of {name[:40]} cannot be")
+        try:
+            dtype, shape, (first, last) = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+            numbers = [first, last, *shape]
+        except (KeyError, TypeError, ValueError) as error:
+            raise impossible from error
+        if len(shape) > _MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < _MOST_ROWS for n in numbers):
+            raise impossible
+        tensor = Tensor(self.bytes, start + first, dtype, tuple(shape))
+        if last - first != tensor.rows[0]:
+            raise impossible
+        return tensor
+
+
+def open_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a safetensors file, read whole, and its metadata. Raises ShardError when the file is missing,
+    damaged, or cannot be read."""
+
+    def read() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        opened = reread(lambda: TensorFile(path), lambda: forget(path))
+        return {name: tensor.whole() for name, tensor in opened.tensors.items()}, opened.metadata
+
+    return retry(read, str(path))
