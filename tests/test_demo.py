@@ -81,7 +81,7 @@ def test_demo_of_a_folder_killed_and_continued(tmp_path):
     probe = json.loads((out / "pretrain" / "probe.json").read_text())
     assert set(probe["results"]) == {"trained", "untrained", "raw pixels"}
     assert "<html" in (out / "pretrain" / "report.html").read_text()
-    assert {path.name for path in (out / "encoder").iterdir()} == {"model.safetensors", "config.json"}
+    assert {path.name for path in (out / "encoder").iterdir()} == {"model.safetensors", "config.json", "beitforge.json"}
 
     output, _ = (third := demo(tmp_path / "images", out)).communicate(timeout=120)
     assert third.returncode == 0, output

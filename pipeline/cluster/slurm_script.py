@@ -168,11 +168,9 @@ def _write(work: SlurmJob, wanted: SlurmRequest) -> Path:
     """The batch script, and the resolved config it runs with: later changes of the file are another job's."""
     script = work.folder / f"{work.verb}.sbatch"
     config = work.folder / f"{work.verb}.yaml"
-    if "\\" in str(work.folder):
-        raise ConfigError(
-            f"{work.folder} holds a backslash, which SLURM drops from the name of a log: rename the folder"
-        )
-    output = str(work.folder).replace("%", "%%") + f"/{work.verb}-{'%A_%a' if wanted.array else '%j'}.out"
+    if odd := next((character for character in "\\%" if character in str(work.folder)), ""):
+        raise ConfigError(f"{work.folder} holds {odd}, by which SLURM makes another name of its log: rename the folder")
+    output = f"{work.folder}/{work.verb}-{'%A_%a' if wanted.array else '%j'}.out"
     blanks = {
         "verb": work.verb,
         "made_by": f"Written by:  {program_name()} {shlex.join(sys.argv[1:])}",

@@ -124,7 +124,7 @@ def _test_chart(record: RunRecord) -> str:
 
 
 def _level(record: RunRecord, name: str, height: float) -> Series:
-    last = float(record.train[-1]["step"])
+    last = float(record.train[-1]["step"] if record.train else record.step)
     return Series(name=name, points=[(0.0, height), (last, height)], tone=0, dashed=True)
 
 

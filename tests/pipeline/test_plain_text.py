@@ -154,6 +154,7 @@ def config(tmp_path) -> Path:
         ([], {"BEITFORGE_COMMAND": "x\ntouch ran\n#"}),
         (["data.images=a\x85b"], {}),
         (["train.run=back\\slash"], {}),
+        (["train.run=100%j"], {}),
         (["--nodes", "9" * 4000], {}),
     ],
     ids=lambda value: " ".join(value)[:20].encode("unicode_escape").decode() if isinstance(value, list) else "",
