@@ -18,7 +18,7 @@ from beitforge.pipeline.cluster.signals import EXIT_STOPPED
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.runs.jsonl import read_metrics
-from beitforge.shards.storage.files import file_digest
+from beitforge.shards.storage.reading import file_digest
 from benchmarks.training.zero_parity import plain_losses as plain_losses_of
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
