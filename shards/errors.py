@@ -4,15 +4,19 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+_LONGEST = 2000  # characters of a message
+
 
 class ShardError(ValueError):
     """One line for the person at the keyboard: what is wrong, where, the rule, and the cure.
 
     Names and keys out of foreign files may be in it: what does not print (a line break, a terminal's escape) is written
-    as its escape sequence.
+    as its escape sequence, and of what is very long the middle is left out.
     """
 
     def __init__(self, message: str = "", *details: object):
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 4 :]}"
         super().__init__(printable(message), *details)
 
 

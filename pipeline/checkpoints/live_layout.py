@@ -39,12 +39,12 @@ def load_into(engine: Engine, source: CheckpointFiles) -> None:
 
 
 def _restore_scale(engine: Engine, saved: dict[str, float]) -> None:
-    """fp16's loss scale goes on where it stood, if one is searched for."""
+    """fp16's loss scale goes on where it stood, if one is searched for; else only the count of steps does."""
     keeps = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
-    if engine.scales_loss and getattr(keeps, "last_overflow_iter", None) is not None:
-        for name, value in saved.items():
-            if hasattr(keeps, name):
-                setattr(keeps, name, type(getattr(keeps, name))(value))
+    searched = engine.scales_loss and getattr(keeps, "last_overflow_iter", None) is not None
+    for name, value in saved.items():
+        if hasattr(keeps, name) and (searched or name == "cur_iter"):
+            setattr(keeps, name, type(getattr(keeps, name))(value))
 
 
 def engine_pieces(engine: Engine, step: float | None = None) -> list[tuple[str, Piece]]:

@@ -94,7 +94,10 @@ class CheckpointFiles:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """float32 weights, one after the other; only one of them is in memory."""
         for name, shape in self.shapes.items():
-            whole = torch.empty(math.prod(shape))
+            try:
+                whole = torch.empty(math.prod(shape))
+            except DAMAGE as error:
+                raise refusal(self.folder, self.folder, error) from error
             self.fill(name, Piece(0, {"fp32": whole}))
             yield name, whole.view(shape)
 
@@ -164,14 +167,18 @@ def own(state: dict[str, Any]) -> dict[str, Tensor]:
 
 def _step(states: dict[int, dict]) -> float:
     """The step counter, which all of AdamW's tensors share and Muon's have not."""
-    return float(next(state["step"] for state in states.values() if "step" in state))
+    return _finite(next(state["step"] for state in states.values() if "step" in state))
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"a counter of it is {value!r:.40}")
+    return float(value)
 
 
 def _scale(kept: dict[str, Any]) -> dict[str, float]:
-    """The loss scale and how long it has held, of what DeepSpeed keeps of a scale that is searched for."""
-    if kept.get("last_overflow_iter") is None:
-        return {}
-    return {key: float(kept[key]) for key in _SCALE if key in kept}
+    """The loss scale and how long it has held, of what DeepSpeed keeps of it, also where it is one for good."""
+    return {key: _finite(kept[key]) for key in _SCALE if kept.get(key) is not None}
 
 
 def _counters(content: dict[str, Any]) -> dict[str, int]:

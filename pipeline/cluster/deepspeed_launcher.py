@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from beitforge.pipeline.cluster.compiled_code import EXTENSIONS
 from beitforge.pipeline.cluster.hostfile import meeting_port, num_gpus, processes_here
 from beitforge.pipeline.cluster.signals import EXIT_STOPPED, FINISHED, ORPHAN_SECONDS, STOP_FILE, begin, read_ended
 from beitforge.pipeline.cluster.ssh_environment import forwarded_lines, remote_words, user_lines, without_leaks
@@ -80,7 +81,7 @@ def _launcher_setup(hosts: dict[str, int]) -> tuple[dict[str, str], tuple[int, .
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     port = str(meeting_port())
     # operators that a `deepspeed:` section may ask for are compiled on first use; a kill meanwhile leaves a lock there
-    extensions = Path(tempfile.gettempdir()) / f"torch_extensions-{os.getpid()}-{port}"
+    extensions = Path(tempfile.gettempdir()) / f"{EXTENSIONS}{os.getpid()}-{port}"
     environment.setdefault("TORCH_EXTENSIONS_DIR", str(extensions))
     options = ["--log_level", "critical", "--no_local_rank", "--master_port", port]
     kept: tuple[int, ...] = ()

@@ -186,7 +186,9 @@ class Optimizer:
         choices=("adamw", "muon"),
         doc="Optimizer of pretraining; muon updates the matrices of the blocks, AdamW the rest.",
     )
-    lr: float = setting(1.5e-3, at_least=0, doc="Peak learning rate; AdamW's, and Muon's updates are scaled to it.")
+    lr: float = setting(
+        1.5e-3, at_least=0, less_than=1e38, doc="Peak learning rate; AdamW's, and Muon's updates are scaled to it."
+    )
     lr_end: float = setting(1e-5, at_least=0, doc="Learning rate at the end of the cosine schedule.")
     warmup: Duration = setting(Duration(10, "epochs"), at_least=0, doc="Linear warm-up of the learning rate.")
     muon_momentum: float = setting(0.95, at_least=0, less_than=1, doc="Decay of Muon's momentum.")

@@ -4,8 +4,10 @@ The one place where the pickle in a checkpoint's file is opened (tests/pipeline/
 deepspeed when it is called. Must not know model, shards or any stage.
 """
 
+import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,6 +22,7 @@ from beitforge.pipeline.errors import ConfigError
 DAMAGE: tuple[type[Exception], ...] = (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError)
 DAMAGE += (AttributeError, OSError, EOFError, MemoryError, StopIteration, pickle.UnpicklingError, zipfile.BadZipFile)
 
+_HEADER = struct.Struct("<4s5H3L2H")  # of a record in a zip archive; then come its name and more
 _LARGEST_PICKLE = 1 << 28  # bytes: names, shapes and containers of a file
 # All that DeepSpeed's files ask for. torch would also grant what takes any amount of memory, such as bytearray(n).
 _NAMES = re.compile(
@@ -75,7 +78,7 @@ def _classes() -> list:
 
 def _refuse_bombs(path: Path) -> None:
     """Raise ValueError for a file that would take more memory than it has bytes, before it is unpickled."""
-    with zipfile.ZipFile(path) as archive:
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         names = [record.filename for record in records]
         pickles = [name for name in names if name.endswith("data.pkl")]
@@ -83,9 +86,13 @@ def _refuse_bombs(path: Path) -> None:
             raise ValueError("it is no archive of torch.save")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise ValueError("it is compressed, which no checkpoint is")
-        if archive.getinfo(pickles[0]).file_size > _LARGEST_PICKLE:
+        found = archive.getinfo(pickles[0])
+        if found.file_size > _LARGEST_PICKLE:
             raise ValueError(f"its pickle has more than {_LARGEST_PICKLE >> 20} MiB")
-        pickled = archive.read(pickles[0])
+        # not by the archive, which would miss a CRC-32 that ours have not
+        file.seek(found.header_offset + _HEADER.size - 4)
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        pickled = file.read(found.file_size)
     for asked in _ASKS.finditer(pickled):
         if not _NAMES.fullmatch(asked[1]):
             raise ValueError(f"GLOBAL {asked[1].decode().replace(chr(10), '.')}")

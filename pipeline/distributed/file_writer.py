@@ -4,9 +4,11 @@ run, and its digest taken of the bytes on their way there.
 Imports deepspeed; the engine imports it once that is set up. Must not know model, shards or any stage.
 """
 
+import contextlib
 import copy
 import io
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,17 @@ class _Digested(io.BufferedWriter):
         return False
 
 
+@contextlib.contextmanager
+def without_checksums() -> Iterator[None]:
+    """torch's own CRC-32 of every record takes several times what the digest does, and nobody looks at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class Writer(TorchCheckpointEngine):
     """DeepSpeed hands every file of this process to `save`. What goes wrong with the disk is kept in `error`, what was
     written in `written`, by path."""
@@ -57,7 +70,7 @@ class Writer(TorchCheckpointEngine):
 
     def _write(self, state: dict, path: str) -> None:
         try:
-            with _Digested(path) as file:
+            with _Digested(path) as file, without_checksums():
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from beitforge.pipeline.cluster.compiled_code import keep_compiled_code_private
 from beitforge.pipeline.cluster.environment import rank_info, refuse_loopback_name, rendezvous_variables
 from beitforge.pipeline.cluster.watchdog import longest
 from beitforge.pipeline.distributed.collectives import World
@@ -28,6 +29,7 @@ def start_world(hang_seconds: float = 600.0) -> World:
     """
     limit = datetime.timedelta(seconds=longest(hang_seconds)) if hang_seconds else _NO_LIMIT
     place = rank_info(os.environ)
+    keep_compiled_code_private()
     os.environ.update(rendezvous_variables(os.environ))
     cuda = torch.cuda.is_available()
     if not cuda:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from beitforge.pipeline.checkpoints import live_layout, zero_layout
 from beitforge.pipeline.checkpoints import saver as checkpoint
+from beitforge.pipeline.checkpoints.choice import newest_whole
 from beitforge.pipeline.cluster.watchdog import Watchdog
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
@@ -27,7 +28,7 @@ from beitforge.pipeline.data.batches import training_batches
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, broadcast_object
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.errors import SharedError
-from beitforge.pipeline.runs.checkpoints import STATE, State, candidates, newest, step_of
+from beitforge.pipeline.runs.checkpoints import STATE, State, candidates, step_of
 from beitforge.pipeline.runs.recorded import Recorded, Step
 from beitforge.pipeline.training.loop import Components, Objective, train
 from beitforge.pipeline.training.metrics import Metrics
@@ -155,8 +156,7 @@ def replay(config: Config, job: Job, world: World, recorded: Recorded, span: Spa
         origin = f"checkpoint step-{result.start}" if state else "the weights that the run began with"
         tell(f"replaying steps {result.start + 1}–{span.until} of {job.run} from {origin}, as {_processes(world.size)}")
         _tell_of_others(recorded, result.start, span.until, world, tell)
-        saved = _to_compare(job.run, result.start, span.until, rollbacks) if world.first else {}
-        saved = broadcast_object(saved, world)
+        saved = _to_compare(job.run, result.start, span.until, rollbacks, world)
         bar = Progress("replay", span.until, "step", done=result.start)
         components = Components(
             objective=_watched(job.objective(engine, steps), result),
@@ -221,14 +221,20 @@ def _segments(start: int, until: int, rollbacks: list[Rollback], saved: list[int
     return found
 
 
-def _to_compare(run: Path, start: int, until: int, rollbacks: list[Rollback]) -> dict[int, tuple[Path, State] | str]:
+def _to_compare(
+    run: Path, start: int, until: int, rollbacks: list[Rollback], world: World
+) -> dict[int, tuple[Path, State] | str]:
     """By step, folder and state of the complete checkpoints behind the start, or what is wrong with one that was."""
     found: dict[int, tuple[Path, State] | str] = {}
-    for folder in reversed(candidates(run)):
-        step, problems = step_of(folder), list[str]()
-        if start < step <= until and usable(rollbacks, step) and (folder / STATE).exists():
-            there = newest(run, problems.append, partial(operator.eq, step), whole=True)
-            found[step] = there or problems[0].partition(";")[0]
+    saved = [step_of(folder) for folder in reversed(candidates(run)) if (folder / STATE).exists()]
+    for step in broadcast_object([s for s in saved if start < s <= until and usable(rollbacks, s)], world):
+        problems: list[str] = []
+        try:
+            there = newest_whole(run, world, problems.append, partial(operator.eq, step))
+        except SharedError:
+            there = None
+        problem = broadcast_object(problems[0].partition(";")[0] if problems else "", world)
+        found[step] = there or problem
     return found
 
 
@@ -254,7 +260,9 @@ def _weights(
         tell(there)
         return True
     folder, state = there
-    found = _apart(engine, zero_layout.open_checkpoint(folder, state.zero_stage, state.groups, state.files))
+    found = _apart(
+        engine, zero_layout.open_checkpoint(folder, state.zero_stage, state.groups or engine.groups, state.files)
+    )
     told = [f"{line}, on rank {engine.world.rank}" for line in found[:_TOLD]]
     everyone = all_gather_objects((told, len(found)), engine.world)
     lines, total = [line for lines, _ in everyone for line in lines], sum(count for _, count in everyone)

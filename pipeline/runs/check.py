@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.reading import open_regular
 from beitforge.pipeline.runs.checkpoints import (
     NO_DIGESTS,
     STATE,
@@ -14,7 +15,6 @@ from beitforge.pipeline.runs.checkpoints import (
     NotWhole,
     candidates,
     checked,
-    open_inside,
     read_state,
 )
 from beitforge.pipeline.runs.jsonl import parse_line
@@ -75,15 +75,17 @@ def _check_log(folder: Path, name: str, report: Report) -> int:
     """Lines of a log; one that a kill cut short is no finding if it is the last."""
     number = 0
     try:
-        with open_inside(folder, name) as file:
+        with open_regular(folder / name, within=folder) as file:
             while line := file.readline(_LONGEST_LINE):
                 number += 1
                 if line.endswith(b"\n") and line.strip() and parse_line(line) is None:
                     report(f"{folder / name}: line {number} is no JSON object")
                 elif len(line) == _LONGEST_LINE:
-                    raise ConfigError(f"line {number} is longer than {_LONGEST_LINE >> 20} MiB")
+                    raise ConfigError(f"{folder / name}: line {number} is longer than {_LONGEST_LINE >> 20} MiB")
     except FileNotFoundError:
         return 0
-    except (OSError, ConfigError) as error:
-        report(f"{folder / name} cannot be read ({getattr(error, 'strerror', None) or error})")
+    except ConfigError as error:
+        report(str(error))
+    except OSError as error:
+        report(f"{folder / name} cannot be read ({error.strerror})")
     return number

@@ -9,21 +9,20 @@ against damage, not against somebody who writes new ones; what is in the files i
 pipeline.checkpoints.saver writes and loads them. Must not know torch, engine, model, shards or any stage.
 """
 
-import errno
 import json
 import os
 import re
-import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.reading import OddFile, open_regular, read_regular
+from beitforge.shards.storage.reading import OpenFile
 
 STATE = "state.json"
 NO_DIGESTS = "{} was saved by a version that took no digests: only the sizes of its files are checked"
@@ -31,9 +30,7 @@ NO_DIGESTS = "{} was saved by a version that took no digests: only the sizes of 
 _LARGEST_STATE = 64 << 20  # bytes: the files of 100,000 processes
 _LONGEST = 4096  # letters of a text in it
 _LARGEST = 2**63 - 1
-_BLOCK = 4 << 20
 _THREADS = 8
-_READS = 2  # before a file is called damaged: a read may have been at fault
 _SEAL = b',\n "digest": "'  # begins the last field
 _FOLDER = re.compile(r"step-[0-9]{1,18}")
 
@@ -149,44 +146,21 @@ def checked(folder: Path, state: State, names: Collection[str], *, whole: bool) 
 
 def _problem(folder: Path, name: str, saved: SavedFile, whole: bool) -> str:
     try:
-        with open_inside(folder, name) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != saved.bytes:
-                return f"{name} has {found} bytes instead of {saved.bytes}"
-            if not whole or not saved.xxh3 or any(digest_of(file) == saved.xxh3 for _ in range(_READS)):
-                return ""
-            return f"{name} is damaged (it holds other bytes than were saved)"
+        with open_regular(folder / name, within=folder) as opened:
+            file = OpenFile(folder / name, os.dup(opened.fileno()))
+        if file.size != saved.bytes:
+            return f"{name} has {file.size} bytes instead of {saved.bytes}"
+        if whole and saved.xxh3 and file.digest() != saved.xxh3:
+            file.forget()  # it is read once more, from the disk: the read may have been at fault
+            if file.digest() != saved.xxh3:
+                return f"{name} is damaged (it holds other bytes than were saved)"
+        return ""
     except FileNotFoundError:
         return f"{name} is missing"
+    except OddFile as error:
+        return str(error)
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-
-
-def open_inside(folder: Path, name: str) -> BufferedReader:
-    """Open a regular file of a folder for reading. Raises OSError for anything else by that name: a link, a pipe, a
-    device, a folder, or what lies behind a link."""
-    within = PurePosixPath(name).parent
-    if within.parts and (folder / within).resolve() != folder.resolve() / within:
-        raise OSError(errno.ELOOP, "it lies behind a link")
-    try:
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise OSError(errno.ELOOP, "it is a link") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return open(descriptor, "rb")
-
-
-def digest_of(file: BufferedReader) -> str:
-    """xxh3-128 of a whole open file, in hex."""
-    state, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
-    file.seek(0)
-    while count := file.readinto(block):
-        state.update(block[:count])
-    return state.hexdigest()
 
 
 def sealed(state: State) -> bytes:
@@ -202,15 +176,14 @@ def read_state(folder: Path) -> State:
     """The state of a checkpoint. Raises NotFinished without a state.json, and NotWhole where that is not as it was
     written; those of versions that took no digests are held against what they have to look like."""
     try:
-        with open_inside(folder, STATE) as file:
-            raw = file.read(_LARGEST_STATE + 1)
+        raw = read_regular(folder / STATE, _LARGEST_STATE, within=folder)
     except FileNotFoundError as error:
         raise NotFinished("its save was never finished") from error
+    except OddFile as error:
+        raise NotWhole(str(error)) from error
     except OSError as error:
         raise NotWhole(f"its {STATE} cannot be read ({error.strerror})") from error
     try:
-        if len(raw) > _LARGEST_STATE:
-            raise ValueError(f"more than {_LARGEST_STATE >> 20} MiB")
         content = json.loads(raw)
         if not isinstance(content, dict):
             raise ValueError("no object")

@@ -37,6 +37,7 @@ _WRITTEN = ("tokenizer.json", "tokenizer.safetensors", "measured.json", "reconst
 def run(config: Config, stop: Callable[[], str]) -> int:
     """Train and write the tokenizer; returns the exit code."""
     world, job = prepare(config, lambda: True)
+    run_on_all_ranks(lambda: _refuse_others(job.run.parent), world)
     engine, finished = run_training(config, job, world, stop)
     if finished and world.first:
         _finish(config, engine, job.source, job.run.parent)
@@ -69,15 +70,18 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
     return world, job
 
 
-def _opened(config: Config) -> DataSource:
-    """What the run reads."""
-    folder = Path(config.data.tokenizer)
+def _refuse_others(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds a tokenizer which was not trained there."""
     others = [name for name in _WRITTEN if (folder / name).exists()]
     if others and not (folder / "training" / "config.yaml").exists():
         raise ConfigError(
             f"{folder} holds {others[0]}, which no training of a tokenizer there wrote (an imported tokenizer?), so it "
             f"stays: set data.tokenizer to a new folder"
         )
+
+
+def _opened(config: Config) -> DataSource:
+    """What the run reads."""
     if config.tokenizer.stride != DVAE_STRIDE:
         raise ConfigError(
             f"tokenizer.stride is {config.tokenizer.stride}; the dVAE that `tokenizer` trains has {DVAE_STRIDE}: "

@@ -19,6 +19,8 @@ from beitforge.pipeline.runs.jsonl import end_cut_line
 from beitforge.pipeline.runs.recorded import to_hex
 from beitforge.shards.errors import about_file
 
+_STEPS = 10_000  # of one line: a line has a length that readers take
+
 
 class Reporter(Protocol):
     """A progress bar (shards.progress.Progress)."""
@@ -62,9 +64,11 @@ class Metrics:
 
     def write_steps(self, first: int, world: int, losses: list[float], norms: list[float]) -> None:
         """A line of the kind steps: every bit of loss and gradient norm of each step from `first` on, for `replay`."""
-        if self.first and norms:
-            packed = {"losses": to_hex("f", losses), "gradient_norms": to_hex("d", norms)}
-            self._line(first + len(norms) - 1, "steps", {"first": first, "world": world, **packed})
+        for begin in range(0, len(norms) if self.first else 0, _STEPS):
+            part = slice(begin, begin + _STEPS)
+            packed = {"losses": to_hex("f", losses[part]), "gradient_norms": to_hex("d", norms[part])}
+            last = first + begin + len(norms[part]) - 1
+            self._line(last, "steps", {"first": first + begin, "world": world, **packed})
 
     def _line(self, step: int, kind: str, values: Mapping[str, float | str]) -> None:
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}

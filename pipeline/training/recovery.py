@@ -13,7 +13,10 @@ from pathlib import Path
 
 from beitforge.pipeline.config.settings import Faults
 from beitforge.pipeline.errors import SharedError
-from beitforge.pipeline.runs.jsonl import end_cut_line, parse_line
+from beitforge.pipeline.runs.jsonl import end_cut_line, read_lines
+from beitforge.shards.errors import about_file
+
+_NUMBERS = {"skip": ("step",), "return": ("to", "on"), "start": ("step",)}  # of the lines of skipped.jsonl
 
 
 @dataclass(frozen=True)
@@ -112,15 +115,20 @@ class Recovery:
 
     def _write(self, values: dict) -> None:
         if self.first:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with about_file(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
 
 def _lines(path: Path) -> list[dict]:
-    """What skipped.jsonl holds, in order."""
-    return list(filter(None, map(parse_line, path.read_bytes().splitlines()))) if path.exists() else []
+    """What skipped.jsonl holds, in order; without lines that it cannot hold."""
+    return read_lines(path, fits=_fits).lines
+
+
+def _fits(line: dict) -> bool:
+    """Whether a line has the numbers that are read of its kind."""
+    return all(isinstance(line.get(name), int) for name in _NUMBERS.get(str(line.get("kind")), ("",)))
 
 
 def _left_out_before(lines: list[dict], step: int) -> list[Fault]:

@@ -109,6 +109,10 @@ class Index:
         if np.any(ends[1:] < ends[:-1]) or int(ends[-1] if len(ends) else 0) != len(self.columns["key_text"]):
             raise Damaged(f"{self.path}: where its keys end cannot be: {cure}")
 
+        greys = self.columns["mean_grey"].whole()
+        if not np.all((greys >= 0) & (greys <= 255)):
+            raise Damaged(f"{self.path} has a mean grey that no image has: {cure}")
+
     def __len__(self) -> int:
         return len(self.columns["key_hash"])
 

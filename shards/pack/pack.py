@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from beitforge.shards.errors import ShardError
+from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.format.index import SUFFIX, open_index
 from beitforge.shards.format.manifest import (
     NAME,
@@ -19,6 +19,7 @@ from beitforge.shards.pack.plan import PackOptions, Plan, make_plan
 from beitforge.shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
 from beitforge.shards.progress import Progress
 from beitforge.shards.storage.files import sweep_partials, write_text
+from beitforge.shards.storage.reading import parse_json, read_whole
 from beitforge.shards.storage.staging import leftovers
 from beitforge.shards.workers import each_shard
 
@@ -26,6 +27,7 @@ MARKER = "packing.json"
 REJECTED = "rejected.jsonl"
 
 _LEAST_LIMIT = 10
+_MOST_JSON = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _makers(target: Path, folders: list[Path]) -> list[dict]:
         return [marker]
     manifests = [content for folder in folders if (content := _read_json(folder / NAME))]
     if manifests:
-        return [manifest.get("made_by", {}) for manifest in manifests]
+        return [made_by if isinstance(made_by := manifest.get("made_by"), dict) else {} for manifest in manifests]
     indexes = [path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))[:1]]
     return [{"plan": plan} for path in indexes if (plan := open_index(path).metadata.get("plan"))]
 
@@ -175,8 +177,8 @@ def _difference(plan: Plan, made_by: dict) -> str:
 def _read_json(path: Path) -> dict:
     """A JSON object, or {} where there is no whole one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        content = parse_json(read_whole(path, _MOST_JSON))
+    except (FileNotFoundError, Damaged):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -4,6 +4,7 @@
 says nothing. Here the tar must end as the format asks, and everything short of that is an error that names the place.
 """
 
+import io
 import os
 import re
 import tarfile
@@ -17,6 +18,7 @@ from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import FLAG_BAD, FLAG_LABELLED, IndexRow
+from beitforge.shards.storage.reading import OpenFile
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL, JSON = "cls", "json"
@@ -25,6 +27,7 @@ _BLOCK = 512
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_MOST_HEADERS = 1 << 17  # bytes of one member's: a long name, what pax adds
 _PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,9}) ")
 _CURE = "the tar is damaged or was cut short: copy or download it again"
 
@@ -114,22 +117,24 @@ def scan_tar(path: Path, beat: Callable[[int], None]) -> list[IndexRow]:
     Raises ShardError for a damaged tar and for samples that are not WebDataset's (see `read_samples`). An image that
     does not decode is a row with FLAG_BAD, not an error.
     """
-    rows = []
-    with open(path, "rb") as file:
-        for sample in read_samples(path):
-            facts = describe(read_member(file.fileno(), sample.image, path))
-            label = 0
-            if LABEL in sample.members:
-                place = sample.members[LABEL]
-                where = f"{path}: sample {sample.key} at byte {place.offset}"
-                label = read_label(read_member(file.fileno(), place, path), where)
-            rows.append(index_row(sample, facts, label))
-            beat(sample.image.size)
+    rows, file = [], OpenFile(path)
+    for sample in read_samples(path):
+        facts = describe(read_member(file.descriptor, sample.image, path))
+        label = 0
+        if LABEL in sample.members:
+            place = sample.members[LABEL]
+            where = f"{path}: sample {sample.key} at byte {place.offset}"
+            label = read_label(read_member(file.descriptor, place, path), where)
+        rows.append(index_row(sample, facts, label))
+        beat(sample.image.size)
     return rows
 
 
 def read_member(descriptor: int, place: TarMember, path: Path) -> bytes:
     """A member's bytes. Raises ShardError when the tar has become shorter."""
+    size = os.fstat(descriptor).st_size
+    if place.offset + place.size > size:
+        raise ShardError(f"{path} ends at byte {size}, inside a member: {_CURE}")
     data = os.pread(descriptor, place.size, place.offset)
     while len(data) < place.size:
         more = os.pread(descriptor, place.size - len(data), place.offset + len(data))
@@ -192,15 +197,18 @@ def _check_image(path: Path, sample: Sample) -> None:
 
 def _regular_members(path: Path) -> Iterator[tuple[str, TarMember]]:
     """Name and place of every regular file in the tar; raises ShardError where the archive breaks off."""
-    size = path.stat().st_size
+    source = _Headers(path)
+    size = source.size
     if size == 0:
         raise ShardError(f"{path} is empty (zero bytes): {_CURE}")
     last = "the start"
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := _next_member(tar, path, last)) is not None:
+        with tarfile.open(fileobj=source, mode="r:") as tar:
+            while (member := _next_member(tar, source, last)) is not None:
                 last = f"member {member.name}"
                 blocks = -(-member.size // _BLOCK) if member.isreg() else 0
+                if member.size < 0 or tar.offset <= member.offset:
+                    raise ShardError(f"{path}: {last} at byte {member.offset} has {member.size} bytes: {_CURE}")
                 if member.offset_data + blocks * _BLOCK > size:
                     raise ShardError(f"{path}: {last} at byte {member.offset_data} is cut off at byte {size}: {_CURE}")
                 if member.issparse():
@@ -214,11 +222,39 @@ def _regular_members(path: Path) -> Iterator[tuple[str, TarMember]]:
     _check_end(path, end, last)
 
 
-def _next_member(tar: tarfile.TarFile, path: Path, last: str) -> tarfile.TarInfo | None:
+class _Headers(io.RawIOBase):
+    """A tar for tarfile to read headers from, which believes what they say of their length: no more than headers have
+    is read for one member."""
+
+    def __init__(self, path: Path):
+        """Raises ShardError where it is no regular file."""
+        file = OpenFile(path)
+        self.path, self.file, self.size, self.place, self.left = path, file, file.size, 0, _MOST_HEADERS
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        assert whence == 0, "tarfile seeks from the start"
+        self.place = place
+        return place
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"a header of over {_MOST_HEADERS} bytes")
+        data = self.file.up_to(size, self.place)
+        self.place, self.left = self.place + len(data), self.left - size
+        return data
+
+
+def _next_member(tar: tarfile.TarFile, source: _Headers, last: str) -> tarfile.TarInfo | None:
+    source.left = _MOST_HEADERS
+    tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
     try:
         return tar.next()
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        raise ShardError(f"{path}: no whole header after {last} near byte {tar.offset} ({error}): {_CURE}") from error
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        place = f"{source.path}: no whole header after {last} near byte {tar.offset}"
+        raise ShardError(f"{place} ({error}): {_CURE}") from error
 
 
 def _check_long_names(path: Path, member: tarfile.TarInfo) -> None:
@@ -232,8 +268,10 @@ def _check_long_names(path: Path, member: tarfile.TarInfo) -> None:
     while blocks:
         try:
             head = tarfile.TarInfo.frombuf(blocks[:_BLOCK], "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
+        except (tarfile.HeaderError, ValueError):
             head = tarfile.TarInfo()
+        if head.size < 0:
+            raise ShardError(f"{path}: the long name before byte {member.offset_data} is damaged: {_CURE}")
         end = _BLOCK + -(-head.size // _BLOCK) * _BLOCK
         text, padding = blocks[_BLOCK : _BLOCK + head.size], blocks[_BLOCK + head.size : end]
         name = text.rstrip(b"\0")  # GNU's

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from beitforge.shards.errors import ShardError
 
+CACHE = "data.cache"  # the setting
 _STEPS = 1000  # of a walk; links may lead in a circle
 _OVERFLOW_UID = 65534  # whom a user namespace shows for everybody it does not map, root included
 # file systems that nodes share: too slow for a cache, and small where homes are
@@ -45,7 +46,7 @@ class Folder:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=self.number)
             found = Folder(os.open(name, flags, dir_fd=self.number))
-        _check_own(os.fstat(found.number), path)
+        _check_own(os.fstat(found.number), path, CACHE)
         return found
 
     def file(self, name: str, flags: int) -> int:
@@ -70,8 +71,9 @@ class Folder:
         os.replace(name, to, src_dir_fd=self.number, dst_dir_fd=self.number)
 
 
-def own_folder(path: Path) -> Folder:
-    """The folder at `path`, made with mode 0700 where it is missing, as are those above it.
+def own_folder(path: Path, setting: str = CACHE) -> Folder:
+    """The folder at `path`, made with mode 0700 where it is missing, as are those above it. setting: that says where it
+    is, for messages.
 
     Raises Unsafe where it belongs to another user or others can write it, or where a folder above it, or a link on the
     way, belongs to somebody who is neither us nor root, or can be replaced by others; OSError where it cannot be made.
@@ -92,38 +94,38 @@ def own_folder(path: Path) -> Folder:
             continue
         found = os.fstat(there.number)
         if stat.S_ISLNK(found.st_mode):
-            _check_above(found, seen / name, path, "link")
+            _check_above(found, seen / name, path, "link", setting)
             target = Path(os.readlink("", dir_fd=there.number))
             waiting += [*reversed(target.parts)]
             if target.is_absolute():
                 here, seen = Folder(os.open(waiting.pop(), look)), Path("/")
             continue
         if waiting:
-            _check_above(found, seen / name, path, "folder")
+            _check_above(found, seen / name, path, "folder", setting)
         here, seen = there, seen / name
     else:
-        raise ShardError(f"{path}: its links lead in a circle, or too far: set data.cache to another folder")
+        raise ShardError(f"{path}: its links lead in a circle, or too far: set {setting} to another folder")
     opened = Folder(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here.number))
-    _check_own(os.fstat(opened.number), path)
+    _check_own(os.fstat(opened.number), path, setting)
     return opened
 
 
-def _check_own(found: os.stat_result, path: Path) -> None:
+def _check_own(found: os.stat_result, path: Path, setting: str) -> None:
     if found.st_uid != os.getuid():
         raise Unsafe(
             f"{path} belongs to user {found.st_uid}, who could change what user {os.getuid()} reads there: set "
-            "data.cache to a folder of your own (data.cache=FOLDER)"
+            f"{setting} to a folder of your own ({setting}=FOLDER)"
         )
     if found.st_mode & 0o022:
         raise Unsafe(
             f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):04o}), who could change what is read "
-            f"there: set data.cache to a folder that only you can write (data.cache=FOLDER), or chmod -R go-w {path}"
+            f"there: set {setting} to a folder that only you can write ({setting}=FOLDER), or chmod -R go-w {path}"
         )
 
 
-def _check_above(found: os.stat_result, at: Path, path: Path, what: str) -> None:
+def _check_above(found: os.stat_result, at: Path, path: Path, what: str, setting: str) -> None:
     """A folder above, or a link on the way: of ours or root's, and not for others to write unless it is sticky."""
-    cure = f"set data.cache to a folder that only you can replace (data.cache=FOLDER), not {path}"
+    cure = f"set {setting} to a folder that only you can replace ({setting}=FOLDER), not {path}"
     if found.st_uid not in (os.getuid(), *_roots()):
         raise Unsafe(f"the {what} {at} belongs to user {found.st_uid}, who could put another in its place: {cure}")
     if what == "folder" and found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
@@ -142,12 +144,13 @@ def _roots() -> tuple[int, ...]:
 
 
 @functools.cache
-def default_folder() -> Path:
-    """Where this user's cache is unless data.cache says: in the user's own cache folder, or, where that is not to be
-    had or nodes share it, in $TMPDIR, which is said in one line. Raises Unsafe where others have been there."""
+def default_folder(name: str = "shards", setting: str = CACHE) -> Path:
+    """Where this user keeps what can be made again unless the setting says: in the user's own cache folder, or, where
+    that is not to be had or nodes share it, in $TMPDIR, which is said in one line. Whether others have been there is
+    for own_folder to say."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    own = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "beitforge" / "shards"
-    second = Path(tempfile.gettempdir()) / f"beitforge-cache-{os.getuid()}"
+    own = Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "beitforge" / name
+    second = Path(tempfile.gettempdir()) / f"beitforge-{'cache' if name == 'shards' else name}-{os.getuid()}"
     try:
         if not own.is_absolute():
             raise OSError("this user has no home folder")
@@ -159,7 +162,8 @@ def default_folder() -> Path:
             raise OSError("it cannot be written")
         return own
     except (OSError, Unsafe) as error:
-        _log.warning("the cache is %s, not %s: %s; data.cache sets another", second, own, error)
+        level = logging.WARNING if setting == CACHE else logging.INFO  # a hundred gigabytes, or a few files
+        _log.log(level, "%s are kept in %s, not %s: %s; %s sets another", name, second, own, error, setting)
     return second
 
 

@@ -78,7 +78,7 @@ def anew(read: Callable[[], Value], forget: Callable[[], object], what: str) -> 
     try:
         return retry(lambda: reread(once), what)
     except Damaged as error:
-        raise Damaged(f"host {socket.gethostname()}: {error}") from error
+        raise Damaged(f"{error} (seen on host {socket.gethostname()})") from error
 
 
 def reread(read: Callable[[], Value], afresh: Callable[[], object] | None = None) -> Value:

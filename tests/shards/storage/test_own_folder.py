@@ -59,7 +59,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path, theirs):
     with pytest.raises(ShardError, match=r"belongs to user \d+, who could put another in its place: set data\.cache"):
         keep(tmp_path / "cache")
     with pytest.raises(Unsafe, match="belongs to user"):
-        own_folder._check_own(tmp_path.stat(), tmp_path)
+        own_folder._check_own(tmp_path.stat(), tmp_path, own_folder.CACHE)
 
 
 @pytest.mark.parametrize(("mode", "refused"), [(0o777, True), (0o775, True), (0o1777, False), (0o755, False)])
@@ -80,7 +80,7 @@ def test_links_of_ours_are_followed_and_those_of_others_are_not(tmp_path, monkey
     (tmp_path / "link").symlink_to("disk")
     (tmp_path / "far").symlink_to(tmp_path / "link")
     assert keep(tmp_path / "far" / "cache") and (tmp_path / "disk" / "cache" / ENTRY).exists()
-    monkeypatch.setattr(own_folder, "_check_above", lambda found, at, path, what: refuse(at, what))
+    monkeypatch.setattr(own_folder, "_check_above", lambda found, at, path, what, _: refuse(at, what))
 
     def refuse(at: Path, what: str) -> None:
         if what == "link":
