@@ -15,7 +15,12 @@ import yaml
 # Tests share the cores with each other and with the processes they start. torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("peers", "cluster", "browser")  # folders whose tests need more than launch.sh installs, and their markers
+EXTRAS = (
+    "peers",
+    "cluster",
+    "browser",
+    "nvme",
+)  # folders whose tests need more than launch.sh installs, and their markers
 # Files that take longest, started first: with several workers none of them is left to one worker at the end.
 LONGEST = (
     "test_kills.py",

@@ -75,6 +75,7 @@ class Engine:
         self.writer = self.deepspeed.checkpoint_engine = Writer()
         # two programs that it would lay beside the checkpoints, which run what a pickle says; `export` reads them
         self.deepspeed._copy_recovery_script = lambda save_path: None
+        self.deepspeed.config = deepspeed_config(setup)  # checkpoints hold it: the section as it was given
         # it would copy what is on NVMe beside a checkpoint, which holds that already (nvme_offload)
         self.deepspeed.zero_nvme_offload_optimizer = lambda: False
         self.agreement = attach(self.deepspeed, world.device)

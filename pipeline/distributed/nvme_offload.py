@@ -4,7 +4,6 @@ tensors as if they were in memory, so that a checkpoint has the same form wherev
 Knows the insides of DeepSpeed 0.19, held by tests/nvme. Must not know model, shards or any stage.
 """
 
-import atexit
 import contextlib
 import copy
 import fcntl
@@ -23,13 +22,16 @@ from beitforge.pipeline.errors import HostError
 
 _PREFIX = "beitforge-offload-"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_OWN = contextlib.ExitStack()  # removes this process's folders, and then unlocks them
+
+remove_own_folders = _OWN.close
 
 
 def with_own_folder(section: dict) -> dict:
     """The deepspeed section with, where its optimizer goes to NVMe, an `nvme_path` of this process's own below the one
     given: DeepSpeed names files by rank alone, and two runs of a host would write into each other's.
 
-    The folder goes with the process; those that killed processes left are removed. Raises HostError where this host
+    `remove_own_folders` removes it; here go those that killed processes left. Raises HostError where this host
     cannot build what DeepSpeed writes with, or the folder cannot be used.
     """
     offload = section.get("zero_optimization", {}).get("offload_optimizer") or {}
@@ -64,16 +66,8 @@ def _claimed(folder: Path) -> Path:
             with contextlib.suppress(OSError), _locked(left, wait=False):
                 shutil.rmtree(left)
         own = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
-        held = contextlib.ExitStack()
-        held.enter_context(_locked(own))
-    process = os.getpid()
-
-    def release() -> None:
-        if os.getpid() == process:  # not a fork's
-            shutil.rmtree(own, ignore_errors=True)
-            held.close()
-
-    atexit.register(release)
+        _OWN.enter_context(_locked(own))
+    _OWN.callback(shutil.rmtree, own, ignore_errors=True)
     os.close(os.open(own / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600))
     return own
 
@@ -102,15 +96,20 @@ def in_memory(optimizer: Any) -> Iterator[None]:
         yield
         return
     mapped: list[np.memmap] = []
-    kept = [(flat, swapper.swap_params_info.get(flat.ds_id)) for flat in optimizer.fp32_partitioned_groups_flat]
-    kept = [(flat, info) for flat, info in kept if info is not None]
+    flats = optimizer.fp32_partitioned_groups_flat
+    states = [
+        optimizer.optimizer.state[flat] for flat in flats
+    ]  # in this order in every checkpoint, also before a step
+    infos = [swapper.swap_params_info.get(flat.ds_id) for flat in flats]  # None of the small ones, which stay in memory
     try:
-        for flat, info in kept:
-            mapped += _mapped(optimizer.optimizer.state[flat], flat, info, swapper)
+        for flat, state, info in zip(flats, states, infos, strict=True):
+            if info is not None:
+                mapped += _mapped(state, flat, info, swapper)
         yield
     finally:
-        for _, info in kept:
-            info.release_memory()
+        for info in infos:
+            if info is not None:
+                info.release_memory()
         for each in mapped:
             each.flush()
 
@@ -124,6 +123,8 @@ def _mapped(state: dict, flat: torch.Tensor, info: Any, swapper: Any) -> list[np
         for held in swapper._get_param_swap_info(flat).tensors:
             found.append(np.memmap(held.swap_path, np.float32, "r+", shape=(info.numel(),)))
             held.compute_tensor.data = torch.from_numpy(found[-1])
+            if held.compute_tensor is not flat:
+                vars(held.compute_tensor).clear()  # the name of its file, which is known by now and in no checkpoint
     except OSError as error:
         raise HostError(
             f"{swapper.swap_folder} on {socket.gethostname()}: what is offloaded there cannot be read or written "

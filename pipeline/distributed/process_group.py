@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from beitforge.pipeline.cluster.compiled_code import keep_compiled_code_private
+from beitforge.pipeline.distributed.nvme_offload import remove_own_folders
 from beitforge.pipeline.cluster.environment import rank_info, refuse_loopback_name, rendezvous_variables
 from beitforge.pipeline.cluster.watchdog import longest
 from beitforge.pipeline.distributed.collectives import World
@@ -72,7 +73,8 @@ def _limit_collectives(limit: datetime.timedelta) -> None:
 
 
 def destroy_process_group() -> None:
-    """End the process group."""
+    """End the process group, and remove what this process has offloaded to NVMe."""
+    remove_own_folders()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

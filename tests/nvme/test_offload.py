@@ -1,6 +1,8 @@
 """Offloading the optimizer to NVMe: the numbers of an offload to the CPU, and checkpoints of the same form."""
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tests.conftest import TinySet
 from tests.pipeline.checkpoints.elastic_pairs import everything
 from tests.ranks import run_ranks
 
+nightly = pytest.mark.skipif(os.environ.get("BEITFORGE_NIGHTLY") != "1", reason="minutes: BEITFORGE_NIGHTLY=1")
 # wide enough that a rank of two has tensors of more than 1 MiB, below which DeepSpeed leaves them in memory
 WIDE = ("model.width=192", "model.heads=3", "train.zero_stage=3")
 SHORT = ("train.duration=4 steps", "checkpoint.every=2 steps", "log.every_steps=1", "optimizer.warmup=1 steps")
@@ -26,8 +29,13 @@ def section(folder: Path | None, **more: Any) -> str:
     return f"deepspeed.zero_optimization={zero}"
 
 
+def started(tiny: TinySet, run: Path, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
+    verb = ("beitforge", "pretrain", "--rank", tiny.config, f"train.run={run}")
+    return run_ranks(*verb, *SHORT, *words, processes=processes)
+
+
 def train(tiny: TinySet, run: Path, *words: str, processes: int = 1) -> list[float]:
-    done = run_ranks("beitforge", "pretrain", "--rank", tiny.config, f"train.run={run}", *SHORT, *words, processes=processes)
+    done = started(tiny, run, *words, processes=processes)
     assert done.returncode == 0, done.stderr
     return [line["loss"] for line in read_metrics(run, "train")]
 
@@ -59,3 +67,26 @@ def test_nvme(tiny, tmp_path):
 
     piped = section(disk, pipeline_read=True, pipeline_write=True, buffer_count=12)
     assert train(tiny, tmp_path / "two", piped, processes=2) == pytest.approx(expected, rel=1e-5)
+
+
+@nightly
+def test_to_and_from_other_stages(tiny, tmp_path):
+    """A checkpoint of NVMe goes on under ZeRO-1 and two processes, that one on NVMe again; and it is exported."""
+    run, disk, other = tmp_path / "run", tmp_path / "disk", tmp_path / "other"
+    expected = train(tiny, run, section(disk), "checkpoint.asynchronous=true", "train.precision=bf16")
+    shutil.copytree(run, other)
+    shutil.rmtree(other / "checkpoints" / "step-4")
+    plain = ("train.zero_stage=1", "train.duration=3 steps", "train.precision=bf16")
+    train(tiny, other, *plain, processes=2)
+    found = train(tiny, other, section(disk), "train.precision=bf16")
+    assert found == pytest.approx(expected, rel=5e-3)
+    done = run_ranks("beitforge", "export", other, tmp_path / "weights")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_disk_that_cannot_be_used_is_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = started(tiny, tmp_path / "run", section(tmp_path / "file"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert "nvme_path: " in line and str(tmp_path / "file") in line and "device: cpu" in line

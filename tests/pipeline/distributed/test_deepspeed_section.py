@@ -74,9 +74,22 @@ def test_refusals(section, words):
     assert words in refusal(section)
 
 
-def test_offloading_to_nvme_is_refused():
-    """Its files are in no checkpoint that could be read again."""
-    assert "in no checkpoint" in refusal({ZERO: {"offload_optimizer": {"device": "nvme"}}}, zero_stage=3)
+def test_offloading_to_nvme_needs_its_settings():
+    """tests/nvme tries it; weights there could not be read from a checkpoint."""
+    nvme = {"device": "nvme", "nvme_path": "/x"}
+    refuse_deepspeed(config({ZERO: {"offload_optimizer": nvme}}, zero_stage=3))
+    refuse_deepspeed(
+        config({ZERO: {"offload_optimizer": {**nvme, "pipeline_read": True, "buffer_count": 8}}}, zero_stage=3)
+    )
+    for offload, words in (
+        ({"device": "nvme"}, "needs nvme_path"),
+        ({"device": "nvme", "nvme_path": 3}, "needs nvme_path"),
+        ({**nvme, "buffer_count": 3}, "at least 4"),
+        ({**nvme, "pipeline_write": True}, "8 with"),
+    ):
+        assert words in refusal({ZERO: {"offload_optimizer": offload}}, zero_stage=3)
+    for more in ({}, {"offload_optimizer": nvme}):
+        assert "offload_param: {device: cpu}" in refusal({ZERO: {"offload_param": nvme, **more}}, zero_stage=3)
     assert "needs train.zero_stage 1" in refusal({ZERO: {"offload_optimizer": {"device": "cpu"}}}, zero_stage=0)
 
 
