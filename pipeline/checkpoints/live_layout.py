@@ -31,7 +31,7 @@ def load_into(engine: Engine, source: CheckpointFiles) -> None:
     with in_memory(engine.optimizer):
         pieces = engine_pieces(engine, source.step)
         run_on_all_ranks(lambda: [source.fill(name, piece) for name, piece in pieces], engine.world)
-        del pieces
+        pieces.clear()  # of views
         _refresh(engine)
     _restore_scale(engine, source.scale)
     for name, count in source.counters.items():
@@ -48,8 +48,8 @@ def _restore_scale(engine: Engine, saved: dict[str, float]) -> None:
 
 
 def engine_pieces(engine: Engine, step: float | None = None) -> list[tuple[str, Piece]]:
-    """This rank's pieces, as views into the running optimizer; inside of `in_memory` where that is on NVMe. step: set its
-    counters to this, making the moments of an optimizer that has not stepped yet."""
+    """This rank's pieces, as views into the running optimizer; inside of `in_memory` where that is on NVMe. step: set
+    its counters to this, making the moments of an optimizer that has not stepped yet."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     stage = engine.setup.zero_stage
     if stage == 0:

@@ -213,7 +213,7 @@ def _conflicts(config: Config) -> list[str]:
         ),
         (
             optimizer != "nvme" or isinstance(zero["offload_optimizer"].get("nvme_path"), str),
-            "deepspeed.zero_optimization.offload_optimizer.device nvme needs nvme_path, a folder on a disk of each host",
+            "deepspeed.zero_optimization.offload_optimizer.device nvme needs nvme_path, a folder of every host",
         ),
         (
             optimizer != "nvme" or _buffers(zero["offload_optimizer"]),
@@ -222,9 +222,9 @@ def _conflicts(config: Config) -> list[str]:
         ),
         (
             parameters != "nvme",
-            "deepspeed.zero_optimization.offload_param.device nvme is not supported: DeepSpeed then keeps no copy of the "
-            "weights that a checkpoint could be read into; use offload_param: {device: cpu}, and offload_optimizer: "
-            "{device: nvme} for the optimizer, which is most of it",
+            "deepspeed.zero_optimization.offload_param.device nvme is not supported: DeepSpeed then keeps no copy of "
+            "the weights that a checkpoint could be read into; use offload_param: {device: cpu}, and "
+            "offload_optimizer: {device: nvme} for the optimizer, which is most of it",
         ),
     )
     return [line for holds, line in rules if not holds]

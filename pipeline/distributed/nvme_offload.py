@@ -20,7 +20,8 @@ import torch
 
 from beitforge.pipeline.errors import HostError
 
-_PREFIX = "beitforge-offload-"
+_PREFIX = f"beitforge-offload-{socket.gethostname()}-"  # hosts may share a disk, and not its locks
+_WITHIN = {"probe", "zero_stage_3"}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _OWN = contextlib.ExitStack()  # removes this process's folders, and then unlocks them
 
@@ -51,8 +52,8 @@ def with_own_folder(section: dict) -> dict:
         own = _claimed(folder)
     except OSError as error:
         raise HostError(
-            f"{where}.nvme_path: {folder} cannot be used on {host} ({error.strerror or error}); it must be a folder that "
-            f"can be written, on a disk that takes O_DIRECT, or use device: cpu"
+            f"{where}.nvme_path: {folder} cannot be used on {host} ({error.strerror or error}); it must be a folder "
+            f"that can be written, on a disk that takes O_DIRECT, or use device: cpu"
         ) from error
     section = copy.deepcopy(section)
     section["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(own)
@@ -64,7 +65,8 @@ def _claimed(folder: Path) -> Path:
     with _locked(folder):
         for left in folder.glob(f"{_PREFIX}*"):
             with contextlib.suppress(OSError), _locked(left, wait=False):
-                shutil.rmtree(left)
+                if _WITHIN.issuperset(os.listdir(left)):  # and nobody has put anything there
+                    shutil.rmtree(left)
         own = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
         _OWN.enter_context(_locked(own))
     _OWN.callback(shutil.rmtree, own, ignore_errors=True)
@@ -85,8 +87,8 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_memory(optimizer: Any) -> Iterator[None]:
-    """Between two steps: what the optimizer keeps on NVMe is, inside, its files there mapped into memory, to be read and
-    changed like any tensor; no memory is taken that the host could not have back. Moments that there are not yet are
+    """Between two steps: what the optimizer keeps on NVMe is, inside, its files there mapped into memory, to be read
+    and changed like any tensor; no memory is taken that the host could not have back. Moments that there are not yet are
     made, as zeros. Nothing happens to an optimizer that is elsewhere.
 
     Raises HostError where the files cannot be opened, or there is no room for them.
@@ -134,14 +136,15 @@ def _mapped(state: dict, flat: torch.Tensor, info: Any, swapper: Any) -> list[np
     return found
 
 
-def _make_moments(state: dict, flat: torch.Tensor, info: Any, swapper: Any) -> None:
+def _make_moments(state: dict, flat: Any, info: Any, swapper: Any) -> None:
     """AdamW's state of a tensor that has not been stepped, its moments in files of zeros."""
     state["step"] = torch.zeros(())
     moments = []
     for name in _MOMENTS:
-        state[name] = torch.zeros(0)
-        state[name].ds_id = f"{name}-{flat.ds_id}"  # DeepSpeed names the file by it
-        moments.append(state[name])
+        moment: Any = torch.zeros(0)
+        moment.ds_id = f"{name}-{flat.ds_id}"  # DeepSpeed names the file by it
+        state[name] = moment
+        moments.append(moment)
     info.add_state_tensors(moments)
     for held in info.tensors[1:]:
         descriptor = os.open(held.swap_path, os.O_WRONLY | os.O_CREAT, 0o600)

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from beitforge.pipeline.cluster.compiled_code import keep_compiled_code_private
-from beitforge.pipeline.distributed.nvme_offload import remove_own_folders
 from beitforge.pipeline.cluster.environment import rank_info, refuse_loopback_name, rendezvous_variables
 from beitforge.pipeline.cluster.watchdog import longest
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.distributed.device import own_device
+from beitforge.pipeline.distributed.nvme_offload import remove_own_folders
 
 _NO_LIMIT = datetime.timedelta(days=365)
 

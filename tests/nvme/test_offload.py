@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,11 @@ def test_nvme(tiny, tmp_path):
     """The losses, weights and moments of an offload to the CPU; resumed bit for bit; resumed by two processes."""
     on_cpu, run, disk = tmp_path / "cpu", tmp_path / "run", tmp_path / "disk"
     expected = train(tiny, on_cpu, section(None))
-    left = disk / "beitforge-offload-left"
-    left.mkdir(parents=True)
+    begin = disk / f"beitforge-offload-{socket.gethostname()}-"
+    for name in ("left/zero_stage_3/optimizer", "theirs/thesis"):
+        Path(f"{begin}{name}").mkdir(parents=True)
     assert train(tiny, run, section(disk)) == expected and len(expected) == 4
-    assert list(disk.iterdir()) == [], "what a process puts there, or has left there, is removed"
+    assert list(disk.iterdir()) == [Path(f"{begin}theirs")], "what a process puts, or has left there, is removed"
     state, values = newest_of(run)
     plain, wanted = newest_of(on_cpu)
     assert state.files.keys() == plain.files.keys()
@@ -76,8 +78,9 @@ def test_to_and_from_other_stages(tiny, tmp_path):
     expected = train(tiny, run, section(disk), "checkpoint.asynchronous=true", "train.precision=bf16")
     shutil.copytree(run, other)
     shutil.rmtree(other / "checkpoints" / "step-4")
-    plain = ("train.zero_stage=1", "train.duration=3 steps", "train.precision=bf16")
+    plain = ("train.zero_stage=1", "checkpoint.every=1 steps", "train.precision=bf16")
     train(tiny, other, *plain, processes=2)
+    shutil.rmtree(other / "checkpoints" / "step-4")
     found = train(tiny, other, section(disk), "train.precision=bf16")
     assert found == pytest.approx(expected, rel=5e-3)
     done = run_ranks("beitforge", "export", other, tmp_path / "weights")
