@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from beitforge.pipeline.reading import OddFile, open_regular, parse_json
+from beitforge.shards.errors import about_file
 
 LARGEST = 64 << 20  # bytes of a file that are read, its last ones
 LONGEST = 1 << 20  # bytes of a line
@@ -184,5 +185,5 @@ def end_cut_line(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     if not ended:
-        with open(path, "a", encoding="utf-8") as file:
+        with about_file(path), open(path, "a", encoding="utf-8") as file:
             file.write("\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from beitforge.pipeline.config.settings import Faults
 from beitforge.pipeline.errors import SharedError
 from beitforge.pipeline.runs.jsonl import end_cut_line, read_lines
+from beitforge.shards.errors import about_file
 
 _NUMBERS = {"skip": ("step",), "return": ("to", "on"), "start": ("step",)}  # of the lines of skipped.jsonl
 
@@ -114,7 +115,7 @@ class Recovery:
 
     def _write(self, values: dict) -> None:
         if self.first:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with about_file(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -113,7 +113,7 @@ def test_a_changed_sample_is_found_at_its_step(tiny, trained, tmp_path):
 def test_what_is_not_finite_is_shown(tiny, tmp_path):
     """The updates left out are left out again, and the page has the samples; the log line says how to ask for it."""
     run = tmp_path / "run"
-    settings = ["optimizer.lr=1e30", "optimizer.warmup=0 steps", "checkpoint.every=1 steps", "faults.max_skipped=2"]
+    settings = ["optimizer.lr=1e12", "optimizer.warmup=0 steps", "checkpoint.every=1 steps", "faults.max_skipped=2"]
     done = run_ranks("beitforge", "pretrain", "--rank", tiny.config, f"train.run={run}", *settings)
     assert done.returncode == 2 and f"`replay {run} --step 2 --page OUT.html` shows them" in done.stderr
     said = replayed(run, "--step", 2, "--page", tmp_path / "page.html")
