@@ -7,6 +7,7 @@ Knows the insides of DeepSpeed 0.19, held by tests/nvme. Must not know model, sh
 import contextlib
 import copy
 import fcntl
+import mmap
 import os
 import shutil
 import socket
@@ -15,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from beitforge.pipeline.errors import HostError
@@ -88,8 +88,8 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def in_memory(optimizer: Any) -> Iterator[None]:
     """Between two steps: what the optimizer keeps on NVMe is, inside, its files there mapped into memory, to be read
-    and changed like any tensor; no memory is taken that the host could not have back. Moments that there are not yet are
-    made, as zeros. Nothing happens to an optimizer that is elsewhere.
+    and changed like any tensor; the host can have that memory back. Moments that there are not yet are made, as zeros.
+    Nothing happens to an optimizer that is elsewhere.
 
     Raises HostError where the files cannot be opened, or there is no room for them.
     """
@@ -97,7 +97,7 @@ def in_memory(optimizer: Any) -> Iterator[None]:
     if swapper is None:
         yield
         return
-    mapped: list[np.memmap] = []
+    mapped: list[mmap.mmap] = []
     flats = optimizer.fp32_partitioned_groups_flat
     states = [
         optimizer.optimizer.state[flat] for flat in flats
@@ -116,15 +116,16 @@ def in_memory(optimizer: Any) -> Iterator[None]:
             each.flush()
 
 
-def _mapped(state: dict, flat: torch.Tensor, info: Any, swapper: Any) -> list[np.memmap]:
+def _mapped(state: dict, flat: torch.Tensor, info: Any, swapper: Any) -> list[mmap.mmap]:
     """Map the files of a tensor and of its state, after making those that there are not yet."""
     found = []
     try:
         if not state:
             _make_moments(state, flat, info, swapper)
         for held in swapper._get_param_swap_info(flat).tensors:
-            found.append(np.memmap(held.swap_path, np.float32, "r+", shape=(info.numel(),)))
-            held.compute_tensor.data = torch.from_numpy(found[-1])
+            with open(held.swap_path, "r+b") as file:
+                found.append(mmap.mmap(file.fileno(), info.numel() * torch.float32.itemsize))
+            held.compute_tensor.data = torch.frombuffer(found[-1], dtype=torch.float32)
             if held.compute_tensor is not flat:
                 vars(held.compute_tensor).clear()  # the name of its file, which is known by now and in no checkpoint
     except OSError as error:
