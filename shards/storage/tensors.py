@@ -156,6 +156,8 @@ class TensorFile:
 
     def _header(self, file: OpenFile) -> tuple[dict, int]:
         """The header, and where the tensors begin."""
+        if not file.size:
+            raise self._damaged("it is empty (zero bytes), cut or never written")
         prefix = file.up_to(8, 0)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file.size
         if length > min(MOST_HEADER, file.size - 8):
