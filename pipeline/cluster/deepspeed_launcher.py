@@ -25,6 +25,7 @@ from beitforge.pipeline.cluster.ssh_environment import forwarded_lines, remote_w
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.plain_text import address, operand, shown
 
+_OPTIONS = ("--seconds", "--step", "--from", "--to", "--page")  # of our own commands, behind the user's words
 _UNQUOTED = re.compile(r"[\w@+=:,./-]+")
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
 _TOGETHER_SECONDS = (
@@ -69,7 +70,8 @@ def listen(
 
 def _program(verb: str, words: list[str], hosts: dict[str, int]) -> list[str]:
     """What follows the module: over ssh it goes through shells, which must not see what words hold."""
-    words = [operand(words[0], "CONFIG"), *(operand(word, "an override") for word in words[1:])]
+    others = [word if word in _OPTIONS else operand(word, "an override") for word in words[1:]]
+    words = [operand(words[0], "CONFIG"), *others]
     return [verb, "--rank", *(remote_words(words) if hosts else words)]
 
 
