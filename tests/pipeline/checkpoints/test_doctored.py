@@ -82,6 +82,7 @@ def test_nothing_runs_on_any_path(tiny, run, tmp_path, name, capsys):
         return
     tuning = [f"data.labelled_images={sets[0]}", f"finetune.init={copy}", "finetune.duration=1 steps"]
     tuning += ["finetune.global_batch=8", "finetune.warmup=0 steps", "finetune.input_size=32", "data.labelled_test="]
+    tuning += ["finetune.randaugment="]
     output = trained(tiny, tmp_path / "tuned", *tuning, verb="finetune", code=2)
     assert len(re.findall(line, output)) == 1 and "Traceback" not in output
     assert main(["report", str(copy), "--data"]) == 0  # a note in the page

@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 TRAINING = [[verb, "some.yaml"] for verb in ("tokenizer", "tokenize", "pretrain", "finetune", "doctor")]
 RANKS = [[*words, "--rank"] for words in TRAINING]
-OTHERS = [["demo"], ["report", "run"], ["probe", "run", "set"], ["export", "run", "out"]]
+OTHERS = [["demo"], ["report", "run", "--data"], ["probe", "run", "set"], ["export", "run", "out"]]
 OTHERS += [["import", "there", "out"], ["import-tokenizer", "there", "out"]]
 
 
@@ -69,7 +69,10 @@ def test_packages_that_settings_ask_for(folder):
     assert "`pip install timm`, or set finetune.randaugment=" in line
 
 
-@pytest.mark.parametrize("words", [["plan", "some.yaml", "--images", "100"], ["stop", "run"]], ids=" ".join)
+LIGHT = [["plan", "some.yaml", "--images", "100"], ["stop", "run"], ["report", "run"]]
+
+
+@pytest.mark.parametrize("words", LIGHT, ids=" ".join)
 def test_verbs_that_need_no_torch(folder, words):
     result = run_without("torch,deepspeed,timm,scipy,tensorboard,triton", words, folder)
     assert result.returncode == 0, result.stderr
