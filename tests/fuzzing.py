@@ -44,6 +44,11 @@ class OutOfBounds(BaseException):
     """A case that takes too long. No Exception, so that nothing on the way takes it for an error of the disk."""
 
 
+def tried(count: int, what: str) -> None:
+    """Print how many cases of something were tried, for `bench attacks` to add up."""
+    print(f"\ntried {count} {what}")
+
+
 def chance(seed: int, number: int) -> random.Random:
     """The draws of one case."""
     return random.Random(f"{seed} {number}")

@@ -38,6 +38,7 @@ from beitforge.pipeline.watch import terminal
 from beitforge.pipeline.weights.encoder import class_names, fine_tuned, load_encoder
 from beitforge.shards.errors import ShardError
 from tests.conftest import TINY
+from tests.fuzzing import tried
 from tests.pipeline.runs.made_runs import lines_of, measured
 
 NIGHTLY = os.environ.get("BEITFORGE_NIGHTLY") == "1"
@@ -180,6 +181,7 @@ def cases(name: str, work: Callable[[random.Random], object], count: int = CASES
             raise AssertionError(f"{name}, case {number}: {type(error).__name__}: {error!s:.300}") from error
         assert time.process_time() - begun < SECONDS, (name, number)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY, name
+    tried(count, f"{name}, {count - values} of them refused")
     assert values > 0, f"{name}: no case gave a value, so nothing behind the first refusal was reached"
 
 

@@ -22,6 +22,7 @@ from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.runs.checkpoints import newest
 from beitforge.pipeline.training.sample_log import read_sample_log
 from tests.conftest import TINY
+from tests.fuzzing import tried
 from tests.ranks import places, server
 from tests.shards.storage.servers import http_server
 
@@ -218,3 +219,4 @@ def test_whatever_is_killed_ends_as_if_it_had_not_been(commands, tmp_path, name)
     print(f"{name}: seed {seed}, {seconds:.1f} s unbroken")
     for found in attack(command, tmp_path / "out", tmp_path / "logs", KILLS, seconds, random.Random(seed)):
         assert found == expected, f"seed {seed}"
+    tried(KILLS, f"kills of {name}")

@@ -35,7 +35,7 @@ from beitforge.shards.stream.loader import Stream
 from beitforge.shards.stream.order import Order, OrderPolicy
 from beitforge.shards.stream.view_sources import RecordedViews
 from benchmarks.faults.corpus.sets import make_set
-from tests.fuzzing import NIGHTLY, chance, ended, harmed, harmed_json
+from tests.fuzzing import NIGHTLY, chance, ended, harmed, harmed_json, tried
 
 SEED = 19
 CASES = 4000 if NIGHTLY else 150
@@ -91,8 +91,7 @@ def counts(ends: list[str], least_lines: float = 0.2) -> None:
     assert lines >= least_lines * len(ends), Counter(ends).most_common(5)
     different = len({end.rpartition("/")[2] for end in ends})
     assert different > 2
-    if NIGHTLY:
-        print(f"\n{len(ends)} cases, {lines} refused, {different} different ends")
+    tried(len(ends), f"{lines} of them refused, with {different} different ends")
 
 
 def ends(cases: int, seed: int, one: Callable[[int], Callable[[], object]]) -> list[str]:

@@ -17,7 +17,7 @@ from beitforge.pipeline.distributed.file_reader import read_file
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.checkpoints import STATE, NotWhole, damage, newest, read_state
-from tests.fuzzing import chance, ended, harmed, harmed_json
+from tests.fuzzing import chance, ended, harmed, harmed_json, tried
 from tests.pipeline.training.test_trainer import trained
 
 CASES = 4000 if os.environ.get("BEITFORGE_NIGHTLY") else 150
@@ -57,7 +57,7 @@ def test_states(folder):
 
         ends["value" if ended(read, NotWhole, f"state.json {number}") == "value" else "line"] += 1
         ended(lambda: newest(folder.parents[1], lambda _: None, whole=True), ConfigError, f"newest {number}")
-    print(f"state.json: {ends}")
+    tried(CASES, f"state.json, {ends['line']} of them refused")
     assert min(ends.values()) > CASES // 100
 
 
@@ -83,5 +83,5 @@ def test_files(folder, part):
                 pass
 
         ended(layout, ConfigError, f"layout with {path.name} {number}", seconds=20, megabytes=2048)
-    print(f"{part}: {ends}")
+    tried(CASES, f"{part}, {ends['line']} of them refused")
     assert ends["line"] > CASES // 100
