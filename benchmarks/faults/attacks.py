@@ -47,9 +47,9 @@ def main() -> None:
         )
     form = "long (BEITFORGE_NIGHTLY=1)" if os.environ.get("BEITFORGE_NIGHTLY") else "ordinary"
     notes = [
-        f"The {form} form of the tests. A kill is SIGKILL to one process or to all at a random moment; the command is then "
-        "started again until it ends, and what it has left is byte for byte what an unbroken call leaves. A harmed file "
-        "ends in a value or in one line, in bounded time and memory."
+        f"The {form} form of the tests. A kill is SIGKILL to one process or to all at a random moment; the command is "
+        "then started again until it ends, and what it has left is byte for byte what an unbroken call leaves. A "
+        "harmed file ends in a value or in one line, in bounded time and memory."
     ]
     write("attacks", "what was killed and harmed, and how did it end?", rows, {}, notes)
 
