@@ -20,6 +20,7 @@ from beitforge.pipeline.errors import ConfigError
 
 # what a file that is none of ours, or is damaged, makes of whoever reads it
 DAMAGE: tuple[type[Exception], ...] = (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError)
+DAMAGE += (AssertionError,)  # torch's unpickler asserts what it relies on
 DAMAGE += (AttributeError, OSError, EOFError, MemoryError, StopIteration, pickle.UnpicklingError, zipfile.BadZipFile)
 
 _HEADER = struct.Struct("<4s5H3L2H")  # of a record in a zip archive; then come its name and more
