@@ -11,11 +11,11 @@ import json
 import os
 import random
 import resource
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
+
+from benchmarks.faults.corpus.judge import Hang, limited
 
 NIGHTLY = os.environ.get("BEITFORGE_NIGHTLY") == "1"
 
@@ -38,10 +38,6 @@ _PIECES = (
     b"NaN",
 )
 _PIECES += (b"-1", b"\xed\xa0\x80", b"\xff\xfe", b"1e999", b"null", b"\x00\x00\x00\x00\x00\x00\x00\x10")
-
-
-class OutOfBounds(BaseException):
-    """A case that takes too long. No Exception, so that nothing on the way takes it for an error of the disk."""
 
 
 def tried(count: int, what: str) -> None:
@@ -200,23 +196,16 @@ def _other(value: Any, rng: random.Random) -> Any:
 
 @contextlib.contextmanager
 def limits(seconds: float, megabytes: int) -> Iterator[None]:
-    """Bound the block: OutOfBounds after `seconds` (in the main thread), MemoryError for more address space than
-    `megabytes` beyond what the process has."""
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise OutOfBounds(f"not done after {seconds} s")
-
+    """Bound the block: Hang after `seconds` (in the main thread), MemoryError for more address space than `megabytes`
+    beyond what the process has."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = pages * resource.getpagesize() + (megabytes << 20)
-    before = signal.signal(signal.SIGALRM, ring)
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        with limited(seconds):
+            yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
@@ -238,5 +227,5 @@ def ended(
         if not line or "\n" in line or not line.isprintable() or len(line) > 5000:
             raise AssertionError(f"{what}: not one line: {line[:300]!r}") from error
         return line
-    except (Exception, OutOfBounds) as error:
+    except (Exception, Hang) as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {str(error)[:300]}") from error

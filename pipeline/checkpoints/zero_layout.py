@@ -271,10 +271,8 @@ def _saved_flat(folder: Path, names: Collection[str]) -> CheckpointFiles:
     for number, shapes in enumerate(content["param_shapes"]):
         share = ranks[0]["single_partition_of_fp32_groups"][number].numel()
         group = _FlatGroup(ranks, number, share, tuple(own(states.get(number, {}))))
-        offset, before = (
-            0,
-            list[tuple[int, int]](),
-        )  # where the parameters that reach into a rank end, and their numbers
+        offset = 0
+        before: list[tuple[int, int]] = []  # where the parameters that reach into a rank end, and their numbers
         for (name, shape), padding in zip(shapes.items(), ranks[0]["param_alignment_paddings"][number], strict=True):
             before = [(end, count) for end, count in before if end > offset // share * share]
             numbers = math.prod(shape)

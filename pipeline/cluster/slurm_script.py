@@ -105,7 +105,7 @@ def _check(verb: str, wanted: SlurmRequest) -> None:
     if verb == "pack" and (wanted.nodes > 1 or wanted.tasks > 1 or wanted.array):
         raise ConfigError("pack runs as one task on one node; give it CPUs with --cpus-per-task")
     if verb in ("pretrain", "finetune", "tokenizer") and not (wanted.gpus_per_node or wanted.tasks_per_node):
-        raise ConfigError("say --gpus-per-node, for one process per GPU; or, without GPUs, --tasks-per-node")
+        raise ConfigError("--gpus-per-node is required (one process per GPU); on CPU nodes use --tasks-per-node")
     if wanted.gpus_per_node and wanted.tasks_per_node not in (0, wanted.gpus_per_node) and verb != "tokenize":
         raise ConfigError(
             f"--tasks-per-node is {wanted.tasks_per_node} and --gpus-per-node {wanted.gpus_per_node}; there is one "

@@ -169,16 +169,8 @@ def _components(
             for kind, values in job.evaluate(engine, done).items():
                 metrics.write(done, kind, values)
 
-    def on_disk() -> None:
-        """All that a checkpoint's position covers, so that nothing of it is lost for good by a kill."""
-        metrics.sync()
-        if sample_log is not None:
-            sample_log.sync()
-        if first:
-            checkpoint.flush_folder(job.run)
-
     def save(done: int) -> bool:
-        run_on_all_ranks(on_disk, world)
+        run_on_all_ranks(lambda: _flush_logs(job.run, metrics, sample_log, first), world)
         return saver.save(state_of(config, job, engine, done))
 
     session = broadcast_object(time.time_ns(), world)
@@ -204,6 +196,15 @@ def _components(
         stop=stop,
         beat=watchdog.beat,
     )
+
+
+def _flush_logs(run: Path, metrics: Metrics, sample_log: SampleLog | None, first: bool) -> None:
+    """Return when all that a checkpoint's position covers is on disk, so that a kill loses nothing of it for good."""
+    metrics.sync()
+    if sample_log is not None:
+        sample_log.sync()
+    if first:
+        checkpoint.flush_folder(run)
 
 
 def _train(config: Config, job: Job, engine: Engine, schedule: Schedule, components: Components) -> int:

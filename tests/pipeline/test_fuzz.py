@@ -38,7 +38,7 @@ from beitforge.pipeline.watch import terminal
 from beitforge.pipeline.weights.encoder import class_names, fine_tuned, load_encoder
 from beitforge.shards.errors import ShardError
 from tests.conftest import TINY
-from tests.fuzzing import tried
+from tests.fuzzing import harmed, tried
 from tests.pipeline.runs.made_runs import lines_of, measured
 
 NIGHTLY = os.environ.get("BEITFORGE_NIGHTLY") == "1"
@@ -113,29 +113,6 @@ YAML_PARTS = [
 YAML_PARTS += ["[" * 50, "{a: " * 50, "- " * 50, "9" * 5000, "*a, " * 100, "\ufeff", "\x85", "~", "=", "@", "`"]
 
 
-def flipped(draw: random.Random, data: bytes) -> bytes:
-    """Some bytes changed, removed, doubled or put in."""
-    found = bytearray(data)
-    for _ in range(draw.choice([1, 1, 2, 4, 16])):
-        place = draw.randrange(len(found) + 1)
-        what = draw.randrange(6)
-        if what == 0 and found:
-            found[min(place, len(found) - 1)] ^= 1 << draw.randrange(8)
-        elif what == 1:
-            del found[place : place + draw.choice([1, 4, 64, 4096])]
-        elif what == 2:
-            found[place:place] = found[place : place + draw.choice([1, 8, 256])] * draw.choice([1, 3])
-        elif what == 3:
-            found[place:place] = draw.randbytes(draw.choice([1, 4, 16]))
-        elif what == 4:
-            found[place:place] = draw.choice(
-                [b"\0", b"\n", b"\xff\xff", b"[" * 3000, b"{" * 3000, b"9" * 5000, b"\xe2\x80\xa8"]
-            )
-        else:
-            found = found[:place]
-    return bytes(found)
-
-
 def exchanged(draw: random.Random, tree: Any, often: float = 0.1) -> Any:
     """A copy of plain values with some of them exchanged for odd ones, removed, or under another name."""
     if isinstance(tree, dict):
@@ -196,7 +173,7 @@ def test_configs(file):
 
     def case(draw: random.Random) -> None:
         if draw.random() < 0.5:
-            file.write_bytes(flipped(draw, text.encode()))
+            file.write_bytes(harmed(text.encode(), draw))
         else:
             chosen = list(lines)
             for _ in range(draw.choice([1, 1, 2, 5])):
@@ -240,12 +217,12 @@ def test_hostfiles_and_variables(file, monkeypatch):
     text = b"# hosts\nn1 slots=8\n\nme@n2.cluster   slots=4  # two\nn3 slots=1\n"
 
     def host(draw: random.Random) -> None:
-        file.write_bytes(flipped(draw, text))
+        file.write_bytes(harmed(text, draw))
         found = read_hostfile(str(file))
         assert all(name.isascii() and name.isprintable() and not name.startswith("-") for name in found)
 
     def variables(draw: random.Random) -> None:
-        file.write_bytes(flipped(draw, b"A=b c\nNCCL_X=$(id)\n# x\n\nB = 'y'\n"))
+        file.write_bytes(harmed(b"A=b c\nNCCL_X=$(id)\n# x\n\nB = 'y'\n", draw))
         lines = forwarded_lines({}, user_lines({"DS_ENV_FILE": str(file)}))
         assert all(len(line.splitlines()) == 1 for line in lines)
 
@@ -274,7 +251,7 @@ def write_run(draw: random.Random, run: Path) -> None:
     (run / "config.yaml").write_text(to_yaml(from_dict({**TINY, "data": {"images": "http://127.0.0.1:9/x"}}, "x")))
     lines = [dumped(exchanged(draw, line)) for line in measured(lines_of(24, 24))]
     text = b"\n".join(lines) + b"\n"
-    (run / "metrics.jsonl").write_bytes(flipped(draw, text) if draw.random() < 0.5 else text)
+    (run / "metrics.jsonl").write_bytes(harmed(text, draw) if draw.random() < 0.5 else text)
     bad = [{"sample": 1, "shard": "a", "key": "<b>", "reason": "x", "substitute": 2}]
     (run / "bad_samples.jsonl").write_bytes(b"\n".join(dumped(exchanged(draw, line)) for line in bad * 3))
     environment = {
@@ -298,9 +275,9 @@ def write_run(draw: random.Random, run: Path) -> None:
     ranks = {"time": 1e9, "ranks": [{"rank": 0, "host": "a", "data_wait": 0.1, "memory_bytes": 1e9}] * 2}
     for name, tree in (("environment", environment), ("probe", probe), ("ranks", ranks)):
         content = dumped(exchanged(draw, tree))
-        (run / f"{name}.json").write_bytes(flipped(draw, content) if draw.random() < 0.3 else content)
-    (run / "classes.json").write_bytes(flipped(draw, b'["cat", "dog"]'))
-    (run / "ended").write_bytes(flipped(draw, b"24 finished\n"))
+        (run / f"{name}.json").write_bytes(harmed(content, draw) if draw.random() < 0.3 else content)
+    (run / "classes.json").write_bytes(harmed(b'["cat", "dog"]', draw))
+    (run / "ended").write_bytes(harmed(b"24 finished\n", draw))
 
 
 def test_run_folders(tmp_path):
@@ -333,7 +310,7 @@ def safetensors_header(draw: random.Random, data: bytes) -> bytes:
     if draw.random() < 0.3:
         return struct.pack("<Q", draw.choice([0, 1, 2**60, 2**63, 2**32, len(data), length + 1])) + data[8:]
     if draw.random() < 0.5:
-        return flipped(draw, data)
+        return harmed(data, draw)
     text = dumped(exchanged(draw, header))
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
@@ -395,7 +372,7 @@ def test_pickles(file):
     forged_archive = file.read_bytes()
 
     def case(draw: random.Random) -> None:
-        file.write_bytes(flipped(draw, draw.choice([archive, archive, legacy, forged_archive])))
+        file.write_bytes(harmed(draw.choice([archive, archive, legacy, forged_archive]), draw))
         read_pickle(file, lambda saved: dict(saved["model"]) if isinstance(saved, dict) else {})
 
     cases("pickle", case)

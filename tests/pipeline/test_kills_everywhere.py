@@ -137,74 +137,69 @@ def attack(command: Killed, out: Path, logs: Path, kills: int, seconds: float, d
         yield command.made(out)
 
 
-@pytest.fixture(scope="module")
-def commands(tiny, tmp_path_factory) -> Iterator[dict[str, Killed]]:
-    folder = tmp_path_factory.mktemp("kills")
+def set_commands(tiny) -> dict[str, Killed]:
+    """The commands that make shard sets and their tokens."""
     images, shards = tiny.folder / "images" / "train", tiny.folder / "shards" / "train"
-    config = str(tiny.config)
-    labelled = folder / "labelled.yaml"
-    data = {"labelled_images": str(shards), "labelled_test": str(tiny.folder / "shards" / "test")}
-    tune = {"duration": "16 steps", "global_batch": 8, "micro_batch": 4, "randaugment": "", "warmup": "2 steps"}
-    labelled.write_text(yaml.safe_dump({**TINY, "data": data, "finetune": tune}))
-    run = folder / "run"
-    training = Killed(
-        words=lambda out: ["pretrain", "--rank", config, f"train.run={out}", "train.duration=6 steps", *NO_HELDOUT],
-        made=trained,
-    )
-    unbroken(Killed(words=lambda _: training.words(run), made=lambda _: {}), run, folder)
 
     def copied(out: Path) -> None:
         out.mkdir(parents=True)
         for tar in shards.glob("*.tar"):
             shutil.copy2(tar, out)
 
+    def pack(workers: int) -> Killed:
+        options = ["--samples-per-shard", "4", "--workers", str(workers)]
+        return Killed(words=lambda out: ["pack", str(images), str(out), *options], made=digests)
+
+    tokenize = ["tokenize", "--rank", str(tiny.config), *NO_HELDOUT]
+    return {
+        "pack": pack(1),
+        "pack with workers": pack(2),
+        "index": Killed(words=lambda out: ["index", str(out), "--workers", "1"], made=digests, prepare=copied),
+        "tokenize": Killed(words=lambda out: [*tokenize, f"data.tokens={out}"], made=digests, processes=2),
+    }
+
+
+def training_commands(tiny, folder: Path, url: str) -> dict[str, Killed]:
+    """The commands that train, from files and from the server at `url`, and what exports a run."""
+    config, labelled, run = str(tiny.config), folder / "labelled.yaml", folder / "run"
+    data = {"labelled_images": str(tiny.folder / "shards" / "train")}
+    data |= {"labelled_test": str(tiny.folder / "shards" / "test")}
+    tune = {"duration": "16 steps", "global_batch": 8, "micro_batch": 4, "randaugment": "", "warmup": "2 steps"}
+    labelled.write_text(yaml.safe_dump({**TINY, "data": data, "finetune": tune}))
+    short = ["pretrain", "--rank", config, "train.duration=6 steps", *NO_HELDOUT]
+    unbroken(Killed(words=lambda out: [*short, f"train.run={out}"], made=lambda _: {}), run, folder)
+    tokenizer = ["tokenizer", "--rank", config, "tokenizer.duration=12 steps", "tokenizer.global_batch=8"]
+    tokenizer += ["tokenizer.micro_batch=4", *RUN, *NO_HELDOUT]
+    remote = ["pretrain", "--rank", config, f"data.images={url}/shards/train", f"data.tokens={url}/tokens/train"]
+    remote += ["train.global_batch=12", "train.duration=16 steps", "train.zero_stage=3", *RUN, *NO_HELDOUT]
+
     def no_half_export(out: Path) -> None:
         assert not out.exists() or set(digests(out)) == {"model.safetensors", "config.json", "beitforge.json"}
 
+    return {
+        "tokenizer": Killed(
+            words=lambda out: [*tokenizer, f"data.tokenizer={out}"],
+            made=lambda out: digests(out, "tokenizer.*"),
+            processes=2,
+        ),
+        "finetune": Killed(
+            words=lambda out: ["finetune", "--rank", str(labelled), f"finetune.run={out}", *RUN],
+            made=trained,
+            processes=2,
+        ),
+        "export": Killed(words=lambda out: ["export", str(run), str(out)], made=digests, whole=no_half_export),
+        "pretrain from a server, with cache": Killed(
+            words=lambda out: [*remote, f"train.run={out}/run", f"data.cache={out}/cache"],
+            made=lambda out: trained(out / "run"),
+            processes=3,
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def commands(tiny, tmp_path_factory) -> Iterator[dict[str, Killed]]:
     with http_server(tiny.folder) as url:
-        remote = [f"data.images={url}/shards/train", f"data.tokens={url}/tokens/train", *NO_HELDOUT]
-        yield {
-            "pack": Killed(
-                words=lambda out: ["pack", str(images), str(out), "--samples-per-shard", "4", "--workers", "1"],
-                made=digests,
-            ),
-            "pack with workers": Killed(
-                words=lambda out: ["pack", str(images), str(out), "--samples-per-shard", "4", "--workers", "2"],
-                made=digests,
-            ),
-            "index": Killed(
-                words=lambda out: ["index", str(out), "--workers", "1"], made=digests, prepare=copied
-            ),
-            "tokenize": Killed(
-                words=lambda out: ["tokenize", "--rank", config, f"data.tokens={out}", *NO_HELDOUT],
-                made=digests,
-                processes=2,
-            ),
-            "tokenizer": Killed(
-                words=lambda out: [
-                    "tokenizer", "--rank", config, f"data.tokenizer={out}", "tokenizer.duration=12 steps",
-                    "tokenizer.global_batch=8", "tokenizer.micro_batch=4", *RUN, *NO_HELDOUT,
-                ],
-                made=lambda out: digests(out, "tokenizer.*"),
-                processes=2,
-            ),
-            "finetune": Killed(
-                words=lambda out: ["finetune", "--rank", str(labelled), f"finetune.run={out}", *RUN],
-                made=trained,
-                processes=2,
-            ),
-            "export": Killed(
-                words=lambda out: ["export", str(run), str(out)], made=digests, whole=no_half_export
-            ),
-            "pretrain from a server, with cache": Killed(
-                words=lambda out: [
-                    "pretrain", "--rank", config, f"train.run={out}/run", f"data.cache={out}/cache", *remote, *RUN,
-                    "train.global_batch=12", "train.duration=16 steps", "train.zero_stage=3",
-                ],
-                made=lambda out: trained(out / "run"),
-                processes=3,
-            ),
-        }  # fmt: skip
+        yield set_commands(tiny) | training_commands(tiny, tmp_path_factory.mktemp("kills"), url)
 
 
 COMMANDS = ("pack", "pack with workers", "index", "tokenize", "tokenizer", "finetune", "export")

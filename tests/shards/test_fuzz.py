@@ -9,7 +9,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.loader import Stream
 from beitforge.shards.stream.order import Order, OrderPolicy
 from beitforge.shards.stream.view_sources import RecordedViews
-from benchmarks.faults.corpus.sets import make_set
+from benchmarks.faults.corpus.sets import Stored, make_set
 from tests.fuzzing import NIGHTLY, chance, ended, harmed, harmed_json, tried
 
 SEED = 19
@@ -51,36 +50,20 @@ def quick(monkeypatch):
     torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class Set:
-    """A whole image set with tokens, three shards of a few images."""
-
-    folder: Path
-
-    @property
-    def images(self) -> Path:
-        return self.folder / "images"
-
-    @property
-    def tokens(self) -> Path:
-        return self.folder / "tokens"
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Set:
-    stored = make_set(tmp_path_factory.mktemp("whole"), 7)
-    return Set(stored.folder)
+def whole(tmp_path_factory) -> Stored:
+    return make_set(tmp_path_factory.mktemp("whole"), 7)
 
 
 @pytest.fixture
-def case(whole, tmp_path) -> Iterator[Callable[[], Set]]:
+def case(whole, tmp_path) -> Iterator[Callable[[], Stored]]:
     """A fresh copy of the set for a case."""
     here = tmp_path / "case"
 
-    def fresh() -> Set:
+    def fresh() -> Stored:
         shutil.rmtree(here, ignore_errors=True)
         shutil.copytree(whole.folder, here)
-        return Set(here)
+        return Stored(here)
 
     yield fresh
 
@@ -173,7 +156,7 @@ def every_row(path: Path) -> None:
     index.check_places(1 << 20)
     for row in range(len(index)):
         index.row(row), index.key(row)
-    assert index.whole or not index.whole
+    bool(index.whole)
 
 
 def test_indexes(whole, tmp_path):
@@ -276,7 +259,7 @@ def test_long_names_without_end(tmp_path, kind):
             assert line != "value"
 
 
-def resigned(here: Set) -> None:
+def resigned(here: Stored) -> None:
     """Manifests that vouch for what the files now are."""
     images = manifests.read_image_manifest(here.images)
     shards = [
@@ -324,7 +307,7 @@ def other_values(path: Path, rng, checks: bool) -> None:
     write_tensors(path, tensors, metadata)
 
 
-def read_set(here: Set) -> None:
+def read_set(here: Stored) -> None:
     """An epoch of a set with its tokens, as training reads it."""
     images = ImageSet(here.images)
     places = Order([shard.samples for shard in images.manifest.shards], OrderPolicy(chunk=4, window=2, lanes=4))
@@ -405,7 +388,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path, whole):
         size = path.stat().st_size
         with open(path, "r+b") as file:
             file.truncate(1 << 40)
-        assert ended(lambda: read_set(Set(folder)), ShardError, path.name) != "value"
+        assert ended(lambda: read_set(Stored(folder)), ShardError, path.name) != "value"
         with open(path, "r+b") as file:
             file.truncate(size)
-    read_set(Set(folder))
+    read_set(Stored(folder))

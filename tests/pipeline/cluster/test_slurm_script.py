@@ -238,7 +238,7 @@ def test_a_tokenizers_script_lies_with_its_training(tmp_path, config):
 REFUSALS = [
     (["{}", "--nodes", "0", "--gpus-per-node", "8"], "--nodes is 0"),
     (["{}", "--nodes", "2", "--gpus-per-node", "-1"], "--gpus-per-node is -1"),
-    (["{}", "--nodes", "2"], "--gpus-per-node, for one process per GPU"),
+    (["{}", "--nodes", "2"], "--gpus-per-node is required (one process per GPU)"),
     (["{}", "--gpus-per-node", "8", "--tasks-per-node", "4"], "one process per GPU"),
     (["{}", "--nodes", "3", "--gpus-per-node", "7"], "train.global_batch 2048 does not divide over 21"),
     (["tokenizer", "{}", "--nodes", "3", "--gpus-per-node", "7"], "tokenizer.global_batch 512"),
