@@ -117,7 +117,8 @@ def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names:
     model = dataclasses.replace(
         finetuned_model(config.model, config.finetune.input_size), drop_path=config.finetune.drop_path
     )
-    head = export_formats.ClassifierHead(weights.shapes["head.weight"][0], names, config.finetune.test_crop)
+    tune = config.finetune
+    head = export_formats.ClassifierHead(weights.shapes["head.weight"][0], names, tune.test_share, tune.pooling)
     return _write_peer(folder, to, weights.all(), model, head)
 
 
@@ -125,7 +126,7 @@ def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names:
 def _write_peer(
     folder: Path, to: str, weights: dict[str, Tensor], model: Model, head: export_formats.ClassifierHead
 ) -> float:
-    ours = Classifier(dataclasses.replace(model, kernels="auto"), head.classes)
+    ours = Classifier(dataclasses.replace(model, kernels="auto"), head.classes, head.pooling)
     ours.load_state_dict(weights)
     pixels, _ = _example(model)
     if to == "hf":

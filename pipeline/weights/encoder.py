@@ -232,7 +232,7 @@ def initialise_classifier_from(
     _refuse_other_shapes(f"finetune.init {folder}", config.model, model)
     refuse_others(config, found.shapes, folder)
     size = classifier.model.input_size
-    weights, _ = for_finetuning(found.all(), config.model, size)
+    weights, _ = for_finetuning(found.all(), config.model, size, classifier.pooling)
     head = {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith("head.")}
     classifier.load_state_dict(weights | head)
     resized = f", its {config.model.input_size} px windows laid on {size}" if size != config.model.input_size else ""

@@ -34,6 +34,6 @@ def encoder_of(config: Config, run: Path, job: str, state: State | None = None) 
     wanted = {name: tensor.shape for name, tensor in classifier.state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in weights.items()}:
         raise ConfigError(f"the weights in {run} are no classifier's of its config")
-    classifier = Classifier(model, classes=len(weights["head.weight"]))
+    classifier = Classifier(model, len(weights["head.weight"]), config.finetune.pooling)
     classifier.load_state_dict(weights)
     return classifier.eval()
