@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", type=int, default=95, metavar="Q", help=text)
     text = "encode every image again in this format; never: only those that must change"
     parser.add_argument("--reencode", choices=("never", "jpg", "png", "webp"), default="never", help=text)
+    text = "take images of which 8-bit RGB holds only a part (16 bits, CMYK, transparency); else they are left out"
+    parser.add_argument("--to-rgb8", action="store_true", help=text)
     text = "stop after this many unusable images; for a share, 10 are always allowed"
     parser.add_argument("--max-rejected", default="1%", metavar="N|N%%", help=text)
     add_workers(parser)
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from beitforge.shards.pack.pack import REJECTED, pack
     from beitforge.shards.pack.plan import PackOptions
 
-    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
+    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode", "to_rgb8")}
     options = PackOptions(
         name=arguments.name,
         samples_per_shard=arguments.samples_per_shard,
@@ -60,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"links left out, what they lead to is taken already: {len(links)} ({shown})")
     if packed.rejected:
         print(f"images that cannot be used: {len(packed.rejected)}, with reasons in {shards / REJECTED}")
+    if packed.conversions:
+        print("converted: " + ", ".join(f"{kind} {count}" for kind, count in packed.conversions.items()))
     for split, manifest in packed.manifests.items():
         size = sum(shard.bytes for shard in manifest.shards) / 1e6
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""

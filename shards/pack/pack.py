@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,8 @@ _MOST_JSON = 1 << 26  # bytes
 
 @dataclass(frozen=True)
 class Packed:
-    """A finished packing: a manifest per folder below the target ("": the target itself), and what was left out.
+    """A finished packing: a manifest per folder below the target ("": the target itself), what was left out, and how
+    many images were converted, by kind.
 
     `kept` counts the shards that an earlier run had finished, `shards` all of them.
     """
@@ -42,6 +44,7 @@ class Packed:
     rejected: list[dict]
     kept: int
     shards: int
+    conversions: dict[str, int]
 
 
 def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, num_workers: int) -> Packed:
@@ -58,7 +61,7 @@ def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, nu
     kept = len(finished)
     rejected = [row for shard in finished for row in shard.rejected]
     if kept == plan.num_shards and (manifests := _closed(plan)):
-        return Packed(plan, manifests, _by_path(rejected), kept, kept)
+        return Packed(plan, manifests, _by_path(rejected), kept, kept, _conversions(finished))
     _begin(plan)
     try:
         check_rejected(rejected, limit)
@@ -183,6 +186,13 @@ def _read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def _conversions(finished: list[PackedShard]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for shard in finished:
+        total.update(shard.conversions)
+    return dict(sorted(total.items()))
+
+
 def _by_path(rejected: list[dict]) -> list[dict]:
     return sorted(rejected, key=lambda row: row["path"])
 
@@ -198,7 +208,8 @@ def _write_rejected(target: Path, rejected: list[dict]) -> None:
 def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
     """Write the list of rejected images, then the manifests; then the set is finished."""
     rejected = [row for shard in finished for row in shard.rejected]
-    made_by = {**plan.describe(), "rejected": len(rejected)}
+    conversions = _conversions(finished)
+    made_by = {**plan.describe(), "rejected": len(rejected), "conversions": conversions}
     made_by["versions"] = {name: version(name) for name in ("webdataset", "pillow")}
     _write_rejected(plan.target, rejected)
     manifests = {}
@@ -214,4 +225,4 @@ def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
     for split, manifest in manifests.items():
         write_manifest(plan.folder(split), manifest)
     (plan.target / MARKER).unlink()
-    return Packed(plan, manifests, _by_path(rejected), kept, len(finished))
+    return Packed(plan, manifests, _by_path(rejected), kept, len(finished), conversions)
