@@ -268,5 +268,5 @@ def linear() -> bytes:
     ],
 )
 def test_what_is_left_aside_is_counted(data, name):
-    """Nothing is lost in silence, though these need no word from the user."""
+    """Nothing is lost unsaid, though these need no word from the user."""
     assert name in encode(data, EncodeOptions()).conversions
