@@ -80,11 +80,15 @@ def test_the_verbs_in_turn(images, tmp_path, capsys):
     pack = ["pack", str(tmp_path / "in"), folder, "--workers", "1", "--samples-per-shard", "4"]
     assert main(pack) == 0
     out = capsys.readouterr().out
-    assert "passed over, no images by their extension: 1" in out
+    assert "labels: 3 classes, the sub-folder of each image (cat, dog, x); --labels none packs them without" in out
+    assert "files passed over, no images: 1 (.txt 1)" in out
+    assert "classes none of whose images can be used, which keep their numbers: 1 (x)" in out
     assert "images that cannot be used: 1, with reasons in" in out and "rejected.jsonl" in out
     assert "10 samples in 3 shards" in out and "3 classes" in out
     assert main(pack) == 0
-    assert "an earlier run had finished all of them; nothing to do" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "an earlier run had finished all of them; nothing to do" in out
+    assert f"could not be used again, pack into another folder, or delete {folder}" in out
     assert main(["verify", folder, "--decode", "--workers", "1"]) == 0
     assert "10 samples in 3 shards, clean" in capsys.readouterr().out
     assert main(["index", folder, "--workers", "1"]) == 0
