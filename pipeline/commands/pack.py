@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beitforge.shards.errors import ShardError
 from beitforge.shards.options import add_workers, local_folder, num_workers
 from beitforge.shards.wording import counted
 
@@ -49,20 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write SHARDS, and say what became of every image."""
     images, shards = local_folder(arguments.images), local_folder(arguments.shards)
-    from beitforge.shards.pack.encode import EncodeOptions
     from beitforge.shards.pack.pack import REJECTED, pack
-    from beitforge.shards.pack.plan import PackOptions
+    from beitforge.shards.pack.plan import options_of
 
-    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
-    options = PackOptions(
-        name=arguments.name,
-        samples_per_shard=arguments.samples_per_shard,
-        labels=arguments.labels,
-        splits=_splits(arguments.split),
-        seed=arguments.seed,
-        encoding=EncodeOptions(**chosen),
-    )
-    packed = pack(images, shards, options, arguments.max_rejected, num_workers(arguments))
+    packed = pack(images, shards, options_of(arguments), arguments.max_rejected, num_workers(arguments))
     for line in _told(packed, shards / REJECTED):
         print(line)
     return 0
@@ -106,14 +95,3 @@ def _told(packed: "Packed", listed: Path) -> Iterator[str]:
 
 def _more(names: Sequence[object]) -> str:
     return ", …" if len(names) > _SHOWN else ""
-
-
-def _splits(texts: list[str]) -> tuple[tuple[str, float], ...]:
-    splits = []
-    for text in texts:
-        name, _, fraction = text.partition("=")
-        try:
-            splits.append((name, float(fraction)))
-        except ValueError as error:
-            raise ShardError(f"--split is {text!r}, it must be NAME=FRACTION such as val=0.02") from error
-    return tuple(splits)

@@ -1,6 +1,7 @@
 """Images that a set holds more than once, or in common with another: by the checksums that indexes have of each."""
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from beitforge.shards.format.manifest import NAME, ImageManifest, read_image_man
 
 @dataclass(frozen=True)
 class Contents:
-    """The bytes of every image of a set, those known to be bad apart: xxh3 u64 [n], with labels i64 [n], -1 for none."""
+    """The images of a set but those known to be bad: xxh3 u64 [n] of the bytes, labels i64 [n], -1 for none."""
 
     xxh3: np.ndarray
     labels: np.ndarray
@@ -67,8 +68,8 @@ def told(sets: dict[str, Contents]) -> list[str]:
             labels = f"; {disputed} images have the bytes of one with another label" if disputed else ""
             lines.append(f"{name}: {copies} of {len(one.xxh3)} images repeat the bytes of another{labels}")
     by_size = sorted(sets, key=lambda name: len(sets[name].xxh3))
-    for i, small in enumerate(by_size):
-        for large in by_size[i + 1 :]:
-            if common := sets[small].within(sets[large]):
-                lines.append(f"{common} of {len(sets[small].xxh3)} images of {small} are byte for byte in {large}, too")
-    return lines
+    return lines + [
+        f"{common} of {len(sets[small].xxh3)} images of {small} are byte for byte in {large}, too"
+        for small, large in itertools.combinations(by_size, 2)
+        if (common := sets[small].within(sets[large]))
+    ]

@@ -57,10 +57,8 @@ def list_images(folder: Path, leave_out: Path, by_name: tuple[str, ...] = ()) ->
     """Every image below `folder`, hidden files and the folder `leave_out` excepted: a file whose name promises one, or
     whose first bytes are an image's. by_name: the extensions that alone make an image, for plans of format 1.
 
-    Raises ShardError when there is no folder, no image in it, a sub-folder cannot be read, or two keys share a hash.
+    Raises ShardError when there is no image, a sub-folder cannot be read, or two keys share a hash.
     """
-    if not folder.is_dir():
-        raise ShardError(f"{folder} is not a folder; give the folder that holds the images")
     found: list[tuple[str, int, int]] = []
     walk = Walk(folder, leave_out.resolve())
     for path, status in walk.files():

@@ -7,9 +7,8 @@ from beitforge.shards.errors import ShardError
 
 # 2018, 2018-05, 20180512_2, 2018-05-12 Rome, 2018 Rome; not 3d-models, nor 1950s cars
 _NUMBER = re.compile(r"[\W\d_]*|(19|20)\d\d([-_. ].*)?", re.DOTALL)
-_PARTS = frozenset(
-    "train training val valid validation dev test testing eval heldout held-out images image imgs img photos pictures "
-    "data".split()
+_PARTS = re.compile(
+    "train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval|held-?out|images?|imgs?|photos?|pictures?|data", re.IGNORECASE
 )
 _SHOWN = 3
 
@@ -71,7 +70,7 @@ def _doubt(paths: list[str], stray: str | None) -> str:
         return f"all images lie in one sub-folder, {names[0]}; {cure}"
     if numbers := [name for name in names if _NUMBER.fullmatch(name)]:
         return f"folders with numbers or dates for names need not be classes ({_some(numbers)}); {cure}"
-    if all(name.lower() in _PARTS for name in names):
+    if all(_PARTS.fullmatch(name) for name in names):
         return f"the sub-folders have the names of parts of a set ({_some(names)}); pack each by itself, or {cure}"
     return ""
 

@@ -12,6 +12,7 @@ from beitforge.shards.format.equal_images import contents, told
 from beitforge.shards.format.index import SUFFIX, open_index
 from beitforge.shards.format.manifest import (
     NAME,
+    PACKING,
     ImageManifest,
     read_image_manifest,
     refuse_other_manifest,
@@ -26,7 +27,7 @@ from beitforge.shards.storage.staging import leftovers
 from beitforge.shards.wording import counted
 from beitforge.shards.workers import each_shard
 
-MARKER = "packing.json"
+MARKER = PACKING
 REJECTED = "rejected.jsonl"
 
 _LEAST_LIMIT = 10

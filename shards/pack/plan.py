@@ -1,5 +1,6 @@
 """Which image goes into which shard: decided before any is read, so that a killed packing goes on as it began."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -120,9 +121,7 @@ class Plan:
 def make_plan(images: Path, target: Path, options: PackOptions, format: int = FORMAT) -> Plan:
     """List the images and decide where each goes. Raises ShardError for what images or options forbid."""
     check_options(options)
-    inner, outer = images.resolve(), target.resolve()
-    if inner == outer or outer in inner.parents:
-        raise ShardError(f"the images in {images} lie inside the shard folder {target}: choose another shard folder")
+    check_folders(images, target)
     first = format == FIRST_FORMAT
     files = list_images(images, target, FIRST_EXTENSIONS if first else ())
     labels: Labels = (labels_of_format_1 if first else labels_of)(files.paths, options.labels)
@@ -176,6 +175,41 @@ def _fingerprint(files: ImageFiles, options: PackOptions, like: np.ndarray, form
     if format != FIRST_FORMAT:
         state.update(like.astype(np.int64).tobytes())
     return state.hexdigest()
+
+
+def check_folders(images: Path, target: Path) -> None:
+    """Raises ShardError where there are no images, or they would lie among the shards."""
+    if not images.is_dir():
+        raise ShardError(f"{images} is not a folder; give the folder that holds the images")
+    if target.exists() and not target.is_dir():
+        raise ShardError(f"{target} is a file; give a folder for the shard set")
+    inner, outer = images.resolve(), target.resolve()
+    if inner == outer or outer in inner.parents:
+        raise ShardError(f"the images in {images} lie inside the shard folder {target}: choose another shard folder")
+
+
+def options_of(arguments: argparse.Namespace) -> PackOptions:
+    """What the command line of `pack` says. Raises ShardError for a --split that is no NAME=FRACTION."""
+    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
+    return PackOptions(
+        name=arguments.name,
+        samples_per_shard=arguments.samples_per_shard,
+        labels=arguments.labels,
+        splits=_splits(arguments.split),
+        seed=arguments.seed,
+        encoding=EncodeOptions(**chosen),
+    )
+
+
+def _splits(texts: list[str]) -> tuple[tuple[str, float], ...]:
+    splits = []
+    for text in texts:
+        name, _, fraction = text.partition("=")
+        try:
+            splits.append((name, float(fraction)))
+        except ValueError as error:
+            raise ShardError(f"--split is {text!r}, it must be NAME=FRACTION such as val=0.02") from error
+    return tuple(splits)
 
 
 def check_options(options: PackOptions) -> None:

@@ -155,12 +155,6 @@ def test_a_folder_without_images(tmp_path, files, message):
         list_images(tmp_path, tmp_path / "out")
 
 
-def test_no_folder(tmp_path):
-    """A mistyped path is named."""
-    with pytest.raises(ShardError, match=r"missing is not a folder"):
-        list_images(tmp_path / "missing", tmp_path / "out")
-
-
 def test_equal_hashes_are_refused(tmp_path, monkeypatch):
     """Token shards pair by 64-bit hash; two keys sharing one would be mixed up silently."""
     write_folder(tmp_path, {"a.jpg": b"x", "b.jpg": b"x"})
