@@ -8,7 +8,7 @@ from beitforge.shards.errors import ShardError
 # 2018, 2018-05, 20180512_2, 2018-05-12 Rome, 2018 Rome; not 3d-models, nor 1950s cars
 _NUMBER = re.compile(r"[\W\d_]*|(19|20)\d\d([-_. ].*)?", re.DOTALL)
 _PARTS = re.compile(
-    "train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval|held-?out|images?|imgs?|photos?|pictures?|data", re.IGNORECASE
+    "train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval|held-?out|images?|imgs?|photos?|pics?|data", re.IGNORECASE
 )
 _SHOWN = 3
 
