@@ -53,13 +53,13 @@ def refuse_world(verb: str, config: Config, world: int) -> None:
     if verb in ("pretrain", "doctor"):
         micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
     if verb == "finetune":
-        _refuse_tuning(config)
+        refuse_tuning(config)
         tuning_micro_batch(config.finetune, world)
     if verb == "tokenizer":
         micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")
 
 
-def _refuse_tuning(config: Config) -> None:
+def refuse_tuning(config: Config) -> None:
     """Raise ConfigError for settings of fine-tuning that do not go with those it takes from other sections."""
     tune, kernels = config.finetune, config.model.kernels
     if tune.attention_dropout and kernels in ("fused", "sdpa"):

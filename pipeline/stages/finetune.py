@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beitforge.pipeline.checkpoints.choice import newest_whole
 from beitforge.pipeline.checkpoints.live_layout import averaged
-from beitforge.pipeline.config.derived import tuning_micro_batch
+from beitforge.pipeline.config.derived import refuse_tuning, tuning_micro_batch
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
 from beitforge.pipeline.data.batches import even_batches
@@ -102,6 +102,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
 def _refuse(config: Config) -> None:
     """Raise ConfigError for what shows without reading any shard."""
     tune = config.finetune
+    refuse_tuning(config)
     if not config.data.labelled_images:
         raise ConfigError("data.labelled_images is empty; `finetune` needs a labelled image shard set to train on")
     if any(side % config.model.patch_size for side in tune.input_size):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.config.derived import refuse_world
-from beitforge.pipeline.config.loading import load_config
+from beitforge.pipeline.config.loading import load_config, to_dict
 from beitforge.pipeline.data.batches import evaluation_batches, training_batches
 from beitforge.pipeline.data.labelled import supervised, supervised_test
 from beitforge.pipeline.distributed.collectives import World
@@ -41,6 +41,7 @@ STEPS = 12
 TUNE = {"duration": f"{STEPS} steps", "global_batch": 12, "micro_batch": 6, "warmup": "2 steps", "lr": 3e-3}
 TUNE |= {"input_size": 32, "layer_decay": 0.8, "test_every": "6 steps", "head_scale": 1.0}
 TUNE |= {"dropout": 0.05, "attention_dropout": 0.05, "ema_decay": 0.8, "weight_decay_end": 0.2}
+NVME = "deepspeed.zero_optimization.offload_optimizer={device: nvme, nvme_path: /x}"
 if not installed("timm"):
     TUNE["randaugment"] = ""  # all else is tested; the tests marked peers run again where timm is installed
 
@@ -252,6 +253,67 @@ def test_workers_and_ranks_change_no_pixel(labelled):
     for pixels in found[1:]:
         assert pixels.keys() == found[0].keys()
         assert all(torch.equal(pixels[sample], tensor) for sample, tensor in found[0].items())
+
+
+def test_a_run_of_an_earlier_version_is_the_same_run(labelled, tmp_path):
+    """Its config knows none of the settings that came later, and has the test's crop as a number."""
+    added = ("drop_last", "weight_decay_end", "dropout", "attention_dropout", "pooling", "init_truncation", "ema_decay")
+    settings = ["finetune.dropout=0", "finetune.attention_dropout=0", "finetune.ema_decay=0"]
+    config = load_config(str(labelled), [*settings, "finetune.weight_decay_end=same"])
+    tree = to_dict(config)
+    tree["finetune"] = {n: v for n, v in tree["finetune"].items() if n not in added} | {"test_crop": 0.875}
+    for section, names in (("train", ["drop_last"]), ("optimizer", ["weight_decay_end"]), ("mask", ["max_block"])):
+        tree[section] = {n: v for n, v in tree[section].items() if n not in names}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    claim(tmp_path, config, finetune.IDENTITY, 2, "finetune", "a CPU")
+    for other in ("ema_decay=0.9", "dropout=0.1", "pooling=cls", "drop_last=true", "weight_decay_end=0", "test_crop=1"):
+        changed = load_config(str(labelled), [*settings, "finetune.weight_decay_end=same", f"finetune.{other}"])
+        with pytest.raises(ConfigError, match=f"holds a run with finetune.{other.partition('=')[0]}="):
+            claim(tmp_path, changed, finetune.IDENTITY, 2, "finetune", "a CPU")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_an_epoch_may_leave_out_its_last_incomplete_batch(labelled, tmp_path, share):
+    """Of all labels and of half of them; any ranks train the same."""
+    settings = [
+        "finetune.drop_last=true",
+        "finetune.global_batch=16",
+        "finetune.duration=2 epochs",
+        "log.every_steps=1",
+    ]
+    settings += [f"finetune.label_share={share}", "finetune.micro_batch=4"]
+    images, losses = (60, []) if share == 1.0 else (30, [])
+    for world in (1, 2):
+        run = tmp_path / f"run{world}"
+        trained(labelled, run, *settings, processes=world)
+        start = read_metrics(run, "start")[-1]
+        assert (start["epoch_samples"], start["steps"]) == (images // 16 * 16, 2 * (images // 16))
+        losses.append([line["loss"] for line in read_metrics(run, "train")])
+    assert len(losses[0]) == 2 * (images // 16) and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    few = alone(labelled, tmp_path / "few", "finetune.drop_last=true", "finetune.global_batch=64")
+    assert "holds 60 samples, fewer than the 64 of one global batch" in refused(few)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["finetune.attention_dropout=0.1", "model.kernels=fused"], "is not for model.kernels fused"),
+        (
+            [
+                "finetune.ema_decay=0.9",
+                "train.zero_stage=3",
+                NVME,
+            ],
+            "ema_decay is not for deepspeed.zero_optimization.offload_optimizer.device nvme",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_any_rank(labelled, settings, words):
+    config = load_config(str(labelled), settings)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        refuse_world("finetune", config, 2)
+    refuse_world("pretrain", config, 2)
+    assert words in words_of(labelled, Path("run"), *settings)
 
 
 def test_few_labels_see_few_images(labelled, tmp_path):
