@@ -1,5 +1,5 @@
 """`verify SHARDS`: every digest of a shard set, and the pairing of tokens with images. `verify RUN`: every digest of a
-run's checkpoints, and its logs."""
+run's checkpoints, and its logs. `verify WEIGHTS`: every digest of what `export` or an import wrote."""
 
 import argparse
 from collections.abc import Callable
@@ -9,12 +9,14 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.options import add_workers, local_folder, num_workers
 from beitforge.shards.wording import counted
 
-HELP = "check every digest of an image or token shard set, and that tokens belong to their images; or of a run"
+HELP = (
+    "check every digest of an image or token shard set, and that tokens belong to their images; or of a run or weights"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The set, and what to hold it against."""
-    what = "folder of an image or token shard set, of a run, or of one of its checkpoints"
+    what = "folder of an image or token shard set, of a run or one of its checkpoints, or of exported weights"
     parser.add_argument("folder", metavar="FOLDER", help=what)
     parser.add_argument("--images", metavar="SHARDS", help="for a token set: the image set it must belong to")
     parser.add_argument("--decode", action="store_true", help="for an image set: also decode every image")
@@ -36,10 +38,19 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.images or arguments.decode:
             raise ConfigError(f"--images and --decode are for shard sets, and {folder} is a run's")
         seen = verify_run(folder, print, report)
+    elif (files := _check_made(folder, report)) is not None:
+        seen = counted(files, "file")
     else:
         seen = _verify_set(folder, arguments, report)
     print(f"{folder}: {counted(len(findings), 'finding')} in {seen}" if findings else f"{folder}: {seen}, clean")
     return 2 if findings else 0
+
+
+def _check_made(folder: Path, report: Callable[[str], None]) -> int | None:
+    """How many files of weights or of a tokenizer were looked at; None where the folder holds neither."""
+    from beitforge.shards.storage.staging import check_made
+
+    return None if (folder / "manifest.json").exists() else check_made(folder, report)
 
 
 def _verify_set(folder: Path, arguments: argparse.Namespace, report: Callable[[str], None]) -> str:

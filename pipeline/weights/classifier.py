@@ -18,8 +18,8 @@ from beitforge.pipeline.model.beit import Classifier
 from beitforge.pipeline.model.resize import finetuned_model, for_finetuning
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.runs.record import CLASSIFIER
 from beitforge.pipeline.weights.encoder import (
-    CLASSIFIER,
     Trained,
     class_names,
     fine_tuned,

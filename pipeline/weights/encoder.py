@@ -27,10 +27,11 @@ from beitforge.pipeline.model.resize import fit_grid
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.reading import parse_json, read_object, read_regular, require_regular
 from beitforge.pipeline.runs.checkpoints import State, candidates, newest
+from beitforge.pipeline.runs.record import CLASSIFIER
 
 Small = TypeVar("Small", dict, list)
 WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-ENCODER, CLASSIFIER = "beit", "beit-classifier"  # kinds of folders of weights
+ENCODER = "beit"  # a kind of folder of weights, as CLASSIFIER is
 
 
 def run_config(run: Path) -> Config:
