@@ -15,7 +15,7 @@ from PIL import Image
 import beitforge
 from beitforge.pipeline.config.loading import load_config, to_dict
 from beitforge.pipeline.data.batches import evaluation_batches, training_batches
-from beitforge.pipeline.data.labelled import tested_views
+from beitforge.pipeline.data.labelled import as_tested
 from beitforge.pipeline.data.pretraining import evaluation, pretraining
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.model.pixels import normalise
@@ -206,10 +206,11 @@ def test_features_are_the_encoders_states(folder):
         beitforge.features(encoder, pixels, layer=3)
 
 
+@torch.no_grad()
 def test_a_classifier_sees_what_fine_tunings_test_sees(folder):
     """At its own size and crop, with the names of its classes; as an encoder, too."""
     config = load_config(str(folder / "classifier.yaml"), [])
-    source = tested_views(config, str(folder / "data" / "images"), "the set", "a test")
+    source = as_tested(config, str(folder / "data" / "images"), "the set", "a test")
     batch = next(evaluation_batches(config, source, samples=4, micro=4, rank=0, world=1))
     images = beitforge.open_images(folder / "data" / "images")
     classifier = beitforge.load_classifier(str(folder / "classifier"))

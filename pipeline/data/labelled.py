@@ -74,12 +74,12 @@ def supervised_test(config: Config) -> DataSource | None:
     """data.labelled_test for fine-tuning, or None. Raises ConfigError when its labels are not those trained on."""
     if not config.data.labelled_test:
         return None
-    source = tested_views(config, config.data.labelled_test, "data.labelled_test", "fine-tuning")
+    source = as_tested(config, config.data.labelled_test, "data.labelled_test", "fine-tuning")
     refuse_other_classes(image_set(config, config.data.labelled_images), source.stream.images)
     return source
 
 
-def tested_views(config: Config, where: str, what: str, who: str) -> DataSource:
+def as_tested(config: Config, where: str, what: str, who: str) -> DataSource:
     """The images of a labelled set in manifest order, each as fine-tuning's test sees it. what, who: as of
     require_labels, which is asked."""
     source = evaluation(config, where, config.finetune.input_size, config.finetune.test_crop)

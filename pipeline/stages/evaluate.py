@@ -18,7 +18,7 @@ from beitforge.pipeline.config.loading import load_dict, to_dict
 from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.console import align_columns, say
 from beitforge.pipeline.data.batches import block_batches
-from beitforge.pipeline.data.labelled import labels_of, tested_views
+from beitforge.pipeline.data.labelled import as_tested, labels_of
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, all_gather_rows
 from beitforge.pipeline.distributed.process_group import destroy_process_group
@@ -70,7 +70,7 @@ def run(folder: Path, where: str, asked: EvaluateOptions) -> int:
         if not asked.json.parent.is_dir():
             raise ConfigError(f"--json is {asked.json}, and there is no such folder: make it, or name another file")
     world, source = open_and_join(
-        config, lambda: tested_views(config, where, where, "`evaluate`"), lambda source: _facts(folder, source)
+        config, lambda: as_tested(config, where, where, "`evaluate`"), lambda source: _facts(folder, source)
     )
     chosen = newest_whole(folder, world, say if world.first else lambda _: None)
     task = run_on_all_ranks(lambda: _task(folder, chosen, where, source, config, asked.by_number), world)
