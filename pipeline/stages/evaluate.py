@@ -92,7 +92,8 @@ def evaluation_config(folder: Path, overrides: Sequence[str]) -> Config:
     if not fine_tuned(folder):
         raise ConfigError(f"{folder} {NO_CLASSIFIER}")
     config = load_dict(to_dict(before), list(overrides), str(folder))
-    for section, name in (*(("model", field.name) for field in dataclasses.fields(Model)), ("finetune", "input_size")):
+    model = [("model", field.name) for field in dataclasses.fields(Model)]
+    for section, name in (*model, ("finetune", "input_size"), ("finetune", "pooling")):
         was, now = (getattr(getattr(each, section), name) for each in (before, config))
         if was != now and name != "kernels":
             raise ConfigError(f"{section}.{name} is {was} of this classifier, not {now}: leave it out")
@@ -158,7 +159,7 @@ def _content(folder: Path, where: str, task: _Task, found: Accuracy, unreadable:
         "images": total,
         "unreadable": [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in unreadable],
         "input_size": str(tune.input_size),
-        "test_crop": tune.test_crop,
+        "test_crop": tune.test_share,
         "classes_by": "name" if task.named else "number",
         "top1": {"right": sum(found.first), "share": sum(found.first) / total},
         "top5": {"right": sum(found.five), "share": sum(found.five) / total},

@@ -86,7 +86,7 @@ def build_classifier(config: Config, weights: dict[str, Tensor], source: Path) -
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     classes = refuse_no_classifier(config, shapes, source)
     model = dataclasses.replace(classifier_config(config, shapes).model, kernels="auto")
-    classifier = Classifier(model, classes)
+    classifier = Classifier(model, classes, config.finetune.pooling)
     classifier.load_state_dict(weights)
     return classifier.eval()
 
@@ -139,7 +139,7 @@ def initialise_classifier_from(
     else:
         refuse_other_shapes(what, config.model, model)
         refuse_others(config, found.shapes, folder)
-        _load(classifier, for_finetuning(found.all(), config.model, size)[0])
+        _load(classifier, for_finetuning(found.all(), config.model, size, classifier.pooling)[0])
         line, theirs = "", config.model
     resized = f", its {theirs.input_size} px windows laid on {size}" if size != theirs.input_size else ""
     return f"starting from step {found.state.step} of {folder}{resized}{line}"
@@ -151,9 +151,14 @@ def _take_classifier(
     """Load another classifier's weights; returns what was taken beside the encoder, and the other's shape."""
     theirs, size = classifier_config(config, found.shapes).model, classifier.model.input_size
     refuse_other_shapes(what, finetuned_model(theirs, size), classifier.model)
+    if config.finetune.pooling != classifier.pooling:
+        raise ConfigError(
+            f"{what} has finetune.pooling {config.finetune.pooling}, this config says {classifier.pooling}; make them "
+            f"equal"
+        )
     classes = refuse_no_classifier(config, found.shapes, folder)
     weights, wanted = found.all(), len(classifier.get_parameter(_HEAD))
-    order, why = _rows(_names(folder, classes), classes, names[:wanted], wanted)
+    order, why = _rows(_names(folder, classes), classes, _first(names, wanted), wanted)
     kept = for_finetuning(weights, theirs, size)[0] | {n: w for n, w in weights.items() if n.startswith("norm.")}
     if why:
         _load(classifier, kept)
@@ -184,5 +189,8 @@ def _load(classifier: Classifier, weights: dict[str, Tensor]) -> None:
 
 def _names(folder: Path, classes: int) -> tuple[str, ...]:
     """What the classes are called; of a run the set names them, whose last ones may have no image to learn from."""
-    names = class_names(folder)
+    return _first(class_names(folder), classes)
+
+
+def _first(names: tuple[str, ...], classes: int) -> tuple[str, ...]:
     return names[:classes] if len(names) >= classes else ()

@@ -214,7 +214,7 @@ def load_classifier(where: Path | str, *, device: torch.device | str = "cpu") ->
     ConfigError when the folder holds none."""
     loaded, place = from_folder.load_classifier(Path(where)), torch.device(device)
     model = loaded.config.model
-    share = loaded.config.finetune.test_crop
+    share = loaded.config.finetune.test_share
     preprocess = Preprocess(size=model.input_size, mean=model.mean, std=model.std, share=share)
     return ImageClassifier(loaded.classifier.to(place), preprocess, loaded.names, place)
 

@@ -25,16 +25,18 @@ STATE = State(step=9, samples_seen=72, world=1, zero_stage=0, precision="fp32", 
 NAMES = ("ant", "bee", "cat")
 
 
-def tuned(positions: str = "relative_shared", size: int = 48) -> Config:
+def tuned(positions: str = "relative_shared", size: int = 48, pooling: str = "mean") -> Config:
     """Pretrained at 32 px, fine-tuned at 48."""
-    config = from_dict({**TINY, "finetune": {"input_size": size, "randaugment": ""}}, "TINY")
+    tune = {"input_size": size, "randaugment": "", "pooling": pooling}
+    config = from_dict({**TINY, "finetune": tune}, "TINY")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, positions=positions))
 
 
-def drawn(positions: str = "relative", classes: int = len(NAMES), size: int = 48, seed: int = 0) -> Classifier:
+def drawn(positions: str = "relative", classes: int = len(NAMES), pooling: str = "mean") -> Classifier:
     """A classifier whose every weight is drawn, its norm's and its tables', too."""
-    classifier = Classifier(dataclasses.replace(tuned(positions).model, input_size=Size(size, size)), classes)
-    generator = torch.Generator().manual_seed(seed)
+    model = dataclasses.replace(tuned(positions).model, input_size=Size(48, 48))
+    classifier = Classifier(model, classes, pooling)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in classifier.parameters():
             parameter.normal_(0, 0.5, generator=generator)
@@ -48,17 +50,19 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("positions", ["relative", "relative_shared", "absolute"])
-@pytest.mark.parametrize(("classes", "names"), [(3, NAMES), (3, ()), (0, ())])
-def test_what_is_read_is_what_was_written(tmp_path, positions, classes, names):
-    """Its norm, its head and its names, of whatever positions, and without a head, too."""
-    ours = drawn(positions, classes)
-    save_classifier(tmp_path, ours.state_dict(), tuned(positions), names, STATE, source="elsewhere")
+@pytest.mark.parametrize(
+    ("classes", "names", "pooling"), [(3, NAMES, "mean"), (3, (), "mean"), (0, (), "mean"), (3, NAMES, "cls")]
+)
+def test_what_is_read_is_what_was_written(tmp_path, positions, classes, names, pooling):
+    """Its norm, its head and its names, of whatever positions and pooling, and without a head, too."""
+    ours, made = drawn(positions, classes, pooling), tuned(positions, pooling=pooling)
+    save_classifier(tmp_path, ours.state_dict(), made, names, STATE, source="elsewhere")
     again = load_classifier(tmp_path)
     pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
     assert torch.equal(again.classifier(pixels), ours(pixels)) and again.names == names == class_names(tmp_path)
     assert (again.config.model.positions, again.config.model.input_size) == (positions, (48, 48))
     assert (again.classes, again.state.step) == (classes, 9)
-    assert fine_tuned(tmp_path) and run_config(tmp_path) == tuned(positions)
+    assert fine_tuned(tmp_path) and run_config(tmp_path) == made
     said = json.loads((tmp_path / "config.json").read_text())
     assert (said["kind"], said["num_classes"], said["classes"]) == ("beit-classifier", classes, list(names))
     assert (said["step"], said["imported_from"]) == (9, "elsewhere")
@@ -115,9 +119,9 @@ def test_other_weights_than_described_are_said(folder):
             load_classifier(folder)
 
 
-def fresh(classes: int, size: int = 48) -> Classifier:
+def fresh(classes: int, size: int = 48, pooling: str = "mean") -> Classifier:
     """What fine-tuning would start with."""
-    return new_classifier(tuned(size=size), classes)
+    return new_classifier(tuned(size=size, pooling=pooling), classes)
 
 
 @pytest.mark.parametrize("positions", ["relative", "relative_shared"])
@@ -152,6 +156,17 @@ def test_another_size_lays_the_tables_on_it(folder):
     assert "its 48 px windows laid on 64, with its norm and its head" in line
     assert torch.equal(other.norm.weight, drawn().norm.weight)
     assert other.blocks[0].attention.own_bias.table.shape == (15 * 15 + 3, 2)
+
+
+def test_pooling_is_the_classifiers_own(tmp_path):
+    """The norm of the class token is no norm of a mean."""
+    ours = drawn(pooling="cls")
+    save_classifier(tmp_path, ours.state_dict(), tuned(pooling="cls"), NAMES, STATE)
+    other, pixels = fresh(3, pooling="cls"), torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    initialise_classifier_from(tmp_path, other, tuned().model, NAMES)
+    assert torch.equal(other.eval()(pixels), ours(pixels))
+    with pytest.raises(ConfigError, match=r"has finetune\.pooling cls, this config says mean; make them equal"):
+        initialise_classifier_from(tmp_path, fresh(3), tuned().model, NAMES)
 
 
 def test_a_head_without_classes_and_other_shapes(tmp_path):
