@@ -186,8 +186,9 @@ def test_the_average_is_tested_saved_and_exported(whole, labelled, tmp_path):
     for folder, value, line in (("average", "average", lines[-1]), ("plain", "fp32", plain[-1])):
         written = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(written[name], tensor) for name, tensor in kept(whole, value).items())
-        classifier, _, names = load_classifier(tmp_path / folder)
-        assert names == ("class0", "class1", "class2")
+        loaded = load_classifier(tmp_path / folder)
+        classifier = loaded.classifier
+        assert loaded.names == ("class0", "class1", "class2")
         source, losses = supervised_test(config), []
         for batch in evaluation_batches(config, source, samples=23, micro=23, rank=0, world=1):
             with torch.no_grad():
@@ -365,7 +366,7 @@ def test_what_cannot_be_is_said(labelled, others, tmp_path, settings, words):
     ("init", "settings", "words"),
     [
         ("/nowhere", [], "/nowhere is neither a run folder"),
-        ("{whole}", [], "no pretraining's of its config"),
+        ("{whole}", ["model.width=64"], "has model.width 32, this config says 64; make them equal"),
         ("{encoder}", ["model.width=64"], "has model.width 32, this config says 64; make them equal"),
         (
             "{encoder}",
@@ -401,6 +402,19 @@ def test_an_encoder_is_taken_with_a_small_new_head(labelled, encoder):
     head = classifier.head.weight
     assert 0 < head.abs().max() <= 0.02e-3 and not classifier.head.bias.any()
     assert all(torch.isfinite(parameter).all() for parameter in classifier.parameters())
+
+
+def test_a_fine_tuning_is_started_from_whole(labelled, whole, tmp_path):
+    """Its norm and its head, from its own checkpoints or from what `export` makes of them: without a learning rate the
+    first test finds what the other's last one found."""
+    assert export.run(whole, tmp_path / "out") == 0
+    still = ("finetune.duration=1 steps", "finetune.warmup=0 steps", "finetune.lr=0", "finetune.lr_end=0")
+    for init, processes, stage in ((whole, 2, 3), (tmp_path / "out", 1, 0)):
+        run, where = tmp_path / f"run{processes}", f"finetune.init={init}"
+        output = trained(labelled, run, where, *still, f"train.zero_stage={stage}", processes=processes)
+        assert f"starting from step {STEPS} of {init}, with its norm and its head over 3 classes" in output
+        ours, theirs = read_metrics(run, "test")[-1], read_metrics(whole, "test")[-1]
+        assert ours["accuracy"] == theirs["accuracy"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("setting", ["finetune.global_batch=6", "finetune.micro_batch=1"])
