@@ -39,12 +39,10 @@ def tone_table(histogram: list[int]) -> tuple[int, ...]:
     of a level: how much of the image lies above 8k. Brightness clips each channel by itself, so from it follows what
     the mean luma is afterwards (`_brightened`), where the luma's own histogram would not tell.
     """
-    counts = [sum(w * histogram[256 * c + x] for c, w in enumerate(_LUMA)) for x in range(256)]
-    total, above, found = sum(counts), 0, [0] * 256
-    for x in range(254, -1, -1):  # what lies above x is what lies above x + 1, and a level of every value beyond x
-        above += counts[x + 1]
-        found[x] = found[x + 1] + above
-    return tuple((2 * _SCALE * found[_STEP * k] + total) // (2 * total) for k in range(KNOTS))
+    counts = np.array(_LUMA) @ np.array(histogram, np.int64).reshape(3, 256)
+    total, at_least = counts.sum(), counts[::-1].cumsum()  # at_least[i]: of 255 - i and more
+    above = at_least.cumsum()[254::-_STEP][:KNOTS]  # a level of every value beyond 8k, beyond 8k + 1, …
+    return tuple(((2 * _SCALE * above + total) // (2 * total)).tolist())
 
 
 def view_levels(factors: np.ndarray, operations: np.ndarray, greys: Greys) -> np.ndarray:
