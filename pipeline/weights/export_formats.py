@@ -17,7 +17,7 @@ from torch import Tensor
 
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.torchvision_stub import install
+from beitforge.pipeline.torchvision_stub import DOES_NOT_LOAD, install
 from beitforge.pipeline.weights.conversion import to_hf, to_unilm
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -224,13 +224,13 @@ def _write(folder: Path, weights: Weights, config: dict) -> None:
 
 def _peer(name: str, format: str) -> Any:
     package = name.split(".")[0]
-    if package == "timm":
-        install()
+    install()
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except DOES_NOT_LOAD as error:
+        said = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"--to {format} is checked by {package} itself, which cannot be imported ({error}): install it with "
+            f"--to {format} is checked by {package} itself, which cannot be imported ({said}): install it with "
             f"`./launch.sh setup peers`, or `pip install {package}`"
         ) from error
 
