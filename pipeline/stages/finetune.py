@@ -28,7 +28,7 @@ from beitforge.pipeline.training.objectives import classification_loss, classifi
 from beitforge.pipeline.training.optim import layer_groups
 from beitforge.pipeline.training.shutdown import shut_down
 from beitforge.pipeline.training.trainer import Job, run_training
-from beitforge.pipeline.weights.encoder import initialise_classifier_from
+from beitforge.pipeline.weights.classifier import initialise_classifier_from
 from beitforge.shards.stream.loader import Batch
 
 # of `optimizer` and `train` only what fine-tuning takes from them
