@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-
 # what importing a library that was built for another torch, or is half installed, ends in
 DOES_NOT_LOAD = (ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError, NameError)
 
