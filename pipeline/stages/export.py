@@ -121,7 +121,8 @@ def _write_classifier(folder: Path, to: str, weights: Trained, model: Model, siz
 def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names: tuple[str, ...]) -> float:
     """Write a fine-tuned classifier with its head; returns the largest difference of its logits, likewise."""
     model = dataclasses.replace(classifier_config(config, weights.shapes).model, drop_path=config.finetune.drop_path)
-    head = export_formats.ClassifierHead(weights.shapes["head.weight"][0], names, config.finetune.test_crop)
+    tune = config.finetune
+    head = export_formats.ClassifierHead(weights.shapes["head.weight"][0], names, tune.test_share, tune.pooling)
     return _write_peer(folder, to, weights.all(), model, head)
 
 
@@ -129,7 +130,7 @@ def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names:
 def _write_peer(
     folder: Path, to: str, weights: dict[str, Tensor], model: Model, head: export_formats.ClassifierHead
 ) -> float:
-    ours = Classifier(dataclasses.replace(model, kernels="auto"), head.classes)
+    ours = Classifier(dataclasses.replace(model, kernels="auto"), head.classes, head.pooling)
     ours.load_state_dict(weights)
     pixels, _ = _example(model)
     if to == "hf":

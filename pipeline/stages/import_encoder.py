@@ -1,5 +1,5 @@
-"""`import SRC OUT`: a published or foreign BEiT becomes ours: an encoder, which pretrains further, is probed and exported,
-or a classifier with its norm and head.
+"""`import SRC OUT`: a published or foreign BEiT becomes ours: an encoder, to pretrain further, probe and export, or a
+classifier with its norm and head.
 
 SRC is a folder of transformers, of timm, or of `export`; or a file: the released code's .pth, .safetensors, .bin. What
 is written computes what the source's library computes from the source itself, where that library is installed.
@@ -76,7 +76,7 @@ def _typed(value: object) -> str:
 def _module(found: Foreign, config: Config) -> Beit | Classifier:
     if not found.classifies:
         return Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
-    return Classifier(config.model, len(found.weights.get("head.weight", ())))
+    return Classifier(config.model, len(found.weights.get("head.weight", ())), config.finetune.pooling)
 
 
 def _load(module: nn.Module, found: Foreign, source: Path) -> list[str]:
@@ -296,15 +296,11 @@ def _others(found: Foreign, rows: int, columns: int, given: dict[str, str], assu
     tokenizer: dict[str, object] = {"input_size": f"{rows * stride}x{columns * stride}", "stride": stride}
     if "head.weight" in found.weights and not found.classifies:
         tokenizer["vocabulary"] = len(found.weights["head.weight"])
-    finetune: dict[str, object] = {}
-    for name in ("drop_path", "dropout", "attention_dropout", "pooling", "test_crop"):
-        value = getattr(found, name)
-        if (
-            found.classifies
-            and value is not None
-            and (name, value) not in (("pooling", "mean"), ("dropout", 0), ("attention_dropout", 0))
-        ):
-            finetune[name] = value
+    names = ("drop_path", "pooling", "test_crop") if found.classifies else ()
+    finetune = {name: getattr(found, name) for name in names if getattr(found, name) is not None}
+    for name in ("dropout", "attention_dropout"):
+        if share := getattr(found, name):
+            found.notes.append(f"trained with {name} {share:g}, which changes no number outside of training")
     if not found.classifies:
         for name, value in {"mask.num_patches": usual["num_patches"], "mask.min_block": usual["min_block"]}.items():
             if name.partition(".")[2] not in mask and name not in given:

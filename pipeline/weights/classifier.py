@@ -83,7 +83,7 @@ def build_classifier(config: Config, weights: dict[str, Tensor], source: Path) -
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     classes = refuse_no_classifier(config, shapes, source)
     model = dataclasses.replace(classifier_config(config, shapes).model, kernels="auto")
-    classifier = Classifier(model, classes)
+    classifier = Classifier(model, classes, config.finetune.pooling)
     classifier.load_state_dict(weights)
     return classifier.eval()
 
@@ -120,7 +120,7 @@ def initialise_classifier_from(
     refuse_other_shapes(f"finetune.init {folder}", config.model, model)
     refuse_others(config, found.shapes, folder)
     size = classifier.model.input_size
-    weights, _ = for_finetuning(found.all(), config.model, size)
+    weights, _ = for_finetuning(found.all(), config.model, size, classifier.pooling)
     head = {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith("head.")}
     classifier.load_state_dict(weights | head)
     resized = f", its {config.model.input_size} px windows laid on {size}" if size != config.model.input_size else ""

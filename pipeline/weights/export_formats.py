@@ -33,13 +33,13 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ClassifierHead:
-    """Of a classifier: how many classes, 0 for none; what they are called, where that is known; and the central view it
-    was tested on, its side as a share of the image's shorter side."""
+    """Of a classifier: how many classes, 0 for none; what they are called, where that is known; the central view it was
+    tested on, its side as a share of the image's shorter side; and what the head sees (finetune.pooling)."""
 
     classes: int = 0
     names: tuple[str, ...] = ()
     test_crop: float = 1.0
-    pooling: str = "mean"  # or cls: finetune.pooling
+    pooling: str = "mean"
 
 
 def write_hf(
