@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from beitforge.pipeline.config.loading import load_dict, to_size
+from beitforge.pipeline.config.loading import from_dict, load_dict, to_dict, to_size
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
@@ -20,7 +20,7 @@ from beitforge.pipeline.model.beit import Beit, Classifier
 from beitforge.pipeline.model.blocks import LayerNorm
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.runs.checkpoints import State
-from beitforge.pipeline.weights.classifier import save_classifier
+from beitforge.pipeline.weights.classifier import classifier_config, save_classifier
 from beitforge.pipeline.weights.encoder import CLASSIFIER, ENCODER, save_encoder
 from beitforge.pipeline.weights.export_formats import hf_config
 from beitforge.pipeline.weights.foreign import IMAGENET, INCEPTION, TRANSFORMERS, Foreign, foreign, with_zero_biases
@@ -49,9 +49,9 @@ def run(source: Path, out: Path, overrides: list[str], encoder_alone: bool = Fal
             raise
         raise ConfigError(f"{source} describes no BEiT ({shown(str(error))}): {CURE}") from error
     config = load_dict(tree, overrides, str(source))
-    config = dataclasses.replace(
-        config, finetune=dataclasses.replace(config.finetune, input_size=config.model.input_size)
-    )
+    if found.classifies and saved.config.get("kind") != CLASSIFIER:
+        tune = dataclasses.replace(config.finetune, input_size=config.model.input_size)
+        config = dataclasses.replace(config, finetune=tune)
     module = _module(found, config)
     fresh = _load(module, found, source)
     compared = _compare(saved, found, config, module, fresh)
@@ -76,7 +76,8 @@ def _typed(value: object) -> str:
 def _module(found: Foreign, config: Config) -> Beit | Classifier:
     if not found.classifies:
         return Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
-    return Classifier(config.model, len(found.weights.get("head.weight", ())), config.finetune.pooling)
+    model = classifier_config(config, _shapes(found)).model
+    return Classifier(model, len(found.weights.get("head.weight", ())), config.finetune.pooling)
 
 
 def _load(module: nn.Module, found: Foreign, source: Path) -> list[str]:
@@ -177,8 +178,7 @@ def _tell(saved: Saved, found: Foreign, config: Config, fresh: list[str], out: P
 def _sections(saved: Saved, found: Foreign, given: dict[str, str]) -> tuple[dict, _Assumed]:
     """The config sections that the weights and what is said of them imply, and what had to be assumed."""
     if saved.config.get("kind") in (ENCODER, CLASSIFIER):
-        found.names = tuple(map(str, saved.config.get("classes", ())))
-        return dict(saved.config["config"]), {}
+        return _own_sections(saved, found), {}
     weights = found.weights
     assumed: _Assumed = {}
     if not {"patch_embedding.weight", "blocks.0.fc1.weight", "blocks.0.attention.qkv_weight"} <= weights.keys():
@@ -199,6 +199,28 @@ def _sections(saved: Saved, found: Foreign, given: dict[str, str]) -> tuple[dict
     }
     _say_or_assume(model, found, given, assumed)
     return {"model": model, **_others(found, rows, columns, given, assumed)}, assumed
+
+
+def _own_sections(saved: Saved, found: Foreign) -> dict:
+    """The config of a folder of ours; where it is of a classifier whose encoder alone is taken, with its own shape."""
+    tree = dict(saved.config["config"])
+    if saved.config["kind"] == ENCODER:
+        return tree
+    found.names = tuple(map(str, saved.config.get("classes", ())))
+    if found.classifies:
+        return tree
+    config = classifier_config(from_dict(tree, str(saved.source)), _shapes(found))
+    rows, columns = config.model.grid
+    stride, patches = config.tokenizer.stride, rows * columns
+    tree = to_dict(config)
+    tree["tokenizer"]["input_size"] = f"{rows * stride}x{columns * stride}"
+    for name in ("num_patches", "min_block"):
+        tree["mask"][name] = min(tree["mask"][name], patches)
+    return tree
+
+
+def _shapes(found: Foreign) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
 
 
 def _positions(saved: Saved, found: Foreign) -> tuple[Tensor | None, str]:

@@ -120,6 +120,22 @@ def test_a_classifier_goes_out_and_comes_in(tiny, tmp_path, capfd, pooling, norm
     assert "assumed" not in capfd.readouterr().err
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "encoder alone"])
+def test_a_classifier_of_ours_is_imported(tiny, tmp_path, whole):
+    source = classifier(tiny, tmp_path / "classifier", "mean")
+    ours, config, names = load_classifier(source)
+    assert import_encoder.run(source, tmp_path / "copy", [], encoder_alone=not whole) == 0
+    if whole:
+        again, _, names_again = load_classifier(tmp_path / "copy")
+        assert names == names_again
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+        return
+    encoder, config_again = load_encoder(tmp_path / "copy")
+    states = (each.hidden(pixels(config.model), None)[-1] for each in (ours, encoder))
+    assert torch.equal(*states) and config_again.model.positions == "relative"
+
+
 @pytest.fixture(params=["beit", "beit2"])
 def code(request, monkeypatch) -> Iterator[tuple[ModuleType, ModuleType]]:
     """Modules of the released code: of pretraining and of fine-tuning."""
