@@ -145,7 +145,8 @@ def test_a_classifier_of_transformers(tmp_path, capfd, kind, names):
         **({"id2label": called} if names else {}),
     )
     out = imported(tmp_path / "hf", tmp_path / "out", "finetune.test_crop=0.9")
-    classifier, config, found = load_classifier(out)
+    held = load_classifier(out)
+    classifier, config, found = held.classifier, held.config, held.names
     assert close(classifier(pixels()), model(pixels()).logits)
     assert found == (tuple(called.values()) if names else ())
     assert config.finetune.test_crop == 0.9 and config.finetune.input_size == (SIZE, SIZE)
@@ -330,7 +331,8 @@ def test_a_fine_tuning_of_the_released_code(tmp_path, pool, said):
     model, weights = released(pretraining=False, pool=pool)
     more = {**ARGUMENTS, "use_mean_pooling": pool == "avg", "model": "beit_base_patch16_224"} if said else {}
     out = imported(pth(tmp_path / "a.pth", weights, **more), tmp_path / "out")
-    classifier, config, _ = load_classifier(out)
+    held = load_classifier(out)
+    classifier, config = held.classifier, held.config
     assert close(classifier(pixels()), model(pixels()))
     assert config.finetune.pooling == ("mean" if pool == "avg" else "cls")
 
@@ -399,7 +401,8 @@ def saved_by_timm(folder: Path, model: TimmBeit, architecture: str = "beit_base_
 def test_a_classifier_of_timm(tmp_path, capfd, pool):
     model, _ = released(pretraining=False, pool=pool)
     out = imported(saved_by_timm(tmp_path / "timm", model, global_pool=pool), tmp_path / "out")
-    classifier, config, _ = load_classifier(out)
+    held = load_classifier(out)
+    classifier, config = held.classifier, held.config
     assert close(classifier(pixels()), model(pixels()))
     assert config.model.mean == IMAGENET and config.finetune.test_crop == 0.95
     assert f"compared with timm {timm.__version__}: logits differ by at most" in capfd.readouterr().err

@@ -110,10 +110,12 @@ def test_a_classifier_goes_out_and_comes_in(tiny, tmp_path, capfd, pooling, norm
     """Nothing need be assumed: mean, heads, names and the central view are beside the weights."""
     source = classifier(tiny, tmp_path / "classifier", pooling)
     weights, file = written(source, tmp_path / "out")
-    ours, config, names = load_classifier(source)
+    held = load_classifier(source)
+    ours, config, names = held.classifier, held.config, held.names
     assert shapes(weights) == layout(config.model, "head", CLASSES, norm)
     assert import_encoder.run(file, tmp_path / "back", []) == 0
-    again, config_again, names_again = load_classifier(tmp_path / "back")
+    held = load_classifier(tmp_path / "back")
+    again, config_again, names_again = held.classifier, held.config, held.names
     assert names == names_again and len(names) == CLASSES
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
     assert config_again.model == config.model and config_again.finetune.pooling == pooling
@@ -124,12 +126,15 @@ def test_a_classifier_goes_out_and_comes_in(tiny, tmp_path, capfd, pooling, norm
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "encoder alone"])
 def test_a_classifier_of_ours_is_imported(tiny, tmp_path, whole):
     source = classifier(tiny, tmp_path / "classifier", "mean")
-    ours, config, names = load_classifier(source)
+    held = load_classifier(source)
+    ours, config, names = held.classifier, held.config, held.names
     assert import_encoder.run(source, tmp_path / "copy", [], encoder_alone=not whole) == 0
     if whole:
-        again, _, names_again = load_classifier(tmp_path / "copy")
-        assert names == names_again
-        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+        again = load_classifier(tmp_path / "copy")
+        assert names == again.names
+        assert all(
+            torch.equal(tensor, again.classifier.state_dict()[name]) for name, tensor in ours.state_dict().items()
+        )
         return
     encoder, config_again = load_encoder(tmp_path / "copy")
     states = (each.hidden(pixels(config.model), None)[-1] for each in (ours, encoder))
@@ -189,7 +194,8 @@ if UNILM:
     @pytest.mark.parametrize("pooling", ["mean", "cls"])
     def test_the_released_fine_tuning_model_loads_it_strictly(code, tiny, tmp_path, pooling):
         source = classifier(tiny, tmp_path / "classifier", pooling)
-        ours, config, _ = load_classifier(source)
+        held = load_classifier(source)
+        ours, config = held.classifier, held.config
         weights, _ = written(source, tmp_path / "out")
         mean = pooling == "mean"
         peer = released(code[1].VisionTransformer, config.model, num_classes=CLASSES, use_mean_pooling=mean)
@@ -208,7 +214,7 @@ if UNILM:
         arguments = argparse.Namespace(use_mean_pooling=mean, nb_classes=CLASSES, rel_pos_bias=True, abs_pos_emb=False)
         torch.save({"model": peer.state_dict(), "args": arguments, "epoch": 29}, tmp_path / "checkpoint-29.pth")
         assert import_encoder.run(tmp_path / "checkpoint-29.pth", tmp_path / "out", []) == 0
-        ours, _, _ = load_classifier(tmp_path / "out")
+        ours = load_classifier(tmp_path / "out").classifier
         assert close(ours(pixels(model)), peer(pixels(model)))
 
     @torch.no_grad()
