@@ -42,10 +42,18 @@ FORMATS = ("safetensors", "hf", "timm", "unilm")
 _AGREES = 1e-5  # largest difference of logits, as a share of the largest logit: float32 rounding over all layers
 
 
-def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = False, size: Size | None = None) -> int:
-    """Write OUT; returns the exit code. `finetune`: a classifier without its head, for images of `size`."""
+def run(
+    run_folder: Path,
+    out: Path,
+    to: str = "safetensors",
+    finetune: bool = False,
+    size: Size | None = None,
+    average: bool = False,
+) -> int:
+    """Write OUT; returns the exit code. `finetune`: a classifier without its head, for images of `size`. average: the
+    moving average of the weights."""
     config = run_config(run_folder)
-    weights = trained_weights(run_folder)
+    weights = trained_weights(run_folder, average=average)
     classifies = fine_tuned(run_folder)
     if classifies and finetune:
         raise ConfigError(f"{run_folder} holds a classifier, which is exported with its head: leave --finetune out")

@@ -8,9 +8,11 @@ import numpy as np
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import (
+    DIGEST,
     FLAG_BAD,
     FLAG_LABELLED,
     SUFFIX,
+    Index,
     index_path,
     open_index,
     read_columns,
@@ -139,27 +141,30 @@ def _jobs(folder: Path, before: ImageManifest | None) -> list[ScanJob]:
 
 
 def index_tar(job: ScanJob, beat: Beat) -> Indexed:
-    """Index one tar, unless its index fits it already. Raises ShardError when the tar is damaged."""
+    """Index one tar, unless its index fits it already and has all that one has today. Raises ShardError when the tar is
+    damaged."""
     size, path = job.tar.stat().st_size, index_path(job.folder, job.name)
     digest = file_digest(job.tar)
-    kept = _fits(path, digest, job.index_digest)
+    before = _made_from_it(path, digest, job.index_digest)
+    kept = before is not None and before.has_tones
     with in_megabytes(beat, size) as tell:
         if not kept:
-            rows = scan_tar(job.tar, tell)
-            write_index(path, rows, {"tar_bytes": str(size), "tar_digest": digest})
+            made_by = {name: text for name, text in before.metadata.items() if name != DIGEST} if before else {}
+            write_index(path, scan_tar(job.tar, tell), {**made_by, "tar_bytes": str(size), "tar_digest": digest})
     index = open_index(path)
     entry = ImageShard(name=job.name, samples=len(index), bytes=size, digest=digest, index_digest=index.digest)
     return Indexed(entry, kept)
 
 
-def _fits(path: Path, tar_digest: str, index_digest: str) -> bool:
-    """Whether an index is there, whole, made from this very tar, and the one an earlier manifest lists, if one does."""
+def _made_from_it(path: Path, tar_digest: str, index_digest: str) -> Index | None:
+    """The index that is there, if it is whole, made from this very tar, and the one an earlier manifest lists, if one
+    does."""
     try:
         index = open_index(path)
     except ShardError:
-        return False
-    made_from_it = index.whole and index.metadata.get("tar_digest") == tar_digest
-    return made_from_it and index_digest in ("", index.digest)
+        return None
+    whole = index.whole and index.metadata.get("tar_digest") == tar_digest and index_digest in ("", index.digest)
+    return index if whole else None
 
 
 def find_twins(paths: list[Path], key_hashes: list[np.ndarray]) -> list[str]:

@@ -18,6 +18,7 @@ from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import FLAG_BAD, FLAG_LABELLED, IndexRow
+from beitforge.shards.format.levels import NO_TONES
 from beitforge.shards.storage.reading import OpenFile
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -62,6 +63,7 @@ class Facts:
     height: int
     mean_grey: float
     flags: int
+    tones: tuple[int, ...]
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -78,8 +80,8 @@ def describe(data: bytes) -> Facts:
     try:
         header, pixels = codec.read_image(data)
     except codec.ImageError:
-        return Facts(digest, 0, 0, 0.0, FLAG_BAD)
-    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags)
+        return Facts(digest, 0, 0, 0.0, FLAG_BAD, NO_TONES)
+    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags, codec.tones(pixels))
 
 
 def index_row(sample: Sample, facts: Facts, label: int) -> IndexRow:
@@ -99,6 +101,7 @@ def index_row(sample: Sample, facts: Facts, label: int) -> IndexRow:
         width=facts.width,
         height=facts.height,
         mean_grey=facts.mean_grey,
+        tones=facts.tones,
         label=label if LABEL in sample.members else 0,
         flags=facts.flags | (FLAG_LABELLED if LABEL in sample.members else 0),
     )
