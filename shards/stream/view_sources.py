@@ -11,11 +11,12 @@ from typing import Protocol
 import numpy as np
 
 from beitforge.shards.errors import ShardError
+from beitforge.shards.format.manifest import unreadable
 from beitforge.shards.format.tokens import TokenSet, check_pairing
 from beitforge.shards.format.views import ViewPolicy, Views, central_views, draw_views, impossible
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.remote import cache_for
-from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class ViewSource(Protocol):
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]: ...
 
-    def usable(self, shard: int, row: int) -> bool: ...
+    def check(self, shard: int, row: int) -> None:
+        """Raises DamagedSample where an image has no tokens, KnownBad where that was held against the budget before."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class DrawnViews:
         drawn = draw_views(self.policy, picked.key_hashes, picked.epochs, picked.widths, picked.heights)
         return drawn, np.zeros((len(picked.rows), 0), np.uint16)
 
-    def usable(self, shard: int, row: int) -> bool:
-        return True
+    def check(self, shard: int, row: int) -> None:
+        """Every image has a view."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class CentralViews:
         views = central_views(picked.widths, picked.heights, self.aspect, self.share)
         return views, np.zeros((len(picked.rows), 0), np.uint16)
 
-    def usable(self, shard: int, row: int) -> bool:
-        return True
+    def check(self, shard: int, row: int) -> None:
+        """Every image has a view."""
 
 
 class RecordedViews:
@@ -96,9 +98,12 @@ class RecordedViews:
             )
         return views, tokens
 
-    def usable(self, shard: int, row: int) -> bool:
-        """False where `tokenize` could not read the image."""
-        return not self.tokens.is_bad(shard, self._keys(shard), row)
+    def check(self, shard: int, row: int) -> None:
+        """Raises KnownBad where `tokenize` could not read the image; DamagedSample in a set of an earlier version,
+        which was held against no budget."""
+        if self.tokens.is_bad(shard, self._keys(shard), row):
+            kind = DamagedSample if unreadable(self.tokens.manifest) is None else KnownBad
+            raise kind("`tokenize` could not read it, so it has no tokens")
 
     def _keys(self, shard: int) -> Callable[[], np.ndarray]:
         return lambda: self.images.key_hashes(shard)
