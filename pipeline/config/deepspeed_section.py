@@ -230,6 +230,11 @@ def _conflicts(config: Config) -> list[str]:
     return [line for holds, line in rules if not holds]
 
 
+def optimizer_device(section: dict) -> str:
+    """Where the section puts the optimizer: cpu, nvme, or '' for the device."""
+    return _device(section.get("zero_optimization", {}).get("offload_optimizer"))
+
+
 def _device(offload: Any) -> str:
     found = offload.get("device", "none") if isinstance(offload, dict) else "none"
     return "" if found == "none" else str(found)

@@ -173,6 +173,12 @@ def _convert(value: object, kind: Any, where: str) -> Any:
         return _duration(value, where)
     if kind is Size:
         return to_size(value, where)
+    if words := words_of(kind):
+        if isinstance(value, str) and value in words:
+            return value
+        with contextlib.suppress(ConfigError):
+            return _convert(value, float, where)
+        raise ConfigError(f"{where} is {shown(value)}; it takes a number, or {' or '.join(words)}")
     if typing.get_origin(kind) is tuple:
         length = len(typing.get_args(kind))
         if not isinstance(value, list | tuple) or len(value) != length:
@@ -188,6 +194,11 @@ def _convert(value: object, kind: Any, where: str) -> Any:
             return int(number)
     names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
     raise ConfigError(f"{where} is {shown(value)}; it takes {names[kind]}")
+
+
+def words_of(kind: Any) -> tuple[str, ...]:
+    """The words that a setting of type `float | Literal[…]` takes beside numbers; () for every other type."""
+    return tuple(word for part in typing.get_args(kind) for word in typing.get_args(part))
 
 
 def _number(value: int | float | str) -> int | float | None:

@@ -10,6 +10,7 @@ import typing
 from typing import Any
 
 from beitforge.pipeline.config.fields import Duration, Rule, Size
+from beitforge.pipeline.config.loading import words_of
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
 
@@ -83,7 +84,10 @@ def _summary(name: str, kind: Any) -> str:
 
 
 def _kind(section: Any, name: str) -> str:
-    return _TYPES.get(typing.get_type_hints(section)[name], "list of 3 numbers")
+    kind = typing.get_type_hints(section)[name]
+    if words := words_of(kind):
+        return f"number or {' or '.join(words)}"
+    return _TYPES.get(kind, "list of 3 numbers")
 
 
 def _range(rule: Rule) -> str:

@@ -5,11 +5,13 @@ Imports nothing heavy: help and config errors are instant. Must not know torch, 
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from beitforge.pipeline.config.fields import Duration, Size, setting
 from beitforge.pipeline.config.run_settings import Checkpoint, Faults, Loader, Log
 
 ONLINE = "online"
+_DROP_LAST = "Whether an epoch ends with its last whole global batch, as published, and leaves out what is left over."
 DVAE_STRIDE = 8  # three convolutions of stride 2
 
 
@@ -178,6 +180,9 @@ class Mask:
     aspect_min: float = setting(
         0.3, more_than=0, at_most=1, doc="Smallest aspect of a block, drawn log-uniformly up to 1 / aspect_min."
     )
+    max_block: int = setting(
+        0, at_least=0, unit="patches", doc="Largest area of a block; 0: as many as are left to mask, as published."
+    )
     exact: bool = setting(True, doc="Whether exactly num_patches are masked; false: at most that many, as published.")
 
 
@@ -200,7 +205,15 @@ class Optimizer:
     beta2: float = setting(0.999, at_least=0, less_than=1, doc="Decay of the second moment.")
     epsilon: float = setting(1e-8, at_least=0, doc="Term added to the denominator for numerical stability.")
     weight_decay: float = setting(0.05, at_least=0, doc="Decoupled weight decay.")
+    weight_decay_end: float | Literal["same"] = setting(
+        "same", at_least=0, doc="Weight decay at the end of a cosine over the run; same: it stays as it is."
+    )
     clip_norm: float = setting(3.0, at_least=0, doc="Largest norm of the gradient; 0: no clipping, as muon needs.")
+
+    @property
+    def last_weight_decay(self) -> float:
+        """weight_decay_end in numbers."""
+        return self.weight_decay if self.weight_decay_end == "same" else self.weight_decay_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +225,7 @@ class Train:
         "", place="folder", doc="Exported or imported encoder to start from; empty: weights drawn from data.seed."
     )
     duration: Duration = setting(Duration(300, "epochs"), more_than=0, doc="Length of the run.")
+    drop_last: bool = setting(False, doc=_DROP_LAST)
     global_batch: int = setting(2048, at_least=1, unit="samples", doc="Samples per optimizer step, over all processes.")
     micro_batch: int = setting(
         128, at_least=1, unit="samples", identity=False, doc="Largest micro batch of a process; the rest accumulates."
@@ -238,6 +252,15 @@ class Train:
         doc="Mode of torch.compile; reduce-overhead records CUDA graphs, for small micro batches on fast GPUs.",
     )
 
+    @property
+    def epoch_multiple(self) -> int:
+        """What the number of samples of an epoch is a multiple of."""
+        return self.global_batch if self.drop_last else 1
+
+    def epoch_samples(self, samples: int) -> int:
+        """How many of a set's samples an epoch takes."""
+        return samples // self.epoch_multiple * self.epoch_multiple
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
@@ -255,6 +278,7 @@ class Finetune:
         1.0, more_than=0, at_most=1, doc="Share of each class's images to train on, at least one image."
     )
     duration: Duration = setting(Duration(100, "epochs"), more_than=0, doc="Length of the run.")
+    drop_last: bool = setting(False, doc=_DROP_LAST)
     global_batch: int = setting(1024, at_least=1, unit="samples", doc="Samples per optimizer step, over all processes.")
     micro_batch: int = setting(
         64, at_least=1, unit="samples", identity=False, doc="Largest micro batch of a process; the rest accumulates."
@@ -263,12 +287,25 @@ class Finetune:
     lr_end: float = setting(1e-6, at_least=0, doc="Learning rate at the end of the cosine schedule.")
     warmup: Duration = setting(Duration(20, "epochs"), at_least=0, doc="Linear warm-up of the learning rate.")
     weight_decay: float = setting(0.05, at_least=0, doc="Decoupled weight decay.")
+    weight_decay_end: float | Literal["same"] = setting(
+        "same", at_least=0, doc="Weight decay at the end of a cosine over the run; same: it stays as it is."
+    )
     layer_decay: float = setting(
         0.65, more_than=0, at_most=1, doc="Factor between a layer's learning rate and that of the layer above it."
     )
     clip_norm: float = setting(0.0, at_least=0, doc="Largest norm of the gradient; 0: no clipping.")
     drop_path: float = setting(0.1, at_least=0, less_than=1, doc="Drop-path rate of the last layer, linear over depth.")
+    pooling: str = setting(
+        "mean", choices=("mean", "cls"), doc="What the head sees: the mean over the patches, or the cls token."
+    )
     head_scale: float = setting(1e-3, at_least=0, doc="Scale of the new head's initial weights.")
+    init_truncation: float = setting(
+        1.0,
+        more_than=0,
+        at_most=100,
+        unit="deviations",
+        doc="Where the normal distribution of initial weights is cut; 100, which cuts nothing, as published.",
+    )
     area_min: float = setting(0.08, more_than=0, at_most=1, doc="Smallest crop, as a share of the image's area.")
     area_max: float = setting(1.0, more_than=0, at_most=1, doc="Largest crop, as a share of the image's area.")
     flip: float = setting(0.5, at_least=0, at_most=1, doc="Probability of a horizontal flip.")
@@ -277,12 +314,34 @@ class Finetune:
     mixup: float = setting(0.8, at_least=0, doc="Alpha of mixup; 0: none.")
     cutmix: float = setting(1.0, at_least=0, doc="Alpha of CutMix; 0: none.")
     smoothing: float = setting(0.1, at_least=0, less_than=1, doc="Label smoothing.")
-    test_crop: float = setting(
-        0.875, more_than=0, at_most=1, doc="Side of the central test crop, as a share of the shorter side."
+    test_crop: float | Literal["auto"] = setting(
+        "auto",
+        more_than=0,
+        at_most=1,
+        doc="Side of the central test crop, as a share of the shorter side; auto: 0.875, and from 384 pixels on 1.",
     )
     test_every: Duration = setting(
         Duration(1, "epochs"), more_than=0, identity=False, doc="Interval between tests on data.labelled_test."
     )
+
+    @property
+    def last_weight_decay(self) -> float:
+        """weight_decay_end in numbers."""
+        return self.weight_decay if self.weight_decay_end == "same" else self.weight_decay_end
+
+    @property
+    def test_share(self) -> float:
+        """test_crop in numbers; auto is the released code's (unilm, beit/datasets.py)."""
+        return self.test_crop if self.test_crop != "auto" else 0.875 if min(self.input_size) < 384 else 1.0
+
+    @property
+    def epoch_multiple(self) -> int:
+        """What the number of samples of an epoch is a multiple of."""
+        return self.global_batch if self.drop_last else 1
+
+    def epoch_samples(self, samples: int) -> int:
+        """How many of a set's samples an epoch takes."""
+        return samples // self.epoch_multiple * self.epoch_multiple
 
     @property
     def mixes(self) -> bool:

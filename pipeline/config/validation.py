@@ -116,6 +116,8 @@ def _shapes(config: Config) -> list[str]:
         lines.append(f"mask.num_patches {mask.num_patches} must be less than the {model.num_patches} patches of a view")
     if mask.min_block > mask.num_patches:
         lines.append(f"mask.min_block {mask.min_block} is more than mask.num_patches {mask.num_patches}")
+    if 0 < mask.max_block < mask.min_block:
+        lines.append(f"mask.max_block {mask.max_block} is less than mask.min_block {mask.min_block}; raise it")
     largest = (rows - 1) * (columns - 1)
     if mask.min_block > largest:
         lines.append(f"mask.min_block {mask.min_block} is more than the {largest} patches a block can have")

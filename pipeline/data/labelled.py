@@ -56,17 +56,15 @@ def supervised(config: Config) -> DataSource:
 
 
 def _labelled_order(config: Config, images: ImageSet) -> SampleOrder:
+    places = order_of(config, images, config.finetune.epoch_multiple)
     share = config.finetune.label_share
-    return order_of(config, images) if share == 1.0 else _chosen(config, images, share, config.data.seed)
-
-
-def _chosen(config: Config, images: ImageSet, share: float, seed: int) -> Subset:
-    return Subset(chosen_rows(images, share, seed), order_of(config, images).policy)
+    return places if share == 1.0 else Subset(chosen_rows(images, share, config.data.seed), places.policy)
 
 
 def share_of(config: Config, source: DataSource, share: float, seed: int) -> DataSource:
     """A share of the labelled images of a source, as label_share has it, each once an epoch."""
-    places = _chosen(config, source.stream.images, share, seed)
+    images = source.stream.images
+    places = Subset(chosen_rows(images, share, seed), order_of(config, images).policy)
     return dataclasses.replace(source, stream=dataclasses.replace(source.stream, places=places))
 
 
@@ -75,7 +73,7 @@ def supervised_test(config: Config) -> DataSource | None:
     if not config.data.labelled_test:
         return None
     tune = config.finetune
-    source = evaluation(config, config.data.labelled_test, tune.input_size, tune.test_crop)
+    source = evaluation(config, config.data.labelled_test, tune.input_size, tune.test_share)
     require_labels(source.stream.images, "data.labelled_test", "fine-tuning")
     refuse_other_classes(image_set(config, config.data.labelled_images), source.stream.images)
     return source

@@ -69,10 +69,13 @@ def image_set(config: Config, where: str) -> ImageSet:
     return ImageSet(where, cache_for(where, config.data.cache, config.data.cache_gb), config.loader.chunk)
 
 
-def order_of(config: Config, images: ImageSet) -> Order:
-    """The order of samples (docs/formats.md), of the config's loader section."""
+def order_of(config: Config, images: ImageSet, multiple: int = 1) -> Order:
+    """The order of samples (docs/formats.md), of the config's loader section. multiple: what an epoch's samples are a
+    multiple of."""
     loader = config.loader
-    policy = OrderPolicy(seed=config.data.seed, chunk=loader.chunk, window=loader.window, lanes=loader.lanes)
+    policy = OrderPolicy(
+        seed=config.data.seed, chunk=loader.chunk, window=loader.window, lanes=loader.lanes, multiple=multiple
+    )
     return Order([shard.samples for shard in images.manifest.shards], policy)
 
 
@@ -105,7 +108,8 @@ def pretraining(config: Config) -> DataSource:
     """Image shards with their token shards, in the order of docs/formats.md. Raises ShardError or ConfigError."""
     images = image_set(config, config.data.images)
     draw = functools.partial(sample_draws, config.mask, config.model, config.data.seed)
-    return _pairs(config, images, config.data.tokens, order_of(config, images), draw, view_policy(config.view))
+    places = order_of(config, images, config.train.epoch_multiple)
+    return _pairs(config, images, config.data.tokens, places, draw, view_policy(config.view))
 
 
 def heldout(config: Config) -> DataSource:
@@ -122,14 +126,16 @@ def seen_views(config: Config) -> DataSource:
     views that the first epoch trains on."""
     images = image_set(config, config.data.images)  # of its own: training's keeps note of where training reads
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
-    return _pairs(config, images, config.data.tokens, order_of(config, images), draw, view_policy(config.view))
+    places = order_of(config, images, config.train.epoch_multiple)
+    return _pairs(config, images, config.data.tokens, places, draw, view_policy(config.view))
 
 
 def new_views(config: Config) -> DataSource:
     """The images of seen_views under the same masks, each in a view that no training draws, tokens online."""
     images = image_set(config, config.data.images)
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
-    return _pairs(config, images, ONLINE, order_of(config, images), draw, _untrained_views(config))
+    places = order_of(config, images, config.train.epoch_multiple)
+    return _pairs(config, images, ONLINE, places, draw, _untrained_views(config))
 
 
 def _untrained_views(config: Config) -> ViewPolicy:

@@ -106,14 +106,18 @@ class Engine:
         finite = torch.isfinite(loss.detach())
         self.deepspeed.backward(loss * torch.where(finite, 1.0, math.nan))
 
-    def step(self, learning_rate: float, flags: Tensor | None = None) -> "Outcome":
+    def step(self, learning_rate: float, flags: Tensor | None = None, weight_decay: float | None = None) -> "Outcome":
         """After the last micro batch: clip, update, clear; a group's rate is learning_rate times its `lr_scale`, if it
         has one. The update is left out, and nothing has changed, where the norm over all ranks is not finite.
+
+        weight_decay: of the groups that have a `decay_divisor`, by which it is divided; None leaves all as they are.
 
         flags: what this rank tells the others at this step, 0 or 1 each, f64 [n] on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+            if weight_decay is not None and "decay_divisor" in group:
+                group["weight_decay"] = weight_decay / group["decay_divisor"]
         self.agreement.begin(flags)
         self.deepspeed.step()
         overflow = bool(getattr(self.optimizer, "overflow", False))

@@ -156,26 +156,30 @@ class Beit(Encoder):
 
 
 class Classifier(Encoder):
-    """BEiT for fine-tuning (the released code's): mean over patches, LayerNorm, Linear; no mask embedding."""
+    """BEiT for fine-tuning (the released code's): mean over patches or [S], LayerNorm, Linear; no mask embedding."""
 
-    def __init__(self, model: Model, classes: int):
-        """NaN until initialised or loaded. classes: 0 leaves the head out, and `forward` gives the features [B, D]."""
+    def __init__(self, model: Model, classes: int, pooling: str = "mean"):
+        """NaN until initialised or loaded. classes: 0 leaves the head out, and `forward` gives the features [B, D].
+        pooling: finetune.pooling."""
         super().__init__(model, masks=False)
+        self.pooling = pooling
         self.norm = LayerNorm(model.width)
         self.head = Linear(model.width, classes) if classes else nn.Identity()
 
     def forward(self, pixels_BCHW: Tensor, keep_BL2: Tensor | None = None) -> Tensor:
         """Logits [B, classes] of normalised pixels."""
         hidden_BSD = self.hidden(pixels_BCHW, None, keep_BL2)[-1]
-        return self.head(self.norm(hidden_BSD[:, 1:].mean(dim=1)))
+        pooled_BD = hidden_BSD[:, 0] if self.pooling == "cls" else hidden_BSD[:, 1:].mean(dim=1)
+        return self.head(self.norm(pooled_BD))
 
 
 @torch.no_grad()
-def initialise(encoder: Encoder, seed: int) -> None:
+def initialise(encoder: Encoder, seed: int, truncation: float = 1.0) -> None:
     """Every parameter, in the order of named_parameters (docs/recipe.md, "Init").
 
-    Weights and embeddings: normal 0.02 truncated at ±0.02. Biases and bias tables 0, norms 1, layer scale its constant.
-    The matrices that end a residual branch are divided by √(2 · layer number from 1).
+    Weights and embeddings: normal 0.02 truncated at ±0.02, or at `truncation` such deviations. Biases and bias tables
+    0, norms 1, layer scale its constant. The matrices that end a residual branch are divided by √(2 · layer number
+    from 1).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in encoder.named_parameters():
@@ -187,8 +191,9 @@ def initialise(encoder: Encoder, seed: int) -> None:
         elif ".norm" in f".{name}":
             parameter.fill_(1.0)
         else:
-            # the inverse of the normal distribution function, between -1 and 1 standard deviation
-            bound = math.erf(1 / math.sqrt(2))
-            parameter.uniform_(-bound, bound, generator=generator).erfinv_().mul_(0.02 * math.sqrt(2))
+            # the inverse of the normal distribution function, between the two bounds; infinite at ±1, which far ones
+            # are rounded to, and then cut at timm's bounds of ±2
+            bound = math.erf(truncation / math.sqrt(2))
+            parameter.uniform_(-bound, bound, generator=generator).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
         if name.endswith(("attention.out.weight", "fc2.weight")):
             parameter.div_(math.sqrt(2 * (int(name.split(".")[1]) + 1)))

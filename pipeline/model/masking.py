@@ -36,8 +36,8 @@ def draw_masks(
     while active.any():
         u = uniform(attempt)
         attempt += 1
-        left = mask.num_patches - masked
-        area = mask.min_block + u[:, 0] * (left - mask.min_block)
+        most = np.minimum(mask.num_patches - masked, mask.max_block or mask.num_patches)
+        area = mask.min_block + u[:, 0] * (most - mask.min_block)
         aspect = np.exp(log_aspect * (2 * u[:, 1] - 1))
         height = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         width = np.rint(np.sqrt(area / aspect)).astype(np.int64)
@@ -47,7 +47,7 @@ def draw_masks(
         down, across = row - top[:, None, None], column - start[:, None, None]
         block = (down >= 0) & (down < height[:, None, None]) & (across >= 0) & (across < width[:, None, None])
         new = (block & ~masks).sum(axis=(1, 2))
-        takes = fits & (new > 0) & (new <= left)
+        takes = fits & (new > 0) & (new <= most)
         masks |= block & takes[:, None, None]
         masked += np.where(takes, new, 0)
         tries = np.where(takes, 0, tries + 1)

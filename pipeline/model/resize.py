@@ -19,20 +19,21 @@ Weights = dict[str, Tensor]
 _SPECIAL = 3  # rows of a bias table that are not about two patches
 
 
-def for_finetuning(weights: Weights, model: Model, size: Size) -> tuple[Weights, Model]:
+def for_finetuning(weights: Weights, model: Model, size: Size, pooling: str = "mean") -> tuple[Weights, Model]:
     """Weights of model.Classifier without a head, and its shape, for images of `size`.
 
-    A shared table becomes every layer's own. The pretraining head, its norm and the mask embedding are left out; the
-    norm behind the pooling starts anew.
+    A shared table becomes every layer's own. The pretraining head and the mask embedding are left out. The norm behind
+    a mean over patches starts anew; that of the cls token, which pretraining's is, goes on.
     """
     target = finetuned_model(model, size)
     resized = fit_grid(weights, model, target)
     shared = resized.pop("shared_bias.table", None)
-    left_out = ("head.", "norm.", "mask_embedding")
+    left_out = ("head.", "mask_embedding") if pooling == "cls" else ("head.", "norm.", "mask_embedding")
     kept = {name: tensor for name, tensor in resized.items() if not name.startswith(left_out)}
     if shared is not None:
         kept |= {f"blocks.{layer}.attention.own_bias.table": shared.clone() for layer in range(model.layers)}
-    kept |= {"norm.weight": torch.ones(model.width), "norm.bias": torch.zeros(model.width)}
+    if pooling != "cls":
+        kept |= {"norm.weight": torch.ones(model.width), "norm.bias": torch.zeros(model.width)}
     return kept, target
 
 

@@ -318,7 +318,7 @@ def loader_seconds(config: Config, machine: Machine, gpus: int) -> float:
 def cluster_of(config: Config, machine: Machine, sharding: Sharding, one: Step, images: int) -> Cluster:
     """All processes, and what befalls them."""
     assumed, gpus = machine.assumed, sharding.world
-    every = max(1, config.checkpoint.every.steps(images, config.train.global_batch))
+    every = max(1, config.checkpoint.every.steps(config.train.epoch_samples(images), config.train.global_batch))
     rate = assumed.failures_per_gpu_day * gpus
     return Cluster(
         ranks=gpus,
@@ -362,7 +362,9 @@ def estimate(
     one = simulate_step(work_of(config, machine, sharding, micro, checkpointing))
     cluster = cluster_of(config, machine, sharding, one, images)
     life = simulate(one, cluster, steps=steps, seed=config.data.seed)
-    seconds = train.duration.steps(images, train.global_batch) * life.step / max(life.survived, 1e-9)
+    seconds = (
+        train.duration.steps(train.epoch_samples(images), train.global_batch) * life.step / max(life.survived, 1e-9)
+    )
     speed = train.global_batch / life.step
     flops = training_flops(config.model, config.tokenizer.vocabulary, config.mask.num_patches)
     peak = machine.chip.flops32 if train.precision == "fp32" else machine.chip.flops16

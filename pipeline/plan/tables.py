@@ -58,7 +58,7 @@ def _table(title: str, columns: list[str], lines: list[list[str]]) -> str:
 def _head(config: Config, machine: Machine, images: int, origin: str) -> str:
     model, train = config.model, config.train
     flops = training_flops(model, config.tokenizer.vocabulary, config.mask.num_patches)
-    steps = train.duration.steps(images, train.global_batch)
+    steps = train.duration.steps(train.epoch_samples(images), train.global_batch)
     chip, network, storage = machine.chip, machine.network, machine.storage
     return "\n".join(
         [

@@ -33,7 +33,7 @@ from beitforge.pipeline.runs.recorded import Recorded, Step
 from beitforge.pipeline.training.loop import Components, Objective, train
 from beitforge.pipeline.training.metrics import Metrics
 from beitforge.pipeline.training.recovery import Fault, Recovery, Rollback, read_rollbacks, resume_step, usable
-from beitforge.pipeline.training.trainer import Job, rate_of, schedule_of, state_of
+from beitforge.pipeline.training.trainer import Job, decay_of, rate_of, schedule_of, state_of
 from beitforge.shards.progress import Progress, Silent
 
 _TOLD = 5  # differences that are printed of each kind
@@ -161,6 +161,7 @@ def replay(config: Config, job: Job, world: World, recorded: Recorded, span: Spa
         components = Components(
             objective=_watched(job.objective(engine, steps), result),
             rate=rate_of(job, steps),
+            decay=decay_of(job, steps),
             metrics=heard,
             progress=stack.enter_context(bar) if world.first else Silent(),
             hosts=[""] * world.size,

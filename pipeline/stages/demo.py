@@ -145,7 +145,7 @@ def _trained(settings: list[str], run_folder: Path) -> bool:
         return False
     config = load_config(settings[0], settings[1:])
     samples = read_image_manifest(config.data.images).samples
-    return found[1].step >= config.train.duration.steps(samples, config.train.global_batch)
+    return found[1].step >= config.train.duration.steps(config.train.epoch_samples(samples), config.train.global_batch)
 
 
 def _do(step: Step) -> None:

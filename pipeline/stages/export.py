@@ -17,8 +17,9 @@ from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Classifier
-from beitforge.pipeline.model.resize import finetuned_model, for_finetuning
+from beitforge.pipeline.model.resize import for_finetuning
 from beitforge.pipeline.weights import export_formats
+from beitforge.pipeline.weights.classifier import classifier_config, refuse_no_classifier, stream_classifier
 from beitforge.pipeline.weights.encoder import (
     Trained,
     build_encoder,
@@ -40,9 +41,11 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
     """Write OUT; returns the exit code. `finetune`: a classifier without its head, for images of `size`."""
     config = run_config(run_folder)
     weights = trained_weights(run_folder)
-    if fine_tuned(run_folder) and (finetune or to not in ("hf", "timm")):
+    classifies = fine_tuned(run_folder)
+    if classifies and (finetune or to == "unilm"):
         raise ConfigError(
-            f"{run_folder} is a fine-tuning: its classifier, head and all, goes --to hf or timm, without --finetune"
+            f"{run_folder} holds a classifier, which goes with its head --to safetensors, hf or timm, without "
+            f"--finetune"
         )
     if size is not None and not finetune:
         raise ConfigError("--input-size goes with --finetune: a pretraining export keeps the size it was trained at")
@@ -53,8 +56,8 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
         raise ConfigError(f"{out} is what is exported: give another folder to write to")
     with staged_folder(out, "export", replace=True) as folder:
         if to == "safetensors":
-            checked = _stream(folder, weights, config, run_folder)
-        elif fine_tuned(run_folder):
+            checked = _stream(folder, weights, config, run_folder, classifies)
+        elif classifies:
             checked = _agreed(to, _write_tuned(folder, to, weights, config, class_names(run_folder)))
         elif finetune:
             checked = _agreed(to, _write_classifier(folder, to, weights, config.model, size or config.model.input_size))
@@ -65,10 +68,14 @@ def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = F
     return 0
 
 
-def _stream(folder: Path, weights: Trained, config: Config, source: Path) -> str:
+def _stream(folder: Path, weights: Trained, config: Config, source: Path, classifies: bool) -> str:
     """Write and read our own form, one tensor in memory at a time; returns what the comparison found."""
-    refuse_others(config, weights.shapes, source)
-    stream_encoder(folder, weights, config)
+    if classifies:
+        refuse_no_classifier(config, weights.shapes, source)
+        stream_classifier(folder, weights, config, class_names(source))
+    else:
+        refuse_others(config, weights.shapes, source)
+        stream_encoder(folder, weights, config)
     if not written_as_read(folder, weights):
         raise ConfigError(
             f"what was read back from {folder} is not what was written: check the disk, then export again"
@@ -114,10 +121,9 @@ def _write_classifier(folder: Path, to: str, weights: Trained, model: Model, siz
 
 def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names: tuple[str, ...]) -> float:
     """Write a fine-tuned classifier with its head; returns the largest difference of its logits, likewise."""
-    model = dataclasses.replace(
-        finetuned_model(config.model, config.finetune.input_size), drop_path=config.finetune.drop_path
-    )
-    head = export_formats.ClassifierHead(weights.shapes["head.weight"][0], names, config.finetune.test_crop)
+    model = dataclasses.replace(classifier_config(config, weights.shapes).model, drop_path=config.finetune.drop_path)
+    tune = config.finetune
+    head = export_formats.ClassifierHead(weights.shapes["head.weight"][0], names, tune.test_share, tune.pooling)
     return _write_peer(folder, to, weights.all(), model, head)
 
 
@@ -125,7 +131,7 @@ def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names:
 def _write_peer(
     folder: Path, to: str, weights: dict[str, Tensor], model: Model, head: export_formats.ClassifierHead
 ) -> float:
-    ours = Classifier(dataclasses.replace(model, kernels="auto"), head.classes)
+    ours = Classifier(dataclasses.replace(model, kernels="auto"), head.classes, head.pooling)
     ours.load_state_dict(weights)
     pixels, _ = _example(model)
     if to == "hf":

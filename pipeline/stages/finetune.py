@@ -28,7 +28,7 @@ from beitforge.pipeline.training.objectives import classification_loss, classifi
 from beitforge.pipeline.training.optim import layer_groups
 from beitforge.pipeline.training.shutdown import shut_down
 from beitforge.pipeline.training.trainer import Job, run_training
-from beitforge.pipeline.weights.encoder import initialise_classifier_from
+from beitforge.pipeline.weights.classifier import initialise_classifier_from
 from beitforge.shards.stream.loader import Batch
 
 # of `optimizer` and `train` only what fine-tuning takes from them
@@ -83,6 +83,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
         warmup=tune.warmup,
         peak_lr=tune.lr,
         end_lr=tune.lr_end,
+        weight_decay=(tune.weight_decay, tune.last_weight_decay),
         save_every=config.checkpoint.every,
         objective=lambda engine, _: lambda _, batch, __: step(engine, batch),
         evaluate=evaluate if test is not None else None,
@@ -139,8 +140,8 @@ def new_classifier(config: Config, classes: int) -> Classifier:
     """The config's encoder for fine-tuning, drawn from data.seed; its head scaled down by finetune.head_scale."""
     tune = config.finetune
     model = dataclasses.replace(finetuned_model(config.model, tune.input_size), drop_path=tune.drop_path)
-    classifier = Classifier(model, classes)
-    initialise(classifier, config.data.seed)
+    classifier = Classifier(model, classes, tune.pooling)
+    initialise(classifier, config.data.seed, tune.init_truncation)
     with torch.no_grad():
         classifier.get_parameter("head.weight").mul_(tune.head_scale)
     classifier.checkpointing = config.train.activation_checkpointing

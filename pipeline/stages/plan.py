@@ -69,6 +69,11 @@ def run(words: list[str], asked: PlanOptions) -> int:
             )
         stages = [stage for stage in stages if stage < 3] or [config.train.zero_stage]
     images, origin = _images(config, asked.images)
+    if not config.train.epoch_samples(images):
+        raise ConfigError(
+            f"train.drop_last leaves nothing of an epoch of {images} images ({origin}): train.global_batch is "
+            f"{config.train.global_batch}; set it to false, or a smaller global_batch"
+        )
     rows, refused = _rows(config, machine, counts, stages, images)
     best = cheapest(config, machine, counts, images=images, days=asked.days) if asked.days else None
     if asked.json:

@@ -71,6 +71,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
         warmup=config.optimizer.warmup,
         peak_lr=config.optimizer.lr,
         end_lr=config.optimizer.lr_end,
+        weight_decay=(config.optimizer.weight_decay, config.optimizer.last_weight_decay),
         save_every=config.checkpoint.every,
         objective=lambda engine, _: lambda _, batch, __: loss(engine, batch),
         evaluate=Evaluations(config, sets, world, steps, say),

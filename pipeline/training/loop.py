@@ -77,8 +77,8 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What the loop calls. hosts: by rank. monitor, bad_samples: on rank 0 only, else None. sample_log: None unless
-    log.positions is set.
+    """What the loop calls. decay: the weight decay of a step, None where it is the groups' own. hosts: by rank.
+    monitor, bad_samples: on rank 0 only, else None. sample_log: None unless log.positions is set.
 
     save: puts on disk what the steps so far have said, then the checkpoint that covers them; False when the weights are
     not finite and nothing was saved. beat: called at every step with what comes next, and whether it may take as long
@@ -87,6 +87,7 @@ class Components:
 
     objective: Objective
     rate: Callable[[int], float]
+    decay: Callable[[int], float] | None
     metrics: Metrics
     progress: Reporter
     hosts: list[str]
@@ -211,7 +212,8 @@ def _step(
     losses = torch.stack([measures["loss"] for measures in measured])
     fault = ~losses.isfinite().all()
     told = device_values([float(bool(components.stop())), float(components.saving.busy)], engine.world)
-    outcome = engine.step(components.rate(step), torch.cat([told, fault[None]]))
+    decay = components.decay(step) if components.decay is not None else None
+    outcome = engine.step(components.rate(step), torch.cat([told, fault[None]]), decay)
     stopping, busy, not_finite = outcome.flags
     meter.end_step(losses, outcome.norm)
     if components.saving.open and not busy:
@@ -261,6 +263,8 @@ def _log(engine: Engine, schedule: Schedule, done: int, meter: Meter, components
         return
     speed = micro_batches * engine.setup.micro_batch * engine.world.size / values.pop("seconds")
     values |= {"lr": components.rate(done - 1), "gradient_norm": norms[-1], "images_per_second": speed}
+    if components.decay is not None:
+        values["weight_decay"] = components.decay(done - 1)
     values["memory_bytes"] = int(ranks[engine.world.rank][2])
     if schedule.flops and schedule.peak:
         values["mfu"] = speed * schedule.flops / (schedule.peak * engine.world.size)

@@ -1,4 +1,7 @@
-"""Parameter groups of AdamW and of Muon, and the learning rate of every step (docs/recipe.md, "Optimiser", "Muon")."""
+"""Parameter groups of AdamW and of Muon, and the learning rate of every step (docs/recipe.md, "Optimiser", "Muon").
+
+A group whose weight decay may follow a schedule says by what it divides the schedule's value (`decay_divisor`).
+"""
 
 import math
 
@@ -45,7 +48,7 @@ def muon_groups(module: nn.Module, weight_decay: float, momentum: float) -> list
         scale = 0.2 * math.sqrt(columns)
         ordered = sorted(inputs[columns], key=lambda p: p.shape, reverse=True)  # the order that DeepSpeed would make
         own = {"use_muon": True, "momentum": momentum, "lr_scale": scale, "weight_decay": weight_decay / scale}
-        groups.append({"params": ordered, **own})
+        groups.append({"params": ordered, **own, "decay_divisor": scale})
     rest = [(name, parameter) for name, parameter in named if not is_matrix(name, parameter)]
     return groups + [{**group, "use_muon": False} for group in _by_decay(rest, weight_decay)]
 
@@ -57,7 +60,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 def _by_decay(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
     return [
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay, "decay_divisor": 1.0},
         {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
     ]
 
@@ -70,6 +73,7 @@ def layer_groups(module: nn.Module, layers: int, weight_decay: float, layer_deca
         place = _layer(name, layers), not decays(name, parameter)
         scale = layer_decay ** (layers + 1 - place[0])
         group = {"params": [], "weight_decay": 0.0 if place[1] else weight_decay, "lr_scale": scale}
+        group |= {} if place[1] else {"decay_divisor": 1.0}
         groups.setdefault(place, group)["params"].append(parameter)
     return [groups[place] for place in sorted(groups)]
 
@@ -85,5 +89,11 @@ def learning_rate(step: int, *, peak: float, end: float, warmup: int, steps: int
     """Rate of step 0 … steps - 1: linear from 0 over `warmup` steps, then a cosine from `peak` to `end`."""
     if step < warmup:
         return peak * step / max(1, warmup - 1) if warmup > 1 else peak
-    progress = (step - warmup) / max(1, steps - warmup)
-    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(1.0, progress)))
+    return cosine(step - warmup, start=peak, end=end, steps=steps - warmup)
+
+
+def cosine(step: int, *, start: float, end: float, steps: int) -> float:
+    """Half a cosine from `start` at step 0 to `end` behind the last of `steps`; the same number throughout where both
+    are equal. What the released code's schedules are made of (unilm, beit/utils.py, cosine_scheduler)."""
+    progress = step / max(1, steps)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -35,7 +35,7 @@ from beitforge.pipeline.runs.jsonl import parse_line
 from beitforge.pipeline.training.loop import Components, Objective, Schedule, evaluate, train
 from beitforge.pipeline.training.metrics import Metrics, Reporter
 from beitforge.pipeline.training.monitor import Monitor
-from beitforge.pipeline.training.optim import learning_rate
+from beitforge.pipeline.training.optim import cosine, learning_rate
 from beitforge.pipeline.training.recovery import Recovery, resume_step, usable
 from beitforge.pipeline.training.sample_log import SampleLog
 from beitforge.shards.decode import jpeg
@@ -61,6 +61,7 @@ class Job:
     warmup: Duration
     peak_lr: float
     end_lr: float
+    weight_decay: tuple[float, float] = (0.0, 0.0)  # at the beginning, and at the end of the run
     save_every: Duration
     objective: Callable[[Engine, int], Objective]
     evaluate: Callable[[Engine, int], dict[str, dict[str, float]]] | None = None
@@ -186,6 +187,7 @@ def _components(
     return Components(
         objective=job.objective(engine, schedule.steps),
         rate=rate_of(job, schedule.steps),
+        decay=decay_of(job, schedule.steps),
         metrics=metrics,
         progress=progress,
         hosts=hosts,
@@ -262,6 +264,12 @@ def rate_of(job: Job, steps: int) -> Callable[[int], float]:
     """The learning rate of every step of a run of `steps`."""
     warmup = job.warmup.steps(job.source.samples, job.setup.global_batch)
     return partial(learning_rate, peak=job.peak_lr, end=job.end_lr, warmup=warmup, steps=steps)
+
+
+def decay_of(job: Job, steps: int) -> Callable[[int], float] | None:
+    """The weight decay of every step of a run of `steps`; None where it does not change."""
+    start, end = job.weight_decay
+    return partial(cosine, start=start, end=end, steps=steps) if start != end else None
 
 
 def schedule_of(config: Config, job: Job, first: int, steps: int, world: World) -> Schedule:

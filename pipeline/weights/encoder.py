@@ -1,5 +1,9 @@
-"""Trained weights out of a run, and back: safetensors and a JSON config, no pickle. Must not know shards or stages."""
+"""Trained weights out of a run, and back: safetensors and a JSON config, no pickle. Must not know shards or stages.
 
+A folder of weights holds an encoder with its head over tokens, or a classifier (pipeline.weights.classifier).
+"""
+
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,36 +22,42 @@ from beitforge.pipeline.config.loading import from_dict, load_config, to_dict
 from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.model.beit import Beit, Classifier
-from beitforge.pipeline.model.resize import fit_grid, for_finetuning
+from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.model.resize import fit_grid
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.reading import parse_json, read_object, read_regular, require_regular
 from beitforge.pipeline.runs.checkpoints import State, candidates, newest
 
 Small = TypeVar("Small", dict, list)
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+ENCODER, CLASSIFIER = "beit", "beit-classifier"  # kinds of folders of weights
 
 
 def run_config(run: Path) -> Config:
-    """The resolved config of a run folder, or of an exported or imported encoder."""
+    """The resolved config of a run folder, or of exported or imported weights."""
     if (run / "config.yaml").exists():
         return load_config(str(run / "config.yaml"), [])
     if (run / _CONFIG).exists():
-        return _read_encoder(run)[1]
+        return read_described(run)[1]
     raise ConfigError(
-        f"{run} is neither a run folder (no config.yaml) nor an encoder ({_CONFIG}): give the train.run folder of a "
-        f"pretraining, or what `export` or `import` wrote"
+        f"{run} is neither a run folder (no config.yaml) nor an encoder or a classifier ({_CONFIG}): give the folder "
+        f"of a run, or what `export` or `import` wrote"
     )
 
 
-def fine_tuned(run: Path) -> bool:
-    """Whether a run folder is a fine-tuning's: its weights are a classifier's (pipeline.model.beit.Classifier)."""
-    return _read_small(run / "environment.json", dict).get("job") == "finetune"
+def fine_tuned(folder: Path) -> bool:
+    """Whether the weights of a run folder, or of exported or imported weights, are a classifier's
+    (pipeline.model.beit.Classifier)."""
+    if (folder / "config.yaml").exists() or not (folder / _CONFIG).exists():
+        return _read_small(folder / "environment.json", dict).get("job") == "finetune"
+    return read_described(folder)[0]["kind"] == CLASSIFIER
 
 
-def class_names(run: Path) -> tuple[str, ...]:
-    """What a fine-tuning's classes are called, in the order of their labels; () where nobody said."""
-    return tuple(map(str, _read_small(run / "classes.json", list)))
+def class_names(folder: Path) -> tuple[str, ...]:
+    """What a classifier's classes are called, in the order of their labels; () where nobody said."""
+    if (folder / "config.yaml").exists() or not (folder / _CONFIG).exists():
+        return tuple(map(str, _read_small(folder / "classes.json", list)))
+    return tuple(read_described(folder)[0].get("classes", ()))
 
 
 def _read_small(path: Path, kind: type[Small]) -> Small:
@@ -78,7 +88,8 @@ class Trained:
 
 
 def trained_weights(run: Path, checkpoint: tuple[Path, State] | None = None) -> Trained:
-    """The weights of a run's newest complete checkpoint, put together from every process's part; or an encoder's.
+    """The weights of a run's newest complete checkpoint, put together from every process's part; or those of a folder
+    of weights.
 
     checkpoint: the one to take, where it has been chosen (`newest` with whole=True). Raises ConfigError when there is
     neither.
@@ -90,8 +101,8 @@ def trained_weights(run: Path, checkpoint: tuple[Path, State] | None = None) -> 
         return Trained(saved.shapes, saved.weights, state)
     if not (run / _CONFIG).exists():
         why = "no checkpoint that can be used" if candidates(run) else "no complete checkpoint yet"
-        raise ConfigError(f"{run} has {why}; let `pretrain` save one")
-    content, _, weights = _read_encoder(run)
+        raise ConfigError(f"{run} has {why}; let `{'finetune' if fine_tuned(run) else 'pretrain'}` save one")
+    content, weights = read_described(run)[0], _read_weights(run)
     step, seen, tokens = _whole(content, "step"), _whole(content, "samples_seen"), str(content.get("tokens", ""))
     state = State(
         step=step, samples_seen=seen, tokens=tokens, world=1, zero_stage=0, precision="fp32", images="", config=""
@@ -114,12 +125,17 @@ def save_encoder(folder: Path, weights: dict[str, Tensor], config: Config, state
 
 def stream_encoder(folder: Path, weights: Trained, config: Config, source: str = "") -> None:
     """As save_encoder, with no more than one tensor in memory."""
+    write_folder(folder, {"kind": ENCODER}, weights, config, source)
+
+
+def write_folder(folder: Path, said: dict, weights: Trained, config: Config, source: str) -> None:
+    """Write a folder of weights of any kind; said: what its config.json holds beside the config and the state."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{_WEIGHTS}.partial"
     _write_safetensors(partial, weights)
     partial.replace(folder / _WEIGHTS)
     state = weights.state
-    content = {"kind": "beit", "step": state.step, "samples_seen": state.samples_seen, "tokens": state.tokens}
+    content = {**said, "step": state.step, "samples_seen": state.samples_seen, "tokens": state.tokens}
     content |= {"imported_from": source} if source else {}
     partial = folder / f"{_CONFIG}.partial"
     partial.write_text(json.dumps({**content, "config": to_dict(config)}, indent=1) + "\n", encoding="utf-8")
@@ -156,14 +172,13 @@ def refuse_others(config: Config, shapes: dict[str, tuple[int, ...]], source: Pa
         beit = Beit(config.model, config.tokenizer.vocabulary, config.data.seed)
     if {name: tuple(tensor.shape) for name, tensor in beit.state_dict().items()} != shapes:
         raise ConfigError(
-            f"the weights in {source} are no pretraining's of its config; of a fine-tuning, `export {source} OUT "
-            f"--to hf` and `import OUT ENCODER` make an encoder, a tokenizer's training has none"
+            f"the weights in {source} are no pretraining's of its config; a tokenizer's training has no encoder"
         )
 
 
 def load_encoder(folder: Path) -> tuple[Beit, Config]:
     """An exported or imported encoder with its head. Raises ConfigError when the folder holds none."""
-    _, config, weights = _read_encoder(folder)
+    config, weights = _read_encoder(folder)
     return build_encoder(config, weights, folder), config
 
 
@@ -179,13 +194,39 @@ def build_encoder(config: Config, weights: dict[str, Tensor], source: Path) -> B
     return beit.eval()
 
 
-def _read_encoder(folder: Path) -> tuple[dict, Config, dict[str, Tensor]]:
-    try:
+def read_described(folder: Path) -> tuple[dict, Config]:
+    """What config.json of a folder of weights says, of a kind that is known, and the config in it; no weights are read.
+    Raises ConfigError."""
+    with _as_one_line(folder):
         content = read_object(folder / _CONFIG)
-        if content.get("kind") != "beit":
+        if content.get("kind") not in (ENCODER, CLASSIFIER):
             raise ConfigError(f"{folder} holds another library's checkpoint; bring it in with `import {folder} OUT`")
-        config = from_dict(dict(content["config"]), str(folder / _CONFIG))
-        return content, config, load_file(require_regular(folder / _WEIGHTS))
+        names = content.get("classes", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("classes is no list of names")
+        return content, from_dict(dict(content["config"]), str(folder / _CONFIG))
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    with _as_one_line(folder):
+        return load_file(require_regular(folder / _WEIGHTS))
+
+
+def _read_encoder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    content, config = read_described(folder)
+    if content["kind"] != ENCODER:
+        raise ConfigError(
+            f"{folder} holds a classifier, which has no head over visual tokens: give the pretraining that it was "
+            f"made from, or what `export` wrote of that"
+        )
+    return config, _read_weights(folder)
+
+
+@contextlib.contextmanager
+def _as_one_line(folder: Path) -> Iterator[None]:
+    """What may be wrong with a folder of weights, as ConfigError."""
+    try:
+        yield
     except FileNotFoundError as error:
         cure = f"`export {folder} OUT` and give OUT" if (folder / "config.yaml").exists() else "`export RUN OUT`"
         raise ConfigError(f"{folder} holds no exported encoder; make one with {cure}") from error
@@ -200,8 +241,8 @@ def initialise_from(folder: Path, beit: Beit, vocabulary: int) -> str:
 
     A head over another vocabulary stays as it was drawn. Raises ConfigError when the two are of different shape.
     """
-    _, config, weights = _read_encoder(folder)
-    _refuse_other_shapes(f"train.init {folder}", config.model, beit.model)
+    config, weights = _read_encoder(folder)
+    refuse_other_shapes(f"train.init {folder}", config.model, beit.model)
     fitted = fit_grid(weights, config.model, beit.model)
     same_head = config.tokenizer.vocabulary == vocabulary
     if not same_head:
@@ -210,30 +251,12 @@ def initialise_from(folder: Path, beit: Beit, vocabulary: int) -> str:
     return f"starting from {folder}" + ("" if same_head else f", with a new head over {vocabulary} tokens")
 
 
-def _refuse_other_shapes(what: str, theirs: Model, ours: Model) -> None:
+def refuse_other_shapes(what: str, theirs: Model, ours: Model) -> None:
+    """Raise ConfigError where weights of one shape do not fit another; the size of images may differ. what: names the
+    setting and the folder."""
     for name in ("layers", "width", "heads", "patch_size", "mlp_ratio", "positions", "layer_scale", "mean", "std"):
         if getattr(theirs, name) != getattr(ours, name):
             raise ConfigError(
                 f"{what} has model.{name} {getattr(theirs, name)}, this config says {getattr(ours, name)}; make them "
                 f"equal"
             )
-
-
-def initialise_classifier_from(
-    folder: Path, classifier: Classifier, model: Model, checkpoint: tuple[Path, State] | None = None
-) -> str:
-    """Load an encoder, of a run folder, exported or imported, into a classifier for images of its own size; returns
-    a line that says what was taken. The head stays as it was drawn.
-
-    model: the config's. checkpoint: as `trained_weights` takes it. Raises ConfigError when the two are of different
-    shape, or there are no weights.
-    """
-    config, found = run_config(folder), trained_weights(folder, checkpoint)
-    _refuse_other_shapes(f"finetune.init {folder}", config.model, model)
-    refuse_others(config, found.shapes, folder)
-    size = classifier.model.input_size
-    weights, _ = for_finetuning(found.all(), config.model, size)
-    head = {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith("head.")}
-    classifier.load_state_dict(weights | head)
-    resized = f", its {config.model.input_size} px windows laid on {size}" if size != config.model.input_size else ""
-    return f"starting from step {found.state.step} of {folder}{resized}"

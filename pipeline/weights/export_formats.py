@@ -28,12 +28,13 @@ Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class ClassifierHead:
-    """Of a classifier: how many classes, 0 for none; what they are called, where that is known; and the central view it
-    was tested on, its side as a share of the image's shorter side."""
+    """Of a classifier: how many classes, 0 for none; what they are called, where that is known; the central view it was
+    tested on, its side as a share of the image's shorter side; and what the head sees (finetune.pooling)."""
 
     classes: int = 0
     names: tuple[str, ...] = ()
     test_crop: float = 1.0
+    pooling: str = "mean"
 
 
 def write_hf(
@@ -69,7 +70,7 @@ def write_hf(
         "use_shared_relative_position_bias": model.positions == "relative_shared",
         "layer_scale_init_value": model.layer_scale_init if model.layer_scale else 0.0,
         "drop_path_rate": model.drop_path,
-        "use_mean_pooling": True,  # false would put a second LayerNorm under the pretraining head
+        "use_mean_pooling": head.pooling == "mean",  # false would put a second LayerNorm under the pretraining head
         "num_labels": head.classes,
     }
     if vocabulary:
@@ -79,8 +80,9 @@ def write_hf(
         config["label2id"] = {name: label for label, name in enumerate(head.names)}
     renamed = to_hf(weights, model)
     if not vocabulary:
+        norm = "beit.pooler.layernorm." if head.pooling == "mean" else "beit.layernorm."
         renamed = {
-            name.replace("layernorm.", "beit.pooler.layernorm.", 1)
+            name.replace("layernorm.", norm, 1)
             if name.startswith("layernorm.")
             else name.replace("lm_head.", "classifier."): w
             for name, w in renamed.items()
@@ -135,7 +137,8 @@ def write_timm(
     embedding.
     """
     outputs = vocabulary or head.classes
-    arguments = {**_timm_arguments(model), "num_classes": outputs, "global_pool": "" if vocabulary else "avg"}
+    pooling = "" if vocabulary else {"mean": "avg", "cls": "token"}[head.pooling]
+    arguments = {**_timm_arguments(model), "num_classes": outputs, "global_pool": pooling}
     described = {
         "num_classes": outputs,
         "input_size": [3, *model.input_size],
@@ -151,7 +154,7 @@ def write_timm(
     names = {"label_names": list(head.names)} if head.names else {}
     _write(
         folder,
-        timm_weights(weights, model, vocabulary),
+        timm_weights(weights, model, vocabulary, head.pooling),
         {**config, **names, "model_args": arguments, "pretrained_cfg": described},
     )
 
@@ -172,11 +175,11 @@ def _timm_arguments(model: Model) -> dict[str, Any]:
     }
 
 
-def timm_weights(weights: Weights, model: Model, vocabulary: int) -> Weights:
+def timm_weights(weights: Weights, model: Model, vocabulary: int, pooling: str = "mean") -> Weights:
     """The released code's names with timm's for head and pooled norm, and without the mask embedding."""
     renamed = {name.replace("lm_head.", "head."): w for name, w in to_unilm(weights, model).items()}
     renamed.pop("mask_token", None)
-    if not vocabulary:
+    if not vocabulary and pooling == "mean":
         renamed = {f"fc_{name}" if name.startswith("norm.") else name: w for name, w in renamed.items()}
     return renamed
 

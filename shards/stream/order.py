@@ -1,7 +1,8 @@
 """The order of samples: arithmetic on one integer, the same for any number of ranks, nodes and workers.
 
-Sample s of a run belongs to epoch s div N at position s mod N. An epoch permutes all chunks of the set (C consecutive
-samples each, one read) and lays them end to end; cuts that sequence into L lanes; and permutes each lane within windows
+Sample s of a run belongs to epoch s div E at position s mod E: E is the number of samples of the set, less those that
+an epoch leaves out at its end (OrderPolicy.multiple). An epoch permutes all chunks of the set (C consecutive samples
+each, one read) and lays them end to end; cuts that sequence into L lanes; and permutes each lane within windows
 of G chunks' worth. Global position p of the epoch is lane p mod L, step p div L. (docs/architecture.md, "Order".)
 
 Nothing is as long as the set: the permutation of the chunks is computed place by place, and where a place lies in the
@@ -25,12 +26,14 @@ ARITHMETIC = 2
 
 @dataclass(frozen=True, kw_only=True)
 class OrderPolicy:
-    """seed · chunk C in samples · window G in chunks · lanes L. Changing any of them changes the order of a run."""
+    """seed · chunk C in samples · window G in chunks · lanes L · what an epoch's samples are a multiple of: the last
+    ones of its sequence, fewer than that, are left out. Changing any of them changes the order of a run."""
 
     seed: int = 0
     chunk: int = 64
     window: int = 16
     lanes: int = 256
+    multiple: int = 1
 
 
 class Chunks(NamedTuple):
@@ -44,12 +47,18 @@ class Order:
     """Where sample s of a run lies. State: none but caches of pure functions."""
 
     def __init__(self, shard_samples: list[int], policy: OrderPolicy):
-        """`shard_samples`: number of samples of each shard, in manifest order."""
+        """`shard_samples`: number of samples of each shard, in manifest order. `samples` is that of an epoch."""
         self.policy = policy
         samples = np.asarray(shard_samples, dtype=np.int64)
-        self.samples = int(samples.sum())
-        if self.samples == 0:
+        self._whole = int(samples.sum())
+        self.samples = self._whole // policy.multiple * policy.multiple
+        if self._whole == 0:
             raise ShardError("the shard set holds no samples; pack some images first")
+        if self.samples == 0:
+            raise ShardError(
+                f"the shard set holds {self._whole} samples, fewer than the {policy.multiple} of one global batch, so "
+                f"that drop_last leaves nothing of an epoch: set it to false, or a smaller global_batch"
+            )
         chunks = -(-samples // policy.chunk)
         self._first_chunk = np.concatenate([[0], np.cumsum(chunks)])
         short = np.flatnonzero(samples % policy.chunk)
@@ -72,7 +81,7 @@ class Order:
 
     def _window_ends(self, lane: int, window: int) -> tuple[int, int]:
         """Where a window of a lane begins and ends in the epoch's sequence; empty behind the lane's end."""
-        length, longer = divmod(self.samples, self.policy.lanes)  # the first `longer` lanes have one sample more
+        length, longer = divmod(self._whole, self.policy.lanes)  # the first `longer` lanes have one sample more
         start, size = lane * length + min(lane, longer), self.policy.chunk * self.policy.window
         stop = start + length + (lane < longer)
         return min(start + window * size, stop), min(start + (window + 1) * size, stop)
@@ -138,13 +147,14 @@ class Order:
         first = sample // self.samples
         for epoch in (first, first + 1):
             for start, end, lanes in self._uses(epoch, numbers):
-                counts = np.isin((lanes + epoch * self.samples) % classes, reading) & (end > sample)
+                read = np.isin((lanes + epoch * self.samples) % classes, reading)
+                counts = read & (end > np.maximum(start, sample))
                 found[counts] = np.minimum(found, np.maximum(start, sample))[counts]
         return found
 
     def _uses(self, epoch: int, chunks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """First sample, end and lane of the windows that the first and the last sample of each chunk fall into."""
-        length, longer = divmod(self.samples, self.policy.lanes)
+        length, longer = divmod(self._whole, self.policy.lanes)
         size = self.policy.chunk * self.policy.window
         for sequence in self._epoch(epoch).span(chunks):
             border = longer * (length + 1)

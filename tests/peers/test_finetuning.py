@@ -97,20 +97,29 @@ def peer_training(config, encoder: Path, folder: Path) -> tuple[list[float], dic
     assert export.run(encoder, folder, "hf", finetune=True, size=config.finetune.input_size) == 0
     source = supervised(config)
     classes, smoothing = num_classes(source.stream.images), config.finetune.smoothing
+    mean = config.finetune.pooling == "mean"
     peer = transformers.BeitForImageClassification.from_pretrained(
-        folder, num_labels=classes, attn_implementation="eager", drop_path_rate=0.0
+        folder, num_labels=classes, attn_implementation="eager", drop_path_rate=0.0, use_mean_pooling=mean
     ).train()
+    if not mean:  # the released code goes on with the norm of the pretraining
+        pretrained = load_file(encoder / "model.safetensors")
+        peer.beit.layernorm.load_state_dict({name: pretrained[f"norm.{name}"] for name in ("weight", "bias")})
     head = new_classifier(config, classes).head
     peer.classifier.load_state_dict(head.state_dict())
     adamw = torch.optim.AdamW(published_groups(peer, config.model.layers), lr=0.0, betas=(0.9, 0.999), eps=1e-8)
     batches = training_batches(config, source, first_sample=0, global_batch=8, micro=8, rank=0, world=1, steps=STEPS)
     losses, before = [], [parameter.detach().clone() for parameter in peer.parameters()]
-    for batch, rate in zip(batches, published_schedule(), strict=True):
+    decays = np.linspace(0, 1, STEPS, endpoint=False)
+    first, last = config.finetune.weight_decay, config.finetune.last_weight_decay
+    decays = last + 0.5 * (first - last) * (1 + np.cos(np.pi * decays))  # unilm, beit/utils.py: cosine_scheduler
+    for batch, rate, decay in zip(batches, published_schedule(), decays, strict=True):
         out = peer(encoder_input(config, batch), labels=batch.labels)
         loss = F.cross_entropy(out.logits, batch.labels, label_smoothing=smoothing) if smoothing else out.loss
         loss.backward()
         for group in adamw.param_groups:
             group["lr"] = rate * group["scale"]
+            if group["weight_decay"] > 0:  # unilm, beit/engine_for_finetuning.py
+                group["weight_decay"] = decay
         adamw.step()
         adamw.zero_grad()
         losses.append(loss.item())
@@ -118,17 +127,23 @@ def peer_training(config, encoder: Path, folder: Path) -> tuple[list[float], dic
     assert min(moved) > 1e-3, "a weight that does not move compares nothing"
     peer.save_pretrained(folder / "after")
     renamed = from_hf(load_file(folder / "after" / "model.safetensors"))
-    swapped = (("beit.pooler.layernorm.", "norm."), ("classifier.", "head."))
+    swapped = (("beit.pooler.layernorm.", "norm."), ("beit.layernorm.", "norm."), ("classifier.", "head."))
     for theirs, ours in swapped:
         renamed = {name.replace(theirs, ours): tensor for name, tensor in renamed.items()}
     return losses, renamed
 
 
-@pytest.mark.parametrize(("stage", "smoothing"), [(0, 0.0), (1, 0.1), (2, 0.1), (3, 0.1)])
-def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing):
+OTHER = ["finetune.pooling=cls", "finetune.weight_decay_end=0.9", "finetune.init_truncation=100"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "smoothing", "more"), [(0, 0.0, []), (1, 0.1, OTHER), (2, 0.1, []), (3, 0.1, OTHER), (0, 0.1, OTHER)]
+)
+def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing, more):
+    """With the defaults, and with the class token, a weight decay that rises and weights that are not truncated."""
     run = tmp_path / "run"
     images = load_config(str(tiny.config), []).data.images
-    settings = [*SETTINGS, f"data.labelled_images={images}", f"finetune.smoothing={smoothing}"]
+    settings = [*SETTINGS, f"data.labelled_images={images}", f"finetune.smoothing={smoothing}", *more]
     trained(tiny, run, *settings, f"finetune.init={encoder}", f"train.zero_stage={stage}", verb="finetune")
     losses, theirs = peer_training(load_config(str(tiny.config), settings), encoder, tmp_path / "peer")
     assert [line["loss"] for line in read_metrics(run, "train")] == pytest.approx(losses, rel=1e-5)
@@ -136,6 +151,11 @@ def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    if more:
+        decays = [line["weight_decay"] for line in read_metrics(run, "train")]
+        assert decays == sorted(decays) and decays[0] == pytest.approx(0.05) and 0.85 < decays[-1] < 0.9
+        for to in ("hf", "timm"):  # checked by the command itself: the library's logits are ours
+            assert export.run(run, tmp_path / to, to) == 0
 
 
 @pytest.mark.parametrize("to", ["hf", "timm"])
@@ -171,6 +191,6 @@ def test_an_exported_classifier_brings_its_names_and_its_view(tuned, tiny, tmp_p
 
 
 def test_other_exports_of_a_classifier_are_refused(tuned, tmp_path):
-    for to, finetune in (("safetensors", False), ("unilm", False), ("hf", True)):
-        with pytest.raises(ConfigError, match="is a fine-tuning: its classifier, head and all, goes --to hf or timm"):
+    for to, finetune in (("unilm", False), ("hf", True)):
+        with pytest.raises(ConfigError, match="holds a classifier, which goes with its head --to safetensors, hf or"):
             export.run(tuned, tmp_path / "out", to, finetune=finetune)

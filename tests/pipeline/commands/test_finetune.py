@@ -29,7 +29,8 @@ from beitforge.pipeline.runs.folder import claim
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.stages import finetune
 from beitforge.pipeline.training.objectives import supervised_input
-from beitforge.pipeline.weights.encoder import initialise_classifier_from, save_encoder
+from beitforge.pipeline.weights.classifier import initialise_classifier_from
+from beitforge.pipeline.weights.encoder import save_encoder
 from tests.conftest import ROOT, TINY, installed
 from tests.pipeline.training.test_trainer import finished, weights
 from tests.ranks import run_ranks
@@ -257,7 +258,7 @@ def test_what_cannot_be_is_said(labelled, others, tmp_path, settings, words):
     ("init", "settings", "words"),
     [
         ("/nowhere", [], "/nowhere is neither a run folder"),
-        ("{whole}", [], "no pretraining's of its config; of a fine-tuning, `export"),
+        ("{whole}", [], "no pretraining's of its config"),
         ("{encoder}", ["model.width=64"], "has model.width 32, this config says 64; make them equal"),
         (
             "{encoder}",

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from beitforge.pipeline.config.fields import Duration, Size
-from beitforge.pipeline.config.loading import from_dict, load_config, to_dict, to_yaml
+from beitforge.pipeline.config.loading import from_dict, load_config, to_dict, to_yaml, words_of
 from beitforge.pipeline.config.settings import Config, Optimizer, Train, View
 from beitforge.pipeline.errors import ConfigError
 from tests.conftest import ROOT
@@ -182,6 +182,9 @@ def changed() -> Config:
         "kernels": "reference",
         "decoder": "pillow",
         "compile_mode": "reduce-overhead",
+        "pooling": "cls",
+        "weight_decay_end": 0.2,
+        "test_crop": 0.9,
     }
 
     def other(name: str, value: object) -> object:
@@ -285,6 +288,17 @@ def test_a_path_through_a_file_is_refused(tmp_path):
         load_config(str(tmp_path / "file" / "config.yaml"), [])
 
 
+def test_a_word_that_stands_for_a_number(tmp_path):
+    """Beside numbers in every form, and written back as it came; anything else is one line that names it."""
+    config = load(tmp_path, "finetune: {test_crop: auto}", "optimizer.weight_decay_end=2e-1")
+    assert (config.finetune.test_crop, config.optimizer.weight_decay_end) == ("auto", 0.2)
+    assert config.finetune.weight_decay_end == "same"
+    assert load(tmp_path, to_yaml(config)) == config
+    for text in ("sane", "true", "[0.1]", "~"):
+        assert "it takes a number, or same" in refusal(tmp_path, "", f"finetune.weight_decay_end={text}")
+    assert "finetune.test_crop is 1.5; it lies in (0, 1]" in refusal(tmp_path, "", "finetune.test_crop=1.5")
+
+
 def test_settings_are_frozen_typed_and_keyword_only():
     """Every section is a frozen dataclass; every setting has a type that _convert knows."""
     known = (int, float, bool, str, Duration, Size)
@@ -299,7 +313,8 @@ def test_settings_are_frozen_typed_and_keyword_only():
             kind(1)
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            assert hints[field.name] in known or typing.get_origin(hints[field.name]) is tuple, field.name
+            hint = hints[field.name]
+            assert hint in known or typing.get_origin(hint) is tuple or words_of(hint), field.name
     assert Train().zero_stage == 2
 
 

@@ -35,6 +35,7 @@ MUON = ["optimizer.kind=muon", "optimizer.clip_norm=0"]
         (["model.input_size=384"], ["24×24", "14×14", "must be equal"]),
         (["mask.num_patches=196"], ["mask.num_patches 196", "196"]),
         (["mask.min_block=76"], ["mask.min_block 76", "mask.num_patches 75"]),
+        (["mask.max_block=15"], ["mask.max_block 15", "mask.min_block 16"]),
         (["mask.aspect_min=0"], ["mask.aspect_min", "(0, 1]"]),
         (["mask.aspect_min=1.5"], ["mask.aspect_min", "1.5"]),
         (["model.drop_path=1"], ["model.drop_path", "[0, 1)"]),

@@ -34,6 +34,7 @@ def plain_mask(mask: Mask, rows: int, columns: int, numbers: Iterator[np.ndarray
         added = 0
         for _ in range(10):
             u = next(numbers)
+            left = min(left, mask.max_block or mask.num_patches)
             area = mask.min_block + (left - mask.min_block) * u[0]
             aspect = math.exp(low + (high - low) * u[1])
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -61,6 +62,9 @@ def plain_mask(mask: Mask, rows: int, columns: int, numbers: Iterator[np.ndarray
         (Mask(exact=False, num_patches=40, min_block=9, aspect_min=0.5), (6, 12)),
         (Mask(exact=False, num_patches=6, min_block=2, aspect_min=1.0), (4, 4)),
         (Mask(exact=False, num_patches=6, min_block=6), (3, 3)),
+        (Mask(exact=False, max_block=20), (14, 14)),
+        (Mask(exact=False, num_patches=40, min_block=9, max_block=9, aspect_min=0.5), (6, 12)),
+        (Mask(exact=False, max_block=500), (14, 14)),
     ],
 )
 def test_equals_the_released_algorithm(mask, grid):
@@ -106,6 +110,17 @@ def test_published_blocks():
     tries = np.stack([uniforms(0, np.arange(2000))(attempt) for attempt in range(120)])
     blocks = [plain_mask(PUBLISHED, 14, 14, iter(tries[:, sample]))[1] for sample in range(2000)]
     assert np.mean(blocks) == pytest.approx(4.1, abs=0.1)
+
+
+def test_no_block_is_larger_than_its_limit():
+    """More and smaller blocks, each of at most max_block new patches; the default is no limit of its own."""
+    tries = np.stack([uniforms(0, np.arange(400))(attempt) for attempt in range(240)])
+    small = Mask(exact=False, max_block=20)
+    counts = [plain_mask(small, 14, 14, iter(tries[:, sample])) for sample in range(400)]
+    assert np.mean([blocks for _, blocks in counts]) > 6 > 4.1
+    assert all(masked.sum() <= 20 * blocks for masked, blocks in counts)
+    same = [masks_of(Mask(exact=False, max_block=limit), np.arange(400)) for limit in (0, 75, 196)]
+    assert np.array_equal(same[0], same[1]) and np.array_equal(same[0], same[2])
 
 
 def test_exact_masks_have_exactly_that_many():

@@ -9,7 +9,7 @@ from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model import beit as module
-from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.model.beit import Beit, Classifier
 from beitforge.pipeline.plan.costs import num_parameters, training_flops
 from tests.conftest import ROOT
 
@@ -124,3 +124,31 @@ def test_initial_weights_come_from_the_seed_alone():
     for name, parameter in one.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name))
     assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_fine_tuning_may_draw_its_weights_as_released():
+    """timm 0.3.2's trunc_normal_(tensor, std=0.02), whose bounds are ±2 and not ±2 deviations, with the same numbers;
+    cut at one deviation nothing changes."""
+
+    def released(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        low, high = (math.erf(bound / 0.02 / math.sqrt(2)) for bound in (-2, 2))
+        return tensor.uniform_(low, high, generator=generator).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
+
+    classifier, cut = Classifier(TINY, 10), Classifier(TINY, 10)
+    module.initialise(classifier, 3, truncation=100)
+    module.initialise(cut, 3)
+    generator, drawn = torch.Generator().manual_seed(3), 0
+    for name, parameter in classifier.named_parameters():
+        if parameter.dim() == 1 or name.endswith("table"):
+            assert torch.equal(parameter, cut.get_parameter(name)), name
+            continue
+        expected = released(torch.empty_like(parameter), generator)
+        if name.endswith(("attention.out.weight", "fc2.weight")):
+            expected.div_(math.sqrt(2 * (int(name.split(".")[1]) + 1)))
+        assert torch.equal(parameter, expected), name
+        drawn += parameter.numel()
+    weights = torch.cat([block.fc1.weight.detach().flatten() for block in classifier.blocks])
+    assert (
+        drawn > 10_000 and float(weights.std()) == pytest.approx(0.02, rel=0.05) and float(weights.abs().max()) > 0.05
+    )
+    assert float(cut.head.weight.detach().abs().max()) <= 0.02 * 1.00001

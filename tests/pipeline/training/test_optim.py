@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from beitforge.pipeline.config.fields import Size
-from beitforge.pipeline.config.settings import Model
+from beitforge.pipeline.config.fields import Duration, Size
+from beitforge.pipeline.config.settings import Finetune, Model, Optimizer, Train
 from beitforge.pipeline.model.beit import Beit
-from beitforge.pipeline.training.optim import learning_rate, parameter_groups
+from beitforge.pipeline.training.optim import cosine, learning_rate, parameter_groups
 
 
 def released_schedule(base: float, final: float, steps: int, warmup: int) -> np.ndarray:
@@ -27,6 +27,41 @@ def test_learning_rate_is_the_released_schedule(steps, warmup):
     chosen = range(steps) if steps < 2000 else [*range(0, steps, 997), warmup - 1, warmup, warmup + 1, steps - 1]
     found = [learning_rate(step, peak=1.5e-3, end=1e-5, warmup=warmup, steps=steps) for step in chosen]
     np.testing.assert_allclose(found, expected[list(chosen)], rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize(("start", "end", "steps"), [(0.05, 0.2, 500), (0.05, 0.0, 37), (0.3, 0.1, 187_500)])
+def test_weight_decay_is_the_released_schedule(start, end, steps):
+    """Every step of it, without warm-up; one that ends where it starts is the same number throughout."""
+    chosen = range(steps) if steps < 2000 else [*range(0, steps, 997), steps - 1]
+    found = [cosine(step, start=start, end=end, steps=steps) for step in chosen]
+    np.testing.assert_allclose(found, released_schedule(start, end, steps, 0)[list(chosen)], rtol=1e-12)
+    assert found[0] == pytest.approx(start, rel=1e-15) and abs(found[-1] - end) < 0.02 * abs(start - end)
+    assert {cosine(step, start=start, end=start, steps=steps) for step in chosen} == {start}
+
+
+@pytest.mark.parametrize(("images", "batch", "ranks"), [(1_281_167, 2048, 16), (1_281_167, 1024, 8), (4100, 2048, 2)])
+def test_an_epoch_of_whole_batches_is_the_released_codes(images, batch, ranks):
+    """len(dataset) // batch_size // num_tasks steps an epoch; the published 300 epochs are 187,500 steps."""
+    per_epoch = images // (batch // ranks) // ranks
+    for section in (Train(drop_last=True, global_batch=batch), Finetune(drop_last=True, global_batch=batch)):
+        epoch = section.epoch_samples(images)
+        assert Duration(300, "epochs").steps(epoch, batch) == 300 * per_epoch
+        assert Duration(20, "epochs").steps(epoch, batch) == 20 * per_epoch
+        assert Duration(7, "steps").steps(epoch, batch) == 7
+    whole = Train(global_batch=batch)
+    assert whole.epoch_samples(images) == images
+    if batch == 2048 and ranks == 16:
+        assert 300 * per_epoch == 187_500
+        assert Duration(300, "epochs").steps(whole.epoch_samples(images), batch) == 187_671
+
+
+def test_words_stand_for_numbers():
+    """same: the decay itself; auto: the released code's crop, 224 / 256 below 384 pixels and 1 from there on."""
+    assert Optimizer(weight_decay=0.3).last_weight_decay == Finetune(weight_decay=0.3).last_weight_decay == 0.3
+    assert Optimizer(weight_decay_end=0.0).last_weight_decay == 0.0
+    crops = {side: Finetune(input_size=Size(side, side)).test_share for side in (224, 368, 384, 512)}
+    assert crops == {224: 224 / 256, 368: 224 / 256, 384: 1.0, 512: 1.0}
+    assert Finetune(input_size=Size(384, 384), test_crop=0.9).test_share == 0.9
 
 
 def test_first_peak_and_last():
