@@ -25,7 +25,7 @@ def known_lines(source: DataSource) -> list[str]:
 
 
 def known_line(images: ImageSet, found: int) -> str:
-    """So many images of a set are known to be bad, in words."""
+    """That `found` images of a set are known to be bad, in words."""
     return (
         f"{images.folder}: {found} of {len(images)} images ({found / len(images):.2%}) do not decode, known "
         f"since it was indexed; others stand in for them, and no budget is charged"

@@ -129,7 +129,7 @@ def lock(run: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def allowed(samples: int, share: float) -> int:
-    """How many of so many samples may be bad: the share of them, rounded up."""
+    """How many of a number of samples may be bad: the share of them, rounded up."""
     return -int(-(samples * share) // 1)
 
 
