@@ -1,12 +1,17 @@
 """`pack IMAGES SHARDS`: a folder of images becomes an image shard set."""
 
 import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from beitforge.shards.errors import ShardError
 from beitforge.shards.options import add_workers, local_folder, num_workers
 from beitforge.shards.wording import counted
 
-_SHOWN_LINKS = 5
+if TYPE_CHECKING:
+    from beitforge.shards.pack.pack import Packed
+
+_SHOWN = 5
 
 HELP = "pack a folder of images into WebDataset shards; if interrupted, run it again"
 
@@ -18,9 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", help="folder for the shard set")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="images in a tar")
     parser.add_argument("--name", default="shard", help="tars are called NAME-000000.tar and so on")
-    text = "folder: the first sub-folder is the class; auto: so if all images lie in sub-folders, at least two"
+    text = "folder: the first sub-folder is the class; auto: so if each image lies in one of at least two sub-folders, "
+    text += "and no folder has a number, a date or a part of a set for a name"
     parser.add_argument("--labels", choices=("auto", "folder", "none"), default="auto", help=text)
-    text = "put this share of the images into SHARDS/NAME and the rest into SHARDS/train; may be repeated"
+    text = (
+        "put this share of the images into SHARDS/NAME and the rest into SHARDS/train, files of equal bytes into the "
+    )
+    text += "same; may be repeated"
     parser.add_argument("--split", action="append", default=[], metavar="NAME=FRACTION", help=text)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle and the split")
     text = "shrink the longest side to this many pixels; 0: no"
@@ -39,45 +48,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write SHARDS, and say what became of every image."""
     images, shards = local_folder(arguments.images), local_folder(arguments.shards)
-    from beitforge.shards.pack.encode import EncodeOptions
     from beitforge.shards.pack.pack import REJECTED, pack
-    from beitforge.shards.pack.plan import PackOptions
+    from beitforge.shards.pack.plan import options_of
 
-    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
-    options = PackOptions(
-        name=arguments.name,
-        samples_per_shard=arguments.samples_per_shard,
-        labels=arguments.labels,
-        splits=_splits(arguments.split),
-        seed=arguments.seed,
-        encoding=EncodeOptions(**chosen),
-    )
-    packed = pack(images, shards, options, arguments.max_rejected, num_workers(arguments))
-    if packed.plan.files.others:
-        print(f"files passed over, no images by their extension: {packed.plan.files.others}")
-    if links := packed.plan.files.links:
-        shown = ", ".join(links[:_SHOWN_LINKS]) + (", …" if len(links) > _SHOWN_LINKS else "")
-        print(f"links left out, what they lead to is taken already: {len(links)} ({shown})")
-    if packed.rejected:
-        print(f"images that cannot be used: {len(packed.rejected)}, with reasons in {shards / REJECTED}")
-    for split, manifest in packed.manifests.items():
-        size = sum(shard.bytes for shard in manifest.shards) / 1e6
-        classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
-        folder = packed.plan.folder(split)
-        counts = f"{counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
-        print(f"{folder}: {counts}, {size:.1f} MB{classes}")
-    if packed.kept:
-        finished = "all of them" if packed.kept == packed.shards else f"{packed.kept} of {packed.shards}"
-        print(f"an earlier run had finished {finished}" + ("; nothing to do" if packed.kept == packed.shards else ""))
+    packed = pack(images, shards, options_of(arguments), arguments.max_rejected, num_workers(arguments))
+    for line in _told(packed, shards / REJECTED):
+        print(line)
     return 0
 
 
-def _splits(texts: list[str]) -> tuple[tuple[str, float], ...]:
-    splits = []
-    for text in texts:
-        name, _, fraction = text.partition("=")
-        try:
-            splits.append((name, float(fraction)))
-        except ValueError as error:
-            raise ShardError(f"--split is {text!r}, it must be NAME=FRACTION such as val=0.02") from error
-    return tuple(splits)
+def _told(packed: "Packed", listed: Path) -> Iterator[str]:
+    """What became of every file, and of the classes. listed: where what was left out is named."""
+    from beitforge.shards.pack.image_files import shown
+    from beitforge.shards.pack.plan import FIRST_FORMAT
+
+    plan, files = packed.plan, packed.plan.files
+    if plan.format == FIRST_FORMAT:
+        yield "begun by an earlier version, and ended by its rules: images by their extension, splits by name alone"
+    else:
+        yield f"labels: {plan.why_labels}"
+    if files.others:
+        yield f"files passed over, no images: {sum(one.files for one in files.others)} ({shown(files.others)})"
+    if files.links:
+        some = ", ".join(f"{link} → {taken}" for link, taken in files.links[:_SHOWN])
+        yield f"links left out, what they lead to is taken already: {len(files.links)} ({some}{_more(files.links)})"
+    if files.bare and plan.classes:
+        some = ", ".join(files.bare[:_SHOWN]) + _more(files.bare)
+        yield f"folders without an image, which are no classes: {len(files.bare)} ({some})"
+    if packed.rejected:
+        yield f"images that cannot be used: {len(packed.rejected)}, with reasons in {listed}"
+    if packed.emptied:
+        some = ", ".join(packed.emptied[:_SHOWN]) + _more(packed.emptied)
+        yield f"classes none of whose images can be used, which keep their numbers: {len(packed.emptied)} ({some})"
+    for split, manifest in packed.manifests.items():
+        size = sum(shard.bytes for shard in manifest.shards) / 1e6
+        classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
+        counts = f"{counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
+        yield f"{plan.folder(split)}: {counts}, {size:.1f} MB{classes}"
+    yield from (f"equal images: {line}" for line in packed.equal)
+    if packed.kept:
+        finished = "all of them" if packed.kept == packed.shards else f"{packed.kept} of {packed.shards}"
+        yield f"an earlier run had finished {finished}" + ("; nothing to do" if packed.kept == packed.shards else "")
+    if packed.rejected and packed.kept == packed.shards:
+        yield f"to try the images that could not be used again, pack into another folder, or delete {listed.parent}"
+
+
+def _more(names: Sequence[object]) -> str:
+    return ", …" if len(names) > _SHOWN else ""

@@ -58,7 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _shards_of(words: list[str]) -> Path:
-    """The folder that `pack WORDS…` writes. Its own parser ends the process when a word is wrong."""
+    """The folder that `pack WORDS…` writes. Its own parser ends the process when a word is wrong. Raises ShardError for
+    what it would refuse before it reads an image: better now than hours later in a log."""
     from beitforge.pipeline.cli import parse_arguments
+    from beitforge.shards.options import local_folder
+    from beitforge.shards.pack.plan import check_folders, check_options, options_of
 
-    return Path(parse_arguments(["pack", *words]).shards)
+    arguments = parse_arguments(["pack", *words])
+    images, shards = local_folder(arguments.images), local_folder(arguments.shards)
+    check_options(options_of(arguments))
+    check_folders(images, shards)
+    return shards

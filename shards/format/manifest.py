@@ -5,7 +5,9 @@ digest of the image shard it was made from.
 """
 
 import dataclasses
+import itertools
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +27,14 @@ SCHEMA = 1
 NAME = "manifest.json"
 BAD = "bad"  # in made_by of adopted sets: how many of their images do not decode
 UNREADABLE = "unreadable"  # in provenance: how many images `tokenize` could not read that were not known to be bad
+PACKING = "packing.json"  # marks a folder that `pack` has not finished
 
 _MOST_BYTES = 1 << 26  # of a manifest: over 300,000 shards
 _MOST_NAME = 200  # bytes of a shard's name
 _MOST_VOCABULARY = 1 << 16  # tokens are u16
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl", ".jfif")
+_MOST_LOOKED = 10_000  # files of a folder that is no shard set
+_SHOWN = 5
 _LEAST_BYTES = 512  # of a sample in a tar: the header of its image
 
 
@@ -192,8 +198,10 @@ def _read(folder: Path | str, kind: str, cure: str) -> dict:
     def read() -> dict:
         try:
             return reread(once, None if is_url(folder) else lambda: forget(Path(path)))
-        except (FileNotFoundError, Missing) as error:
+        except Missing as error:
             raise ShardError(f"{folder} has no {NAME}, so it is unfinished: {cure}") from error
+        except FileNotFoundError as error:
+            raise ShardError(_instead(Path(folder), cure)) from error
 
     content = retry(read, path)
     if content.get("kind") != kind:
@@ -211,19 +219,39 @@ def _digest(content: dict) -> str:
 def kind_of(folder: Path) -> str:
     """What a folder's manifest says it holds, images or tokens. Raises ShardError when there is no manifest."""
     path = folder / NAME
-    if folder.is_dir() and not path.exists():
-        below = sorted(inner.parent.name for inner in folder.glob(f"*/{NAME}"))
-        if below:
-            raise ShardError(f"{folder} is no shard set itself, but {', '.join(below)} in it are: give one of them")
-        raise ShardError(f"{folder} has no {NAME}, so it is unfinished: run the command that makes it again")
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise ShardError(f"{folder} {found}: give the folder of a shard set")
+    if not path.exists():
+        raise ShardError(_instead(folder, "run the command that makes it again"))
     try:
-        content = parse_json(read_whole(path, _MOST_BYTES)) if folder.is_dir() else None
+        content = parse_json(read_whole(path, _MOST_BYTES))
     except (OSError, Damaged):
         content = None
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind not in ("images", "tokens"):
         raise ShardError(f"{path} is missing, damaged, or of another program: give the folder of a shard set")
     return str(kind)
+
+
+def _instead(folder: Path, cure: str) -> str:
+    """What a folder without a manifest is, and what to do about it; `cure` is for an unfinished set."""
+    if below := sorted(inner.parent.name for inner in folder.glob(f"*/{NAME}")):
+        return f"{folder} is no shard set itself, but {_some(below)} in it are: give one of them"
+    names = sorted(path.name for path in itertools.islice(folder.iterdir(), _MOST_LOOKED))
+    if PACKING in names:
+        return f"{folder} holds an unfinished packing: finish it with `pack` (the same command again)"
+    if any(name.endswith(".tar") for name in names):
+        return f"{folder} holds tars and no {NAME}: adopt them with `index`, or finish what makes them"
+    files = (inner for _, _, found in os.walk(folder) for inner in found)
+    if image := next((one for one in itertools.islice(files, _MOST_LOOKED) if one.lower().endswith(_IMAGES)), ""):
+        return f"{folder} holds images ({image}) and is no shard set: make one of them with `pack {folder} SHARDS`"
+    held = f"it holds {_some(names)}" if names else "it is empty"
+    return f"{folder} has no {NAME}, so it is unfinished, or no shard set ({held}): {cure}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def read_image_manifest(folder: Path | str) -> ImageManifest:

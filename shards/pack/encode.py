@@ -10,6 +10,7 @@ import xxhash
 from beitforge.shards.decode import codec
 from beitforge.shards.decode.codec import Header, ImageError
 from beitforge.shards.format.index import FLAG_ANIMATED
+from beitforge.shards.pack.image_files import RAW_EXTENSIONS
 from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts
 
 _MAX_FILE_BYTES = 2**30
@@ -42,6 +43,10 @@ class Prepared:
 
 def read_file(path: Path) -> bytes:
     """The bytes of an image file. Raises ImageError when this file cannot be read; OSError when the disk fails."""
+    if path.suffix.lower() in RAW_EXTENSIONS:
+        raise ImageError(
+            "is what a camera's sensor gave, of which only a preview would be read: develop it, to TIFF say"
+        )
     try:
         size = path.stat().st_size
         if size > _MAX_FILE_BYTES:

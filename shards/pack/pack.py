@@ -2,31 +2,36 @@
 
 import contextlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from beitforge.shards.errors import Damaged, ShardError
+from beitforge.shards.format.equal_images import contents, told
 from beitforge.shards.format.index import SUFFIX, open_index
 from beitforge.shards.format.manifest import (
     NAME,
+    PACKING,
     ImageManifest,
     read_image_manifest,
     refuse_other_manifest,
     write_manifest,
 )
-from beitforge.shards.pack.plan import PackOptions, Plan, make_plan
+from beitforge.shards.pack.plan import FIRST_FORMAT, PackOptions, Plan, make_plan
 from beitforge.shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
 from beitforge.shards.progress import Progress
 from beitforge.shards.storage.files import sweep_partials, write_text
 from beitforge.shards.storage.reading import parse_json, read_whole
 from beitforge.shards.storage.staging import leftovers
+from beitforge.shards.wording import counted
 from beitforge.shards.workers import each_shard
 
-MARKER = "packing.json"
+MARKER = PACKING
 REJECTED = "rejected.jsonl"
 
 _LEAST_LIMIT = 10
+_SHOWN_SETS = 5
 _MOST_JSON = 1 << 26  # bytes
 
 
@@ -34,7 +39,8 @@ _MOST_JSON = 1 << 26  # bytes
 class Packed:
     """A finished packing: a manifest per folder below the target ("": the target itself), and what was left out.
 
-    `kept` counts the shards that an earlier run had finished, `shards` all of them.
+    `kept` counts the shards that an earlier run had finished, `shards` all of them. `emptied` are the classes none of
+    whose images can be used. `equal` says which images repeat the bytes of others, a line each.
     """
 
     plan: Plan
@@ -42,6 +48,8 @@ class Packed:
     rejected: list[dict]
     kept: int
     shards: int
+    emptied: list[str]
+    equal: list[str]
 
 
 def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, num_workers: int) -> Packed:
@@ -51,23 +59,44 @@ def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, nu
     Goes on where an earlier run of the same options and images was killed. Raises ShardError when `target` holds
     something else, when too many images are unusable, and for what `make_plan` forbids.
     """
-    plan = make_plan(images, target, options)
+    plan = _as_begun(make_plan(images, target, options))
     limit = rejection_limit(max_rejected, len(plan.files))
     _refuse_others(plan)
     finished = [shard for job in plan.jobs(limit) if (shard := finished_shard(job))]
     kept = len(finished)
     rejected = [row for shard in finished for row in shard.rejected]
     if kept == plan.num_shards and (manifests := _closed(plan)):
-        return Packed(plan, manifests, _by_path(rejected), kept, kept)
+        return _packed(plan, manifests, rejected, kept, kept)
     _begin(plan)
     try:
         check_rejected(rejected, limit)
         _run(plan, limit, num_workers, finished)
     except TooManyRejected as error:
         known = [row for shard in finished for row in shard.rejected] + error.rejected
-        _write_rejected(target, list({row["path"]: row for row in known}.values()))
+        _write_rejected(plan, list({row["path"]: row for row in known}.values()))
         raise
     return _close(plan, finished, kept)
+
+
+def _as_begun(plan: Plan) -> Plan:
+    """The plan, or that of format 1 where an earlier version began the packing by it: then it ends by it, too."""
+    makers = _makers(plan.target, _folders(plan))
+    if not makers or any("format" in one or one.get("plan") == plan.fingerprint for one in makers):
+        return plan
+    with contextlib.suppress(ShardError):  # this plan's refusal says more
+        older = make_plan(plan.images, plan.target, plan.options, FIRST_FORMAT)
+        if all(one.get("plan") == older.fingerprint for one in makers):
+            return older
+    return plan
+
+
+def _packed(plan: Plan, manifests: dict[str, ImageManifest], rejected: list[dict], kept: int, shards: int) -> Packed:
+    """What is told of a finished packing."""
+    lost = Counter(row["path"].split("/", 1)[0] for row in rejected)
+    listed = Counter(plan.labels)
+    emptied = [name for number, name in enumerate(plan.classes) if lost[name] == listed[number]]
+    sets = {split or plan.target.name: contents(plan.folder(split), manifests[split]) for split in plan.orders}
+    return Packed(plan, manifests, _by_path(rejected), kept, shards, emptied, told(sets))
 
 
 def rejection_limit(text: str, num_images: int) -> int:
@@ -113,6 +142,13 @@ def _refuse_others(plan: Plan) -> None:
     """Raises ShardError when the target holds what this plan did not make."""
     folders = _folders(plan)
     makers = _makers(plan.target, folders)
+    below = sorted(path.parent for path in plan.target.glob(f"*/{NAME}") if path.parent not in folders)
+    if below and not makers:
+        names = ", ".join(path.name for path in below[:_SHOWN_SETS]) + (", …" if len(below) > _SHOWN_SETS else "")
+        raise ShardError(
+            f"{plan.target} holds finished sets already ({names}): give a new folder, such as {plan.target / 'more'}, "
+            "or the --split they were made with"
+        )
     for made_by in makers:
         if made_by.get("plan") != plan.fingerprint:
             raise ShardError(f"{plan.target} holds shards of another packing: {_difference(plan, made_by)}")
@@ -187,12 +223,18 @@ def _by_path(rejected: list[dict]) -> list[dict]:
     return sorted(rejected, key=lambda row: row["path"])
 
 
-def _write_rejected(target: Path, rejected: list[dict]) -> None:
-    """The list of the images left out; no file when there are none."""
-    if rejected:
-        write_text(target / REJECTED, "".join(json.dumps(row) + "\n" for row in _by_path(rejected)))
+def _write_rejected(plan: Plan, rejected: list[dict]) -> None:
+    """The list of what was left out, no file when that is nothing: images that cannot be used, links to what is taken
+    already, and a line for each kind of the files that are no images."""
+    rows = _by_path(rejected)
+    rows += [{"path": link, "reason": f"a link to {taken}, which is taken already"} for link, taken in plan.files.links]
+    for kind, count, first in ((one.kind, one.files, one.first) for one in plan.files.others):
+        reason = f"no image ({kind}): the first of {counted(count, 'file')}"
+        rows.append({"path": first, "reason": reason, "kind": kind, "files": count})
+    if rows:
+        write_text(plan.target / REJECTED, "".join(json.dumps(row) + "\n" for row in rows))
     else:
-        (target / REJECTED).unlink(missing_ok=True)
+        (plan.target / REJECTED).unlink(missing_ok=True)
 
 
 def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
@@ -200,7 +242,7 @@ def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
     rejected = [row for shard in finished for row in shard.rejected]
     made_by = {**plan.describe(), "rejected": len(rejected)}
     made_by["versions"] = {name: version(name) for name in ("webdataset", "pillow")}
-    _write_rejected(plan.target, rejected)
+    _write_rejected(plan, rejected)
     manifests = {}
     for split in plan.orders:
         mine = [shard.entry for shard in finished if shard.folder == plan.folder(split) and shard.entry.samples]
@@ -214,4 +256,4 @@ def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
     for split, manifest in manifests.items():
         write_manifest(plan.folder(split), manifest)
     (plan.target / MARKER).unlink()
-    return Packed(plan, manifests, _by_path(rejected), kept, len(finished))
+    return _packed(plan, manifests, rejected, kept, len(finished))

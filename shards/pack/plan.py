@@ -1,5 +1,6 @@
 """Which image goes into which shard: decided before any is read, so that a killed packing goes on as it began."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -13,12 +14,16 @@ import xxhash
 from beitforge.shards import counter_rng
 from beitforge.shards.errors import ShardError
 from beitforge.shards.pack.encode import EncodeOptions
-from beitforge.shards.pack.image_files import ImageFiles, classes_of, list_images
+from beitforge.shards.pack.equal_files import first_equals
+from beitforge.shards.pack.image_files import FIRST_EXTENSIONS, ImageFiles, list_images
+from beitforge.shards.pack.labels import Labels, labels_of, labels_of_format_1
 
 REST = "train"
 
-# Part of every plan: raise it when the same options no longer give the same bytes.
-_FORMAT = 1
+# Part of every plan: raise it when the same options no longer give the same bytes. Format 1 listed images by eight
+# extensions, took any first sub-folders for classes, and split by key alone; a packing begun by it ends by it.
+FORMAT, FIRST_FORMAT = 2, 1
+_SINCE_FORMAT_1: tuple[str, ...] = ()  # options that it did not know
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,7 @@ class Plan:
     """A packing decided.
 
     `orders` has the numbers of the images, in shard order, for each folder below the target ("": the target itself).
+    `why_labels` says how the classes were decided; `format` is FORMAT, or FIRST_FORMAT for a packing begun by it.
     """
 
     images: Path
@@ -76,6 +82,8 @@ class Plan:
     labels: list[int]
     orders: dict[str, np.ndarray]
     fingerprint: str
+    why_labels: str
+    format: int = FORMAT
 
     @property
     def num_shards(self) -> int:
@@ -86,8 +94,9 @@ class Plan:
 
     def describe(self) -> dict:
         """What manifests and the marker of an unfinished packing keep of the plan."""
-        options = self.options.recorded()
-        return {"verb": "pack", "plan": self.fingerprint, "options": options, "pictures": len(self.files)}
+        options = _recorded(self.options, self.format)
+        told = {"verb": "pack", "plan": self.fingerprint, "options": options, "pictures": len(self.files)}
+        return told if self.format == FIRST_FORMAT else {**told, "format": self.format}
 
     def jobs(self, max_rejected: int) -> Iterator[ShardJob]:
         """Every shard of every split, in order."""
@@ -109,31 +118,35 @@ class Plan:
         return PlannedImage(self.files.paths[i], self.files.keys[i], label)
 
 
-def make_plan(images: Path, target: Path, options: PackOptions) -> Plan:
+def make_plan(images: Path, target: Path, options: PackOptions, format: int = FORMAT) -> Plan:
     """List the images and decide where each goes. Raises ShardError for what images or options forbid."""
     check_options(options)
-    inner, outer = images.resolve(), target.resolve()
-    if inner == outer or outer in inner.parents:
-        raise ShardError(f"the images in {images} lie inside the shard folder {target}: choose another shard folder")
-    files = list_images(images, target)
-    classes, labels = classes_of(files.paths, options.labels)
+    check_folders(images, target)
+    first = format == FIRST_FORMAT
+    files = list_images(images, target, FIRST_EXTENSIONS if first else ())
+    labels: Labels = (labels_of_format_1 if first else labels_of)(files.paths, options.labels)
+    alone = first or not options.splits
+    like = np.arange(len(files)) if alone else first_equals(images, files.paths, files.sizes)
     order = np.argsort(counter_rng.bits(counter_rng.PACK_ORDER, options.seed, files.hashes), kind="stable")
     return Plan(
         images=images,
         target=target,
         options=options,
         files=files,
-        classes=classes,
-        labels=labels,
-        orders=_split(order, files, options),
-        fingerprint=_fingerprint(files, options),
+        classes=labels.classes,
+        labels=labels.of,
+        orders=_split(order, files.hashes[like], options),
+        fingerprint=_fingerprint(files, options, like, format),
+        why_labels=labels.why,
+        format=format,
     )
 
 
-def _split(order: np.ndarray, files: ImageFiles, options: PackOptions) -> dict[str, np.ndarray]:
+def _split(order: np.ndarray, hashes: np.ndarray, options: PackOptions) -> dict[str, np.ndarray]:
+    """hashes u64 [n]: what each image is drawn by, the same for images of the same bytes."""
     if not options.splits:
         return {"": order}
-    draw = counter_rng.uniform(counter_rng.SPLIT, options.seed, files.hashes)[order]
+    draw = counter_rng.uniform(counter_rng.SPLIT, options.seed, hashes)[order]
     orders: dict[str, np.ndarray] = {}
     low = 0.0
     for name, fraction in options.splits:
@@ -146,13 +159,57 @@ def _split(order: np.ndarray, files: ImageFiles, options: PackOptions) -> dict[s
     return orders
 
 
-def _fingerprint(files: ImageFiles, options: PackOptions) -> str:
-    state = xxhash.xxh3_128(json.dumps([_FORMAT, options.recorded()], sort_keys=True).encode())
+def _recorded(options: PackOptions, format: int) -> dict:
+    recorded = options.recorded()
+    if format == FIRST_FORMAT:
+        recorded["picture"] = {k: v for k, v in recorded["picture"].items() if k not in _SINCE_FORMAT_1}
+    return recorded
+
+
+def _fingerprint(files: ImageFiles, options: PackOptions, like: np.ndarray, format: int) -> str:
+    state = xxhash.xxh3_128(json.dumps([format, _recorded(options, format)], sort_keys=True).encode())
     for path in files.paths:
         state.update(path.encode("utf-8", "surrogateescape") + b"\0")
     state.update(files.sizes.tobytes())
     state.update(files.times.tobytes())
+    if format != FIRST_FORMAT:
+        state.update(like.astype(np.int64).tobytes())
     return state.hexdigest()
+
+
+def check_folders(images: Path, target: Path) -> None:
+    """Raises ShardError where there are no images, or they would lie among the shards."""
+    if not images.is_dir():
+        raise ShardError(f"{images} is not a folder; give the folder that holds the images")
+    if target.exists() and not target.is_dir():
+        raise ShardError(f"{target} is a file; give a folder for the shard set")
+    inner, outer = images.resolve(), target.resolve()
+    if inner == outer or outer in inner.parents:
+        raise ShardError(f"the images in {images} lie inside the shard folder {target}: choose another shard folder")
+
+
+def options_of(arguments: argparse.Namespace) -> PackOptions:
+    """What the command line of `pack` says. Raises ShardError for a --split that is no NAME=FRACTION."""
+    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
+    return PackOptions(
+        name=arguments.name,
+        samples_per_shard=arguments.samples_per_shard,
+        labels=arguments.labels,
+        splits=_splits(arguments.split),
+        seed=arguments.seed,
+        encoding=EncodeOptions(**chosen),
+    )
+
+
+def _splits(texts: list[str]) -> tuple[tuple[str, float], ...]:
+    splits = []
+    for text in texts:
+        name, _, fraction = text.partition("=")
+        try:
+            splits.append((name, float(fraction)))
+        except ValueError as error:
+            raise ShardError(f"--split is {text!r}, it must be NAME=FRACTION such as val=0.02") from error
+    return tuple(splits)
 
 
 def check_options(options: PackOptions) -> None:

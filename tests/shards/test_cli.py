@@ -80,11 +80,15 @@ def test_the_verbs_in_turn(images, tmp_path, capsys):
     pack = ["pack", str(tmp_path / "in"), folder, "--workers", "1", "--samples-per-shard", "4"]
     assert main(pack) == 0
     out = capsys.readouterr().out
-    assert "passed over, no images by their extension: 1" in out
+    assert "labels: 3 classes, the sub-folder of each image (cat, dog, x); --labels none packs them without" in out
+    assert "files passed over, no images: 1 (.txt 1)" in out
+    assert "classes none of whose images can be used, which keep their numbers: 1 (x)" in out
     assert "images that cannot be used: 1, with reasons in" in out and "rejected.jsonl" in out
     assert "10 samples in 3 shards" in out and "3 classes" in out
     assert main(pack) == 0
-    assert "an earlier run had finished all of them; nothing to do" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "an earlier run had finished all of them; nothing to do" in out
+    assert f"could not be used again, pack into another folder, or delete {folder}" in out
     assert main(["verify", folder, "--decode", "--workers", "1"]) == 0
     assert "10 samples in 3 shards, clean" in capsys.readouterr().out
     assert main(["index", folder, "--workers", "1"]) == 0
@@ -152,7 +156,15 @@ def test_splits_and_image_options_arrive(images, tmp_path):
         (["index", "{tmp}/none"], "none is not a folder"),
         (["index", "{tmp}/empty"], "holds no .tar"),
         (["verify", "{tmp}/empty"], "has no manifest.json, so it is unfinished"),
-        (["verify", "{tmp}/none"], "give the folder of a shard set"),
+        (["verify", "{tmp}/none"], "none does not exist: give the folder of a shard set"),
+        (["verify", "{images}"], ".jpg) and is no shard set: make one of them with `pack"),
+        (["stats", "{images}/cat"], "and is no shard set: make one of them with `pack"),
+        (["verify", "{images}/cat/0.jpg"], "0.jpg is a file: give the folder of a shard set"),
+        (["verify", "{tmp}/tars"], "holds tars and no manifest.json: adopt them with `index`"),
+        (["stats", "{tmp}/begun"], "holds an unfinished packing: finish it with `pack`"),
+        (["verify", "{tmp}/tokenizer"], "or no shard set (it holds tokenizer.json)"),
+        (["pack", "{tmp}/tars", "{tmp}/out"], "holds no image but tars: adopt those that are WebDataset's"),
+        (["pack", "{images}", "{tmp}/split"], "holds finished sets already (train, val)"),
         (["stats", "{tmp}/odd"], "give the folder of a shard set"),
         (["stats", "{tmp}/split"], "train, val in it are: give one of them"),
     ],
@@ -162,6 +174,7 @@ def test_a_users_error_is_one_line(images, tmp_path, arguments, message, capsys)
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path, {"file": b"", "odd/manifest.json": b"[1"})
     write_folder(tmp_path, {"split/train/manifest.json": b"{}", "split/val/manifest.json": b"{}"})
+    write_folder(tmp_path, {"tars/a.tar": b"", "begun/packing.json": b"{}", "tokenizer/tokenizer.json": b"{}"})
     filled = [argument.format(tmp=tmp_path, images=images) for argument in arguments]
     assert message in error_of(filled, capsys)
 

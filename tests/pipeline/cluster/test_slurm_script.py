@@ -131,6 +131,7 @@ def test_the_script_of_finetune(tmp_path, config):
 
 def test_the_script_of_pack(tmp_path):
     """Its own options go through, wherever they stand, and --workers follows the CPUs."""
+    (tmp_path / "my images").mkdir()
     words = ["pack", "my images", "shards", "--split", "heldout=0.1", "--cpus-per-task", 16, "--short-side", 320]
     done = slurm(*words, "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -249,6 +250,13 @@ REFUSALS = [
     (["--gpus-per-node", "8"], "needs a CONFIG"),
     (["tokenize", "{}", "data.tokens=online"], "data.tokens is online"),
     (["pack", "a", "b", "--nodes", "2"], "one task on one node"),
+    (["pack", "nowhere", "shards"], "nowhere is not a folder; give the folder that holds the images"),
+    (["pack", "some.yaml", "shards"], "some.yaml is not a folder"),
+    (["pack", ".", "shards", "--split", "heldout"], "--split is 'heldout', it must be NAME=FRACTION"),
+    (["pack", ".", "shards", "--quality", "0"], "--quality is 0"),
+    (["pack", ".", "."], "lie inside the shard folder"),
+    (["pack", ".", "some.yaml"], "some.yaml is a file; give a folder for the shard set"),
+    (["pack", ".", "s3://bucket/set"], "is a URL"),
 ]
 
 

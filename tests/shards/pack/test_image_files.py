@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from beitforge.shards.errors import ShardError
-from beitforge.shards.pack.image_files import classes_of, keys_of, list_images
-from tests.shards.made_images import write_folder
+from beitforge.shards.pack.image_files import RAW_EXTENSIONS, keys_of, list_images, shown
+from tests.shards.made_images import encoded, jpeg, photo, write_folder
 
 
 def listed(folder):
@@ -69,7 +69,8 @@ def test_every_image_is_found_and_others_counted(tmp_path):
     write_folder(tmp_path, dict.fromkeys(names + others + hidden, b"x"))
     images = list_images(tmp_path, tmp_path / "out")
     assert sorted(images.paths) == sorted(names)
-    assert images.others == len(others)
+    assert [(one.kind, one.files) for one in images.others] == [("hidden", 3), (".txt", 2), ("without extension", 1)]
+    assert images.others[1].first == "b/notes.txt"
     assert images.sizes.tolist() == [1] * len(names)
     assert images.keys == sorted(images.keys)
 
@@ -84,7 +85,7 @@ def test_links_are_followed_but_no_image_comes_twice(tmp_path):
     os.mkfifo(tmp_path / "in/pipe.jpg")
     assert set(listed(tmp_path / "in")) == {"a/x.jpg", "far/y.jpg", "gone.jpg"}
     links = list_images(tmp_path / "in", tmp_path / "out").links
-    assert links == ["a/up → .", "far/back → a"]
+    assert links == [("a/up", "."), ("far/back", "a")]
 
 
 LINKS = {  # link: (target, what it brings in or the name that its target has already)
@@ -110,7 +111,7 @@ def test_links_to_what_is_taken_already_are_named(tmp_path, case):
     (tmp_path / "in" / link).symlink_to(outside if outside != target or target == ".." else tmp_path / "in" / target)
     files = list_images(tmp_path / "in", tmp_path / "out")
     assert set(files.paths) == {"b/y.jpg", "c/first.jpg", "d/v.jpg", "d/er/w.jpg"}
-    assert files.links == [f"{link} → {taken}"]
+    assert files.links == [(link, taken)]
 
 
 def test_hard_links_are_files_of_their_own(tmp_path):
@@ -139,18 +140,19 @@ def test_undecodable_names_are_read(tmp_path):
     assert list(listed(tmp_path).values()) == ["caf%E9"]
 
 
-@pytest.mark.parametrize(("files", "message"), [({}, "holds no image"), ({"a.txt": b"x"}, "it holds 1 other files")])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no image: give the folder of the images"),
+        ({"a.txt": b"x", "b.txt": b"x", ".c.jpg": b""}, r"it holds 3 other files \(\.txt 2, hidden 1\)"),
+        ({"a-0.tar": b"", "a.json": b""}, "holds no image but tars: adopt those that are WebDataset's with `index`"),
+    ],
+)
 def test_a_folder_without_images(tmp_path, files, message):
     """Said before anything is written."""
     write_folder(tmp_path, files)
     with pytest.raises(ShardError, match=message):
         list_images(tmp_path, tmp_path / "out")
-
-
-def test_no_folder(tmp_path):
-    """A mistyped path is named."""
-    with pytest.raises(ShardError, match=r"missing is not a folder"):
-        list_images(tmp_path / "missing", tmp_path / "out")
 
 
 def test_equal_hashes_are_refused(tmp_path, monkeypatch):
@@ -161,22 +163,69 @@ def test_equal_hashes_are_refused(tmp_path, monkeypatch):
         list_images(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("paths", "labels", "expected"),
-    [
-        (["b/1.jpg", "a/x/2.jpg", "b/3.jpg"], "auto", (["a", "b"], [1, 0, 1])),
-        (["a/1.jpg", "a/2.jpg"], "auto", ([], [])),
-        (["a/1.jpg", "a/2.jpg"], "folder", (["a"], [0, 0])),
-        (["a/1.jpg", "b/2.jpg", "3.jpg"], "auto", ([], [])),
-        (["a/1.jpg", "b/2.jpg"], "none", ([], [])),
-    ],
-)
-def test_classes(paths, labels, expected):
-    """The first folder is the class, when that is unambiguous or asked for; class numbers follow sorted names."""
-    assert classes_of(paths, labels) == expected
+HEADS = {
+    "jpeg": jpeg(),
+    "png": encoded(photo(), "PNG"),
+    "webp": encoded(photo(), "WEBP"),
+    "gif": encoded(photo(), "GIF"),
+    "bmp": encoded(photo(), "BMP"),
+    "tiff": encoded(photo(), "TIFF"),
+    "avif": b"\0\0\0\x20ftypavif\0\0\0\0avifmif1",
+    "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "jxl": b"\xff\x0a\0\0",
+    "psd": b"8BPS\0\1",
+}
+NAMES_ANYONE_GIVES = ["no_extension", "x.dat", "x.jpg.bak", "x.JPG~", "x.txt", "dir.v1/y", "x.jpg_large", "z.orig"]
 
 
-def test_folder_labels_refuse_a_stray_image():
-    """Asked for classes, an image without one is an error and not class 0."""
-    with pytest.raises(ShardError, match=r"3\.jpg lies in no sub-folder"):
-        classes_of(["a/1.jpg", "3.jpg"], "folder")
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_image_is_one_by_its_content_whatever_its_name(tmp_path, kind):
+    """And a text is none, by the same names: those are counted by kind."""
+    write_folder(tmp_path / "in", dict.fromkeys(NAMES_ANYONE_GIVES, HEADS[kind]))
+    assert set(listed(tmp_path / "in")) == set(NAMES_ANYONE_GIVES)
+    assert listed(tmp_path / "in")["dir.v1/y"] == "dir%2Ev1/y"
+    write_folder(tmp_path / "text", {**dict.fromkeys(NAMES_ANYONE_GIVES, b"plain text"), "a.jpg": HEADS[kind]})
+    files = list_images(tmp_path / "text", tmp_path / "out")
+    assert files.paths == ["a.jpg"] and sum(one.files for one in files.others) == len(NAMES_ANYONE_GIVES)
+
+
+PROMISED = [".jfif", ".jpe", ".mpo", ".avif", ".heic", ".HEIF", ".jxl", ".jp2", ".psd", ".svg", ".ico", *RAW_EXTENSIONS]
+
+
+def test_a_name_that_promises_an_image_is_listed_whatever_it_holds(tmp_path):
+    """So that it is either packed or told with its reason, and no key depends on which decoders are installed."""
+    names = {f"c/x{number}{extension}": b"?" for number, extension in enumerate(PROMISED)}
+    write_folder(tmp_path, {**names, "notes.txt": b"?"})
+    assert set(listed(tmp_path)) == set(names)
+
+
+def test_a_million_side_cars_are_one_line(tmp_path):
+    """Kinds are few whatever the names are."""
+    write_folder(
+        tmp_path, {"a.jpg": b"x", **{f"{i}.json": b"{}" for i in range(20)}, **{f"x.{i}": b"" for i in range(99)}}
+    )
+    others = list_images(tmp_path, tmp_path / "out").others
+    assert (others[1].kind, others[1].files, others[1].first) == (".json", 20, "0.json")
+    assert len(others) <= 51 and sum(one.files for one in others) == 119
+    assert shown(others[1:2]) == ".json 20" and len(shown(others)) < 100
+
+
+def test_what_is_neither_file_nor_readable_is_counted_and_harms_nothing(tmp_path):
+    write_folder(tmp_path, {"a.jpg": b"x", "dir.jpg/b.jpg": b"x"})
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    files = list_images(tmp_path, tmp_path / "out")
+    assert set(files.paths) == {"a.jpg", "dir.jpg/b.jpg"}
+    assert {one.kind: one.files for one in files.others} == {
+        "neither file nor folder": 3,
+        "a link that leads nowhere": 1,
+    }
+
+
+def test_folders_without_an_image_are_named(tmp_path):
+    write_folder(tmp_path, {"a/1.jpg": b"x", "b/film.mp4": b"x", "d/deep/2.jpg": b"x", ".git/x": b""})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "e").symlink_to("a")
+    assert list_images(tmp_path, tmp_path / "out").bare == ["b", "c"]

@@ -16,8 +16,8 @@ from beitforge.shards.format.manifest import read_image_manifest
 from beitforge.shards.inspect.verify import verify_images
 from beitforge.shards.pack.encode import EncodeOptions
 from beitforge.shards.pack.pack import Packed, pack, rejection_limit
-from beitforge.shards.pack.plan import PackOptions, make_plan
-from beitforge.shards.pack.shard import TooManyRejected, finished_shard
+from beitforge.shards.pack.plan import FIRST_FORMAT, PackOptions, make_plan
+from beitforge.shards.pack.shard import TooManyRejected, finished_shard, pack_shard
 from tests.shards.made_images import (
     bomb,
     contents,
@@ -240,6 +240,133 @@ def test_splits(images, tmp_path):
     assert run(images, tmp_path / "out", options).kept == packed.shards
 
 
+def copies_of(count: int, each: int) -> dict[str, bytes]:
+    """`count` images, `each` times, under names that fall anywhere."""
+    return {f"{k * 7919 % 97}/{i}-{k}.jpg": jpeg(i) for i in range(count) for k in range(each)}
+
+
+@pytest.mark.parametrize("kind", ["copies", "hard links", "other names"])
+def test_equal_files_never_lie_on_both_sides_of_a_split(tmp_path, kind):
+    """Else a held-out image is one that was trained on. What is equal within a side is told."""
+    files = copies_of(20, 4)
+    if kind == "other names":
+        files = {name + ("", ".jpeg", ".PNG", ".bak")[i % 4]: data for i, (name, data) in enumerate(files.items())}
+    write_folder(tmp_path / "in", files)
+    if kind == "hard links":
+        for name in files:
+            first = tmp_path / "in" / next(other for other in files if files[other] == files[name])
+            if first != tmp_path / "in" / name:
+                (tmp_path / "in" / name).unlink()
+                os.link(first, tmp_path / "in" / name)
+    options = PackOptions(samples_per_shard=9, labels="none", splits=(("heldout", 0.2), ("test", 0.2)))
+    packed = run(tmp_path / "in", tmp_path / "out", options)
+    found = {name: {s["jpg"] for s in samples_of(tmp_path / "out" / name)} for name in packed.manifests}
+    assert sum(map(len, found.values())) == 20 == len(set().union(*found.values()))
+    assert sum(manifest.samples for manifest in packed.manifests.values()) == 80
+    assert packed.equal == [
+        f"{name}: {3 * len(members)} of {4 * len(members)} images repeat the bytes of another"
+        for name, members in found.items()
+    ]
+    assert run(tmp_path / "in", tmp_path / "out", options).kept == packed.shards
+
+
+def test_images_that_become_equal_are_told(tmp_path):
+    """Of unequal files the same pixels: only packing shows it."""
+    pixels = {i: photo(seed=i) for i in range(12)}
+    files = {
+        f"{i}.{name}": encoded(pixels[i], format) for i in pixels for name, format in (("bmp", "BMP"), ("tif", "TIFF"))
+    }
+    write_folder(tmp_path / "in", files)
+    packed = run(tmp_path / "in", tmp_path / "out", PackOptions(splits=(("heldout", 0.3),)))
+    tars = {name: [s["png"] for s in samples_of(tmp_path / "out" / name)] for name in ("heldout", "train")}
+    both = sum(data in tars["train"] for data in tars["heldout"])
+    assert both > 0
+    assert f"{both} of {len(tars['heldout'])} images of heldout are byte for byte in train, too" in packed.equal
+
+
+def test_equal_images_with_other_labels_are_told(tmp_path):
+    write_folder(tmp_path / "in", {"a/1.jpg": jpeg(1), "b/1.jpg": jpeg(1), "b/2.jpg": jpeg(2), "b/3.jpg": jpeg(2)})
+    assert run(tmp_path / "in", tmp_path / "out").equal == [
+        "out: 2 of 4 images repeat the bytes of another; 2 images have the bytes of one with another label"
+    ]
+
+
+def begun_by_the_first_version(folder: Path) -> Path:
+    """A folder of images with fixed times."""
+    for i, name in enumerate(["2018/a.jpg", "2018/b.PNG", "2019/deep/c.tif", "2019/photo.jfif", "2019/d.jpg"]):
+        write_folder(folder, {name: b"\xff\xd8\xff\xe0 same" if i in (0, 4) else b"x" * i})
+        os.utime(folder / name, ns=(10**18 + i, 10**18 + i))
+    return folder
+
+
+def test_a_plan_of_the_first_format_is_still_made(tmp_path):
+    """Golden: what commit f6b2685 planned for these files. Extensions, classes and splits are by its rules."""
+    images = begun_by_the_first_version(tmp_path / "in")
+    options = PackOptions(samples_per_shard=2, splits=(("heldout", 0.4),), seed=3)
+    plan = make_plan(images, tmp_path / "out", options, FIRST_FORMAT)
+    assert plan.fingerprint == "5b8ecac2f0d49214218db99ea0df45b6"
+    assert plan.files.paths == ["2018/a.jpg", "2018/b.PNG", "2019/d.jpg", "2019/deep/c.tif"]
+    assert (plan.classes, plan.labels) == (["2018", "2019"], [0, 0, 1, 1])
+    assert {name: order.tolist() for name, order in plan.orders.items()} == {"heldout": [3, 0], "train": [2, 1]}
+    assert "format" not in plan.describe()
+    now = make_plan(images, tmp_path / "out", options)
+    assert now.fingerprint != plan.fingerprint and len(now.files) == 5 and now.classes == []
+
+
+@pytest.mark.parametrize("what", ["a marker", "shards alone", "all of it"])
+def test_a_packing_of_the_first_format_ends_by_its_rules(tmp_path, what):
+    """Half of the shards by one rule and half by another would be images lost, or twice."""
+    images = write_folder(tmp_path / "in", {**copies_of(10, 2), "7/x.jfif": jpeg(99)})
+    options = PackOptions(samples_per_shard=3, splits=(("heldout", 0.4),))
+    older = make_plan(images, tmp_path / "out", options, FIRST_FORMAT)
+    for job in list(older.jobs(10))[:: 1 if what == "all of it" else 2]:
+        pack_shard(job, lambda count: None)
+    if what != "shards alone":
+        (tmp_path / "out/packing.json").write_text(json.dumps(older.describe()))
+    packed = run(images, tmp_path / "out", options)
+    assert (
+        packed.plan.format == FIRST_FORMAT
+        and packed.kept == (packed.shards if what == "all of it" else packed.kept) > 0
+    )
+    assert sum(manifest.samples for manifest in packed.manifests.values()) == 20
+    assert packed.manifests["train"].classes == older.classes != []
+    assert run(images, tmp_path / "out", options).kept == packed.shards
+    with pytest.raises(ShardError, match="seed was 0, is 1"):
+        run(images, tmp_path / "out", dataclasses.replace(options, seed=1))
+
+
+def test_a_class_of_unusable_images_keeps_its_number(tmp_path):
+    """HEIC without its decoder, a raw file, a vector graphic: each is listed with its reason and counted, the class is
+    named, and the labels of the classes after it are what they would be."""
+    files = {
+        "a/1.jpg": jpeg(1),
+        "b/1.svg": b"<svg/>",
+        "b/2.nef": encoded(photo(), "TIFF"),
+        "c/1": jpeg(2),
+        "c/2.txt": b"",
+    }
+    write_folder(tmp_path / "in", {**files, "d/readme.md": b"x", "c/3.jfif": jpeg(3)})
+    packed = run(tmp_path / "in", tmp_path / "out")
+    assert packed.emptied == ["b"] and packed.plan.files.bare == ["d"]
+    assert packed.manifests[""].classes == ["a", "b", "c"]
+    labels = {s["__key__"]: int(s["cls"]) for s in samples_of(tmp_path / "out")}
+    assert labels == {"a/1": 0, "c/1": 2, "c/3": 2}
+    lines = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert [line["path"] for line in lines] == ["b/1.svg", "b/2.nef", "d/readme.md", "c/2.txt"]
+    assert "not an image" in lines[0]["reason"] and "a camera's sensor" in lines[1]["reason"]
+    assert (lines[3]["kind"], lines[3]["files"]) == (".txt", 1) and "no image" in lines[2]["reason"]
+    with pytest.raises(TooManyRejected, match=r"more than 1 images cannot be used \(b/"):
+        run(tmp_path / "in", tmp_path / "strict", limit="1")
+
+
+def test_links_left_out_are_in_the_list(tmp_path):
+    write_folder(tmp_path / "in", {"a.jpg": jpeg(1)})
+    (tmp_path / "in/b.jpg").symlink_to("a.jpg")
+    run(tmp_path / "in", tmp_path / "out")
+    (line,) = map(json.loads, (tmp_path / "out/rejected.jsonl").read_text().splitlines())
+    assert line == {"path": "b.jpg", "reason": "a link to a.jpg, which is taken already"}
+
+
 def test_an_empty_split_is_refused(images, tmp_path):
     """A validation set of nothing would be found out much later."""
     with pytest.raises(ShardError, match="split val would get none of the 24 images"):
@@ -308,6 +435,21 @@ def test_other_images_do_not_mix(images, packed, tmp_path):
     os.utime(changed / "cat/3.jpg", (1, 1))
     with pytest.raises(ShardError, match="the images differ"):
         run(changed, target)
+
+
+@pytest.mark.parametrize("splits", [(), (("val", 0.5),)])
+def test_finished_sets_below_the_folder_are_not_mixed_with_another(images, tmp_path, splits):
+    """A folder of sets is no set; with other splits beside them, readers would take train for the whole."""
+    target = tmp_path / "sets"
+    run(images, target, PackOptions(splits=(("heldout", 0.3),)))
+    run(images, tmp_path / "elsewhere/a")
+    before = contents(target)
+    with pytest.raises(ShardError, match=r"holds (finished sets already \(heldout, train\)|shards of another packing)"):
+        run(images, target, PackOptions(splits=splits))
+    with pytest.raises(ShardError, match=r"holds finished sets already \(a\): give a new folder"):
+        run(images, tmp_path / "elsewhere", PackOptions(splits=splits))
+    assert contents(target) == before
+    assert run(images, target, PackOptions(splits=(("heldout", 0.3),))).kept > 0
 
 
 def test_foreign_tars_are_never_overwritten(images, tmp_path):
