@@ -73,7 +73,7 @@ def test_a_run_says_how_many_and_charges_none(tiny, adopted, tmp_path, verb):
 
 def test_what_was_not_known_is_charged_through_stops_and_other_worlds(tiny, tmp_path):
     """Two images changed after the set was indexed: a budget of one is spent, by the same image in every world; raised,
-    the run goes on from what the list says."""
+    the run resumes with what the list says."""
     folder = spoiled(tmp_path / "set")
     adopt(folder, 1)
     keys = {flip(folder, 0, 5), flip(folder, 2, 9)}
