@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", type=int, default=95, metavar="Q", help=text)
     text = "encode every image again in this format; never: only those that must change"
     parser.add_argument("--reencode", choices=("never", "jpg", "png", "webp"), default="never", help=text)
+    text = "take images of which 8-bit RGB holds only a part (16 bits, CMYK, transparency); else they are left out"
+    parser.add_argument("--to-rgb8", action="store_true", help=text)
     text = "stop after this many unusable images; for a share, 10 are always allowed"
     parser.add_argument("--max-rejected", default="1%", metavar="N|N%%", help=text)
     add_workers(parser)
@@ -80,6 +82,8 @@ def _told(packed: "Packed", listed: Path) -> Iterator[str]:
     if packed.emptied:
         some = ", ".join(packed.emptied[:_SHOWN]) + _more(packed.emptied)
         yield f"classes none of whose images can be used, which keep their numbers: {len(packed.emptied)} ({some})"
+    if packed.conversions:
+        yield "converted: " + ", ".join(f"{kind} {count}" for kind, count in packed.conversions.items())
     for split, manifest in packed.manifests.items():
         size = sum(shard.bytes for shard in manifest.shards) / 1e6
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""

@@ -6,9 +6,6 @@ values. What is not in the pixels is ignored: EXIF turns (packing applies them o
 """
 
 import io
-import os
-import struct
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from beitforge.shards.decode import jpeg
+from beitforge.shards.decode import conversions, extras, jpeg, tiff
+from beitforge.shards.decode.faults import DAMAGE, ImageError
+from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import (
     FLAG_ANIMATED,
@@ -33,36 +32,21 @@ MAX_PIXELS = 2**27
 
 _REGION_SHARE = 0.9  # of an image; a larger crop is cut from the whole
 
-# Plug-ins that are asked, and no others: some of Pillow's run programs (EPS) or read what is no image.
-_READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# What a set may hold, by Pillow's plug-in for it, and no others: some of Pillow's run programs (EPS) or read what is no
+# image. Packing reads those of `extras`, too.
+_HELD = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
+_READ_BY_PACK = ("avif", "heic", "jxl")
 _ORIENTATION = 0x0112
-_MOST_SAID = 1 << 14  # bytes kept of what a library prints about one image
 # Pillow reads a PNG to its end to look for EXIF; one that holds none of these has none.
 _PNG_EXIF_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
-# What Pillow's parsers raise on damaged input, found by fuzzing each format.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    EOFError,
-    IndexError,
-    TypeError,
-    ArithmeticError,
-    Image.DecompressionBombError,
-)
-
-
-class ImageError(ShardError):
-    """An image that cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an image says of itself. Width and height are in pixels as stored, before any EXIF turn.
+    """What an image says of itself. Width and height are in pixels as decoded, before any turn still to apply.
 
     `format` is jpg, png, webp, or Pillow's name in lower case; `flags` are FLAG_* of shards.format.index; `orientation`
-    is EXIF's 1-8; `bits` is 8, or 16 where `decode` has to drop the lower byte.
+    is that turn, EXIF's 1-8; `bits` is 8, or the file's number where `decode` keeps the upper 8 of them.
     """
 
     format: str
@@ -73,8 +57,19 @@ class Header:
     bits: int
 
 
+@dataclass(frozen=True)
+class Source:
+    """An image on its way into a set: its header, its pixels u8 [H, W, 3], and by name what those have lost
+    (`conversions.losses`) and left aside (`conversions.left_aside`)."""
+
+    header: Header
+    pixels: np.ndarray
+    losses: tuple[str, ...]
+    left_aside: tuple[str, ...]
+
+
 @contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(data: bytes, max_pixels: int, kind: str) -> Iterator[Image.Image]:
     """Open an image, refuse a bomb before any pixel is decoded, and turn every parser's complaint into ImageError.
 
     Sets two process-wide things, because Pillow offers no narrower way: its own bomb check is off (ours replaces it),
@@ -82,20 +77,38 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """
     Image.MAX_IMAGE_PIXELS = None
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-    if not data:
-        raise ImageError("the file is empty (zero bytes)")
+    name = _HELD.get(kind) or extras.open_format(kind)
     try:
-        with Image.open(io.BytesIO(data), formats=_READ) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(f"{width}x{height} is more than {max_pixels} pixels (a decompression bomb?)")
+        _check_pixels(extras.size_before_opening(kind, data), max_pixels)
+        with Image.open(io.BytesIO(data), formats=(name,)) as image:
+            _check_pixels(image.size, max_pixels)
             yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError("not an image that is read here (JPEG, PNG, WebP, GIF, BMP, TIFF), or damaged") from error
-    except _DAMAGE as error:
+        raise ImageError(
+            f"a {kind.upper()} image whose header is damaged, or of a layout that is not read here"
+        ) from error
+    except DAMAGE as error:
         raise ImageError(f"does not decode: {str(error).strip() or type(error).__name__}") from error
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise ImageError(f"{size[0]}x{size[1]} is more than {max_pixels} pixels (a decompression bomb?)")
+
+
+def _kind(data: bytes, pack: bool) -> str:
+    """The kind of an image that is read here. Raises ImageError for any other file."""
+    if not data:
+        raise ImageError("the file is empty (zero bytes)")
+    kind = kind_of(data[:HEAD_BYTES])
+    if kind in _HELD or (pack and kind in _READ_BY_PACK):
+        return kind
+    if kind in _READ_BY_PACK:
+        raise ImageError(f"an image in a format that sets do not hold ({kind}): `pack` makes JPEG or PNG of it")
+    held = "JPEG, PNG, WebP, GIF, BMP, TIFF" + (", AVIF, HEIC, JPEG XL" if pack else "")
+    raise ImageError(f"not an image that is read here ({held}), {f'but {kind}' if kind else 'or damaged'}")
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
@@ -104,16 +117,19 @@ def _orientation(image: Image.Image, data: bytes) -> int:
         return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except _DAMAGE:
+    except DAMAGE:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _header(image: Image.Image, data: bytes) -> Header:
+    """Of a loaded image: loading may change what it says of itself, as a TIFF's turn."""
     kind = {"JPEG": "jpg", "MPO": "jpg"}.get(image.format or "", (image.format or "").lower())
     flags = {"jpg": FLAG_JPEG, "png": FLAG_PNG, "webp": FLAG_WEBP}.get(kind, 0)
-    bits = 16 if (kind == "png" and data[24:25] == b"\x10") or image.mode.startswith("I") else 8
-    orientation = _orientation(image, data)
+    bits = _bits(image, data)
+    orientation = 1 if kind == "tiff" else _orientation(image, data)
+    if image.format in ("AVIF", "HEIF", "JXL"):
+        orientation = extras.orientation(image, data, orientation)
     # An MPO is a JPEG followed by others (a preview, the other eye); every JPEG decoder reads the first and stops.
     animated = image.format != "MPO" and getattr(image, "is_animated", False)
     for flag, holds in (
@@ -126,62 +142,37 @@ def _header(image: Image.Image, data: bytes) -> Header:
     return Header(kind, image.width, image.height, flags, orientation, bits)
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """Decode. 16-bit grey keeps its upper byte, which is what Pillow does for 16-bit colour; its own convert clips."""
+def _bits(image: Image.Image, data: bytes) -> int:
+    if image.format in ("AVIF", "HEIF", "JXL"):
+        return max(8, extras.bits(image, data))
     if image.format == "TIFF":
-        _load_tiff(image)
+        return max(8, tiff.bits(image))
+    return 16 if image.format == "PNG" and data[24:25] == b"\x10" else 8
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Decode. Grey of more than 8 bits keeps the upper 8, as Pillow does for colour; its own convert clips."""
+    if image.format == "TIFF":
+        tiff.load(image)
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
+        deep = np.asarray(image).astype(np.int64) >> 8
+        grey = tiff.upper_byte(image) if image.format == "TIFF" else deep.astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ImageError("32-bit pixels have no defined white: convert the image to 8 or 16 bits first")
-    return np.array(image.convert("RGB"))
-
-
-def _load_tiff(image: Image.Image) -> None:
-    """Decode, with what libtiff prints on stderr, where it names no file, as the reason of a failure."""
-    said: list[str] = []
-    try:
-        with _captured_stderr(said):
-            image.load()
-    except _DAMAGE as error:
-        raise ImageError(
-            f"does not decode: {'; '.join(said[:2]) or str(error).strip() or type(error).__name__}"
-        ) from error
-
-
-@contextmanager
-def _captured_stderr(said: list[str]) -> Iterator[None]:
-    """Keep what C code of this process prints on stderr; its lines are added to `said`."""
-    try:
-        before = os.dup(2)
-    except OSError:  # closed: nothing can be printed there
-        yield
-        return
-    try:
-        with tempfile.TemporaryFile() as file:
-            os.dup2(file.fileno(), 2)
-            try:
-                yield
-            finally:
-                os.dup2(before, 2)
-                file.seek(0)
-                lines = file.read(_MOST_SAID).decode("utf-8", "replace").splitlines()
-                said += [" ".join(line.split())[:200] for line in lines if line.strip()]
-    finally:
-        os.close(before)
+    return np.array((image.convert("LA") if image.mode == "La" else image).convert("RGB"))
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     """What the image says of itself, without decoding it. Raises ImageError: empty, no image, too large."""
-    with _opened(data, max_pixels) as image:
+    with _opened(data, max_pixels, _kind(data, pack=False)) as image:
         return _header(image, data)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """uint8 [H, W, 3] RGB, as stored (EXIF turn not applied), writable. Raises ImageError: read_header's, damaged."""
-    with _opened(data, max_pixels) as image:
+    with _opened(data, max_pixels, _kind(data, pack=False)) as image:
         return _pixels(image)
 
 
@@ -212,13 +203,29 @@ def _plain_jpeg(flags: int) -> bool:
 
 
 def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, np.ndarray]:
-    """`read_header` and `decode` of an image that comes into a set: a JPEG of which libjpeg says that it is damaged is
-    refused, too, though it decodes to something."""
-    with _opened(data, max_pixels) as image:
-        header, pixels = _header(image, data), _pixels(image)
-        if header.format == "jpg" and (complaint := jpeg.libjpeg_warning(data)):
-            raise ImageError(f"is damaged: {complaint}")
+    """`read_header` and `decode` of an image that is in a set or comes into one as it is: a JPEG of which libjpeg says
+    that it is damaged is refused, too, though it decodes to something."""
+    with _opened(data, max_pixels, _kind(data, pack=False)) as image:
+        pixels = _pixels(image)
+        header = _header(image, data)
+        _check_whole(header, data)
         return header, pixels
+
+
+def read_source(data: bytes, max_pixels: int = MAX_PIXELS) -> Source:
+    """`read_image` of a file to pack, which may be AVIF, HEIC or JPEG XL as well. Raises ImageError as read_image does,
+    and where one of these needs a package that is not installed."""
+    with _opened(data, max_pixels, _kind(data, pack=True)) as image:
+        pixels = _pixels(image)
+        header = _header(image, data)
+        _check_whole(header, data)
+        lost = conversions.losses(image, header.bits)
+        return Source(header, pixels, lost, conversions.left_aside(image, data))
+
+
+def _check_whole(header: Header, data: bytes) -> None:
+    if header.format == "jpg" and (complaint := jpeg.libjpeg_warning(data)):
+        raise ImageError(f"is damaged: {complaint}")
 
 
 def mean_grey(pixels: np.ndarray) -> float:

@@ -26,7 +26,7 @@ _STARTS = (
     (b"IIRO", "raw"),
     (b"IIU\0", "raw"),
 )
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TIFF = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # bytes; "BM" alone begins many a text
 _PNM = re.compile(rb"P[1-7]\s+(#|[0-9]|WIDTH)")
 _AVIF, _HEIC = {b"avif", b"avis"}, {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}

@@ -23,22 +23,26 @@ class EncodeOptions:
     """What packing does to an image. Sides are in pixels, 0: no limit; an image is never enlarged.
 
     `max_side` bounds the longest side, `short_side` the shortest; with both, the smaller result. `reencode` is never,
-    or the format (jpg, png, webp) every image is encoded in anew. `quality` is JPEG's and WebP's, 1-100.
+    or the format (jpg, png, webp) every image is encoded in anew. `quality` is JPEG's and WebP's, 1-100. `to_rgb8`
+    takes images that lose depth or channels as 8-bit RGB.
     """
 
     max_side: int = 0
     short_side: int = 0
     quality: int = 95
     reencode: str = "never"
+    to_rgb8: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The bytes to store, the extension that names their format, and their facts for the index."""
+    """The bytes to store, the extension that names their format, their facts for the index, and by name what became of
+    the image on the way (`codec.Source`, and how it was encoded again)."""
 
     data: bytes
     extension: str
     facts: Facts
+    conversions: tuple[str, ...]
 
 
 def read_file(path: Path) -> bytes:
@@ -59,22 +63,28 @@ def read_file(path: Path) -> bytes:
 
 
 def encode(data: bytes, options: EncodeOptions) -> Prepared:
-    """Bytes of an image file to bytes for the tar. Raises ImageError when it cannot be used.
+    """Bytes of an image file to bytes for the tar. Raises ImageError when it cannot be used, or would lose depth or
+    channels that `options` do not give up.
 
     The bytes stay as they are if they are 8-bit JPEG, PNG or WebP with one frame, upright, within the side limits.
     Otherwise the image is turned upright, shrunk (Lanczos), and stored without metadata: JPEG as JPEG and lossy
     WebP as WebP at `quality`, all else as PNG, so that what had no loss gets none.
     """
-    header, pixels = codec.read_image(data)
+    source = codec.read_source(data)
+    header, pixels = source.header, source.pixels
+    if source.losses and not options.to_rgb8:
+        raise ImageError(f"8-bit RGB would not hold all of it ({', '.join(source.losses)}): allow that with --to-rgb8")
+    named = (*source.losses, *source.left_aside)
     upright = _turn(pixels, header.orientation)
     size = shrunk_size(upright.shape[1], upright.shape[0], options)
     if _may_stay(header, options) and size == (upright.shape[1], upright.shape[0]):
-        return Prepared(data, header.format, _facts(data, header, pixels))
+        return Prepared(data, header.format, _facts(data, header, pixels), named)
     if size != (upright.shape[1], upright.shape[0]):
         upright = codec.resize(upright, (size[1], size[0]), "lanczos")
     extension = _new_format(data, header, options)
     stored = codec.encode(np.ascontiguousarray(upright), extension, options.quality)
-    return Prepared(stored, extension, _facts(stored, *codec.read_image(stored)))
+    again = f"{header.format} encoded again as {extension}"
+    return Prepared(stored, extension, _facts(stored, *codec.read_image(stored)), (*named, again))
 
 
 def _facts(data: bytes, header: Header, pixels: np.ndarray) -> Facts:

@@ -39,7 +39,8 @@ _MOST_JSON = 1 << 26  # bytes
 class Packed:
     """A finished packing: a manifest per folder below the target ("": the target itself), and what was left out.
 
-    `kept` counts the shards that an earlier run had finished, `shards` all of them. `emptied` are the classes none of
+    `kept` counts the shards that an earlier run had finished, `shards` all of them. `conversions` counts by kind what
+    the others were converted by. `emptied` are the classes none of
     whose images can be used. `equal` says which images repeat the bytes of others, a line each.
     """
 
@@ -48,6 +49,7 @@ class Packed:
     rejected: list[dict]
     kept: int
     shards: int
+    conversions: dict[str, int]
     emptied: list[str]
     equal: list[str]
 
@@ -66,7 +68,7 @@ def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, nu
     kept = len(finished)
     rejected = [row for shard in finished for row in shard.rejected]
     if kept == plan.num_shards and (manifests := _closed(plan)):
-        return _packed(plan, manifests, rejected, kept, kept)
+        return _packed(plan, manifests, finished, kept)
     _begin(plan)
     try:
         check_rejected(rejected, limit)
@@ -90,13 +92,15 @@ def _as_begun(plan: Plan) -> Plan:
     return plan
 
 
-def _packed(plan: Plan, manifests: dict[str, ImageManifest], rejected: list[dict], kept: int, shards: int) -> Packed:
+def _packed(plan: Plan, manifests: dict[str, ImageManifest], finished: list[PackedShard], kept: int) -> Packed:
     """What is told of a finished packing."""
+    rejected = [row for shard in finished for row in shard.rejected]
     lost = Counter(row["path"].split("/", 1)[0] for row in rejected)
     listed = Counter(plan.labels)
     emptied = [name for number, name in enumerate(plan.classes) if lost[name] == listed[number]]
     sets = {split or plan.target.name: contents(plan.folder(split), manifests[split]) for split in plan.orders}
-    return Packed(plan, manifests, _by_path(rejected), kept, shards, emptied, told(sets))
+    counts = kept, len(finished)
+    return Packed(plan, manifests, _by_path(rejected), *counts, _conversions(finished), emptied, told(sets))
 
 
 def rejection_limit(text: str, num_images: int) -> int:
@@ -219,6 +223,13 @@ def _read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def _conversions(finished: list[PackedShard]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for shard in finished:
+        total.update(shard.conversions)
+    return dict(sorted(total.items()))
+
+
 def _by_path(rejected: list[dict]) -> list[dict]:
     return sorted(rejected, key=lambda row: row["path"])
 
@@ -240,7 +251,7 @@ def _write_rejected(plan: Plan, rejected: list[dict]) -> None:
 def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
     """Write the list of rejected images, then the manifests; then the set is finished."""
     rejected = [row for shard in finished for row in shard.rejected]
-    made_by = {**plan.describe(), "rejected": len(rejected)}
+    made_by = {**plan.describe(), "rejected": len(rejected), "conversions": _conversions(finished)}
     made_by["versions"] = {name: version(name) for name in ("webdataset", "pillow")}
     _write_rejected(plan, rejected)
     manifests = {}
@@ -256,4 +267,4 @@ def _close(plan: Plan, finished: list[PackedShard], kept: int) -> Packed:
     for split, manifest in manifests.items():
         write_manifest(plan.folder(split), manifest)
     (plan.target / MARKER).unlink()
-    return _packed(plan, manifests, rejected, kept, len(finished))
+    return _packed(plan, manifests, finished, kept)

@@ -21,9 +21,10 @@ from beitforge.shards.pack.labels import Labels, labels_of, labels_of_format_1
 REST = "train"
 
 # Part of every plan: raise it when the same options no longer give the same bytes. Format 1 listed images by eight
-# extensions, took any first sub-folders for classes, and split by key alone; a packing begun by it ends by it.
+# extensions, took any first sub-folders for classes, split by key alone, and made 8-bit RGB of any image; a packing
+# begun by it ends by it.
 FORMAT, FIRST_FORMAT = 2, 1
-_SINCE_FORMAT_1: tuple[str, ...] = ()  # options that it did not know
+_SINCE_FORMAT_1 = ("to_rgb8",)  # options that it did not know
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,9 @@ class Plan:
 
     def jobs(self, max_rejected: int) -> Iterator[ShardJob]:
         """Every shard of every split, in order."""
-        step = self.options.samples_per_shard
+        step, encoding = self.options.samples_per_shard, self.options.encoding
+        if self.format == FIRST_FORMAT:
+            encoding = dataclasses.replace(encoding, to_rgb8=True)
         for split, order in self.orders.items():
             for number, start in enumerate(range(0, len(order), step)):
                 yield ShardJob(
@@ -108,7 +111,7 @@ class Plan:
                     folder=self.folder(split),
                     name=f"{self.options.name}-{number:06d}",
                     planned=[self._planned(i) for i in order[start : start + step].tolist()],
-                    options=self.options.encoding,
+                    options=encoding,
                     plan=self.fingerprint,
                     max_rejected=max_rejected,
                 )
@@ -190,7 +193,7 @@ def check_folders(images: Path, target: Path) -> None:
 
 def options_of(arguments: argparse.Namespace) -> PackOptions:
     """What the command line of `pack` says. Raises ShardError for a --split that is no NAME=FRACTION."""
-    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode")}
+    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode", "to_rgb8")}
     return PackOptions(
         name=arguments.name,
         samples_per_shard=arguments.samples_per_shard,

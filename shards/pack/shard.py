@@ -1,7 +1,8 @@
 """One shard of a packing: written by a worker, recognised again by a later run."""
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from beitforge.shards.decode.codec import ImageError
@@ -33,11 +34,13 @@ class TooManyRejected(ShardError):
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A finished shard: its folder, its manifest entry, and the images left out of it, each {path, reason}."""
+    """A finished shard: its folder, its manifest entry, the images left out of it, each {path, reason}, and how many of
+    the others were converted, by kind."""
 
     folder: Path
     entry: ImageShard
     rejected: list[dict]
+    conversions: dict[str, int] = field(default_factory=dict)
 
 
 def check_rejected(rejected: list[dict], limit: int) -> None:
@@ -58,8 +61,9 @@ def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
     """
     tar = job.folder / f"{job.name}.tar"
     rejected: list[dict] = []
+    conversions: Counter[str] = Counter()
     with atomic_path(tar) as partial:
-        facts = _write_tar(partial, job, rejected, beat)
+        facts = _write_tar(partial, job, rejected, conversions, beat)
         labels = {image.key: image.label for image in job.planned}
         samples = read_tar(partial).samples
         rows: list[IndexRow] = [
@@ -68,14 +72,16 @@ def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
         metadata = {"plan": job.plan, "tar_bytes": str(partial.stat().st_size), "tar_digest": file_digest(partial)}
     if not rows:
         tar.unlink()
-    write_index(index_path(job.folder, job.name), rows, {**metadata, "rejected": json.dumps(rejected)})
+    metadata |= {"rejected": json.dumps(rejected), "conversions": json.dumps(conversions)}
+    write_index(index_path(job.folder, job.name), rows, metadata)
     shard = finished_shard(job)
     assert shard is not None, f"{tar} was just finished"
     return shard
 
 
-def _write_tar(path: Path, job: ShardJob, rejected: list[dict], beat: Beat) -> list[Facts]:
-    """Write the images that can be used, in the job's order; their facts. The others are added to `rejected`."""
+def _write_tar(path: Path, job: ShardJob, rejected: list[dict], conversions: Counter[str], beat: Beat) -> list[Facts]:
+    """Write the images that can be used, in the job's order; their facts. Their conversions are counted, the other
+    images added to `rejected`."""
     from webdataset.writer import TarWriter
 
     facts = []
@@ -95,6 +101,7 @@ def _write_tar(path: Path, job: ShardJob, rejected: list[dict], beat: Beat) -> l
                 sample["cls"] = str(image.label).encode()
             writer.write(sample)
             facts.append(prepared.facts)
+            conversions.update(prepared.conversions)
     return facts
 
 
@@ -118,4 +125,6 @@ def finished_shard(job: ShardJob) -> PackedShard | None:
         digest=metadata["tar_digest"],
         index_digest=index.digest,
     )
-    return PackedShard(job.folder, entry, json.loads(metadata["rejected"]))
+    return PackedShard(
+        job.folder, entry, json.loads(metadata["rejected"]), json.loads(metadata.get("conversions", "{}"))
+    )

@@ -95,3 +95,26 @@ def contents(folder: Path) -> dict[str, bytes]:
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """Inode and mtime of every entry: changed by any rewrite, even one with the same bytes."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def tiff(values: np.ndarray, bits: int, order: str = "<", deflate: bool = False, **tags: int) -> bytes:
+    """uint [H, W] or [H, W, bands] of `bits` a sample as a TIFF of one strip, for what Pillow does not write.
+
+    Tags by name: photometric (1), extra (ExtraSamples of one band), planes (1), format (SampleFormat), orientation.
+    """
+    rows = values if tags.get("planes", 1) == 1 else np.moveaxis(values, -1, 0)
+    bands = values.shape[2] if values.ndim == 3 else 1
+    rows = rows.reshape(-1, values.shape[1] * (bands if tags.get("planes", 1) == 1 else 1))
+    digits = (rows[..., None].astype(np.int64) >> np.arange(bits)[::-1] & 1).astype(np.uint8)
+    packed = np.packbits(digits.reshape(len(rows), -1), axis=1)
+    content = rows.astype(f"{order}u{bits // 8}").tobytes() if bits in (16, 32) else packed.tobytes()
+    content = zlib.compress(content) if deflate else content
+    entries = {256: values.shape[1], 257: values.shape[0], 258: bits, 259: 8 if deflate else 1, 262: 1, 273: 8}
+    entries |= {277: bands, 278: values.shape[0], 279: len(content)}
+    numbers = {"photometric": 262, "extra": 338, "planes": 284, "format": 339, "orientation": 274}
+    entries |= {numbers[name]: value for name, value in tags.items()}
+    directory = struct.pack(f"{order}H", len(entries))
+    for number, value in sorted(entries.items()):
+        directory += struct.pack(f"{order}HHII", number, 4, 1, value)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(f"{order}I", 8 + len(content)) + content + directory + bytes(4)

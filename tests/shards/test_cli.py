@@ -137,7 +137,7 @@ def test_splits_and_image_options_arrive(images, tmp_path):
         "labels": "none",
         "splits": [["val", 0.3]],
         "seed": 3,
-        "picture": {"max_side": 40, "short_side": 16, "quality": 80, "reencode": "webp"},
+        "picture": {"max_side": 40, "short_side": 16, "quality": 80, "reencode": "webp", "to_rgb8": False},
     }
     assert (tmp_path / "out/val/pic-000000.tar").exists()
 

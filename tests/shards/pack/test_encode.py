@@ -15,6 +15,7 @@ from tests.shards.made_images import encoded, exif, jpeg, photo, png_16_bit
 PHOTO = photo()
 IMAGE = Image.fromarray(PHOTO)
 PLAIN = EncodeOptions()
+TO_RGB8 = EncodeOptions(to_rgb8=True)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ PLAIN = EncodeOptions()
 )
 def test_bytes_stay_where_nothing_must_change(data, extension):
     """Packing is lossless by default; the extension follows the content, so a PNG named .jpg becomes .png."""
-    prepared = encode(data, PLAIN)
+    prepared = encode(data, TO_RGB8)
     assert prepared.data == data
     assert prepared.extension == extension
 
@@ -61,7 +62,7 @@ def test_exif_turn_is_applied_exactly_once(orientation, format):
 )
 def test_what_must_change_becomes_a_lossless_8_bit_png(data, expected):
     """These had no loss, so they get none; and any reader downstream, not only ours, sees the same pixels."""
-    prepared = encode(data, PLAIN)
+    prepared = encode(data, TO_RGB8)
     header, pixels = codec.read_image(prepared.data)
     assert (prepared.extension, header.format, header.bits) == ("png", "png", 8)
     assert not header.flags & FLAG_ANIMATED

@@ -126,7 +126,7 @@ def test_every_awkward_image_and_name_arrives(tmp_path):
     write_folder(tmp_path / "in", AWKWARD)
     with open(os.fsencode(tmp_path) + b"/in/a/caf\xe9.jpg", "wb") as file:
         file.write(jpeg(10))
-    packed = run(tmp_path / "in", tmp_path / "out")
+    packed = run(tmp_path / "in", tmp_path / "out", PackOptions(encoding=EncodeOptions(to_rgb8=True)))
     assert packed.rejected == []
     read = {sample["__key__"]: {name for name in sample if name[0] != "_"} for sample in samples_of(tmp_path / "out")}
     assert {key: (extensions - {"cls", "json"}).pop() for key, extensions in read.items()} == {
