@@ -18,6 +18,7 @@ from beitforge.pipeline.data.batches import training_batches
 from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.labelled import labelled
 from beitforge.pipeline.data.pretraining import DataSource, heldout, image_set, pretraining, refuse_other_tokenizers
+from beitforge.pipeline.doctor.equal import equal_images
 from beitforge.pipeline.doctor.findings import OK, STOP, WARNING, Local
 from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.errors import ShardError
@@ -36,12 +37,12 @@ def sets(config: Config, seconds: float, local: Local) -> DataSource | None:
     """Both sets of training and, where there are, of held-out images, and the labelled ones; the training stream when
     it can be read.
 
-    seconds: half for opening shards, half for reading some of their rows.
+    seconds: half for opening shards, a third for reading some of their rows, the rest for finding equal images.
     """
     source = _pair(config, config.data.images, ("images", "tokens"), lambda: pretraining(config), local)
     if source is not None:
         _whole("images", source, seconds / 3, local)
-        _digests(source, seconds / 2, local)
+        _digests(source, seconds / 3, local)
     try:
         refuse_other_tokenizers(config)
     except (ShardError, ConfigError) as error:
@@ -52,6 +53,7 @@ def sets(config: Config, seconds: float, local: Local) -> DataSource | None:
         if apart is not None:
             _whole("held-out", apart, seconds / 12, local)
     _labelled(config, seconds / 12, local)
+    equal_images(config, seconds / 6, local)
     return source
 
 

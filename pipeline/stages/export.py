@@ -19,7 +19,12 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Classifier
 from beitforge.pipeline.model.resize import for_finetuning
 from beitforge.pipeline.weights import export_formats
-from beitforge.pipeline.weights.classifier import classifier_config, refuse_no_classifier, stream_classifier
+from beitforge.pipeline.weights.classifier import (
+    classifier_config,
+    num_classes,
+    refuse_no_classifier,
+    stream_classifier,
+)
 from beitforge.pipeline.weights.encoder import (
     Trained,
     build_encoder,
@@ -123,7 +128,7 @@ def _write_tuned(folder: Path, to: str, weights: Trained, config: Config, names:
     """Write a fine-tuned classifier with its head; returns the largest difference of its logits, likewise."""
     model = dataclasses.replace(classifier_config(config, weights.shapes).model, drop_path=config.finetune.drop_path)
     tune = config.finetune
-    head = export_formats.ClassifierHead(weights.shapes["head.weight"][0], names, tune.test_share, tune.pooling)
+    head = export_formats.ClassifierHead(num_classes(weights.shapes), names, tune.test_share, tune.pooling)
     return _write_peer(folder, to, weights.all(), model, head)
 
 

@@ -51,7 +51,8 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
     setup = run_on_all_ranks(lambda: tuning_setup(config, world), world)
     classifier = new_classifier(config, classes)
     float8 = config.train.precision == "fp8" and run_on_all_ranks(lambda: use_float8(classifier, world.device), world)
-    line = _start(config, classifier, begins, world)
+    names = tuple(source.stream.images.manifest.classes)
+    line = _start(config, classifier, names, begins, world)
     read = f"{source.samples} images of {classes} classes to train on, {test.samples if test else 'none'} to test"
     for said in (line, float8, read):
         if world.first and said:
@@ -89,7 +90,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
         evaluate=evaluate if test is not None else None,
         heldout_every=tune.test_every if test is not None else None,
         flops=training_flops(classifier.model, classes, masked=1),
-        classes=tuple(source.stream.images.manifest.classes),
+        classes=names,
     )
     return world, job
 
@@ -148,7 +149,9 @@ def new_classifier(config: Config, classes: int) -> Classifier:
     return classifier
 
 
-def _start(config: Config, classifier: Classifier, begins: Callable[[], bool], world: World) -> str:
+def _start(
+    config: Config, classifier: Classifier, names: tuple[str, ...], begins: Callable[[], bool], world: World
+) -> str:
     """Load finetune.init unless there is a checkpoint to go on from; returns the line that says so, or ''."""
     if not broadcast_object(world.first and begins(), world):
         return ""
@@ -156,7 +159,7 @@ def _start(config: Config, classifier: Classifier, begins: Callable[[], bool], w
         return "finetune.init is empty: the encoder starts as drawn from data.seed"
     init, tell = Path(config.finetune.init), say if world.first else lambda _: None
     chosen = newest_whole(init, world, tell)  # each byte read by one rank, and all take the same
-    return run_on_all_ranks(lambda: initialise_classifier_from(init, classifier, config.model, chosen), world)
+    return run_on_all_ranks(lambda: initialise_classifier_from(init, classifier, config.model, names, chosen), world)
 
 
 def tuning_setup(config: Config, world: World) -> Setup:

@@ -27,10 +27,11 @@ from beitforge.pipeline.model.resize import fit_grid
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.reading import parse_json, read_object, read_regular, require_regular
 from beitforge.pipeline.runs.checkpoints import State, candidates, newest
+from beitforge.pipeline.runs.record import CLASSIFIER
 
 Small = TypeVar("Small", dict, list)
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-ENCODER, CLASSIFIER = "beit", "beit-classifier"  # kinds of folders of weights
+WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+ENCODER = "beit"  # a kind of folder of weights, as CLASSIFIER is
 
 
 def run_config(run: Path) -> Config:
@@ -131,9 +132,9 @@ def stream_encoder(folder: Path, weights: Trained, config: Config, source: str =
 def write_folder(folder: Path, said: dict, weights: Trained, config: Config, source: str) -> None:
     """Write a folder of weights of any kind; said: what its config.json holds beside the config and the state."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{_WEIGHTS}.partial"
+    partial = folder / f"{WEIGHTS}.partial"
     _write_safetensors(partial, weights)
-    partial.replace(folder / _WEIGHTS)
+    partial.replace(folder / WEIGHTS)
     state = weights.state
     content = {**said, "step": state.step, "samples_seen": state.samples_seen, "tokens": state.tokens}
     content |= {"imported_from": source} if source else {}
@@ -161,7 +162,7 @@ def _write_safetensors(path: Path, weights: Trained) -> None:
 
 def written_as_read(folder: Path, weights: Trained) -> bool:
     """Whether the encoder in a folder has these weights, bit for bit; one tensor at a time."""
-    with safe_open(folder / _WEIGHTS, "pt") as file:
+    with safe_open(folder / WEIGHTS, "pt") as file:
         names = set(file.keys())
         return names == weights.shapes.keys() and all(torch.equal(file.get_tensor(n), t) for n, t in weights.each())
 
@@ -204,12 +205,14 @@ def read_described(folder: Path) -> tuple[dict, Config]:
         names = content.get("classes", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("classes is no list of names")
+        if names and len(names) != content.get("num_classes"):
+            raise ValueError(f"{len(names)} names for {content.get('num_classes')} classes")
         return content, from_dict(dict(content["config"]), str(folder / _CONFIG))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     with _as_one_line(folder):
-        return load_file(require_regular(folder / _WEIGHTS))
+        return load_file(require_regular(folder / WEIGHTS))
 
 
 def _read_encoder(folder: Path) -> tuple[Config, dict[str, Tensor]]:

@@ -27,7 +27,7 @@ from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.runs.checkpoints import State
 from beitforge.pipeline.runs.folder import claim
 from beitforge.pipeline.runs.jsonl import read_metrics
-from beitforge.pipeline.stages import finetune
+from beitforge.pipeline.stages import export, finetune
 from beitforge.pipeline.training.objectives import supervised_input
 from beitforge.pipeline.weights.classifier import initialise_classifier_from
 from beitforge.pipeline.weights.encoder import save_encoder
@@ -258,7 +258,7 @@ def test_what_cannot_be_is_said(labelled, others, tmp_path, settings, words):
     ("init", "settings", "words"),
     [
         ("/nowhere", [], "/nowhere is neither a run folder"),
-        ("{whole}", [], "no pretraining's of its config"),
+        ("{whole}", ["model.width=64"], "has model.width 32, this config says 64; make them equal"),
         ("{encoder}", ["model.width=64"], "has model.width 32, this config says 64; make them equal"),
         (
             "{encoder}",
@@ -294,6 +294,19 @@ def test_an_encoder_is_taken_with_a_small_new_head(labelled, encoder):
     head = classifier.head.weight
     assert 0 < head.abs().max() <= 0.02e-3 and not classifier.head.bias.any()
     assert all(torch.isfinite(parameter).all() for parameter in classifier.parameters())
+
+
+def test_a_fine_tuning_is_started_from_whole(labelled, whole, tmp_path):
+    """Its norm and its head, from its own checkpoints or from what `export` makes of them: without a learning rate the
+    first test finds what the other's last one found."""
+    assert export.run(whole, tmp_path / "out") == 0
+    still = ("finetune.duration=1 steps", "finetune.warmup=0 steps", "finetune.lr=0", "finetune.lr_end=0")
+    for init, processes, stage in ((whole, 2, 3), (tmp_path / "out", 1, 0)):
+        run, where = tmp_path / f"run{processes}", f"finetune.init={init}"
+        output = trained(labelled, run, where, *still, f"train.zero_stage={stage}", processes=processes)
+        assert f"starting from step {STEPS} of {init}, with its norm and its head over 3 classes" in output
+        ours, theirs = read_metrics(run, "test")[-1], read_metrics(whole, "test")[-1]
+        assert ours["accuracy"] == theirs["accuracy"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("setting", ["finetune.global_batch=6", "finetune.micro_batch=1"])
