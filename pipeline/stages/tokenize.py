@@ -298,12 +298,12 @@ def _jittered(task: Task, index: Index, views: Views, item: ViewBatch) -> torch.
     at = item.rows.numpy()
     jitters = torch.from_numpy(views.jitters[:, at]).transpose(0, 1).flatten(0, 1)
     orders = torch.from_numpy(views.orders[:, at].astype(np.int64)).t().flatten()
-    greys = torch.from_numpy(index.mean_grey[at]).repeat_interleave(task.num_views)
-    return jitter(*(tensor.to(task.device) for tensor in (item.pixels.flatten(0, 1), jitters, orders, greys)))
+    pivots = torch.from_numpy(views.levels[:, at, 2]).t().flatten()
+    return jitter(*(tensor.to(task.device) for tensor in (item.pixels.flatten(0, 1), jitters, orders, pivots)))
 
 
 def _draw(task: Task, index: Index) -> Views:
     """Views with leading [K, samples]; an unreadable image (0 × 0) gets the box of a single pixel."""
-    widths, heights = index.width.clip(1), index.height.clip(1)
-    drawn = [draw_views(task.policy, index.key_hash, k, widths, heights) for k in range(task.num_views)]
+    images = index.width.clip(1), index.height.clip(1), index.greys
+    drawn = [draw_views(task.policy, index.key_hash, k, *images) for k in range(task.num_views)]
     return Views(*(np.stack([getattr(view, name) for view in drawn]) for name in FIELDS))

@@ -29,7 +29,7 @@ class ObjectiveBatch(Protocol):
     @property
     def orders(self) -> Tensor: ...
     @property
-    def mean_greys(self) -> Tensor: ...
+    def pivots(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
     @property
@@ -39,14 +39,14 @@ class ObjectiveBatch(Protocol):
 def encoder_input(config: Config, batch: ObjectiveBatch, dtype: torch.dtype = torch.float32) -> Tensor:
     """Jittered, normalised pixels [B, 3, H, W] for the encoder."""
     normal = (config.model.mean, config.model.std)
-    views = (batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    views = (batch.pixels, batch.jitters, batch.orders, batch.pivots)
     return jittered(*views, normal, dtype, config.model.kernels)
 
 
 @torch.no_grad()
 def online_tokens(tokenize: Callable[[Tensor], Tensor], batch: ObjectiveBatch) -> Tensor:
     """Visual tokens i64 [B, N] of a batch that brings the tokenizer's view instead of recorded tokens."""
-    return tokenize(jitter(batch.tokenizer_pixels, batch.jitters, batch.orders, batch.mean_greys))
+    return tokenize(jitter(batch.tokenizer_pixels, batch.jitters, batch.orders, batch.pivots))
 
 
 def masked_token_loss(
@@ -74,7 +74,7 @@ def dvae_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Reconstruction + KL of each posterior to the uniform prior (weight warmed up over the first quarter of training)
     + KL of the batch's mean posterior to it, which keeps every code in use. `generator` draws the Gumbel noise."""
-    target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys))
+    target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots))
     shape = (len(target), settings.vocabulary, *settings.grid)
     uniform = torch.rand(shape, generator=generator, device=target.device).clamp(1e-9, 1 - 1e-7)
     noise = -(-uniform.log()).log()

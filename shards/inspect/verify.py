@@ -171,6 +171,7 @@ def _said(label: int | None) -> str:
 def _check_images(tar: Path, index: Index, decode: bool, tell: Beat) -> list[str]:
     """Every image's bytes against the checksum of its row, and decoded, against the row's other facts."""
     findings = []
+    tones = [tuple(table) for table in index.greys.tones.tolist()] if decode and index.has_tones else None
     with open(tar, "rb") as file:
         for row in range(len(index)):
             known = index.row(row)
@@ -183,13 +184,13 @@ def _check_images(tar: Path, index: Index, decode: bool, tell: Beat) -> list[str
                 continue
             if xxhash.xxh3_64_intdigest(data) != known.image_xxh3:
                 findings.append(f"{where}: the image's bytes are not what was packed (checksum differs)")
-            elif decode and (difference := _decoded_difference(data, known)):
+            elif decode and (difference := _decoded_difference(data, known, tones[row] if tones else None)):
                 findings.append(f"{where}: {difference}")
             tell(place.size)
     return findings
 
 
-def _decoded_difference(data: bytes, known: Row) -> str:
+def _decoded_difference(data: bytes, known: Row, tones: tuple[int, ...] | None) -> str:
     facts = describe(data)
     listed = known.flags & ~FLAG_LABELLED
     for name, found, expected in (
@@ -197,6 +198,7 @@ def _decoded_difference(data: bytes, known: Row) -> str:
         ("width", facts.width, known.width),
         ("height", facts.height, known.height),
         ("mean grey", np.float32(facts.mean_grey), np.float32(known.mean_grey)),
+        ("tone table", facts.tones, facts.tones if tones is None else tones),
     ):
         if found != expected:
             cure = "run `index --again`, or check the decoder"

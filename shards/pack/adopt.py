@@ -273,11 +273,13 @@ def _refuse_read_only(folder: Path) -> None:
 
 
 def index_tar(job: ScanJob, beat: Beat) -> Indexed:
-    """Index one tar, unless its index fits it already. Raises ShardError when the tar is damaged."""
+    """Index one tar, unless its index fits it already and has all that one has today. Raises ShardError when the tar is
+    damaged."""
     size, path = job.tar.stat().st_size, index_path(job.folder, job.name)
     digest = file_digest(job.tar)
     before = _made_from(path, digest)
-    kept = before is not None and job.index_digest in ("", before.digest) and not job.again
+    listed = before is not None and job.index_digest in ("", before.digest)
+    kept = before is not None and listed and before.has_tones and not job.again
     with in_megabytes(beat, size) as tell:
         if not kept:
             scanned = scan_tar(job.tar, tell)

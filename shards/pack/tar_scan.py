@@ -18,6 +18,7 @@ from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.bad_rows import BadRow, told
 from beitforge.shards.format.index import FLAG_BAD, FLAG_LABELLED, MOST_IMAGE, SUFFIX, Index, IndexRow
+from beitforge.shards.format.levels import NO_TONES
 from beitforge.shards.pack.tar_members import FILE, HARD_LINK, Member, TarMember, read_members
 from beitforge.shards.storage.reading import OpenFile
 
@@ -107,6 +108,7 @@ class Facts:
     height: int
     mean_grey: float
     flags: int
+    tones: tuple[int, ...]
     reason: str = ""
 
 
@@ -133,8 +135,8 @@ def describe(data: bytes) -> Facts:
     try:
         header, pixels = codec.read_image(data)
     except codec.ImageError as error:
-        return Facts(digest, 0, 0, 0.0, FLAG_BAD, str(error))
-    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags)
+        return Facts(digest, 0, 0, 0.0, FLAG_BAD, NO_TONES, str(error))
+    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags, codec.tones(pixels))
 
 
 def index_row(sample: Sample, facts: Facts, label: int | None) -> IndexRow:
@@ -155,6 +157,7 @@ def index_row(sample: Sample, facts: Facts, label: int | None) -> IndexRow:
         width=facts.width,
         height=facts.height,
         mean_grey=facts.mean_grey,
+        tones=facts.tones,
         label=label if labelled and label is not None else 0,
         flags=facts.flags | (FLAG_LABELLED if labelled else 0),
     )

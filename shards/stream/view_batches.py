@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from beitforge.shards.decode import codec
-from beitforge.shards.format.views import Views, unclipped_limits
+from beitforge.shards.format.views import Views
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.loader import cut_into, start_worker
 
@@ -48,10 +48,6 @@ class ShardViews(Dataset):
             raise IndexError(i)
         views = self.views
         rows = np.arange(i * self.per_item, min((i + 1) * self.per_item, views.flips.shape[1]), dtype=np.int64)
-        limits = unclipped_limits(
-            Views(views.boxes[:, rows], views.flips[:, rows], views.jitters[:, rows], views.orders[:, rows]),
-            self.images.index(self.shard).mean_grey[rows],
-        )
         pixels = torch.zeros((len(rows), len(views.flips), 3, *self.size), dtype=torch.uint8)
         bad, reasons = np.zeros(len(rows), dtype=np.uint8), {}
         for n, row in enumerate(rows.tolist()):
@@ -65,7 +61,7 @@ class ShardViews(Dataset):
                     reasons[row] = str(error)
                 continue
             for k, box in enumerate(views.boxes[:, row].tolist()):
-                how = bool(views.flips[k, row]), limits[k, n].tolist()
+                how = bool(views.flips[k, row]), views.levels[k, row, :2].tolist()
                 cut_into(pixels[n, k], codec.crop(image, box), *how, self.resample)
         return ViewBatch(torch.from_numpy(rows), pixels, torch.from_numpy(bad), reasons)
 
