@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     text = "whose names and layout (default safetensors: ours)"
     parser.add_argument("--to", choices=("safetensors", "hf", "timm", "unilm"), default="safetensors", help=text)
-    text = "write a classifier without its head: mean pooling, a bias table for each layer"
+    text = "write an encoder as a classifier without a head: mean pooling, a bias table for each layer"
     parser.add_argument("--finetune", action="store_true", help=text)
     text = "of a fine-tuning with finetune.ema_decay: the moving average of its weights"
     parser.add_argument("--ema", action="store_true", help=text)

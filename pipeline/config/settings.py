@@ -46,7 +46,11 @@ class Data:
         0, at_least=-(2**63), less_than=2**63, doc="Seed of the data order, masks, drop path and initial weights."
     )
     bad_sample_budget: float = setting(
-        1e-4, at_least=0, at_most=1, identity=False, doc="Share of distinct bad samples above which the run stops."
+        1e-4,
+        at_least=0,
+        at_most=1,
+        identity=False,
+        doc="Share of bad samples not known from the sets above which a run stops.",
     )
 
 

@@ -43,14 +43,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, eps 1e-6."""
+    """LayerNorm over the last dimension. epsilon: 1e-6; another one only to compare with a model that has it."""
 
     def __init__(self, width: int):
         super().__init__()
+        self.epsilon = _EPSILON
         self.weight, self.bias = empty(width), empty(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, _EPSILON)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 class RelativeBias(nn.Module):

@@ -27,6 +27,7 @@ from beitforge.pipeline.stages.finetune import new_classifier
 from beitforge.pipeline.training.objectives import encoder_input
 from beitforge.pipeline.weights.conversion import from_hf
 from beitforge.pipeline.weights.encoder import save_encoder
+from beitforge.pipeline.weights.export_formats import UNILM_FILE
 from tests.peers.test_training import published_schedule
 from tests.pipeline.training.test_trainer import trained, weights
 
@@ -190,11 +191,15 @@ def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing, m
             assert export.run(run, tmp_path / to, to) == 0
 
 
-@pytest.mark.parametrize("to", ["hf", "timm"])
+@pytest.mark.parametrize("to", ["hf", "timm", "unilm"])
 def test_a_finetuned_classifier_is_exported_with_its_head(tuned, tmp_path, to):
     """Checked by the command itself: the library's logits are ours."""
     assert export.run(tuned, tmp_path / "out", to) == 0
-    head = load_file(tmp_path / "out" / "model.safetensors")["classifier.weight" if to == "hf" else "head.weight"]
+    if to == "unilm":
+        found = torch.load(tmp_path / "out" / UNILM_FILE, weights_only=True)["model"]
+    else:
+        found = load_file(tmp_path / "out" / "model.safetensors")
+    head = found["classifier.weight" if to == "hf" else "head.weight"]
     assert torch.equal(head, weights(tuned)["head.weight"])
 
 
@@ -222,7 +227,6 @@ def test_an_exported_classifier_brings_its_names_and_its_view(tuned, tiny, tmp_p
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=0.05)
 
 
-def test_other_exports_of_a_classifier_are_refused(tuned, tmp_path):
-    for to, finetune in (("unilm", False), ("hf", True)):
-        with pytest.raises(ConfigError, match="holds a classifier, which goes with its head --to safetensors, hf or"):
-            export.run(tuned, tmp_path / "out", to, finetune=finetune)
+def test_a_classifier_is_exported_whole_alone(tuned, tmp_path):
+    with pytest.raises(ConfigError, match="holds a classifier, which is exported with its head: leave --finetune out"):
+        export.run(tuned, tmp_path / "out", "hf", finetune=True)
