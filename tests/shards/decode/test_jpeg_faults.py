@@ -201,7 +201,7 @@ def harmed(rng: random.Random, data: bytes) -> tuple[str, bytes]:
 
 
 def outcomes(seed: int, count: int) -> collections.Counter:
-    """Of so many single faults: (whether pixels are whole, whether libjpeg warns or Pillow fails, whether taken)."""
+    """Of `count` single faults: (whether pixels are whole, whether libjpeg warns or Pillow fails, whether taken)."""
     rng, found = random.Random(seed), collections.Counter()
     for _ in range(count):
         kind = rng.choice(list(KINDS))
