@@ -21,6 +21,13 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=cpus, metavar="N", help=text)
 
 
+def add_against(parser: argparse.ArgumentParser) -> None:
+    """The option --against of a verb that counts the images that sets have in common."""
+    text = "also count the images that are in this set, too, such as the one to train on; may be repeated. Those that "
+    text += "the same packing made beside SHARDS always count"
+    parser.add_argument("--against", action="append", default=[], metavar="SET", help=text)
+
+
 def num_workers(arguments: argparse.Namespace) -> int:
     """What --workers says. Raises ShardError for less than one."""
     if arguments.workers < 1:

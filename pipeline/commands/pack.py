@@ -26,10 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "folder: the first sub-folder is the class; auto: so if each image lies in one of at least two sub-folders, "
     text += "and no folder has a number, a date or a part of a set for a name"
     parser.add_argument("--labels", choices=("auto", "folder", "none"), default="auto", help=text)
-    text = (
-        "put this share of the images into SHARDS/NAME and the rest into SHARDS/train, files of equal bytes into the "
-    )
-    text += "same; may be repeated"
+    text = "put this share of the images into SHARDS/NAME and the rest into SHARDS/train, copies of one into the same; "
+    text += "may be repeated"
     parser.add_argument("--split", action="append", default=[], metavar="NAME=FRACTION", help=text)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle and the split")
     text = "shrink the longest side to this many pixels; 0: no"

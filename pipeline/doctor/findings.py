@@ -19,7 +19,7 @@ HOSTS = "BEITFORGE_DOCTOR_HOSTS"  # HOST=RANKS,… in the order of ranks: who sh
 COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("host", ("ssh", "rank", "time", "host name", "versions", "clock", "port", "signals", "limits")),
     ("shm", ("shm",)),
-    ("data", ("images", "tokens", "held-out", "digests")),
+    ("data", ("images", "tokens", "held-out", "digests", "equal")),
     ("disk", ("disk", "cache", "run folder")),
     ("read", ("storage",)),
     ("device", ("device", "kernels")),

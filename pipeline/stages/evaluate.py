@@ -43,23 +43,26 @@ _TOLD = 5  # classes and confusions that are printed; the file has all
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """overrides: section.key=value. by_number: whether labels are the classifier's numbers, whatever the names. json:
-    the file that all counts go to."""
+    """overrides: section.key=value. by_number: whether labels are the classifier's numbers, whatever the names. ema:
+    whether the moving average of the weights is asked for. json: the file that all counts go to."""
 
     overrides: tuple[str, ...] = ()
     by_number: bool = False
+    ema: bool = False
     json: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A classifier and what it is shown. classes: the classifier's number of each label; named: found by name."""
+    """A classifier and what it is shown. classes: the classifier's number of each label; named: found by name. average:
+    whether its weights are a run's moving average."""
 
     loaded: LoadedClassifier
     config: Config
     source: DataSource
     classes: dict[int, int]
     named: bool
+    average: bool
 
 
 def run(folder: Path, where: str, asked: EvaluateOptions) -> int:
@@ -73,7 +76,7 @@ def run(folder: Path, where: str, asked: EvaluateOptions) -> int:
         config, lambda: as_tested(config, where, where, "`evaluate`"), lambda source: _facts(folder, source)
     )
     chosen = newest_whole(folder, world, say if world.first else lambda _: None)
-    task = run_on_all_ranks(lambda: _task(folder, chosen, where, source, config, asked.by_number), world)
+    task = run_on_all_ranks(lambda: _task(folder, chosen, where, source, config, asked), world)
     found, unreadable = _counted(task, world)
     if world.first:
         content = _content(folder, where, task, found, unreadable)
@@ -107,15 +110,20 @@ def _facts(folder: Path, source: DataSource) -> dict[str, str]:
 
 
 def _task(
-    folder: Path, chosen: tuple[Path, State] | None, where: str, source: DataSource, config: Config, by_number: bool
+    folder: Path,
+    chosen: tuple[Path, State] | None,
+    where: str,
+    source: DataSource,
+    config: Config,
+    asked: EvaluateOptions,
 ) -> _Task:
-    loaded, images = load_classifier(folder, chosen), source.stream.images
+    loaded, images = load_classifier(folder, chosen, asked.ema), source.stream.images
     if not loaded.classes:
         raise ConfigError(f"{folder} is a classifier without a head: `finetune` from it trains one")
     classes, named = fitting_classes(
-        labels_of(images), images.manifest.classes, loaded.classes, loaded.names, by_number, where
+        labels_of(images), images.manifest.classes, loaded.classes, loaded.names, asked.by_number, where
     )
-    return _Task(loaded, config, source, classes, named)
+    return _Task(loaded, config, source, classes, named, asked.ema)
 
 
 @torch.no_grad()
@@ -155,6 +163,7 @@ def _content(folder: Path, where: str, task: _Task, found: Accuracy, unreadable:
         "made_by": _MADE_BY,
         "weights": str(folder),
         "step": task.loaded.state.step,
+        "moving_average": task.average,
         "set": where,
         "images": total,
         "unreadable": [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in unreadable],
@@ -178,9 +187,10 @@ def _content(folder: Path, where: str, task: _Task, found: Accuracy, unreadable:
 def _tell(content: dict[str, Any]) -> None:
     """The counts in short: the whole, the worst classes and the commonest confusions."""
     classes, total = content["classes"], content["images"]
+    weights = f"{'the moving average at ' if content['moving_average'] else ''}step {content['step']}"
     say(
-        f"{counted(total, 'image')} of {len(classes)} classes, matched by {content['classes_by']}, by step "
-        f"{content['step']} of {content['weights']}: the central {content['test_crop']:g} at {content['input_size']} px"
+        f"{counted(total, 'image')} of {len(classes)} classes, matched by {content['classes_by']}, by {weights} of "
+        f"{content['weights']}: the central {content['test_crop']:g} at {content['input_size']} px"
     )
     if content["unreadable"]:
         first = content["unreadable"][0]

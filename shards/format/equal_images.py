@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,12 @@ class Contents:
         return int(np.isin(self.xxh3, other.xxh3).sum())
 
 
+def contents_of(xxh3: np.ndarray, labels: np.ndarray, flags: np.ndarray) -> Contents:
+    """By the columns of a set's indexes."""
+    good = (flags & FLAG_BAD) == 0
+    return Contents(xxh3[good], np.where(flags & FLAG_LABELLED, labels, -1)[good])
+
+
 def contents(folder: Path, manifest: ImageManifest) -> Contents:
     """Of a set; shards whose index is damaged or missing are left out."""
     found = []
@@ -44,32 +51,44 @@ def contents(folder: Path, manifest: ImageManifest) -> Contents:
             found.append((index.image_xxh3, index.label, index.flags))
     if not found:
         return Contents(np.zeros(0, np.uint64), np.zeros(0, np.int64))
-    xxh3, labels, flags = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    good = (flags & FLAG_BAD) == 0
-    return Contents(xxh3[good], np.where(flags & FLAG_LABELLED, labels, -1)[good])
+    return contents_of(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def siblings(folder: Path, manifest: ImageManifest) -> dict[str, Path]:
-    """By name the other finished sets that the same packing made, beside this one."""
-    plan, found = manifest.made_by.get("plan"), {}
+def beside(folder: Path, manifest: ImageManifest, others: Sequence[Path]) -> dict[str, tuple[Path, ImageManifest]]:
+    """By name the sets that a set is compared with: those that the same packing made beside it, and others by their
+    paths. Raises ShardError where one of these is no image set."""
+    found = {str(other): (other, read_image_manifest(other)) for other in others}
+    plan = manifest.made_by.get("plan")
     for path in sorted(folder.absolute().parent.glob(f"*/{NAME}")) if plan else []:
+        where = path.parent
         with contextlib.suppress(ShardError, OSError):
-            if not path.parent.samefile(folder) and read_image_manifest(path.parent).made_by.get("plan") == plan:
-                found[path.parent.name] = folder.parent / path.parent.name
+            if not any(where.samefile(known) for known in (folder, *others)):
+                sibling = read_image_manifest(where)
+                if sibling.made_by.get("plan") == plan:
+                    found[where.name] = (where, sibling)
     return found
 
 
-def told(sets: dict[str, Contents]) -> list[str]:
-    """A line for every set with copies, and for every two that have images in common, the smaller one named first."""
+def told(sets: dict[str, Contents], of: str = "") -> list[str]:
+    """A line for every set with copies, and for every two that have images in common, the smaller one named first.
+    of: of this set alone, and of its pairs."""
     lines = []
-    for name, one in sets.items():
-        if copies := one.copies():
-            disputed = one.disputed()
+    for name in [of] if of else sets:
+        if copies := sets[name].copies():
+            disputed = sets[name].disputed()
             labels = f"; {disputed} images have the bytes of one with another label" if disputed else ""
-            lines.append(f"{name}: {copies} of {len(one.xxh3)} images repeat the bytes of another{labels}")
+            lines.append(f"{name}: {copies} of {len(sets[name].xxh3)} images repeat the bytes of another{labels}")
     by_size = sorted(sets, key=lambda name: len(sets[name].xxh3))
     return lines + [
         f"{common} of {len(sets[small].xxh3)} images of {small} are byte for byte in {large}, too"
         for small, large in itertools.combinations(by_size, 2)
-        if (common := sets[small].within(sets[large]))
+        if (not of or of in (small, large)) and (common := sets[small].within(sets[large]))
     ]
+
+
+def equal_images(folder: Path, manifest: ImageManifest, others: Sequence[Path]) -> list[str]:
+    """What is told of a set, of the sets beside it, and of `others`."""
+    name = str(folder)
+    sets = {name: contents(folder, manifest)}
+    sets |= {other: contents(*where) for other, where in beside(folder, manifest, others).items()}
+    return told(sets, name)

@@ -1,9 +1,11 @@
-"""What a shard set holds, as numbers: from manifests, indexes and token files, no image is read."""
+"""What a shard set holds, as numbers: from manifests, indexes and token files. Only near duplicates read images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from beitforge.shards.format.equal_images import beside, contents, contents_of
 from beitforge.shards.format.index import (
     FLAG_ANIMATED,
     FLAG_BAD,
@@ -17,8 +19,9 @@ from beitforge.shards.format.index import (
     index_path,
     read_columns,
 )
-from beitforge.shards.format.manifest import read_image_manifest, read_token_manifest
+from beitforge.shards.format.manifest import ImageManifest, read_image_manifest, read_token_manifest
 from beitforge.shards.format.tokens import open_token_shard, token_path
+from beitforge.shards.inspect.near_duplicates import near_duplicates
 
 _FORMATS = {"jpeg": FLAG_JPEG, "png": FLAG_PNG, "webp": FLAG_WEBP}
 _FLAGS = {
@@ -30,16 +33,18 @@ _FLAGS = {
     "bad": FLAG_BAD,
 }
 _SHOWN_CLASSES = 20
+_SHOWN_GROUPS, _SHOWN_KEYS = 20, 6
 
 
-def image_stats(folder: Path) -> dict:
-    """Counts, bytes, sides (min, median, max over the images that decode), formats, flags, classes of an image set.
+def image_stats(folder: Path, others: Sequence[Path] = ()) -> dict:
+    """Counts, bytes, sides (min, median, max over the images that decode), formats, flags, classes of an image set, and
+    how many of its images repeat the bytes of another, or are in the sets beside it or in `others`, too.
 
-    Raises ShardError when there is no finished image set in `folder`.
+    Raises ShardError when there is no finished image set in `folder` or in one of `others`.
     """
     manifest = read_image_manifest(folder)
     paths = [index_path(folder, entry.name) for entry in manifest.shards]
-    found = read_columns(paths, ("flags", "label", "width", "height", "image_size"))
+    found = read_columns(paths, ("flags", "label", "width", "height", "image_size", "image_xxh3"))
     columns = {name: np.concatenate(parts) for name, parts in found.items()}
     flags = columns["flags"]
     sides = {name: columns[name][(flags & FLAG_BAD) == 0] for name in ("width", "height")}
@@ -58,11 +63,42 @@ def image_stats(folder: Path) -> dict:
         **{name: _spread(values) for name, values in sides.items()},
         "formats": {**formats, "other": len(flags) - sum(formats.values())},
         "flags": {name: int(np.count_nonzero(flags & flag)) for name, flag in _FLAGS.items()},
+        "equal images": _equal(folder, manifest, columns, others),
         "classes": {
             manifest.classes[label] if 0 <= label < named else str(label): count
             for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
         },
     }
+
+
+def _equal(folder: Path, manifest: ImageManifest, columns: dict[str, np.ndarray], others: Sequence[Path]) -> dict:
+    """Images that repeat another's bytes, those among them with another label, and those that are elsewhere, too."""
+    ours = contents_of(columns["image_xxh3"], columns["label"], columns["flags"])
+    found = {"repeated": ours.copies(), "with another label": ours.disputed()}
+    for name, where in beside(folder, manifest, others).items():
+        found[f"also in {name}"] = ours.within(contents(*where))
+    return found
+
+
+def duplicate_stats(folder: Path, others: Sequence[Path], num_workers: int) -> dict:
+    """Groups of images that are near one another by their pixels, in an image set, those beside it and `others`, and
+    how many images of the set are in one; at least one of each group is the set's. Decodes every image of all.
+
+    Raises ShardError as image_stats does.
+    """
+    manifest = read_image_manifest(folder)
+    sets = {str(folder): (folder, manifest), **beside(folder, manifest, others)}
+    groups = [group for group in near_duplicates(sets, num_workers) if any(name == str(folder) for name, _ in group)]
+    mine = [[key for name, key in group if name == str(folder)] for group in groups]
+    found = {"groups": len(groups), "images": sum(map(len, mine))}
+    for other in sets:
+        if other != str(folder):
+            inside = [
+                len(keys) for keys, group in zip(mine, groups, strict=True) if any(name == other for name, _ in group)
+            ]
+            found[f"also in {other}"] = sum(inside)
+    named = [[key if name == str(folder) else f"{name}: {key}" for name, key in group] for group in groups]
+    return {"near duplicates": found, "near duplicate groups": named}
 
 
 def _spread(values: np.ndarray) -> dict:
@@ -114,6 +150,9 @@ def table(stats: dict) -> str:
     """The statistics for people, one line each."""
     lines, width = [], max(24, *(len(name) for name in stats))
     for name, value in stats.items():
+        if name == "near duplicate groups":
+            lines += _named(value)
+            continue
         if isinstance(value, dict):
             value = _row(value, name)
         elif isinstance(value, int):
@@ -129,6 +168,12 @@ def _row(values: dict, name: str) -> str:
         shown = [f"{key} {count}" for key, count in list(values.items())[:_SHOWN_CLASSES]]
         more = f", … {len(values) - _SHOWN_CLASSES} more (--json has all)" if len(values) > _SHOWN_CLASSES else ""
         return f"{len(values)}: {', '.join(shown)}{more}"
-    if name in ("flags", "formats"):
+    if name in ("flags", "formats", "equal images", "near duplicates"):
         values = {key: count for key, count in values.items() if count}
     return ", ".join(f"{key} {value}" for key, value in values.items()) or "none"
+
+
+def _named(groups: list[list[str]]) -> list[str]:
+    shown = [f"  {', '.join(group[:_SHOWN_KEYS])}{', …' if len(group) > _SHOWN_KEYS else ''}" for group in groups]
+    more = [f"  … {len(groups) - _SHOWN_GROUPS} more groups (--json has all)"] if len(groups) > _SHOWN_GROUPS else []
+    return shown[:_SHOWN_GROUPS] + more

@@ -197,6 +197,7 @@ def test_a_fine_tuning_run_says_what_its_own_test_said(sets, tmp_path):
         "micro_batch": 6,
         "test_every": "3 steps",
         "head_scale": 1.0,
+        "ema_decay": 0.5,
         "run": str(tmp_path / "run"),
     }
     (tmp_path / "tuned.yaml").write_text(json.dumps({**TINY, "data": data, "finetune": tune}))
@@ -207,3 +208,6 @@ def test_a_fine_tuning_run_says_what_its_own_test_said(sets, tmp_path):
     said = [json.loads(line) for line in lines if '"test"' in line][-1]
     found = evaluated(tmp_path / "run", sets["images"], tmp_path / "out.json", processes=2)
     assert found["step"] == 3 and found["top1"]["share"] == said["accuracy"] and found["images"] == said["samples"]
+    said = [json.loads(line) for line in lines if '"test_ema"' in line][-1]
+    average = evaluated(tmp_path / "run", sets["images"], tmp_path / "average.json", "--ema")
+    assert average["top1"]["share"] == said["accuracy"] and average["moving_average"] and not found["moving_average"]

@@ -134,6 +134,18 @@ def test_a_well_set_has_no_fault(data):
     assert "random images" in found(local, "digests", OK)
 
 
+def test_images_to_judge_by_that_are_trained_on(data):
+    """By their bytes, in the held-out and the labelled sets; shards and time for them are bounded."""
+    assert "repeat the bytes of another: 0 of 50 images of data.images" in found(looked_at(data), "equal", OK)
+    train, test = data.folder / "shards/train", data.folder / "shards/test"
+    both = looked_at(data, f"data.heldout_images={train}", f"data.heldout_tokens={data.folder}/tokens/train")
+    assert "50 of 50 images of data.heldout_images are byte for byte in data.images" in found(both, "equal", WARNING)
+    labelled = looked_at(data, f"data.labelled_images={test}", f"data.labelled_test={test}")
+    assert "10 of 10 images of data.labelled_test are byte for byte in data.labelled_images" in found(
+        labelled, "equal", WARNING
+    )
+
+
 def test_a_missing_shard(data):
     first_shard(data).unlink()
     assert f"{first_shard(data).name[:3]}" in found(looked_at(data), "images", STOP)
