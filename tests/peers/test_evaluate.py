@@ -17,7 +17,7 @@ from beitforge.pipeline.config.loading import from_dict
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.data.batches import evaluation_batches
 from beitforge.pipeline.data.labelled import as_tested
-from beitforge.pipeline.stages import export
+from beitforge.pipeline.stages import export, import_encoder
 from beitforge.pipeline.stages.finetune import new_classifier
 from beitforge.pipeline.training.objectives import encoder_input
 from beitforge.pipeline.weights import export_formats
@@ -126,6 +126,10 @@ def test_what_is_named_right_is_what_the_library_names_right(made, tmp_path, to)
     same = peer(pixels, None)
     torch.testing.assert_close(same, loaded.classifier(pixels), rtol=1e-4, atol=1e-4)
     assert right(same, labels) == [found["top1"]["right"], found["top5"]["right"]]
+    assert import_encoder.run(tmp_path / "peer", tmp_path / "back", []) == 0
+    back = evaluated(tmp_path / "back", made / "images.set", tmp_path / "back.json")
+    said = ("weights", "step")  # where it lies, and of which run
+    assert {**back, **dict.fromkeys(said)} == {**found, **dict.fromkeys(said)}
     files = [made / "images" / f"{sample.key}.png" for sample in beitforge.open_images(made / "images.set")]
     own = torch.cat([peer(theirs(to, tmp_path / "peer", Image.open(path).convert("RGB")), None) for path in files])
     apart = float((own - same).abs().max())
