@@ -36,6 +36,7 @@ VERBS = {
     "replay": "replay",
     "report": "report",
     "probe": "probe",
+    "evaluate": "evaluate",
     "export": "export",
     "import": "import_encoder",
 }

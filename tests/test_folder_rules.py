@@ -158,7 +158,7 @@ def test_the_table_is_short_and_every_row_is_about_something():
 
 def test_no_folder_is_too_large():
     sizes = Counter(path.parent.relative_to(ROOT).as_posix() for path in python_files(ROOT).values())
-    del sizes["pipeline/commands"]  # one verb, one file
+    del sizes["pipeline/commands"], sizes["pipeline/stages"]  # one verb, one file
     assert {folder: size - 1 for folder, size in sizes.items() if size - 1 > LARGEST_FOLDER} == {}
 
 

@@ -22,6 +22,7 @@ TORCH_VERBS = {
     "tokenize": ["c.yaml"],
     "pretrain": ["c.yaml"],
     "probe": ["run", "set"],
+    "evaluate": ["run", "set"],
     "export": ["run", "out"],
     "import": ["there", "out"],
     "import-tokenizer": ["encoder.pkl", "out"],

@@ -9,15 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import beitforge
-from beitforge.pipeline.config.loading import load_config
+from beitforge.pipeline.config.loading import load_config, to_dict
 from beitforge.pipeline.data.batches import evaluation_batches, training_batches
+from beitforge.pipeline.data.labelled import as_tested
 from beitforge.pipeline.data.pretraining import evaluation, pretraining
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.model.pixels import normalise
 from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.stages.finetune import new_classifier
+from beitforge.pipeline.training.objectives import encoder_input
+from beitforge.pipeline.weights.classifier import save_classifier
 from beitforge.pipeline.weights.encoder import save_encoder
 from tests.conftest import ROOT, TinySet
 
@@ -39,6 +44,10 @@ def folder(tiny: TinySet, tmp_path: Path) -> Path:
     config = load_config(str(tiny.config), [])
     beit = Beit(config.model, config.tokenizer.vocabulary, seed=5)
     save_encoder(tmp_path / "encoder", beit.state_dict(), config, STATE)
+    names = tuple(f"class {number}" for number in range(5))
+    tuned = load_config(str(tiny.config), ["finetune.input_size=48", "finetune.test_crop=0.7"])
+    (tmp_path / "classifier.yaml").write_text(yaml.safe_dump(to_dict(tuned)))
+    save_classifier(tmp_path / "classifier", new_classifier(tuned, 5).state_dict(), tuned, names, STATE)
     (own,) = [block for block in examples() if block.startswith(OWN_CLASS)]
     (tmp_path / "my_tokenizer.py").write_text(own)
     (tmp_path / "script.py").write_text("\n".join(block for block in examples() if not block.startswith(OWN_CLASS)))
@@ -195,6 +204,25 @@ def test_features_are_the_encoders_states(folder):
         assert torch.equal(found.pooled, states[depth][:, 1:].mean(dim=1))
     with pytest.raises(ValueError, match="layers 0 to 2"):
         beitforge.features(encoder, pixels, layer=3)
+
+
+@torch.no_grad()
+def test_a_classifier_sees_what_fine_tunings_test_sees(folder):
+    """At its own size and crop, with the names of its classes; as an encoder, too."""
+    config = load_config(str(folder / "classifier.yaml"), [])
+    source = as_tested(config, str(folder / "data" / "images"), "the set", "a test")
+    batch = next(evaluation_batches(config, source, samples=4, micro=4, rank=0, world=1))
+    images = beitforge.open_images(folder / "data" / "images")
+    classifier = beitforge.load_classifier(str(folder / "classifier"))
+    arrays = [images[n].pixels() for n in range(4)]
+    assert torch.equal(classifier.preprocess(arrays), encoder_input(config, batch))
+    assert torch.equal(classifier(arrays), classifier.module(encoder_input(config, batch)))
+    assert classifier.names == tuple(f"class {number}" for number in range(5))
+    module, preprocess = beitforge.load_encoder(folder / "classifier")
+    assert preprocess == classifier.preprocess and preprocess.share == 0.7
+    assert beitforge.features(module, preprocess(arrays)).pooled.shape == (4, 32)
+    with pytest.raises(beitforge.ConfigError, match="holds an encoder of a pretraining, which has no classes"):
+        beitforge.load_classifier(folder / "encoder")
 
 
 def test_an_encoder_of_nothing_is_refused(tmp_path):

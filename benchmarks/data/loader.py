@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from beitforge.pipeline.config.settings import Mask, Model
 from beitforge.pipeline.data.pretraining import sample_draws
 from beitforge.shards.decode import codec
-from beitforge.shards.format.views import unclipped_limits
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.loader import TORCH, Batch, Stream, cut_into, load
 from beitforge.shards.stream.order import Order, OrderPolicy, RankBatches
@@ -77,13 +76,15 @@ def records(stream: Stream, samples: np.ndarray) -> dict[str, Recorded]:
     def column(name: str) -> np.ndarray:
         return np.array([getattr(index, name)[row] for index, row in zip(indexes, rows, strict=True)])
 
-    picked = Selection(epochs, shards, rows, column("key_hash"), column("width"), column("height"))
+    sizes, means = (column("width"), column("height")), column("mean_grey")
+    greys = functools.partial(images.greys, shards, rows, means)
+    picked = Selection(epochs, shards, rows, column("key_hash"), sizes, means, greys)
     views, _ = stream.source.views(picked)
-    limits, flags = unclipped_limits(views, column("mean_grey")).tolist(), column("flags").tolist()
+    limits, flags = views.levels[:, :2].tolist(), column("flags").tolist()
     found = {}
     for i, (index, shard, row) in enumerate(zip(indexes, shards.tolist(), rows.tolist(), strict=True)):
         box, flip = views.boxes[i].tolist(), bool(views.flips[i])
-        size = int(picked.widths[i]), int(picked.heights[i])
+        size = int(sizes[0][i]), int(sizes[1][i])
         found[index.key(row)] = Recorded(images.read(shard, row), size, flags[i], box, flip, limits[i])
     return found
 
@@ -174,7 +175,7 @@ def check(collection: Corpus, stream: Stream, known: dict[str, Recorded]) -> Non
     samples = np.arange(stream.places.samples - WARM * BATCH, stream.places.samples - (WARM - 1) * BATCH)
     alone, loaded = stream.batch(samples), next(ours(stream, 1))
     assert loaded.tokens.shape == (BATCH, 196) and not loaded.bad, "our batch is not whole"
-    for name in ("samples", "pixels", "tokens", "jitters", "orders", "mean_greys", "labels"):
+    for name in ("samples", "pixels", "tokens", "jitters", "orders", "pivots", "labels"):
         assert torch.equal(getattr(alone, name), getattr(loaded, name)), f"a worker gives other {name}"
     assert all(torch.equal(alone.draws[name], loaded.draws[name]) for name in alone.draws), "a worker gives other masks"
     shown, again = records(stream, samples), torch.empty((3, SIZE, SIZE), dtype=torch.uint8)

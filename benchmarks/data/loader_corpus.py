@@ -139,7 +139,9 @@ def write_tokens(shards: Path, folder: Path) -> None:
     images, policy, entries = ImageSet(shards), ViewPolicy(), []
     for number, shard in enumerate(images.manifest.shards):
         index = images.index(number)
-        drawn = [draw_views(policy, index.key_hash, k, index.width, index.height) for k in range(NUM_VIEWS)]
+        drawn = [
+            draw_views(policy, index.key_hash, k, index.width, index.height, index.greys) for k in range(NUM_VIEWS)
+        ]
         views = Views(*(np.stack([getattr(view, name) for view in drawn]) for name in FIELDS))
         places = np.arange(NUM_VIEWS * len(index) * PATCHES).reshape(NUM_VIEWS, len(index), PATCHES)
         tokens = (counter_rng.uniform(_SEED, number, places) * VOCABULARY).astype(np.uint16)

@@ -12,7 +12,8 @@ from beitforge.pipeline.data.demo_images import find_photographs
 from beitforge.pipeline.model.pixels import jitter
 from beitforge.shards import counter_rng
 from beitforge.shards.decode import codec
-from beitforge.shards.format.views import JITTER_ORDERS, ViewPolicy, Views, draw_views, unclipped_limits
+from beitforge.shards.format.levels import Greys, levels_of_means
+from beitforge.shards.format.views import JITTER_ORDERS, ViewPolicy, draw_views
 from beitforge.shards.stream.loader import TORCH, cut_into
 from benchmarks.results import write
 
@@ -23,15 +24,17 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 @dataclass(frozen=True)
 class Draw:
-    """One view of a photograph: pixels u8 [H, W, 3] and its mean grey; box x, y, width, height; factors f32 [3]."""
+    """One view of a photograph: pixels u8 [H, W, 3]; box x, y, width, height; factors f32 [3]; levels u8 [3], and those
+    of the second arithmetic (shards.format.levels)."""
 
     name: str
     pixels: np.ndarray
-    mean: float
     box: list[int]
     flip: bool
     factors: np.ndarray
     order: int
+    levels: np.ndarray
+    levels_before: np.ndarray
 
 
 def draw_photographs(count: int, names: tuple[str, ...] = ()) -> Iterator[Draw]:
@@ -41,11 +44,15 @@ def draw_photographs(count: int, names: tuple[str, ...] = ()) -> Iterator[Draw]:
             continue
         pixels = codec.decode(path.read_bytes())
         keys = np.full(count, counter_rng.hash_key(path.stem), np.uint64)
-        sizes = [np.full(count, side) for side in (pixels.shape[1], pixels.shape[0])]
-        views, mean = draw_views(ViewPolicy(), keys, np.arange(count), *sizes), codec.mean_grey(pixels)
+        width, height = (np.full(count, side) for side in (pixels.shape[1], pixels.shape[0]))
+        means = np.full(count, codec.mean_grey(pixels), np.float32)
+        greys = Greys(means, np.tile(np.array(codec.tones(pixels), np.uint16), (count, 1)))
+        views = draw_views(ViewPolicy(), keys, np.arange(count), width, height, greys)
+        operations = JITTER_ORDERS[views.orders]
+        before = levels_of_means(np.take_along_axis(views.jitters, operations, axis=-1), operations, means)
         for i in range(count):
-            box, flip = views.boxes[i].tolist(), bool(views.flips[i])
-            yield Draw(path.stem, pixels, mean, box, flip, views.jitters[i], int(views.orders[i]))
+            box, flip, order = views.boxes[i].tolist(), bool(views.flips[i]), int(views.orders[i])
+            yield Draw(path.stem, pixels, box, flip, views.jitters[i], order, views.levels[i], before[i])
 
 
 def official_jitter(draw: Draw) -> np.ndarray:
@@ -66,25 +73,20 @@ def official_cut(pixels: np.ndarray, draw: Draw, size: int, resample: Image.Resa
     return np.array(image.crop((x, y, x + width, y + height)).resize((size, size), resample))
 
 
-def our_cut(pixels: np.ndarray, draw: Draw, size: int, resample: str, limits: list[int] | None = None) -> np.ndarray:
-    """The loader's cut, u8 [size, size, 3]; without `limits`, clamped as the loader clamps it."""
+def our_cut(pixels: np.ndarray, draw: Draw, size: int, resample: str, levels: np.ndarray | None = None) -> np.ndarray:
+    """The loader's cut, u8 [size, size, 3], clamped to the draw's levels or to others."""
     out = torch.empty((3, size, size), dtype=torch.uint8)
-    cut_into(out, codec.crop(pixels, draw.box), draw.flip, limits or loader_limits(draw), resample)
+    limits = (draw.levels if levels is None else levels)[:2].tolist()
+    cut_into(out, codec.crop(pixels, draw.box), draw.flip, limits, resample)
     return out.permute(1, 2, 0).numpy()
 
 
-def loader_limits(draw: Draw) -> list[int]:
-    """What the loader clamps the crop to, for the draw's jitter and mean grey."""
-    order, flip = np.array([draw.order], np.uint8), np.array([draw.flip], np.uint8)
-    views = Views(np.array([draw.box], np.uint32), flip, draw.factors[None], order)
-    return unclipped_limits(views, np.array([draw.mean], np.float32))[0].tolist()
-
-
-def our_jitter(pixels: np.ndarray, draw: Draw) -> np.ndarray:
-    """pipeline.model.pixels.jitter of one image u8 [H, W, 3]; f32 [H, W, 3] in 0-255."""
+def our_jitter(pixels: np.ndarray, draw: Draw, levels: np.ndarray | None = None) -> np.ndarray:
+    """pipeline.model.pixels.jitter of one image u8 [H, W, 3], by the draw's levels or others; f32 [H, W, 3], 0-255."""
     batch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     factors, order = torch.from_numpy(draw.factors)[None], torch.tensor([draw.order])
-    return jitter(batch, factors, order, torch.tensor([draw.mean]))[0].permute(1, 2, 0).numpy() * 255
+    pivot = torch.tensor([float((draw.levels if levels is None else levels)[2])])
+    return jitter(batch, factors, order, pivot)[0].permute(1, 2, 0).numpy() * 255
 
 
 def squared_errors(draw: Draw) -> dict[str, float]:
@@ -93,9 +95,12 @@ def squared_errors(draw: Draw) -> dict[str, float]:
     errors = {"jitter alone, whole image": _error(our_jitter(draw.pixels, draw), whole)}
     for name, (size, ours, theirs) in (("encoder 224", ENCODER), ("tokenizer 112", TOKENIZER)):
         official, plain = (official_cut(pixels, draw, size, theirs) for pixels in (whole, draw.pixels))
-        unclamped = our_cut(draw.pixels, draw, size, ours, [0, 255])
+        unclamped = our_cut(draw.pixels, draw, size, ours, np.array([0, 255]))
+        before = our_cut(draw.pixels, draw, size, ours, draw.levels_before)
         errors[f"{name}: crop, flip, resize"] = _error(unclamped, plain)
         errors[f"{name}: full view"] = _error(our_jitter(our_cut(draw.pixels, draw, size, ours), draw), official)
+        by_mean = our_jitter(before, draw, draw.levels_before)
+        errors[f"{name}: full view, contrast about the mean × factor"] = _error(by_mean, official)
         errors[f"{name}: full view, not clamped before the resize"] = _error(our_jitter(unclamped, draw), official)
     return errors
 
@@ -120,7 +125,7 @@ def check(draw: Draw) -> None:
 
 
 def main() -> None:
-    """PSNR of every stage over all photographs, what each cause costs, and what would lift it."""
+    """PSNR of every stage over all photographs, and what each cause costs."""
     for path in find_photographs():
         with Image.open(path) as image:
             assert np.array_equal(codec.decode(path.read_bytes()), np.array(image.convert("RGB"))), f"{path} decodes"

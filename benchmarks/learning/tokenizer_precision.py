@@ -67,7 +67,7 @@ def views(size: tuple[int, int]) -> Tensor:
     policy = view_policy(load_config(str(ROOT / "configs" / "demo.yaml"), []).view)
     stream = Stream(images=images, places=places, source=DrawnViews(policy), size=size, resample="lanczos")
     batch = stream.batch(np.linspace(0, places.samples - 1, IMAGES).astype(np.int64))
-    return jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    return jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots)
 
 
 def random_dalle() -> Dalle:

@@ -65,7 +65,7 @@ def tokens_of(tokenizer: Dvae | Encoder, pixels01_BCHW: Tensor) -> Tensor:
 def view_pairs(draw: views.Draw, size: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """What is compared, our view and the official one, [size, size, 3] in 0-255."""
     lanczos = Image.Resampling.LANCZOS
-    plain = views.our_cut(draw.pixels, draw, size, "lanczos", [0, 255])
+    plain = views.our_cut(draw.pixels, draw, size, "lanczos", np.array([0, 255]))
     yield _NO_JITTER, plain, views.official_cut(draw.pixels, draw, size, lanczos)
     ours = views.our_jitter(views.our_cut(draw.pixels, draw, size, "lanczos"), draw)
     yield _FULL, ours, views.official_cut(views.official_jitter(draw), draw, size, lanczos)

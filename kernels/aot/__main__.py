@@ -114,7 +114,7 @@ def _cross_entropy(vocabulary: int, kind: str) -> Build:
 
 
 def _pixels(size: int, kind: str) -> Build:
-    types = {"pixels": "*u8", "out": f"*{kind}", "jitters": "*fp32", "orders": "*i64", "mean_greys": "*fp32"}
+    types = {"pixels": "*u8", "out": f"*{kind}", "jitters": "*fp32", "orders": "*i64", "pivots": "*fp32"}
     types |= dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32")
     return Build(
         kernel="jitter_pixels",

@@ -35,7 +35,7 @@ def _store(out, x, mean, std, inside, NORMAL: tl.constexpr):
 
 
 @triton.jit
-def jitter_pixels(pixels, out, jitters, orders, mean_greys, mean0, mean1, mean2, std0, std1, std2,
+def jitter_pixels(pixels, out, jitters, orders, pivots, mean0, mean1, mean2, std0, std1, std2,
                   HW: tl.constexpr, BLOCK: tl.constexpr, NORMAL: tl.constexpr):  # fmt: skip
     """One program BLOCK pixels of one image, their three channels together."""
     image, at = tl.cast(tl.program_id(1), tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -44,17 +44,15 @@ def jitter_pixels(pixels, out, jitters, orders, mean_greys, mean0, mean1, mean2,
     red = tl.load(base_in, mask=inside, other=0).to(tl.float32)
     green = tl.load(base_in + HW, mask=inside, other=0).to(tl.float32)
     blue = tl.load(base_in + 2 * HW, mask=inside, other=0).to(tl.float32)
-    order, mean = tl.load(orders + image), tl.load(mean_greys + image)
+    order, pivot = tl.load(orders + image), tl.load(pivots + image)
     first = order // 2  # reference.ORDERS: the two others follow in rising order, or in falling
     second = tl.where(order % 2 == 0, tl.where(first == 0, 1, 0), tl.where(first == 2, 1, 2))
     for turn in tl.static_range(3):
         operation = first if turn == 0 else (second if turn == 1 else 3 - first - second)
         factor = tl.load(jitters + image * 3 + operation)
         grey = red * _RED + green * _GREEN + blue * _BLUE
-        flat = tl.where(operation == 1, tl.floor(mean + 0.5), 0.0)
+        flat = tl.where(operation == 1, pivot, 0.0)
         base = tl.where(operation == 2, (grey + _HALVES) - _HALVES, flat)  # rounded to the nearest, halves to even
-        mean = tl.where(operation == 0, mean * factor, mean) - tl.where(factor != 1.0, 0.5, 0.0)
-        mean = tl.minimum(tl.maximum(mean, 0.0), 255.0)
         red, green, blue = _blend(red, base, factor), _blend(green, base, factor), _blend(blue, base, factor)
     _store(base_out, red, mean0, std0, inside, NORMAL)
     _store(base_out + HW, green, mean1, std1, inside, NORMAL)
@@ -65,13 +63,13 @@ def jittered_fused(
     pixels: Tensor,
     jitters: Tensor,
     orders: Tensor,
-    mean_greys: Tensor,
+    pivots: Tensor,
     normal: tuple[tuple[float, ...], tuple[float, ...]] | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """As jittered_reference, bit for bit."""
     mean, std = normal if normal is not None else ((), ())
-    return _jittered(pixels, jitters, orders, mean_greys, list(mean), list(std), dtype)
+    return _jittered(pixels, jitters, orders, pivots, list(mean), list(std), dtype)
 
 
 @torch.library.custom_op("beitforge::jittered", mutates_args=())
@@ -79,7 +77,7 @@ def _jittered(
     pixels: Tensor,
     jitters: Tensor,
     orders: Tensor,
-    mean_greys: Tensor,
+    pivots: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
@@ -91,7 +89,7 @@ def _jittered(
     options = {} if interpreted() else {"num_warps": WARPS, "enable_fp_fusion": False}
     with on_device(pixels):
         jitter_pixels[(triton.cdiv(height * width, BLOCK), images)](
-            pixels.contiguous(), out, jitters.float().contiguous(), orders.contiguous(), mean_greys.float(),
+            pixels.contiguous(), out, jitters.float().contiguous(), orders.contiguous(), pivots.float(),
             *normal, height * width, BLOCK, bool(mean), **options,
         )  # fmt: skip
     return out
@@ -102,7 +100,7 @@ def _(
     pixels: Tensor,
     jitters: Tensor,
     orders: Tensor,
-    mean_greys: Tensor,
+    pivots: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,

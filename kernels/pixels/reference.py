@@ -8,7 +8,7 @@ from torch import Tensor
 # Rows: the order number of a view's record; entries: which factor comes first, second, third.
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
-_BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
+_CONTRAST, _SATURATION = 1, 2
 
 
 @functools.lru_cache(maxsize=32)
@@ -16,30 +16,24 @@ def _orders(device: torch.device) -> Tensor:
     return torch.tensor(ORDERS, device=device)
 
 
-def turns(jitters_B3: Tensor, orders_B: Tensor, mean_greys_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def turns(jitters_B3: Tensor, orders_B: Tensor, pivots_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three blends of each image in its order: factors f32 [B, 3], the constant each blends with f32 [B, 3], and
     whether it blends with the pixel's own grey instead, bool [B, 3]."""
     operations_B3 = _orders(jitters_B3.device)[orders_B]
     factors_B3 = jitters_B3.float().gather(1, operations_B3)
-    mean_B, flats = mean_greys_B.float(), []
-    for turn in range(3):
-        operation_B, factor_B = operations_B3[:, turn], factors_B3[:, turn]
-        flats.append(torch.where(operation_B == _CONTRAST, (mean_B + 0.5).floor(), torch.zeros_like(mean_B)))
-        mean_B = torch.where(operation_B == _BRIGHTNESS, mean_B * factor_B, mean_B)
-        mean_B = (mean_B - 0.5 * (factor_B != 1)).clamp(0, 255)  # the fractions cut off are half a level on average
-    return factors_B3, torch.stack(flats, dim=1), operations_B3 == _SATURATION
+    return factors_B3, (operations_B3 == _CONTRAST) * pivots_B.float()[:, None], operations_B3 == _SATURATION
 
 
 def jittered_reference(
     pixels_BCHW: Tensor,
     jitters_B3: Tensor,
     orders_B: Tensor,
-    mean_greys_B: Tensor,
+    pivots_B: Tensor,
     normal: tuple[tuple[float, ...], tuple[float, ...]] | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """As kernels.pixels.jittered."""
-    factors_B3, flats_B3, own_grey_B3 = turns(jitters_B3, orders_B, mean_greys_B)
+    factors_B3, flats_B3, own_grey_B3 = turns(jitters_B3, orders_B, pivots_B)
     x_BCHW = pixels_BCHW.float()
     for turn in range(3):
         factor, flat, own = (values[:, turn, None, None, None] for values in (factors_B3, flats_B3, own_grey_B3))

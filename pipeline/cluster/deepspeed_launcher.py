@@ -25,7 +25,15 @@ from beitforge.pipeline.cluster.ssh_environment import forwarded_lines, remote_w
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.plain_text import address, operand, shown
 
-_OPTIONS = ("--seconds", "--step", "--from", "--to", "--page")  # of our own commands, behind the user's words
+_OPTIONS = (
+    "--seconds",
+    "--step",
+    "--from",
+    "--to",
+    "--page",
+    "--json",
+    "--by-number",
+)  # of our own commands, behind the user's words
 _UNQUOTED = re.compile(r"[\w@+=:,./-]+")
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
 _TOGETHER_SECONDS = (

@@ -53,16 +53,21 @@ def _require_timm(randaugment: str) -> None:
         ) from error
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Config, dict[str, int]]:
-    """Before any process is started: the config, and the hosts of HOSTFILE with their slots ({}: this machine alone).
-
-    Raises ConfigError for what can be refused here, once, and ModuleNotFoundError for a package that ranks need.
-    """
+def refuse_launched() -> None:
+    """Raise ConfigError where a launcher has started this process, which is to start processes itself."""
     if "LOCAL_RANK" in os.environ:
         raise ConfigError(
             "LOCAL_RANK is set, so a launcher has started this process: add --rank to run as one of its ranks, or "
             "unset LOCAL_RANK"
         )
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Config, dict[str, int]]:
+    """Before any process is started: the config, and the hosts of HOSTFILE with their slots ({}: this machine alone).
+
+    Raises ConfigError for what can be refused here, once, and ModuleNotFoundError for a package that ranks need.
+    """
+    refuse_launched()
     config = load_config(arguments.config, arguments.overrides)
     trains = arguments.verb in ("pretrain", "finetune", "tokenizer")
     require_packages("torch", "deepspeed", *(["tensorboard"] if trains and config.log.tensorboard else []))

@@ -91,11 +91,7 @@ def _run_folder(run: Path) -> Path:
 
 def _launch(arguments: argparse.Namespace, folder: Path, config: Config, job: str, recorded: int) -> int:
     """Start as many processes as recorded, or as are asked for, and see them to their end."""
-    if "LOCAL_RANK" in os.environ:
-        raise ConfigError(
-            "LOCAL_RANK is set, so a launcher has started this process: add --rank to run as one of its ranks, or "
-            "unset LOCAL_RANK"
-        )
+    launching.refuse_launched()
     launching.require_packages("torch", "deepspeed")
     hosts = read_hostfile(os.environ["HOSTFILE"]) if os.environ.get("HOSTFILE") else {}
     if not hosts and not os.environ.get("NPROC") and recorded <= (num_gpus() or _MOST):

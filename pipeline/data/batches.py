@@ -66,6 +66,16 @@ def evaluation_batches(
     return _load(config, source.stream, [mine[i : i + micro] for i in range(0, len(mine), micro)])
 
 
+def block_batches(
+    config: Config, source: DataSource, *, samples: int, block: int, rank: int, world: int
+) -> Iterator[Batch]:
+    """A rank's share of samples 0 … samples - 1 in blocks of as many consecutive ones, each block on one rank: whatever
+    is computed of a batch is the same bits on any number of ranks. The last block may be short."""
+    starts = range(rank * block, samples, world * block)
+    numbers = [np.arange(start, min(start + block, samples), dtype=np.int64) for start in starts]
+    return _load(config, source.stream, numbers)
+
+
 def even_batches(
     config: Config, source: DataSource, *, samples: int, micro: int, rank: int, world: int
 ) -> Iterator[tuple[Batch, "Tensor"]]:

@@ -72,10 +72,16 @@ def supervised_test(config: Config) -> DataSource | None:
     """data.labelled_test for fine-tuning, or None. Raises ConfigError when its labels are not those trained on."""
     if not config.data.labelled_test:
         return None
-    tune = config.finetune
-    source = evaluation(config, config.data.labelled_test, tune.input_size, tune.test_share)
-    require_labels(source.stream.images, "data.labelled_test", "fine-tuning")
+    source = as_tested(config, config.data.labelled_test, "data.labelled_test", "fine-tuning")
     refuse_other_classes(image_set(config, config.data.labelled_images), source.stream.images)
+    return source
+
+
+def as_tested(config: Config, where: str, what: str, who: str) -> DataSource:
+    """The images of a labelled set in manifest order, each as fine-tuning's test sees it. what, who: as of
+    require_labels, which is asked."""
+    source = evaluation(config, where, config.finetune.input_size, config.finetune.test_share)
+    require_labels(source.stream.images, what, who)
     return source
 
 
@@ -105,7 +111,13 @@ def require_labels(images: ImageSet, what: str, who: str) -> None:
 
 def num_classes(images: ImageSet) -> int:
     """The largest label, and one more for 0."""
-    return max(int(images.index(n).label.max(initial=0)) for n in range(len(images.manifest.shards))) + 1
+    return max(labels_of(images), default=0) + 1
+
+
+def labels_of(images: ImageSet) -> set[int]:
+    """The labels that images of a set have."""
+    shards = range(len(images.manifest.shards))
+    return {label for shard in shards for label in np.unique(images.index(shard).label).tolist()}
 
 
 @dataclass

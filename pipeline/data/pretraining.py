@@ -20,7 +20,7 @@ from beitforge.pipeline.model.masking import draw_masks, kept_branches
 from beitforge.pipeline.tokenizers.storage import VisualTokenizer, load_tokenizer, stated_fingerprint
 from beitforge.shards import counter_rng
 from beitforge.shards.format.manifest import read_token_manifest
-from beitforge.shards.format.views import ARITHMETIC, ViewPolicy
+from beitforge.shards.format.views import ARITHMETIC, READ_ARITHMETICS, ViewPolicy
 from beitforge.shards.storage.remote import cache_for
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.loader import SampleOrder, SequentialOrder, Stream
@@ -149,7 +149,7 @@ def _pairs(
     source: ViewSource
     if tokens == ONLINE:
         _, identity = fitting_tokenizer(config)
-        source, named = DrawnViews(online), _online_name(config, identity)
+        source, named = DrawnViews(online), _online_name(config, identity, images)
         (height, width), resample = identity["input_size"], identity["filter"]
     else:
         source = recorded_views(config, images, tokens)
@@ -168,9 +168,15 @@ def _pairs(
     return DataSource(stream, images.manifest.fingerprint, named)
 
 
-def _online_name(config: Config, identity: dict) -> str:
+def _online_name(config: Config, identity: dict, images: ImageSet) -> str:
     """Everything that online tokens depend on beside the view section, which is part of a run's identity."""
-    return f"online from {identity['fingerprint']} in {config.tokenizer.precision}, views of arithmetic {ARITHMETIC}"
+    arithmetic = _arithmetic(images)
+    return f"online from {identity['fingerprint']} in {config.tokenizer.precision}, views of arithmetic {arithmetic}"
+
+
+def _arithmetic(images: ImageSet) -> int:
+    """Of the views that are drawn of a set: that of earlier versions, where its indexes have no tone tables."""
+    return ARITHMETIC if images.index(0).has_tones else READ_ARITHMETICS[0]
 
 
 def fitting_tokenizer(config: Config) -> tuple[VisualTokenizer, dict]:
@@ -209,6 +215,8 @@ def recorded_views(config: Config, images: ImageSet, folder: str) -> RecordedVie
             f"{config.tokenizer.vocabulary}: {cure}"
         )
     stated = {f"view.{name}": value for name, value in manifest.policy.items()}
+    if stated.get("view.arithmetic") in READ_ARITHMETICS:
+        stated["view.arithmetic"] = ARITHMETIC
     wanted = {f"view.{name}": value for name, value in policy_record(view_policy(config.view)).items()}
     stated["tokenizer.precision"] = manifest.tokenizer.get("precision")
     for name, value in {**wanted, "tokenizer.precision": config.tokenizer.precision}.items():
@@ -245,7 +253,8 @@ def tokenizer_training(config: Config) -> DataSource:
         decoder=config.loader.decoder,
         seed=config.data.seed,
     )
-    return DataSource(stream, images.manifest.fingerprint, "")
+    drawn = "" if _arithmetic(images) == READ_ARITHMETICS[0] else f"views of arithmetic {ARITHMETIC}"
+    return DataSource(stream, images.manifest.fingerprint, drawn)
 
 
 def evaluation(config: Config, where: str, size: Size | None = None, share: float = 0.875) -> DataSource:

@@ -86,7 +86,7 @@ def synthetic_batch(config: Config, images: int, rank: int) -> Batch:
         tokens=tokens,
         jitters=torch.ones(images, 3),
         orders=torch.zeros(images, dtype=torch.int64),
-        mean_greys=torch.full((images,), 117.0),
+        pivots=torch.full((images,), 117.0),
         labels=torch.zeros(images, dtype=torch.int64),
         draws={name: torch.from_numpy(value) for name, value in drawn.items()},
         bad=[],

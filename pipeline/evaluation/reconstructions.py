@@ -45,7 +45,7 @@ def reconstructions(
     config: Config, batch: Batch, tokenizer: VisualTokenizer | None, beit: Beit | None
 ) -> list[Reconstruction]:
     """Of every sample of a pretraining or held-out batch, on the CPU in float32."""
-    view = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    view = jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots)
     mask_BN = batch.draws["mask"]
     masked = greyed(view, mask_BN, config.model.patch_size)
     guess_BN = predicted_tokens(config, beit, batch) if beit is not None else None

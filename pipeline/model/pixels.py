@@ -1,8 +1,8 @@
 """Colour jitter and normalisation on the device: the same function for `tokenize` and `pretrain`.
 
-BEiT jitters the whole image, then crops. Here the crop is jittered, with the whole image's mean grey for the
-contrast, which the index stores; the loader has clamped it to what the jitter does not clip (shards.format.views). What
-then differs is below what an eye sees (BENCHMARKS.md, views). Must not know shards.
+BEiT jitters the whole image, then crops. Here the crop is jittered, about the whole image's mean grey at the contrast's
+turn, which the record has; the loader has clamped it to what the jitter does not clip (shards.format.levels). What then
+differs is below what an eye sees (BENCHMARKS.md, views). Must not know shards.
 """
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from beitforge.kernels.pixels import jittered
 
 
-def jitter(pixels_BCHW: Tensor, jitters_B3: Tensor, orders_B: Tensor, mean_greys_B: Tensor) -> Tensor:
+def jitter(pixels_BCHW: Tensor, jitters_B3: Tensor, orders_B: Tensor, pivots_B: Tensor) -> Tensor:
     """uint8 pixels [B, 3, H, W] to float32 in [0, 1], each image with its own factors in its own order
     (kernels.pixels.jittered)."""
-    return jittered(pixels_BCHW, jitters_B3, orders_B, mean_greys_B)
+    return jittered(pixels_BCHW, jitters_B3, orders_B, pivots_B)
 
 
 def normalise(pixels_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

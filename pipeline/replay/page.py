@@ -52,7 +52,7 @@ def samples_page(
 
 def _rows(config: Config, source: DataSource, micro: MicroBatch, most: int) -> list[str]:
     batch = source.stream.batch(micro.samples[:most].copy())
-    views = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    views = jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots)
     mask_BN = batch.draws.get("mask")
     masked = greyed(views, mask_BN, config.model.patch_size) if mask_BN is not None else None
     epochs, shards, rows = source.stream.places.locate(batch.samples.numpy())

@@ -20,6 +20,7 @@ from beitforge.shards.errors import ShardError
 from beitforge.shards.format.tokens import TokenSet, token_counts
 from beitforge.shards.storage.remote import cache_for, is_url
 
+CLASSIFIER = "beit-classifier"  # kind of a folder of weights, in its config.json
 Value = TypeVar("Value")
 
 
@@ -103,7 +104,7 @@ class RunRecord:
 
 
 def read_config(run: Path) -> Config:
-    """The resolved config of a run folder, or of an exported or imported encoder; no link out of it is followed.
+    """The resolved config of a run folder, or of exported or imported weights; no link out of it is followed.
     Raises ConfigError where there is neither."""
     if (run / "config.yaml").exists():
         return load_config(str(run / "config.yaml"), [], run)
@@ -114,8 +115,8 @@ def read_config(run: Path) -> Config:
     raise ConfigError(
         notes[0]
         if notes
-        else f"{run} is neither a run folder (no config.yaml) nor an encoder (config.json): give the train.run folder "
-        f"of a pretraining, or what `export` or `import` wrote"
+        else f"{run} is neither a run folder (no config.yaml) nor an encoder or a classifier (config.json): give the "
+        f"folder of a run, or what `export` or `import` wrote"
     )
 
 
@@ -145,7 +146,7 @@ def record_of(
     notes: list[str] = []
     kinds = by_kind(lines)
     environment = json_object(run / "environment.json", notes, run)
-    job = job_of(environment, kinds)
+    job = "finetune" if _is_classifier(run) else job_of(environment, kinds)
     starts = [line for line in lines if line.get("kind") == "start"]
     steps = [line["step"] for line in lines if line.get("kind") == "train"]
     last_start = starts[-1] if starts else {}
@@ -192,6 +193,12 @@ def job_of(environment: dict, kinds: dict[str, list[dict]]) -> str:
     if any("reconstruction_mse" in line for line in kinds.get("train", [])[:1]):
         return "tokenizer"
     return "finetune" if kinds.get("test") else "pretrain"
+
+
+def _is_classifier(folder: Path) -> bool:
+    """Whether a folder holds an exported or imported classifier, and is no run's."""
+    alone = not (folder / "config.yaml").exists()
+    return alone and json_object(folder / "config.json", [], folder).get("kind") == CLASSIFIER
 
 
 def attempt(what: str, notes: list[str], work: Callable[[], Value]) -> Value | None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from beitforge.pipeline.checkpoints.choice import newest_whole
-from beitforge.pipeline.config.derived import tuning_micro_batch
+from beitforge.pipeline.checkpoints.live_layout import averaged
+from beitforge.pipeline.config.derived import refuse_tuning, tuning_micro_batch
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
 from beitforge.pipeline.data.batches import even_batches
@@ -51,7 +52,8 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
     setup = run_on_all_ranks(lambda: tuning_setup(config, world), world)
     classifier = new_classifier(config, classes)
     float8 = config.train.precision == "fp8" and run_on_all_ranks(lambda: use_float8(classifier, world.device), world)
-    line = _start(config, classifier, begins, world)
+    names = tuple(source.stream.images.manifest.classes)
+    line = _start(config, classifier, names, begins, world)
     read = f"{source.samples} images of {classes} classes to train on, {test.samples if test else 'none'} to test"
     for said in (line, float8, read):
         if world.first and said:
@@ -62,11 +64,15 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
             return {}
         if world.first:
             say(f"finetune: testing on {test.samples} images after step {step}")
-        found = tested(config, engine, test)
-        if world.first:
-            right = f"{found['accuracy']:.1%} of the test images right after step {step}"
-            say(f"finetune: {right}, {found['top5']:.1%} among the first five")
-        return {"test": found}
+        found = {"test": tested(config, engine, test)}
+        if engine.average is not None:
+            with averaged(engine):
+                found["test_ema"] = tested(config, engine, test)
+        for kind, values in found.items() if world.first else ():
+            what = "moving average: " if kind == "test_ema" else ""
+            right = f"{what}{values['accuracy']:.1%} of the test images right after step {step}"
+            say(f"finetune: {right}, {values['top5']:.1%} among the first five")
+        return found
 
     def step(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return classification_loss(config, engine.model, batch, engine.dtype)
@@ -89,7 +95,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
         evaluate=evaluate if test is not None else None,
         heldout_every=tune.test_every if test is not None else None,
         flops=training_flops(classifier.model, classes, masked=1),
-        classes=tuple(source.stream.images.manifest.classes),
+        classes=names,
     )
     return world, job
 
@@ -97,6 +103,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
 def _refuse(config: Config) -> None:
     """Raise ConfigError for what shows without reading any shard."""
     tune = config.finetune
+    refuse_tuning(config)
     if not config.data.labelled_images:
         raise ConfigError("data.labelled_images is empty; `finetune` needs a labelled image shard set to train on")
     if any(side % config.model.patch_size for side in tune.input_size):
@@ -144,11 +151,14 @@ def new_classifier(config: Config, classes: int) -> Classifier:
     initialise(classifier, config.data.seed, tune.init_truncation)
     with torch.no_grad():
         classifier.get_parameter("head.weight").mul_(tune.head_scale)
+    classifier.dropout, classifier.attention_dropout = tune.dropout, tune.attention_dropout
     classifier.checkpointing = config.train.activation_checkpointing
     return classifier
 
 
-def _start(config: Config, classifier: Classifier, begins: Callable[[], bool], world: World) -> str:
+def _start(
+    config: Config, classifier: Classifier, names: tuple[str, ...], begins: Callable[[], bool], world: World
+) -> str:
     """Load finetune.init unless there is a checkpoint to go on from; returns the line that says so, or ''."""
     if not broadcast_object(world.first and begins(), world):
         return ""
@@ -156,7 +166,7 @@ def _start(config: Config, classifier: Classifier, begins: Callable[[], bool], w
         return "finetune.init is empty: the encoder starts as drawn from data.seed"
     init, tell = Path(config.finetune.init), say if world.first else lambda _: None
     chosen = newest_whole(init, world, tell)  # each byte read by one rank, and all take the same
-    return run_on_all_ranks(lambda: initialise_classifier_from(init, classifier, config.model, chosen), world)
+    return run_on_all_ranks(lambda: initialise_classifier_from(init, classifier, config.model, names, chosen), world)
 
 
 def tuning_setup(config: Config, world: World) -> Setup:
@@ -169,6 +179,7 @@ def tuning_setup(config: Config, world: World) -> Setup:
         accumulation=tune.global_batch // (micro * world.size),
         clip_norm=tune.clip_norm,
         muon=False,  # the published recipe is AdamW with a rate per layer
+        ema_decay=tune.ema_decay,
     )
 
 

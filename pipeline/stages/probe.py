@@ -16,10 +16,11 @@ from beitforge.pipeline.data.labelled import refuse_other_classes, require_label
 from beitforge.pipeline.data.pretraining import DataSource, evaluation
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.evaluation.probe import EPOCHS, ProbeResult, feature_depth, probe, sweeps
-from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.model.beit import Beit, Classifier, Encoder, initialise
 from beitforge.pipeline.model.pixels import normalise
 from beitforge.pipeline.runs.folder import write_whole
-from beitforge.pipeline.weights.encoder import build_encoder, run_config, trained_weights
+from beitforge.pipeline.weights.classifier import build_classifier
+from beitforge.pipeline.weights.encoder import build_encoder, fine_tuned, run_config, trained_weights
 from beitforge.shards.progress import Progress
 
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
@@ -64,9 +65,8 @@ def run(run_folder: Path, shards: str, test: str | None, asked: ProbeOptions) ->
     source = trained_weights(run_folder)
     weights, state = source.all(), source.state
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = build_encoder(config, weights, run_folder)
-    untrained = Beit(trained.model, config.tokenizer.vocabulary, config.data.seed)
-    models = {"trained": trained.to(device), "untrained": untrained.to(device).eval()}
+    models = {who: encoder.to(device) for who, encoder in _encoders(config, weights, run_folder).items()}
+    config = dataclasses.replace(config, model=models["trained"].model)  # a classifier's may be of another size
     (train, train_labels), (tests, test_labels) = _sets(config, models, shards, test, asked, device)
     verdicts = {}
     with Progress("linear probes", len(train) * sweeps(train_labels), "sweep") as progress:
@@ -93,6 +93,17 @@ def run(run_folder: Path, shards: str, test: str | None, asked: ProbeOptions) ->
     return 0
 
 
+def _encoders(config: Config, weights: dict[str, Tensor], source: Path) -> dict[str, Encoder]:
+    """The encoder or classifier of these weights, and one of its shape as drawn."""
+    if not fine_tuned(source):
+        trained = build_encoder(config, weights, source)
+        return {"trained": trained, "untrained": Beit(trained.model, config.tokenizer.vocabulary, config.data.seed)}
+    classifier = build_classifier(config, weights, source)
+    untrained = Classifier(classifier.model, 0)
+    initialise(untrained, config.data.seed)
+    return {"trained": classifier, "untrained": untrained.eval()}
+
+
 def _say_table(verdicts: dict[str, ProbeResult]) -> None:
     chosen = all(verdict.chosen for verdict in verdicts.values())
     how = "chosen on folds of the fitting set" if chosen else "as given: too few images of a class to choose by"
@@ -110,7 +121,7 @@ def _default(who: str, config: Config) -> str:
 
 
 def _sets(
-    config: Config, models: dict[str, Beit], shards: str, test: str | None, asked: ProbeOptions, device: torch.device
+    config: Config, models: dict[str, Encoder], shards: str, test: str | None, asked: ProbeOptions, device: torch.device
 ) -> tuple[Features, Features]:
     """What to fit on and what to test on: sets of their own, or four fifths and a fifth of one."""
     fitting = _labelled(config, shards)
@@ -133,7 +144,7 @@ def _sets(
 
 
 @torch.no_grad()
-def _features(config: Config, models: dict[str, Beit], source: DataSource, device: torch.device) -> Features:
+def _features(config: Config, models: dict[str, Encoder], source: DataSource, device: torch.device) -> Features:
     """The mean over patches after each block, and pixels."""
     count = source.samples
     gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}

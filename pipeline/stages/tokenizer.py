@@ -137,7 +137,7 @@ def _finish(config: Config, engine: Engine, source: DataSource, folder: Path) ->
     say(f"tokenizer: measuring how it uses its codes, on {samples} images")
     batches = evaluation_batches(config, source, samples=samples, micro=64, rank=0, world=1)
     for batch in (batch.to(device) for batch in batches):
-        view = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+        view = jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots)
         tokens = dvae.tokenize(view)
         rebuilt = dvae.decode(tokens, grid)
         counts += torch.bincount(tokens.flatten(), minlength=len(counts)).cpu()

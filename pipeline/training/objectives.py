@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from beitforge.kernels.pixels import jittered
 from beitforge.pipeline.config.settings import DVAE_STRIDE, Config, Tokenizer
+from beitforge.pipeline.model.dropout import hashed
 from beitforge.pipeline.model.pixels import jitter, tokenizer_input
 
 
@@ -29,7 +30,7 @@ class ObjectiveBatch(Protocol):
     @property
     def orders(self) -> Tensor: ...
     @property
-    def mean_greys(self) -> Tensor: ...
+    def pivots(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
     @property
@@ -39,14 +40,14 @@ class ObjectiveBatch(Protocol):
 def encoder_input(config: Config, batch: ObjectiveBatch, dtype: torch.dtype = torch.float32) -> Tensor:
     """Jittered, normalised pixels [B, 3, H, W] for the encoder."""
     normal = (config.model.mean, config.model.std)
-    views = (batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    views = (batch.pixels, batch.jitters, batch.orders, batch.pivots)
     return jittered(*views, normal, dtype, config.model.kernels)
 
 
 @torch.no_grad()
 def online_tokens(tokenize: Callable[[Tensor], Tensor], batch: ObjectiveBatch) -> Tensor:
     """Visual tokens i64 [B, N] of a batch that brings the tokenizer's view instead of recorded tokens."""
-    return tokenize(jitter(batch.tokenizer_pixels, batch.jitters, batch.orders, batch.mean_greys))
+    return tokenize(jitter(batch.tokenizer_pixels, batch.jitters, batch.orders, batch.pivots))
 
 
 def masked_token_loss(
@@ -74,7 +75,7 @@ def dvae_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Reconstruction + KL of each posterior to the uniform prior (weight warmed up over the first quarter of training)
     + KL of the batch's mean posterior to it, which keeps every code in use. `generator` draws the Gumbel noise."""
-    target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys))
+    target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots))
     shape = (len(target), settings.vocabulary, *settings.grid)
     uniform = torch.rand(shape, generator=generator, device=target.device).clamp(1e-9, 1 - 1e-7)
     noise = -(-uniform.log()).log()
@@ -111,7 +112,8 @@ def classification_loss(
     A mixed image's target is its own label by `share`, its partner's by the rest: the same cross entropy as with
     timm's soft targets, as both are linear in the target.
     """
-    logits = model(supervised_input(config, batch).to(dtype), batch.draws.get("keep")).float()
+    draws = batch.draws.get("keep"), batch.draws.get("dropout")
+    logits = model(supervised_input(config, batch).to(dtype), *draws).float()
     labels, share = batch.labels, batch.draws.get("share")
     loss = _smoothed(config, logits, labels)
     if share is not None:
@@ -139,17 +141,10 @@ def erased(pixels_BCHW: Tensor, boxes_B4: Tensor, seeds_B: Tensor) -> Tensor:
     (i64, 32 bits). Noise by hashing (lowbias32), so that it is the same wherever the image is computed."""
     b, c, h, w = pixels_BCHW.shape
     counters = torch.arange(c * h * w, device=pixels_BCHW.device)
-    x = _hashed(_hashed(counters)[None] ^ seeds_B[:, None])
+    x = hashed(hashed(counters)[None] ^ seeds_B[:, None])
     uniform = ((x >> 9).float() + 0.5) / 2**22 - 1  # 23 bits: never ±1, whose noise is infinite
     noise_BCHW = (torch.erfinv(uniform) * math.sqrt(2)).view(b, c, h, w).to(pixels_BCHW.dtype)
     return torch.where(inside(boxes_B4, h, w), noise_BCHW, pixels_BCHW)
-
-
-def _hashed(x: Tensor) -> Tensor:
-    """32 bits of 32, in i64."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
 
 
 def mixed(pixels_BCHW: Tensor, blend_B: Tensor, boxes_B4: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from beitforge.pipeline.config.identity import identity_digest
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
 from beitforge.pipeline.data.batches import training_batches
+from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, barrier, broadcast_object
 from beitforge.pipeline.distributed.deepspeed_config import Setup
@@ -134,6 +135,8 @@ def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) 
     bad_samples = BadSamples(job.run, job.source.samples, config.data.bad_sample_budget)
     if bad_samples.exhausted:
         raise ConfigError(bad_samples.over_budget())
+    for line in known_lines(job.source):
+        say(line)
     return bad_samples
 
 

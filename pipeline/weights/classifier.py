@@ -6,6 +6,7 @@ the classifier's images as finetune.input_size; classifier_config makes the clas
 """
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Classifier
-from beitforge.pipeline.model.resize import for_finetuning
+from beitforge.pipeline.model.resize import finetuned_model, for_finetuning
+from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.runs.record import CLASSIFIER
 from beitforge.pipeline.weights.encoder import (
-    CLASSIFIER,
     Trained,
     class_names,
     fine_tuned,
@@ -29,6 +31,7 @@ from beitforge.pipeline.weights.encoder import (
 )
 
 Shapes = dict[str, tuple[int, ...]]
+NO_CLASSIFIER = "holds an encoder of a pretraining, which has no classes: `finetune` trains them"
 _HEAD = "head.weight"
 
 
@@ -88,40 +91,108 @@ def build_classifier(config: Config, weights: dict[str, Tensor], source: Path) -
     return classifier.eval()
 
 
-def load_classifier(
-    folder: Path, checkpoint: tuple[Path, State] | None = None
-) -> tuple[Classifier, Config, tuple[str, ...]]:
-    """The classifier of a fine-tuning run's newest checkpoint, or an exported or imported one, its config (`model` is
-    its own shape) and the names of its classes, () where nobody said.
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """For use on the CPU, in float32. config: its `model` is the classifier's own shape. names: of its classes, ()
+    where nobody said."""
 
-    checkpoint: as `trained_weights` takes it. Raises ConfigError when the folder holds none.
+    classifier: Classifier
+    config: Config
+    names: tuple[str, ...]
+    classes: int
+    state: State
+
+
+def load_classifier(
+    folder: Path, checkpoint: tuple[Path, State] | None = None, average: bool = False
+) -> LoadedClassifier:
+    """The classifier of a fine-tuning run's newest checkpoint, or an exported or imported one.
+
+    checkpoint, average: as `trained_weights` takes them. Raises ConfigError when the folder holds none.
     """
     config = run_config(folder)
     if not fine_tuned(folder):
-        raise ConfigError(f"{folder} holds an encoder of a pretraining, which has no classes: `finetune` trains them")
-    found = trained_weights(folder, checkpoint)
+        raise ConfigError(f"{folder} {NO_CLASSIFIER}")
+    found = trained_weights(folder, checkpoint, average)
     classifier = build_classifier(config, found.all(), folder)
-    names, classes = class_names(folder), num_classes(found.shapes)
-    if names and len(names) != classes:
-        raise ConfigError(f"{folder} is damaged ({len(names)} names for {classes} classes); make it again")
-    return classifier, classifier_config(config, found.shapes), names
+    own, classes = classifier_config(config, found.shapes), num_classes(found.shapes)
+    return LoadedClassifier(classifier, own, _names(folder, classes), classes, found.state)
 
 
 def initialise_classifier_from(
-    folder: Path, classifier: Classifier, model: Model, checkpoint: tuple[Path, State] | None = None
+    folder: Path,
+    classifier: Classifier,
+    model: Model,
+    names: tuple[str, ...] = (),
+    checkpoint: tuple[Path, State] | None = None,
 ) -> str:
-    """Load an encoder, of a run folder, exported or imported, into a classifier for images of its own size; returns
-    a line that says what was taken. The head stays as it was drawn.
+    """Load an encoder or a classifier, of a run folder, exported or imported, into a classifier for images of its own
+    size; returns a line that says what was taken.
 
-    model: the config's. checkpoint: as `trained_weights` takes it. Raises ConfigError when the two are of different
-    shape, or there are no weights.
+    Of an encoder the head stays as it was drawn. Of a classifier the norm is taken, and the head where it is over as
+    many classes, of the same names where both sides have them, which need not be in the same order. model: the
+    config's. names: of the classes to train. checkpoint: as `trained_weights` takes it. Raises ConfigError when the two
+    are of different shape, or there are no weights.
     """
     config, found = run_config(folder), trained_weights(folder, checkpoint)
-    refuse_other_shapes(f"finetune.init {folder}", config.model, model)
-    refuse_others(config, found.shapes, folder)
-    size = classifier.model.input_size
-    weights, _ = for_finetuning(found.all(), config.model, size, classifier.pooling)
+    what, size = f"finetune.init {folder}", classifier.model.input_size
+    if fine_tuned(folder):
+        line, theirs = _take_classifier(folder, config, found, classifier, names, what)
+    else:
+        refuse_other_shapes(what, config.model, model)
+        refuse_others(config, found.shapes, folder)
+        _load(classifier, for_finetuning(found.all(), config.model, size, classifier.pooling)[0])
+        line, theirs = "", config.model
+    resized = f", its {theirs.input_size} px windows laid on {size}" if size != theirs.input_size else ""
+    return f"starting from step {found.state.step} of {folder}{resized}{line}"
+
+
+def _take_classifier(
+    folder: Path, config: Config, found: Trained, classifier: Classifier, names: tuple[str, ...], what: str
+) -> tuple[str, Model]:
+    """Load another classifier's weights; returns what was taken beside the encoder, and the other's shape."""
+    theirs, size = classifier_config(config, found.shapes).model, classifier.model.input_size
+    refuse_other_shapes(what, finetuned_model(theirs, size), classifier.model)
+    if config.finetune.pooling != classifier.pooling:
+        raise ConfigError(
+            f"{what} has finetune.pooling {config.finetune.pooling}, this config says {classifier.pooling}; make them "
+            f"equal"
+        )
+    classes = refuse_no_classifier(config, found.shapes, folder)
+    weights, wanted = found.all(), len(classifier.get_parameter(_HEAD))
+    order, why = _rows(_names(folder, classes), classes, _first(names, wanted), wanted)
+    kept = for_finetuning(weights, theirs, size)[0] | {n: w for n, w in weights.items() if n.startswith("norm.")}
+    if why:
+        _load(classifier, kept)
+        return f", with its norm and a new head over {wanted} classes: {why}", theirs
+    _load(classifier, kept | {n: w[order] for n, w in weights.items() if n.startswith("head.")})
+    return f", with its norm and its head over {classes} classes", theirs
+
+
+def _rows(theirs: tuple[str, ...], classes: int, names: tuple[str, ...], wanted: int) -> tuple[list[int], str]:
+    """Which row of a head over `classes` each of the wanted classes has, or in words why that head does not fit."""
+    if not classes:
+        return [], "it has none"
+    if classes != wanted:
+        return [], f"it has {classes}"
+    if not (theirs and names) or theirs == names:
+        return list(range(classes)), ""
+    if len(set(theirs)) < classes or set(theirs) != set(names):
+        label = next((label for label, name in enumerate(names) if name not in theirs), 0)
+        return [], f"class {label} is {shown(names[label])}, which it does not have under this name"
+    return [theirs.index(name) for name in names], ""
+
+
+def _load(classifier: Classifier, weights: dict[str, Tensor]) -> None:
+    """Load weights; a head that is not among them stays as it was drawn."""
     head = {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith("head.")}
-    classifier.load_state_dict(weights | head)
-    resized = f", its {config.model.input_size} px windows laid on {size}" if size != config.model.input_size else ""
-    return f"starting from step {found.state.step} of {folder}{resized}"
+    classifier.load_state_dict(head | weights)
+
+
+def _names(folder: Path, classes: int) -> tuple[str, ...]:
+    """What the classes are called; of a run the set names them, whose last ones may have no image to learn from."""
+    return _first(class_names(folder), classes)
+
+
+def _first(names: tuple[str, ...], classes: int) -> tuple[str, ...]:
+    return names[:classes] if len(names) >= classes else ()

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,10 +28,11 @@ from beitforge.pipeline.model.resize import fit_grid
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.reading import parse_json, read_object, read_regular, require_regular
 from beitforge.pipeline.runs.checkpoints import State, candidates, newest
+from beitforge.pipeline.runs.record import CLASSIFIER
 
 Small = TypeVar("Small", dict, list)
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-ENCODER, CLASSIFIER = "beit", "beit-classifier"  # kinds of folders of weights
+WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+ENCODER = "beit"  # a kind of folder of weights, as CLASSIFIER is
 
 
 def run_config(run: Path) -> Config:
@@ -87,18 +89,24 @@ class Trained:
         return dict(self.each())
 
 
-def trained_weights(run: Path, checkpoint: tuple[Path, State] | None = None) -> Trained:
+def trained_weights(run: Path, checkpoint: tuple[Path, State] | None = None, average: bool = False) -> Trained:
     """The weights of a run's newest complete checkpoint, put together from every process's part; or those of a folder
     of weights.
 
-    checkpoint: the one to take, where it has been chosen (`newest` with whole=True). Raises ConfigError when there is
-    neither.
+    checkpoint: the one to take, where it has been chosen (`newest` with whole=True). average: their moving average
+    (finetune.ema_decay) instead. Raises ConfigError when there is none of what is asked for.
     """
     found = checkpoint or newest(run, say, whole=True)
     if found is not None:
         folder, state = found
         saved = zero_layout.open_checkpoint(folder, state.zero_stage, state.groups, state.files)
-        return Trained(saved.shapes, saved.weights, state)
+        if average and not saved.keeps(zero_layout.AVERAGE):
+            raise ConfigError(
+                f"{run} keeps no moving average of its weights: finetune.ema_decay was 0; leave out --ema"
+            )
+        return Trained(saved.shapes, partial(saved.weights, zero_layout.AVERAGE if average else "fp32"), state)
+    if average:
+        raise ConfigError(f"{run} is no run with a checkpoint, whose moving average --ema would take; leave it out")
     if not (run / _CONFIG).exists():
         why = "no checkpoint that can be used" if candidates(run) else "no complete checkpoint yet"
         raise ConfigError(f"{run} has {why}; let `{'finetune' if fine_tuned(run) else 'pretrain'}` save one")
@@ -131,9 +139,9 @@ def stream_encoder(folder: Path, weights: Trained, config: Config, source: str =
 def write_folder(folder: Path, said: dict, weights: Trained, config: Config, source: str) -> None:
     """Write a folder of weights of any kind; said: what its config.json holds beside the config and the state."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{_WEIGHTS}.partial"
+    partial = folder / f"{WEIGHTS}.partial"
     _write_safetensors(partial, weights)
-    partial.replace(folder / _WEIGHTS)
+    partial.replace(folder / WEIGHTS)
     state = weights.state
     content = {**said, "step": state.step, "samples_seen": state.samples_seen, "tokens": state.tokens}
     content |= {"imported_from": source} if source else {}
@@ -161,7 +169,7 @@ def _write_safetensors(path: Path, weights: Trained) -> None:
 
 def written_as_read(folder: Path, weights: Trained) -> bool:
     """Whether the encoder in a folder has these weights, bit for bit; one tensor at a time."""
-    with safe_open(folder / _WEIGHTS, "pt") as file:
+    with safe_open(folder / WEIGHTS, "pt") as file:
         names = set(file.keys())
         return names == weights.shapes.keys() and all(torch.equal(file.get_tensor(n), t) for n, t in weights.each())
 
@@ -204,12 +212,14 @@ def read_described(folder: Path) -> tuple[dict, Config]:
         names = content.get("classes", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("classes is no list of names")
+        if names and len(names) != content.get("num_classes"):
+            raise ValueError(f"{len(names)} names for {content.get('num_classes')} classes")
         return content, from_dict(dict(content["config"]), str(folder / _CONFIG))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     with _as_one_line(folder):
-        return load_file(require_regular(folder / _WEIGHTS))
+        return load_file(require_regular(folder / WEIGHTS))
 
 
 def _read_encoder(folder: Path) -> tuple[Config, dict[str, Tensor]]:

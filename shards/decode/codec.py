@@ -27,6 +27,7 @@ from beitforge.shards.format.index import (
     FLAG_ROTATED,
     FLAG_WEBP,
 )
+from beitforge.shards.format.levels import tone_table
 
 MAX_PIXELS = 2**27
 
@@ -232,6 +233,11 @@ def mean_grey(pixels: np.ndarray) -> float:
     """Mean ITU-R 601 luma (0-255) of uint8 [H, W, 3]: that of Pillow's convert("L"), rounded per pixel as there."""
     grey = np.asarray(Image.fromarray(pixels).convert("L"))
     return int(grey.sum(dtype=np.uint64)) / grey.size
+
+
+def tones(pixels: np.ndarray) -> tuple[int, ...]:
+    """The tone table (shards.format.levels) of uint8 [H, W, 3]."""
+    return tone_table(Image.fromarray(pixels).histogram())
 
 
 def _resample(name: str) -> Image.Resampling:

@@ -6,6 +6,7 @@
     image_offset, image_size u64 · label_offset, label_size u64 · json_offset, json_size u64 (size 0: no such member)
     image_xxh3 u64 of the image bytes · width, height u32 in pixels · mean_grey f32 (whole image as RGB, ITU-R 601
     luma, 0-255) · label i64 · flags u32 (FLAG_*)
+    tones u16 [n, 32], the image's tone table (shards.format.levels), which indexes of earlier versions lack
 
 The metadata says how the tar was made, and under `digest` has the xxh3-128 of its other entries and all columns: where
 no manifest lists an index, nothing else tells a damaged one from a whole one.
@@ -20,12 +21,14 @@ import numpy as np
 import xxhash
 
 from beitforge.shards.errors import Damaged
+from beitforge.shards.format.levels import KNOTS, NO_TONES, Greys, without_tones
 from beitforge.shards.storage.reading import OpenFile, forget
 from beitforge.shards.storage.retry import reread, retry
 from beitforge.shards.storage.tensors import MOST_HEADER, TensorFile, write_tensors
 
 SUFFIX = ".index.safetensors"
 DIGEST = "digest"
+TONES = "tones"
 MOST_IMAGE = 1 << 31  # bytes
 _MOST_KEY = 4096  # bytes of a key, on average
 
@@ -68,6 +71,7 @@ class IndexRow:
     mean_grey: float
     label: int = 0
     flags: int
+    tones: tuple[int, ...] = NO_TONES
 
 
 class Row(NamedTuple):
@@ -105,6 +109,9 @@ class Index:
                 raise Damaged(f"{self.path} has no column {name} of type {np.dtype(dtype)}: {cure}")
             if name != "key_text" and len(column) != len(self):
                 raise Damaged(f"{self.path} has columns of unequal length ({name}): {cure}")
+        tones = self.columns.get(TONES)
+        if tones is not None and (tones.dtype != np.uint16 or tones.shape != (len(self), KNOTS)):
+            raise Damaged(f"{self.path} has tone tables of type {tones.dtype} and shape {tones.shape}: {cure}")
         ends = self.columns["key_end"].whole()
         if np.any(ends[1:] < ends[:-1]) or int(ends[-1] if len(ends) else 0) != len(self.columns["key_text"]):
             raise Damaged(f"{self.path}: where its keys end cannot be: {cure}")
@@ -120,6 +127,17 @@ class Index:
         if name in COLUMNS:
             return self.columns[name].whole()
         raise AttributeError(name)
+
+    @property
+    def greys(self) -> Greys:
+        """Of every image."""
+        means = self.mean_grey
+        return Greys(means, self.columns[TONES].whole()) if self.has_tones else without_tones(means)
+
+    @property
+    def has_tones(self) -> bool:
+        """Whether images have tone tables: not in indexes of earlier versions."""
+        return TONES in self.columns
 
     @property
     def whole(self) -> bool:
@@ -170,7 +188,7 @@ class Index:
 
 def most_bytes(samples: int) -> int:
     """More than an index of that number of samples ever has; their keys are paths."""
-    return MOST_HEADER + samples * (len(COLUMNS) * 8 + 8 + _MOST_KEY)
+    return MOST_HEADER + samples * (len(COLUMNS) * 8 + 2 * KNOTS + 8 + _MOST_KEY)
 
 
 def index_path(folder: Path, name: str) -> Path:
@@ -179,12 +197,13 @@ def index_path(folder: Path, name: str) -> Path:
 
 def write_index(path: Path, rows: list[IndexRow], metadata: dict[str, str]) -> None:
     """Write the index of one shard by rename. `metadata` says how the tar was made."""
-    columns = {
+    columns: dict[str, np.ndarray] = {
         name: np.array([getattr(row, name) for row in rows], dtype=dtype).reshape(len(rows))
         for name, dtype in COLUMNS.items()
     }
     texts = [row.key.encode("utf-8", "surrogateescape") for row in rows]
     columns["key_text"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
+    columns[TONES] = np.array([row.tones for row in rows], dtype=np.uint16).reshape(len(rows), KNOTS)
     columns["key_end"] = np.cumsum([len(text) for text in texts], dtype=np.uint64).reshape(len(rows))
     write_tensors(path, columns, {**metadata, DIGEST: _digest(columns, metadata)})
 

@@ -1,9 +1,9 @@
 """Token shards: the visual tokens of K recorded views of each image of an image shard, row for row.
 
 `NAME.safetensors` per image shard `NAME.tar`: tokens u16 [views, samples, patches] · boxes, flips, jitters, orders (the
-records, shards.format.views.Views with leading [views, samples]) · keys u64 [samples] · bad u8 [samples] (1: the
-image could not be read, its rows are zeros and the stream substitutes it) · checks u64 [views, samples], the checksum
-of each row, which sets of earlier versions lack. View-major, so that more views can follow.
+records, shards.format.views.Views with leading [views, samples]; levels, too) · keys u64 [samples] · bad u8 [samples]
+(1: the image could not be read, its rows are zeros and the stream substitutes it) · checks u64 [views, samples], the
+checksum of each row. Sets of earlier versions lack levels or checks. View-major, so that more views can follow.
 """
 
 import functools
@@ -27,6 +27,8 @@ from beitforge.shards.storage.tensors import MOST_HEADER, TensorFile, write_tens
 
 Value = TypeVar("Value")
 
+LEVELS = "levels"
+_NO_LEVELS = np.zeros(0, np.uint8)
 _CURE = "run `tokenize` again with this image set, or point data.tokens at the folder made from it"
 CHECKS = "checks"
 _ROW_BYTES = 64  # of a view of an image, and of an image, beside its tokens: more than there are
@@ -52,6 +54,8 @@ class OpenTokenShard:
         for name, dtype in _DTYPES.items():
             if name not in tensors or tensors[name].dtype != dtype:
                 raise Damaged(f"{self.path} has no tensor {name} of type {np.dtype(dtype)}: {_CURE}")
+        if LEVELS in tensors and tensors[LEVELS].dtype != np.uint8:
+            raise Damaged(f"{self.path}: {LEVELS} is of type {tensors[LEVELS].dtype}: {_CURE}")
         self.shape = tensors["tokens"].shape
         if len(self.shape) != 3:
             raise Damaged(f"{self.path}: tokens has shape {self.shape}, not views, samples, patches: {_CURE}")
@@ -59,6 +63,7 @@ class OpenTokenShard:
         shapes = {"boxes": (num_views, samples, 4), "jitters": (num_views, samples, 3), "keys": (samples,)}
         shapes |= {"flips": (num_views, samples), "orders": (num_views, samples), "bad": (samples,)}
         shapes |= {CHECKS: (num_views, samples)} if CHECKS in tensors else {}
+        shapes |= {LEVELS: (num_views, samples, 3)} if LEVELS in tensors else {}
         for name, shape in shapes.items():
             if tensors[name].shape != shape:
                 raise Damaged(
@@ -66,7 +71,8 @@ class OpenTokenShard:
                 )
         if CHECKS in tensors and tensors[CHECKS].dtype != np.uint64:
             raise Damaged(f"{self.path}: {CHECKS} is of type {tensors[CHECKS].dtype}: {_CURE}")
-        parts = [tensors[name] for name in ("tokens", *FIELDS)]
+        self._fields = [name for name in FIELDS if name in tensors]
+        parts = [tensors[name] for name in ("tokens", *self._fields)]
         self._places = [(tensor.start, tensor.rows[2], tensor.dtype) for tensor in parts]
         self._bad, self._checks = tensors["bad"].start, tensors[CHECKS].start if self.has_checks else None
 
@@ -77,7 +83,8 @@ class OpenTokenShard:
 
     @property
     def views(self) -> Views:
-        return Views(*(self._tensors[name].whole() for name in FIELDS))
+        found = {name: self._tensors[name].whole() for name in self._fields}
+        return Views(**{LEVELS: np.zeros((*self.shape[:2], 0), np.uint8), **found})
 
     @property
     def has_checks(self) -> bool:
@@ -100,8 +107,8 @@ class OpenTokenShard:
         when they stay so; EOFError and OSError when the file cannot be read."""
         parts, _ = self._checked(view, row)
         arrays = [np.frombuffer(part, dtype) for part, (_, _, dtype) in zip(parts, self._places, strict=True)]
-        tokens, boxes, flips, jitters, orders = arrays
-        return TokenRow(tokens, boxes, flips[0], jitters, orders[0])
+        tokens, boxes, flips, jitters, orders, *levels = arrays
+        return TokenRow(tokens, boxes, flips[0], jitters, orders[0], levels[0] if levels else _NO_LEVELS)
 
     def _checked(self, view: int, row: int) -> tuple[list[bytes], bytes]:
         """The bytes of a row's tokens and record, and of its mark."""
@@ -135,6 +142,7 @@ class TokenRow(NamedTuple):
     flips: np.ndarray
     jitters: np.ndarray
     orders: np.ndarray
+    levels: np.ndarray
 
     def check(self, bad: np.ndarray) -> int:
         """xxh3-64 of all of it, and of whether the image could be read."""
@@ -150,7 +158,7 @@ def write_token_shard(
 ) -> None:
     """Write one token file by rename. tokens u16 [views, samples, patches]; keys u64 [samples]; bad u8 [samples]."""
     given = {"tokens": tokens, "keys": keys, "bad": bad, **{name: getattr(views, name) for name in FIELDS}}
-    tensors = {name: given[name].astype(dtype) for name, dtype in _DTYPES.items()}
+    tensors = {name: given[name].astype(dtype) for name, dtype in {**_DTYPES, LEVELS: np.uint8}.items()}
     checks = np.zeros(tokens.shape[:2], np.uint64)
     for view, row in np.ndindex(*checks.shape):
         found = TokenRow(tensors["tokens"][view, row], *(tensors[name][view, row] for name in FIELDS))

@@ -1,7 +1,8 @@
 """A view: how an image is cut and coloured. Drawn once, by `tokenize`; recorded; cut by the record ever after.
 
 The order of BEiT's transform (arXiv 2106.08254, released code): colour jitter of the whole image, horizontal flip,
-one random resized crop. A record holds the crop box in source pixels, the flip, and the jitter as factors and order.
+one random resized crop. A record holds the crop box in source pixels, the flip, the jitter as factors and order, and
+the levels by which a crop is jittered as its whole image would be (shards.format.levels).
 """
 
 import dataclasses
@@ -12,14 +13,16 @@ from itertools import permutations
 import numpy as np
 
 from beitforge.shards import counter_rng
+from beitforge.shards.format.levels import BRIGHTNESS, CONTRAST, SATURATION, Greys, levels_of_means, view_levels
 
-BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 JITTER_ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION))), dtype=np.int64)
 _TRIES = 10
 
 # The number of the arithmetic that turns a record into pixels: clamp, cut, resize and flip in the loader, jitter on the
-# device. To be raised whenever it changes: tokens made by another no longer match the pixels.
-ARITHMETIC = 2
+# device. To be raised whenever it changes: tokens made by another no longer match the pixels. Sets of the second are
+# read by it: their records have no levels, which follow from their images' mean greys.
+ARITHMETIC = 3
+READ_ARITHMETICS = (2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +45,27 @@ class Views:
     """Records of views; the leading dimensions are the caller's.
 
     boxes u32 […, 4] x, y, width, height in source pixels · flips u8 […] · jitters f32 […, 3] factors of brightness,
-    contrast, saturation (1 changes nothing) · orders u8 […] row of JITTER_ORDERS.
+    contrast, saturation (1 changes nothing) · orders u8 […] row of JITTER_ORDERS · levels u8 […, 3] lowest and highest
+    value the crop is clamped to, and the grey that contrast blends with; u8 […, 0] in sets of earlier versions.
     """
 
     boxes: np.ndarray
     flips: np.ndarray
     jitters: np.ndarray
     orders: np.ndarray
+    levels: np.ndarray
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Views))
 
 
 def draw_views(
-    policy: ViewPolicy, key_hashes: np.ndarray, numbers: np.ndarray | int, widths: np.ndarray, heights: np.ndarray
+    policy: ViewPolicy,
+    key_hashes: np.ndarray,
+    numbers: np.ndarray | int,
+    widths: np.ndarray,
+    heights: np.ndarray,
+    greys: Greys,
 ) -> Views:
     """Views of n images, one each: view `numbers` of the images named by `key_hashes` (u64 [n]).
 
@@ -82,48 +92,40 @@ def draw_views(
         settled |= fits
     spread = np.array([policy.brightness, policy.contrast, policy.saturation])
     lowest = np.maximum(0.0, 1.0 - spread)
-    jitters = np.stack([lowest[op] + (1.0 + spread[op] - lowest[op]) * uniform(6 + op) for op in range(3)], axis=-1)
+    spans = [lowest[op] + (1.0 + spread[op] - lowest[op]) * uniform(6 + op) for op in range(3)]
+    jitters = np.stack(spans, axis=-1).astype(np.float32)
+    orders = (uniform(5) * len(JITTER_ORDERS)).astype(np.uint8)
     return Views(
         boxes.astype(np.uint32),
         (uniform(4) < policy.flip).astype(np.uint8),
-        jitters.astype(np.float32),
-        (uniform(5) * len(JITTER_ORDERS)).astype(np.uint8),
+        jitters,
+        orders,
+        view_levels(*_applied(jitters, orders), greys),
     )
 
 
 def impossible(views: Views) -> np.ndarray:
     """bool […]: the records that no policy gives, whatever the image."""
     factors = np.isfinite(views.jitters) & (views.jitters >= 0)
-    return (views.flips > 1) | (views.orders >= len(JITTER_ORDERS)) | ~factors.all(axis=-1)
+    wrong = (views.flips > 1) | (views.orders >= len(JITTER_ORDERS)) | ~factors.all(axis=-1)
+    return wrong | (views.levels[..., 0] > views.levels[..., 1]) if views.levels.shape[-1] else wrong
 
 
-def unclipped_limits(views: Views, mean_greys: np.ndarray) -> np.ndarray:
-    """u8 […, 2]: the lowest and highest value a grey pixel may have for no operation of its view's jitter to clip it.
+def completed(views: Views, means: np.ndarray) -> Views:
+    """The views with their levels; those recorded under the second arithmetic have none, and get them from the mean
+    greys of their images, f32 broadcast against the leading dimensions."""
+    if views.levels.shape[-1]:
+        return views
+    factors, operations = _applied(views.jitters, views.orders)
+    return dataclasses.replace(
+        views, levels=levels_of_means(factors, operations, np.broadcast_to(means, views.orders.shape))
+    )
 
-    A crop clamped to them before it is resized looks, jittered afterwards, like one jittered before: what is clipped to
-    white there cannot pull the resize beyond white here. Exact for brightness and contrast, one line for all channels;
-    but a saturation below 1 draws coloured pixels back from the edge, so no limit comes after it.
-    mean_greys: f32, broadcast against the views' leading dimensions.
-    """
-    factors, orders = views.jitters.astype(np.float64), JITTER_ORDERS[views.orders]
-    shape = views.orders.shape
-    mean = np.broadcast_to(mean_greys.astype(np.float64), shape)
-    slope, offset, counts = np.ones(shape), np.zeros(shape), np.ones(shape, dtype=bool)
-    low, high = np.zeros(shape), np.full(shape, 255.0)
-    for turn in range(3):
-        operation = orders[..., turn]
-        factor = np.take_along_axis(factors, operation[..., None], axis=-1)[..., 0]
-        counts &= (operation != SATURATION) | (factor >= 1)
-        line = counts & (operation != SATURATION) & (factor > 0)
-        base = np.where(operation == CONTRAST, np.floor(mean + 0.5), 0.0)
-        mean = np.where(operation == BRIGHTNESS, mean * factor, mean)
-        mean = (mean - 0.5 * (factor != 1)).clip(0, 255)  # as pipeline.model.pixels.jitter has it
-        offset = np.where(line, offset * factor + base * (1 - factor), offset)
-        slope = np.where(line, slope * factor, slope)
-        low = np.where(line, np.maximum(low, -offset / slope), low)
-        high = np.where(line, np.minimum(high, (255 - offset) / slope), high)
-    low = np.floor(low)
-    return np.stack([low, np.maximum(np.ceil(high), low)], axis=-1).clip(0, 255).astype(np.uint8)
+
+def _applied(jitters: np.ndarray, orders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of jitters in the order in which they are applied, and which operation each is of; […, 3] each."""
+    operations = JITTER_ORDERS[orders]
+    return np.take_along_axis(jitters, operations, axis=-1), operations
 
 
 def _central_boxes(policy: ViewPolicy, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
@@ -147,4 +149,5 @@ def central_views(widths: np.ndarray, heights: np.ndarray, aspect: float = 1.0, 
         np.zeros(count, np.uint8),
         np.ones((count, 3), np.float32),
         np.zeros(count, np.uint8),
+        np.tile(np.array([0, 255, 0], np.uint8), (count, 1)),
     )

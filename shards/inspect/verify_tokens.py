@@ -89,6 +89,7 @@ def _check_values(shard: OpenTokenShard, vocabulary: int) -> list[str]:
         (f"tokens of {vocabulary} or more, the vocabulary's size", shard.tokens >= vocabulary),
         ("crop boxes without area", views.boxes[:, good, 2:] == 0),
         ("flips other than 0 and 1", views.flips > 1),
+        ("lowest levels above the highest", views.levels[..., :1] > views.levels[..., 1:2]),
         (f"jitter orders of {len(JITTER_ORDERS)} or more", views.orders >= len(JITTER_ORDERS)),
         ("jitter factors that are negative or not finite", ~(np.isfinite(views.jitters) & (views.jitters >= 0))),
         ("marks for bad rows other than 0 and 1", bad > 1),

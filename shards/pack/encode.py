@@ -89,7 +89,7 @@ def encode(data: bytes, options: EncodeOptions) -> Prepared:
 
 def _facts(data: bytes, header: Header, pixels: np.ndarray) -> Facts:
     digest = xxhash.xxh3_64_intdigest(data)
-    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags)
+    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags, codec.tones(pixels))
 
 
 def _may_stay(header: Header, options: EncodeOptions) -> bool:

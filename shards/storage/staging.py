@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from beitforge.shards.errors import ShardError, about_file
@@ -78,6 +78,24 @@ def refuse_strangers(out: Path, *, replace: bool) -> None:
             raise ShardError(f"{out} holds {name}, which beitforge did not write, so it stays: {_CURE}")
         if (out / name).is_symlink() or not (out / name).is_file() or file_digest(out / name) != written[name]:
             raise ShardError(f"{out / name} was changed since beitforge wrote it, so it stays: {_CURE}")
+
+
+def check_made(folder: Path, report: Callable[[str], None]) -> int | None:
+    """How many files a folder's marker lists, telling `report` those that are not as it says, one line each; None
+    where there is no marker of ours."""
+    written = _written(folder)
+    for name, digest in (written or {}).items():
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            report(f"{folder / MARKER} lists {name!r:.80}, which leads out of the folder")
+            continue
+        try:
+            if file_digest(folder / name) != digest:
+                report(f"{folder / name} is damaged or was changed: it holds other bytes than were written")
+        except FileNotFoundError:
+            report(f"{folder / name} is missing")
+        except (OSError, ShardError) as error:
+            report(f"{folder / name} cannot be read ({error})")
+    return None if written is None else len(written)
 
 
 def refuse_other_file(path: Path, *words: bytes) -> None:

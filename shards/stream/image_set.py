@@ -16,7 +16,8 @@ import xxhash
 
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import Damaged, ShardError, printable
-from beitforge.shards.format.index import FLAG_BAD, Index, Row, index_path, most_bytes
+from beitforge.shards.format.index import FLAG_BAD, TONES, Index, Row, index_path, most_bytes
+from beitforge.shards.format.levels import NO_TONES, Greys, without_tones
 from beitforge.shards.format.manifest import ImageManifest, read_image_manifest
 from beitforge.shards.storage.cache import ALWAYS, PART, Cache
 from beitforge.shards.storage.files import open_files
@@ -36,6 +37,10 @@ _log = logging.getLogger(__name__)
 
 class DamagedSample(ShardError):
     """One sample whose bytes are not what was packed, or do not decode. The stream substitutes it and counts it."""
+
+
+class KnownBad(DamagedSample):
+    """One that was known not to decode when its set was indexed, or to have no tokens when it was tokenized."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,17 @@ class ImageSet:
 
         return self._anew(shard, read)
 
+    def greys(self, shards: np.ndarray, rows: np.ndarray, means: np.ndarray) -> Greys:
+        """Of the images at these places, i64 [n] each. means: their mean greys."""
+        found = without_tones(means)
+        for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            found.tones[i] = self._anew(shard, functools.partial(self._tones, shard, row))
+        return found
+
+    def _tones(self, shard: int, row: int) -> np.ndarray:
+        index = self._shard(shard).index
+        return index.columns[TONES][row] if index.has_tones else np.array(NO_TONES, np.uint16)
+
     def row(self, shard: int, row: int) -> Row:
         """What the index says of a sample. Rows are read some at a time: those beside one come soon."""
         place = shard, row // _ROWS
@@ -149,7 +165,7 @@ class ImageSet:
     def _read(self, shard: int, row: int, known: Row) -> bytes:
         opened, name = self._shard(shard), self.manifest.shards[shard].name
         if known.flags & FLAG_BAD:
-            raise DamagedSample(f"{name} {opened.index.key(row)}: does not decode (known since it was indexed)")
+            raise KnownBad(f"{name} {opened.index.key(row)}: does not decode (known since it was indexed)")
         if isinstance(self.folder, Remote):
             data = self._read_remote(self.folder, shard, row, known)
             if xxhash.xxh3_64_intdigest(data) == known.image_xxh3:

@@ -4,6 +4,7 @@ uses torch.
 A batch is a pure function of the sample numbers asked for. Workers, ranks and restarts therefore never change it.
 """
 
+import functools
 import math
 import mmap
 import resource
@@ -20,9 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from beitforge.shards import counter_rng
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import COLUMNS, Row
-from beitforge.shards.format.views import unclipped_limits
-from beitforge.shards.stream.image_set import DamagedSample, ImageSet
+from beitforge.shards.format.index import COLUMNS, FLAG_BAD, Row
+from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.view_sources import Selection, ViewSource
 
 _SUBSTITUTES = 32
@@ -31,13 +31,15 @@ TORCH = "torch bicubic"
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that was replaced: where it lies, why, and which row of the same shard stood in."""
+    """A sample that was replaced: where it lies, why, and which row of the same shard stood in. known: whether the sets
+    themselves said so, so that it was known before the first sample was read."""
 
     sample: int
     shard: str
     key: str
     reason: str
     substitute: str
+    known: bool = False
 
 
 class Batch(NamedTuple):
@@ -45,7 +47,7 @@ class Batch(NamedTuple):
 
     samples i64 [B] · pixels u8 [B, 3, H, W], cut and flipped, not yet jittered · tokenizer_pixels u8 [B, 3, h, w], the
     same views at the tokenizer's size (h = w = 0: not asked for) · tokens i64 [B, N] (N = 0: none recorded) · jitters
-    f32 [B, 3], orders i64 [B], mean_greys f32 [B] (shards.format.views) · labels i64 [B] · draws: what the caller's
+    f32 [B, 3], orders i64 [B], pivots f32 [B] (shards.format.views, levels) · labels i64 [B] · draws: what the caller's
     `draw` made of the sample numbers · bad: the substitutions made.
     """
 
@@ -55,7 +57,7 @@ class Batch(NamedTuple):
     tokens: torch.Tensor
     jitters: torch.Tensor
     orders: torch.Tensor
-    mean_greys: torch.Tensor
+    pivots: torch.Tensor
     labels: torch.Tensor
     draws: dict[str, torch.Tensor]
     bad: list[BadSample]
@@ -153,12 +155,18 @@ class Stream:
             name: np.array(values, COLUMNS[name])
             for name, values in zip(Row._fields, zip(*known, strict=True), strict=True)
         }
-        picked = Selection(epochs, shards, rows, columns["key_hash"], columns["width"], columns["height"])
-        views, tokens = self.source.views(picked)
-        limits = unclipped_limits(views, columns["mean_grey"]).tolist()
-        sizes = zip(columns["width"].tolist(), columns["height"].tolist(), strict=True)
+        keys, means, sizes = columns["key_hash"], columns["mean_grey"], (columns["width"], columns["height"])
+        greys = functools.partial(self.images.greys, shards, rows, means)
+        views, tokens = self.source.views(Selection(epochs, shards, rows, keys, sizes, means, greys))
+        limits = views.levels[:, :2].tolist()
         records = zip(views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
-        how = zip(encoded, sizes, columns["flags"].tolist(), records, strict=True)
+        how = zip(
+            encoded,
+            zip(*(side.tolist() for side in sizes), strict=True),
+            columns["flags"].tolist(),
+            records,
+            strict=True,
+        )
         for i, (data, size, flags, (box, flip, limit)) in enumerate(how):
             try:
                 crop = codec.decode_view(data, box, size, flags, self.decoder)
@@ -180,7 +188,7 @@ class Stream:
             torch.from_numpy(tokens.astype(np.int64)),
             torch.from_numpy(views.jitters),
             torch.from_numpy(views.orders.astype(np.int64)),
-            torch.from_numpy(columns["mean_grey"]),
+            torch.from_numpy(views.levels[:, 2].astype(np.float32)),
             torch.from_numpy(columns["label"]),
             {name: torch.from_numpy(value) for name, value in drawn.items()},
             bad,
@@ -192,27 +200,42 @@ class Stream:
         """The image at place i, its row and what the index says of that, or those of the first usable substitute: a
         pure function of the sample."""
         entry, asked = self.images.manifest.shards[shard], self.images.row(shard, row)
-        reason, candidate = "", row
-        for attempt in range(_SUBSTITUTES):
+        first: DamagedSample | None = None
+        for candidate in self._candidates(shard, row, asked):
             try:
                 if (i, candidate) in refused:
                     raise DamagedSample(refused[i, candidate])
-                if not self.source.usable(shard, candidate):
-                    raise DamagedSample("`tokenize` could not read it, so it has no tokens")
                 known = asked if candidate == row else self.images.row(shard, candidate)
+                if not known.flags & FLAG_BAD:  # else that is the reason
+                    self.source.check(shard, candidate)
                 data = self.images.read_row(shard, candidate, known)
                 break
             except DamagedSample as error:
-                reason = reason or str(error)
-            drawn = counter_rng.uniform(counter_rng.SUBSTITUTE, self.seed, asked.key_hash, attempt)[0]
-            candidate = int(drawn * entry.samples)
+                first = first or error
         else:
-            key = self.images.index(shard).key(row)
-            raise ShardError(f"{entry.name}: {_SUBSTITUTES} samples tried for {key}, none usable; run `verify`")
+            key, tries = self.images.index(shard).key(row), _SUBSTITUTES
+            raise ShardError(f"{entry.name}: {tries} samples tried for {key}, none usable; run `verify`")
         if candidate != row:
-            index = self.images.index(shard)
-            bad.append(BadSample(sample, entry.name, index.key(row), reason, index.key(candidate)))
+            index, reason = self.images.index(shard), str(first)
+            is_known = isinstance(first, KnownBad)
+            bad.append(BadSample(sample, entry.name, index.key(row), reason, index.key(candidate), is_known))
         return candidate, known, data
+
+    def _candidates(self, shard: int, row: int, asked: Row) -> Iterator[int]:
+        """A row, then those that may stand in for it: drawn from all of its shard, at last only from those that are not
+        known to be bad."""
+        samples, good = self.images.manifest.shards[shard].samples, np.empty(0, np.int64)
+        yield row
+        for attempt in range(2 * _SUBSTITUTES - 1):
+            drawn = counter_rng.uniform(counter_rng.SUBSTITUTE, self.seed, asked.key_hash, attempt)[0]
+            if attempt < _SUBSTITUTES - 1:
+                yield int(drawn * samples)
+                continue
+            if attempt == _SUBSTITUTES - 1:
+                good = np.flatnonzero((self.images.index(shard).flags & FLAG_BAD) == 0)
+                if len(good) in (0, samples):
+                    return
+            yield int(good[int(drawn * len(good))])
 
 
 class _Undecodable(Exception):
@@ -226,7 +249,7 @@ class _Undecodable(Exception):
 def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int], resample: str) -> None:
     """Write one view into `out` u8 [3, H, W] from its crop u8 [h, w, 3]: clamp, antialiased resize, flip.
 
-    limits: lowest and highest value (shards.format.views.unclipped_limits). resample: TORCH is torch's bicubic, four
+    limits: lowest and highest value (shards.format.levels). resample: TORCH is torch's bicubic, four
     times Pillow's speed, for the encoder; bicubic and lanczos are Pillow's.
     """
     size = (out.shape[1], out.shape[2])

@@ -11,23 +11,27 @@ from typing import Protocol
 import numpy as np
 
 from beitforge.shards.errors import ShardError
+from beitforge.shards.format.levels import Greys, without_tones
+from beitforge.shards.format.manifest import unreadable
 from beitforge.shards.format.tokens import TokenSet, check_pairing
-from beitforge.shards.format.views import ViewPolicy, Views, central_views, draw_views, impossible
+from beitforge.shards.format.views import ViewPolicy, Views, central_views, completed, draw_views, impossible
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.remote import cache_for
-from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 
 
 @dataclass(frozen=True)
 class Selection:
-    """n images by place, with what the index says of them (all [n])."""
+    """n images by place, with what the index says of them (all [n]; `sizes` are widths and heights); `greys` reads the
+    rest of that."""
 
     epochs: np.ndarray
     shards: np.ndarray
     rows: np.ndarray
     key_hashes: np.ndarray
-    widths: np.ndarray
-    heights: np.ndarray
+    sizes: tuple[np.ndarray, np.ndarray]
+    mean_greys: np.ndarray
+    greys: Callable[[], Greys]
 
 
 class ViewSource(Protocol):
@@ -35,7 +39,8 @@ class ViewSource(Protocol):
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]: ...
 
-    def usable(self, shard: int, row: int) -> bool: ...
+    def check(self, shard: int, row: int) -> None:
+        """Raises DamagedSample where an image has no tokens, KnownBad where that was held against the budget before."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,14 @@ class DrawnViews:
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
         """View number = epoch."""
-        drawn = draw_views(self.policy, picked.key_hashes, picked.epochs, picked.widths, picked.heights)
+        policy = self.policy
+        jittered = policy.brightness > 0 and policy.contrast > 0  # else the mean greys tell all
+        greys = picked.greys() if jittered else without_tones(picked.mean_greys)
+        drawn = draw_views(policy, picked.key_hashes, picked.epochs, *picked.sizes, greys)
         return drawn, np.zeros((len(picked.rows), 0), np.uint16)
 
-    def usable(self, shard: int, row: int) -> bool:
-        return True
+    def check(self, shard: int, row: int) -> None:
+        """Every image has a view."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,11 @@ class CentralViews:
     share: float = 0.875
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
-        views = central_views(picked.widths, picked.heights, self.aspect, self.share)
+        views = central_views(*picked.sizes, self.aspect, self.share)
         return views, np.zeros((len(picked.rows), 0), np.uint16)
 
-    def usable(self, shard: int, row: int) -> bool:
-        return True
+    def check(self, shard: int, row: int) -> None:
+        """Every image has a view."""
 
 
 class RecordedViews:
@@ -85,7 +93,7 @@ class RecordedViews:
         places = list(zip(picked.shards.tolist(), numbers.tolist(), picked.rows.tolist(), strict=True))
         rows = [self.tokens.row(shard, self._keys(shard), view, row) for shard, view, row in places]
         tokens, *records = (np.stack(column) for column in zip(*rows, strict=True))
-        views = Views(*records)
+        views = completed(Views(*records), picked.mean_greys)
         vocabulary = self.tokens.manifest.tokenizer["vocabulary"]
         wrong = np.flatnonzero(impossible(views) | (tokens >= vocabulary).any(axis=-1))
         if len(wrong):
@@ -96,9 +104,12 @@ class RecordedViews:
             )
         return views, tokens
 
-    def usable(self, shard: int, row: int) -> bool:
-        """False where `tokenize` could not read the image."""
-        return not self.tokens.is_bad(shard, self._keys(shard), row)
+    def check(self, shard: int, row: int) -> None:
+        """Raises KnownBad where `tokenize` could not read the image; DamagedSample in a set of an earlier version,
+        which was held against no budget."""
+        if self.tokens.is_bad(shard, self._keys(shard), row):
+            kind = DamagedSample if unreadable(self.tokens.manifest) is None else KnownBad
+            raise kind("`tokenize` could not read it, so it has no tokens")
 
     def _keys(self, shard: int) -> Callable[[], np.ndarray]:
         return lambda: self.images.key_hashes(shard)

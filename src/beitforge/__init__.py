@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beitforge.api import (
         Features,
+        ImageClassifier,
         ImageTokenizer,
         Preprocess,
         features,
+        load_classifier,
         load_encoder,
         load_tokenizer,
         save_tokenizer,
@@ -31,6 +33,7 @@ __all__ = [
     "Batch",
     "ConfigError",
     "Features",
+    "ImageClassifier",
     "ImageSet",
     "ImageTokenizer",
     "OrderPolicy",
@@ -40,6 +43,7 @@ __all__ = [
     "ViewPolicy",
     "__version__",
     "features",
+    "load_classifier",
     "load_encoder",
     "load_tokenizer",
     "open_images",

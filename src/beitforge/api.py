@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.evaluation.probe import feature_depth
-from beitforge.pipeline.model.beit import Encoder
+from beitforge.pipeline.model.beit import Classifier, Encoder
 from beitforge.pipeline.model.pixels import normalise
 from beitforge.pipeline.tokenizers import storage
 from beitforge.pipeline.tokenizers.storage import VisualTokenizer
 from beitforge.pipeline.tokenizers.user_class import user_kind
+from beitforge.pipeline.weights import classifier as from_folder
 from beitforge.pipeline.weights.encoder import fine_tuned, run_config
 from beitforge.pipeline.weights.from_run import encoder_of
 from beitforge.shards.decode.codec import crop
@@ -181,14 +182,41 @@ class Preprocess:
 def load_encoder(where: Path | str, *, device: torch.device | str = "cpu") -> tuple[Encoder, Preprocess]:
     """The encoder of an exported or imported folder, or of a run folder's newest checkpoint, with its preprocessing.
 
-    Returns a torch module in float32 and evaluation mode: a Beit with its head over tokens, or a Classifier of a
-    fine-tuning. Raises ConfigError when the folder holds none.
+    Returns a torch module in float32 and evaluation mode: a Beit with its head over tokens, or a Classifier, which
+    `load_classifier` gives with the names of its classes. Raises ConfigError when the folder holds none.
     """
     folder = Path(where)
-    config = run_config(folder)
-    encoder = encoder_of(config, folder, "finetune" if fine_tuned(folder) else "pretrain").to(device)
+    if fine_tuned(folder):
+        loaded = load_classifier(folder, device=device)
+        return loaded.module, loaded.preprocess
+    encoder = encoder_of(run_config(folder), folder, "pretrain").to(device)
     model = encoder.model
     return encoder, Preprocess(size=model.input_size, mean=model.mean, std=model.std)
+
+
+@dataclass(frozen=True)
+class ImageClassifier:
+    """A classifier with the preprocessing of fine-tuning's test. names: of its classes, () where nobody said."""
+
+    module: Classifier
+    preprocess: Preprocess
+    names: tuple[str, ...]
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images: Images) -> Tensor:
+        """Logits float32 [B, classes] of whatever Preprocess takes."""
+        return self.module(self.preprocess(images).to(self.device))
+
+
+def load_classifier(where: Path | str, *, device: torch.device | str = "cpu") -> ImageClassifier:
+    """The classifier of an exported or imported folder, or of the newest checkpoint of a fine-tuning. Raises
+    ConfigError when the folder holds none."""
+    loaded, place = from_folder.load_classifier(Path(where)), torch.device(device)
+    model = loaded.config.model
+    share = loaded.config.finetune.test_share
+    preprocess = Preprocess(size=model.input_size, mean=model.mean, std=model.std, share=share)
+    return ImageClassifier(loaded.classifier.to(place), preprocess, loaded.names, place)
 
 
 class Features(NamedTuple):

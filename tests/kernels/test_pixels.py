@@ -18,9 +18,9 @@ def images(count: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
     pixels[0] = pixels[0, :1] // 2 * 2
     factors = 0.4 + 1.2 * torch.rand(count, 3, generator=generator)
     factors[-1] = 1.0
-    greys = 255 * torch.rand(count, generator=generator)
+    pivots = (255 * torch.rand(count, generator=generator)).round()
     orders = torch.arange(count) % len(ORDERS)
-    return pixels.to(DEVICE), factors.to(DEVICE), orders.to(DEVICE), greys.to(DEVICE)
+    return pixels.to(DEVICE), factors.to(DEVICE), orders.to(DEVICE), pivots.to(DEVICE)
 
 
 @pytest.mark.parametrize("normal", [None, NORMAL], ids=["plain", "normalised"])

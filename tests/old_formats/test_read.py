@@ -10,6 +10,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from beitforge.pipeline.cli import main
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.weights.encoder import load_encoder
+from beitforge.shards.format.index import COLUMNS, DIGEST, index_path, open_index
 from tests.ranks import places
 
 ARCHIVE = Path(__file__).parent / "made_by_0.1.0.tar.xz"
@@ -37,6 +39,21 @@ def test_sets_are_clean(old, capsys):
         assert main(["verify", f"shards/{part}", "--decode", "--workers", "1"]) == 0
         assert main(["verify", f"tokens/{part}", "--images", f"shards/{part}", "--workers", "1"]) == 0
     assert capsys.readouterr().out.count("clean") == 4
+
+
+def test_index_adds_what_indexes_have_today(old, capsys):
+    """Views drawn from then on are of today's arithmetic; tokens made before fit as they did, and what `pack` said of
+    its shards is kept."""
+    before = open_index(index_path(Path("shards/train"), "shard-000000"))
+    assert not before.has_tones
+    assert main(["index", "shards/train", "--workers", "1"]) == 0
+    after = open_index(index_path(Path("shards/train"), "shard-000000"))
+    assert after.has_tones and after.metadata.items() >= {**before.metadata, DIGEST: after.metadata[DIGEST]}.items()
+    assert all(np.array_equal(getattr(after, name), getattr(before, name)) for name in COLUMNS)
+    assert main(["verify", "shards/train", "--decode", "--workers", "1"]) == 0
+    assert main(["verify", "tokens/train", "--images", "shards/train", "--workers", "1"]) == 0
+    assert main(["index", "shards/train", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.count("clean") == 2 and open_index(after.path).digest == after.digest
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -88,7 +88,7 @@ def read_epoch(stream: Stream, samples: int, workers: int) -> tuple[dict[int, by
 
 
 def _rows(batch: Batch) -> Iterator[tuple[int, bytes]]:
-    parts = (batch.pixels, batch.tokens, batch.jitters, batch.orders, batch.mean_greys, batch.labels)
+    parts = (batch.pixels, batch.tokens, batch.jitters, batch.orders, batch.pivots, batch.labels)
     for i, sample in enumerate(batch.samples.tolist()):
         yield sample, b"".join(part[i].numpy().tobytes() for part in parts)
 
@@ -117,8 +117,7 @@ def central_sample(data: bytes, label: int) -> bytes:
     pixels = codec.decode(data)
     box = central_views(np.array([pixels.shape[1]]), np.array([pixels.shape[0]])).boxes[0].tolist()
     view = codec.resize(codec.crop(pixels, box), SIZE, "lanczos").transpose(2, 0, 1)
-    grey = np.float32(codec.mean_grey(pixels))
-    parts = (view, np.ones(3, np.float32), np.int64(0), grey, np.int64(label))
+    parts = (view, np.ones(3, np.float32), np.int64(0), np.float32(0), np.int64(label))
     return b"".join(part.tobytes() for part in parts)
 
 

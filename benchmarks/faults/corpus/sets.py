@@ -107,7 +107,9 @@ def write_tokens(stored: Stored, folder: Path, seed: int) -> None:
     entries = []
     for number, shard in enumerate(images.manifest.shards):
         index = images.index(number)
-        drawn = [draw_views(policy, index.key_hash, k, index.width, index.height) for k in range(NUM_VIEWS)]
+        drawn = [
+            draw_views(policy, index.key_hash, k, index.width, index.height, index.greys) for k in range(NUM_VIEWS)
+        ]
         views = Views(*(np.stack([getattr(view, name) for view in drawn]) for name in FIELDS))
         tokens = rng.integers(0, VOCABULARY, (NUM_VIEWS, len(index), GRID[0] * GRID[1]))
         bad = np.zeros(len(index), np.uint8)

@@ -46,6 +46,7 @@ HELP = [
     (("beitforge", "tokenize", "--help"), ["CONFIG", "section.key=value"]),
     (("beitforge", "export", "--help"), ["RUN", "OUT"]),
     (("beitforge", "probe", "--help"), ["RUN", "SHARDS", "--samples"]),
+    (("beitforge", "evaluate", "--help"), ["RUN|WEIGHTS", "SET", "section.key=value", "--json", "--by-number"]),
     (("beitforge", "report", "--help"), ["RUN"]),
     (("beitforge", "replay", "--help"), ["RUN", "--step", "--from", "--to", "--page"]),
     (("beitforge", "demo", "--help"), ["DIR", "--out"]),

@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
 TRAINING = [[verb, "some.yaml"] for verb in ("tokenizer", "tokenize", "pretrain", "finetune", "doctor")]
 RANKS = [[*words, "--rank"] for words in TRAINING]
 OTHERS = [["demo"], ["report", "run", "--data"], ["probe", "run", "set"], ["export", "run", "out"]]
+OTHERS += [["evaluate", "run", "set"]]
 OTHERS += [["import", "there", "out"], ["import-tokenizer", "there", "out"]]
 
 

@@ -15,7 +15,9 @@ from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.stages.finetune import new_classifier
 from beitforge.pipeline.stages.probe import ProbeOptions, run
+from beitforge.pipeline.weights.classifier import save_classifier
 from beitforge.pipeline.weights.encoder import save_encoder
 from beitforge.shards.decode.codec import encode
 from beitforge.shards.pack.adopt import adopt
@@ -68,6 +70,17 @@ def test_few_images_of_a_sorted_set_are_of_all_classes(sets, encoder):
     assert (found["classes"], found["train_samples"], found["test_samples"]) == (CLASSES, 24, 24)
     assert found["majority_class"] == 1 / CLASSES
     assert found["results"]["raw pixels"]["knn"] > 0.9
+
+
+def test_a_classifier_is_probed_at_its_own_size(sets, encoder, tmp_path):
+    """Whose images are not of the size that its encoder was pretrained on."""
+    config = load_config(str(tmp_path / "tiny.yaml"), ["finetune.input_size=48"])
+    weights = new_classifier(config, CLASSES).state_dict()
+    state = State(step=9, samples_seen=0, world=1, zero_stage=0, precision="fp32", images="", tokens="", config="")
+    save_classifier(tmp_path / "classifier", weights, config, (), state)
+    assert run(tmp_path / "classifier", *sets, ProbeOptions(samples=24, epochs=2)) == 0
+    found = said(tmp_path / "classifier")
+    assert found["step"] == 9 and found["results"]["trained"] == found["results"]["untrained"]
 
 
 def test_results_of_few_labels_are_not_the_runs(sets, encoder, capsys):

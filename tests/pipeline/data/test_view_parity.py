@@ -1,5 +1,6 @@
 """The view a stream gives, jittered as training does it, is BEiT's official view, on real photographs."""
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -59,8 +60,9 @@ def built(images: ImageSet, policy: ViewPolicy) -> tuple[Batch, list[Draw]]:
     stream = Stream(images=images, places=places, source=source, size=(224, 224), tokenizer_size=(112, 112))
     samples = np.arange(VIEWS * len(index))
     epochs, shards, rows = places.locate(samples)
-    columns = (getattr(index, name)[rows] for name in ("key_hash", "width", "height"))
-    views, _ = source.views(Selection(epochs, shards, rows, *columns))
+    keys, *sizes, means = (getattr(index, name)[rows] for name in ("key_hash", "width", "height", "mean_grey"))
+    greys = functools.partial(images.greys, shards, rows, means)
+    views, _ = source.views(Selection(epochs, shards, rows, keys, (sizes[0], sizes[1]), means, greys))
     paths = {path.stem: path for path in find_photographs()}
     draws = []
     for i, row in enumerate(rows.tolist()):
@@ -68,7 +70,8 @@ def built(images: ImageSet, policy: ViewPolicy) -> tuple[Batch, list[Draw]]:
         with Image.open(paths[name]) as image:
             pixels = np.array(image.convert("RGB"))
         box, flip = views.boxes[i].tolist(), bool(views.flips[i])
-        draws.append(Draw(name, pixels, 0.0, box, flip, views.jitters[i], int(views.orders[i])))
+        levels = views.levels[i]
+        draws.append(Draw(name, pixels, box, flip, views.jitters[i], int(views.orders[i]), levels, levels))
     return stream.batch(samples), draws
 
 
@@ -87,12 +90,12 @@ def jittered(images) -> tuple[Batch, list[Draw], list[np.ndarray]]:
 
 @pytest.mark.parametrize(("view", "field"), [(ENCODER, "pixels"), (TOKENIZER, "tokenizer_pixels")])
 def test_the_view_is_the_official_one(jittered, view, field):
-    """Jittered after the cut, against Pillow's jitter of the whole image before it: 45 dB, an error of 1.4 levels."""
+    """Jittered after the cut, against Pillow's jitter of the whole image before it: 45.9 dB, an error of 1.3 levels."""
     batch, draws, whole = jittered
-    ours = jitter(getattr(batch, field), batch.jitters, batch.orders, batch.mean_greys)
+    ours = jitter(getattr(batch, field), batch.jitters, batch.orders, batch.pivots)
     expected = [official_cut(pixels, draw, *view) for pixels, draw in zip(whole, draws, strict=True)]
     reached = pooled(ours, expected)
-    assert reached >= 45
+    assert reached >= 45.9
 
 
 def test_the_cut_is_the_official_one(images):

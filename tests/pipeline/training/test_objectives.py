@@ -37,7 +37,7 @@ class Views:
     tokens: Tensor
     jitters: Tensor
     orders: Tensor
-    mean_greys: Tensor
+    pivots: Tensor
     draws: dict[str, Tensor]
 
 
@@ -50,7 +50,7 @@ def views(count: int = 4, side: int = 16, masked: int = M) -> Views:
         tokens=torch.randint(0, V, (count, N), generator=generator),
         jitters=0.7 + 0.6 * torch.rand(count, 3, generator=generator),
         orders=torch.arange(count) % 6,
-        mean_greys=torch.full((count,), 120.0),
+        pivots=torch.full((count,), 120.0),
         draws={"mask": mask},
     )
 
@@ -80,7 +80,7 @@ def fixed(logits_BNV: Tensor) -> Callable:
 
 def test_encoder_input_is_jittered_then_normalised():
     batch = views()
-    jittered = jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys)
+    jittered = jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots)
     expected = normalise(jittered, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert torch.equal(encoder_input(CONFIG, batch), expected)
 
@@ -176,7 +176,7 @@ SETTINGS = Tokenizer(input_size=Size(16, 16), vocabulary=6, kl_weight=0.3, usage
 def test_dvae_loss_term_by_term():
     """Pixel errors summed over an 8 × 8 field of 3 channels, KL to the uniform prior place by place and of the mean."""
     batch = views(side=16)
-    target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.mean_greys))
+    target = tokenizer_input(jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots))
     logits = torch.randn(4, 6, 2, 2, generator=torch.Generator().manual_seed(3)).double()
     asked: list[tuple] = []
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from beitforge.shards.errors import ShardError
+from beitforge.shards.format.levels import without_tones
 from beitforge.shards.format.manifest import TokenManifest, read_token_manifest, write_manifest
 from beitforge.shards.format.tokens import TokenSet, open_token_shard, token_path, token_shard_entry, write_token_shard
 from beitforge.shards.format.views import ViewPolicy, draw_views
@@ -20,7 +21,7 @@ SIDES = np.full(5, 40)
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """One shard of one view of five images."""
-    views = draw_views(ViewPolicy(), KEYS, 0, SIDES, SIDES)
+    views = draw_views(ViewPolicy(), KEYS, 0, SIDES, SIDES, without_tones(np.full(5, 100, np.float32)))
     views = dataclasses.replace(views, **{name: value[None] for name, value in vars(views).items()})
     tokens = np.arange(20).reshape(1, 5, 4)
     write_token_shard(token_path(tmp_path, "a"), tokens, views, KEYS, np.zeros(5, np.uint8), {"by": "a test"})

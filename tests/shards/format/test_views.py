@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from beitforge.shards import counter_rng
+from beitforge.shards.format.levels import Greys, tone_table, without_tones
 from beitforge.shards.format.views import FIELDS, JITTER_ORDERS, ViewPolicy, Views, central_views, draw_views
 
 SIZES = [(1, 1), (1, 2), (2, 1), (3, 5000), (5000, 3), (7, 7), (64, 48), (500, 375), (375, 500), (65_500, 60_000)]
@@ -16,14 +17,19 @@ SIZES = [(1, 1), (1, 2), (2, 1), (3, 5000), (5000, 3), (7, 7), (64, 48), (500, 3
 def drawn(policy: ViewPolicy, count: int, width: int, height: int, number: int = 0) -> Views:
     """Views of `count` images of one size."""
     keys = np.arange(count, dtype=np.uint64)
-    return draw_views(policy, keys, number, np.full(count, width), np.full(count, height))
+    return draw_views(policy, keys, number, np.full(count, width), np.full(count, height), greys(count))
+
+
+def greys(count: int) -> Greys:
+    return without_tones(np.full(count, 100, np.float32))
 
 
 def test_golden_record():
     """draw_views(ViewPolicy(seed=7), [1, 2**64 - 1, 12345], numbers [0, 1, 2], widths [500, 333, 1], heights [375, 500,
     1]). A change makes every token set unreproducible."""
     keys = np.array([1, 2**64 - 1, 12345], dtype=np.uint64)
-    views = draw_views(ViewPolicy(seed=7), keys, np.array([0, 1, 2]), np.array([500, 333, 1]), np.array([375, 500, 1]))
+    sizes = np.array([500, 333, 1]), np.array([375, 500, 1])
+    views = draw_views(ViewPolicy(seed=7), keys, np.array([0, 1, 2]), *sizes, greys(3))
     assert views.boxes.tolist() == [[88, 103, 188, 184], [0, 99, 312, 327], [0, 0, 1, 1]]
     assert views.flips.tolist() == [1, 0, 0]
     assert views.orders.tolist() == [2, 1, 1]
@@ -37,8 +43,8 @@ def test_golden_record():
 
 def test_types_are_those_of_the_record():
     views = drawn(ViewPolicy(), 2, 30, 40)
-    assert [getattr(views, name).dtype for name in FIELDS] == [np.uint32, np.uint8, np.float32, np.uint8]
-    assert [getattr(views, name).shape for name in FIELDS] == [(2, 4), (2,), (2, 3), (2,)]
+    assert [getattr(views, name).dtype for name in FIELDS] == [np.uint32, np.uint8, np.float32, np.uint8, np.uint8]
+    assert [getattr(views, name).shape for name in FIELDS] == [(2, 4), (2,), (2, 3), (2,), (2, 3)]
 
 
 def test_a_view_depends_on_its_image_alone():
@@ -47,8 +53,13 @@ def test_a_view_depends_on_its_image_alone():
     keys = counter_rng.bits(99, np.arange(count))
     numbers, widths, heights = np.arange(count) % 5, 1 + 13 * np.arange(count), 1 + 700 // (1 + np.arange(count))
 
+    def tables(rows: np.ndarray) -> Greys:
+        """Of a made-up image each; some have no tone table."""
+        tones = [tone_table((counter_rng.bits(98, np.full(768, row), np.arange(768)) % 9).tolist()) for row in rows]
+        return Greys((rows * 6.3).astype(np.float32), np.array(tones, np.uint16) * (rows[:, None] % 3 != 0))
+
     def views(rows: np.ndarray) -> Views:
-        return draw_views(ViewPolicy(seed=3), keys[rows], numbers[rows], widths[rows], heights[rows])
+        return draw_views(ViewPolicy(seed=3), keys[rows], numbers[rows], widths[rows], heights[rows], tables(rows))
 
     together, shuffle = views(np.arange(count)), counter_rng.permutation(count, 1)
     shuffled, alone = views(shuffle), [views(np.array([row])) for row in range(count)]
@@ -59,7 +70,7 @@ def test_a_view_depends_on_its_image_alone():
 
 def test_one_number_for_all_is_an_array_of_it():
     keys, sides = np.arange(9, dtype=np.uint64), np.full(9, 50)
-    one, many = (draw_views(ViewPolicy(), keys, number, sides, sides) for number in (4, np.full(9, 4)))
+    one, many = (draw_views(ViewPolicy(), keys, number, sides, sides, greys(9)) for number in (4, np.full(9, 4)))
     assert one.boxes.tolist() == many.boxes.tolist()
 
 
@@ -67,7 +78,7 @@ def test_one_number_for_all_is_an_array_of_it():
 def test_seed_number_and_key_each_change_the_view(change):
     def view(seed: int = 0, number: int = 0, key: int = 0) -> Views:
         sides = np.array([400]), np.array([300])
-        return draw_views(ViewPolicy(seed=seed), np.array([key], np.uint64), number, *sides)
+        return draw_views(ViewPolicy(seed=seed), np.array([key], np.uint64), number, *sides, greys(1))
 
     assert view().boxes.tolist() != view(**change).boxes.tolist()
     assert view().jitters.tolist() != view(**change).jitters.tolist()

@@ -25,6 +25,7 @@ def tokens(tmp_path):
             np.zeros((2, samples), np.uint8),
             np.ones((2, samples, 3), np.float32),
             np.zeros((2, samples), np.uint8),
+            np.full((2, samples, 3), 128, np.uint8),
         )
         bad = np.array([0, 1][:samples], np.uint8)
         write_token_shard(token_path(tmp_path, name), array, views, np.arange(samples, dtype=np.uint64), bad, {})

@@ -120,7 +120,7 @@ def test_a_damaged_index_is_found(images):
     assert any("is not the index the manifest lists (digest differs)" in finding for finding in findings(images))
 
 
-@pytest.mark.parametrize("column", sorted(COLUMNS))
+@pytest.mark.parametrize("column", sorted([*COLUMNS, "tones"]))
 def test_every_column_is_checked_against_the_tar(images, column):
     """Even an index that its manifest vouches for is not believed: each column is compared with the tar."""
     before = open_index(index_path(images, "shard-000001")).columns[column][3]
@@ -167,7 +167,9 @@ def tokens(images, tmp_path) -> Path:
 
 def write_tokens(folder: Path, images: Path, name: str) -> None:
     index = open_index(index_path(images, name))
-    drawn = [draw_views(ViewPolicy(), index.key_hash, k, index.width, index.height) for k in range(NUM_VIEWS)]
+    drawn = [
+        draw_views(ViewPolicy(), index.key_hash, k, index.width, index.height, index.greys) for k in range(NUM_VIEWS)
+    ]
     views = Views(*(np.stack([getattr(view, field) for view in drawn]) for field in Views.__dataclass_fields__))
     values = np.random.default_rng(len(index)).integers(0, VOCABULARY, (NUM_VIEWS, len(index), GRID[0] * GRID[1]))
     write_token_shard(token_path(folder, name), values, views, index.key_hash, np.zeros(len(index), np.uint8), {})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from beitforge.shards.errors import ShardError
-from beitforge.shards.storage.staging import MARKER, leftovers, refuse_other_file, staged_folder
+from beitforge.shards.storage.staging import MARKER, check_made, leftovers, refuse_other_file, staged_folder
 
 
 def made(out: Path, text: str = "one", replace: bool = True) -> None:
@@ -84,7 +84,7 @@ def test_without_leave_to_replace_even_ours_stays(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from beitforge.shards.storage.staging import staged_folder
+from beitforge.shards.storage.staging import check_made, staged_folder
 with staged_folder(Path(sys.argv[1]), "export", replace=True) as folder:
     (folder / "half").write_text("half")
     print(folder, flush=True)
@@ -137,3 +137,22 @@ def test_only_a_file_with_our_words_is_ours(tmp_path):
     os.mkfifo(path)
     with pytest.raises(ShardError, match="stays"):
         refuse_other_file(path, b"beitforge")
+
+
+def test_what_was_changed_since_is_found(tmp_path):
+    """By whoever asks before he uses a folder; nothing outside it is read."""
+    with staged_folder(tmp_path / "out", "export", replace=False) as folder:
+        for name in ("whole", "changed", "gone"):
+            (folder / name).write_text(name)
+    findings: list[str] = []
+    assert check_made(tmp_path / "out", findings.append) == 3 and not findings
+    (tmp_path / "out" / "changed").write_text("chanced")
+    (tmp_path / "out" / "gone").unlink()
+    marker = json.loads((tmp_path / "out" / MARKER).read_text())
+    marker["files"] |= {"../elsewhere": "0" * 32, "/etc/hostname": "0" * 32}
+    (tmp_path / "out" / MARKER).write_text(json.dumps(marker))
+    assert check_made(tmp_path / "out", findings.append) == 5
+    told = sorted(line.rpartition("/")[2].partition(":")[0] for line in findings)
+    assert len(findings) == 4 and "changed is damaged or was changed" in told and "gone is missing" in told
+    assert sum("leads out of the folder" in line for line in findings) == 2
+    assert check_made(tmp_path, findings.append) is None

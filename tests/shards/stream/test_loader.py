@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageOps
 
 from beitforge.shards.decode import codec
-from beitforge.shards.format.views import BRIGHTNESS, CONTRAST, JITTER_ORDERS, SATURATION, Views, unclipped_limits
+from beitforge.shards.format.levels import BRIGHTNESS, CONTRAST, SATURATION, view_levels, without_tones
 from beitforge.shards.stream.loader import TORCH, cut_into
 from tests.shards.made_images import photo
 
@@ -41,12 +41,6 @@ def test_torchs_bicubic_is_pillows_to_a_level(flip):
     assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-def views(factors: tuple[float, float, float], first: int, second: int) -> Views:
-    order = [list(turns) for turns in JITTER_ORDERS].index([first, second, 3 - first - second])
-    one = np.zeros(1, np.uint8)
-    return Views(np.zeros((1, 4), np.uint32), one, np.array([factors], np.float32), np.array([order], np.uint8))
-
-
 @pytest.mark.parametrize(
     ("factors", "turns", "limits"),
     [
@@ -63,4 +57,7 @@ def views(factors: tuple[float, float, float], first: int, second: int) -> Views
 )
 def test_limits_are_where_the_jitter_clips(factors, turns, limits):
     """An image of mean grey 100. Rounded outwards, so that nothing that would not clip is touched."""
-    assert unclipped_limits(views(factors, *turns), np.array([100.0], np.float32)).tolist() == [limits]
+    operations = np.array([[*turns, 3 - sum(turns)]])
+    applied = np.array([[factors[operation] for operation in operations[0]]], np.float32)
+    levels = view_levels(applied, operations, without_tones(np.array([100.0], np.float32)))
+    assert levels[:, :2].tolist() == [limits]
