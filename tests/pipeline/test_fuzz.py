@@ -36,6 +36,7 @@ from beitforge.pipeline.stages.import_encoder import run as import_encoder
 from beitforge.pipeline.tokenizers.safe_pickle import read_pickle
 from beitforge.pipeline.tokenizers.storage import load_tokenizer, stated_fingerprint
 from beitforge.pipeline.watch import terminal
+from beitforge.pipeline.weights.classifier import load_classifier
 from beitforge.pipeline.weights.conversion import from_unilm, to_hf
 from beitforge.pipeline.weights.encoder import class_names, fine_tuned, load_encoder
 from beitforge.pipeline.weights.sources import Saved
@@ -321,20 +322,24 @@ def safetensors_header(draw: random.Random, data: bytes) -> bytes:
 def test_weights_folders(tmp_path):
     """model.safetensors and config.json of an encoder; tokenizer.json and its weights."""
     weights = save({"head.weight": torch.zeros(4, 4), "patch_embedding.weight": torch.zeros(8, 12)})
-    config = {"kind": "beit", "step": 3, "samples_seen": 9, "tokens": "", "config": TINY}
+    encoder = {"kind": "beit", "step": 3, "samples_seen": 9, "tokens": "", "config": TINY}
+    classifier = {**encoder, "kind": "beit-classifier", "num_classes": 4, "classes": ["a", "b", "c", "d"]}
     shape = {"vocabulary": 64, "width": 16, "embedding": 8, "residual_blocks": 1, "stride": 8}
     tokenizer = {"kind": "dvae", "shape": shape, "input_size": [32, 32], "filter": "lanczos", "fingerprint": "x"}
 
     def case(draw: random.Random) -> object:
+        config = draw.choice([encoder, classifier])
         (tmp_path / "model.safetensors").write_bytes(safetensors_header(draw, weights))
         (tmp_path / "config.json").write_bytes(
             dumped(exchanged(draw, config)) if draw.random() < 0.5 else dumped(config)
         )
         (tmp_path / "tokenizer.safetensors").write_bytes(safetensors_header(draw, weights))
         (tmp_path / "tokenizer.json").write_bytes(dumped(exchanged(draw, tokenizer)))
-        which = draw.randrange(5)
+        which = draw.randrange(6)
         if which == 0:
             return load_encoder(tmp_path)
+        if which == 3:
+            return load_classifier(tmp_path)
         if which == 1:
             return load_tokenizer(tmp_path)
         if which == 2:
