@@ -28,9 +28,9 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """After an update of the weights. Each product is rounded by itself, so that it does not matter how the numbers
-        lie on ranks."""
-        torch._foreach_mul_(self.averages, self.decay)
-        torch._foreach_add_(self.averages, torch._foreach_mul(self.masters, 1 - self.decay))
+        lie on ranks; beside the averages one master's memory is taken."""
+        for master, average in zip(self.masters, self.averages, strict=True):
+            average.mul_(self.decay).add_(master * (1 - self.decay))
 
     @torch.no_grad()
     def swap(self) -> None:
