@@ -73,7 +73,7 @@ def run(folder: Path, where: str, asked: EvaluateOptions) -> int:
         if not asked.json.parent.is_dir():
             raise ConfigError(f"--json is {asked.json}, and there is no such folder: make it, or name another file")
     world, source = open_and_join(
-        config, lambda: as_tested(config, where, where, "`evaluate`"), lambda source: _facts(folder, source)
+        config, lambda: as_tested(config, where, "the set", "`evaluate`"), lambda source: _facts(folder, source)
     )
     chosen = newest_whole(folder, world, say if world.first else lambda _: None)
     task = run_on_all_ranks(lambda: _task(folder, chosen, where, source, config, asked), world)
