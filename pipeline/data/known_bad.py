@@ -44,7 +44,7 @@ def refuse_over_budget(bad: list[BadSample], source: DataSource, share: float) -
         raise ConfigError(
             f"{len(found)} images of {source.stream.images.folder} that were not known to be bad could not be used (the "
             f"first: {shard} {key}: {reason}), more than the {limit} of data.bad_sample_budget: repair the shards "
-            f"(`verify --decode` finds them)"
+            "(`verify --decode` finds them)"
         )
     return [f"{shard} {key}: left out ({reason})" for (shard, key), reason in found.items()]
 
