@@ -10,6 +10,8 @@ from beitforge.pipeline.cli import main
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.pretraining import pretraining
+from beitforge.pipeline.doctor.data import sets
+from beitforge.pipeline.doctor.findings import OK, Local
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.folder import BadSamples
 from beitforge.pipeline.stages import tokenize
@@ -175,8 +177,10 @@ def test_sets_to_judge_by_are_said_too_and_doctor_sees_them(tiny, adopted, tmp_p
     run = ["train.duration=1 steps", f"train.run={tmp_path / 'run'}", "loader.workers=0"]
     done = run_ranks("beitforge", "pretrain", "--rank", *given, *run)
     assert done.returncode == 0 and done.stderr.count("19 of 48 images") == 1, done.stderr
-    done = run_ranks("beitforge", "doctor", *given, *run)
-    assert "19 of 48 images (39.58%) do not decode" in done.stdout + done.stderr
+    local = Local("here", 0)
+    assert sets(load_config(given[0], given[1:]), 3.0, local) is not None
+    said = [finding for finding in local.found if "19 of 48 images (39.58%) do not decode" in finding.what]
+    assert [(finding.level, finding.check) for finding in said] == [(OK, "held-out")]
 
 
 def test_plan_says_it(tiny, adopted):
