@@ -17,7 +17,7 @@ from beitforge.pipeline.checkpoints.choice import newest_whole
 from beitforge.pipeline.config.loading import load_dict, to_dict
 from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.console import align_columns, say
-from beitforge.pipeline.data.batches import block_batches
+from beitforge.pipeline.data.batches import block_batches, own_images
 from beitforge.pipeline.data.labelled import as_tested, labels_of
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, all_gather_rows
@@ -138,7 +138,7 @@ def _counted(task: _Task, world: World) -> tuple[Accuracy, list[BadSample]]:
     with Progress(label, samples, "image") if world.first else Silent() as progress:
         for batch in block_batches(config, source, samples=samples, block=block, rank=world.rank, world=world.size):
             bad += batch.bad
-            own_B = ~torch.isin(batch.samples, torch.tensor([one.sample for one in batch.bad], dtype=torch.int64))
+            own_B = own_images(batch)
             logits_BV = classifier(encoder_input(config, batch.to(world.device)))
             odd += int((~logits_BV.isfinite().all(dim=1)).sum())
             tallies.append(verdicts(logits_BV, table_L[batch.labels].to(world.device)).cpu()[own_B])

@@ -12,7 +12,7 @@ from beitforge.pipeline.checkpoints.live_layout import averaged
 from beitforge.pipeline.config.derived import refuse_tuning, tuning_micro_batch
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
-from beitforge.pipeline.data.batches import even_batches
+from beitforge.pipeline.data.batches import even_batches, own_images
 from beitforge.pipeline.data.labelled import num_classes, supervised, supervised_test
 from beitforge.pipeline.data.pretraining import DataSource, fingerprints
 from beitforge.pipeline.distributed.collectives import World, all_sum, broadcast_object
@@ -186,7 +186,8 @@ def tuning_setup(config: Config, world: World) -> Setup:
 
 @torch.no_grad()
 def tested(config: Config, engine: Engine, test: DataSource) -> dict[str, float]:
-    """Loss, top-1 and top-5 accuracy on the test set, each of its samples counted once over all ranks."""
+    """Loss, top-1 and top-5 accuracy on the test set, each of its images counted once over all ranks, and one that
+    cannot be read not at all."""
     world, totals = engine.world, torch.zeros(4, dtype=torch.float64, device=engine.world.device)
     micro = engine.setup.micro_batch
     for batch, weights in even_batches(
@@ -194,6 +195,6 @@ def tested(config: Config, engine: Engine, test: DataSource) -> dict[str, float]
     ):
         moved = batch.to(world.device)
         logits = engine.model(encoder_input(config, moved, engine.dtype), None)
-        totals += classified(logits, moved.labels, weights.to(world.device))
+        totals += classified(logits, moved.labels, (weights * own_images(batch)).to(world.device))
     loss, first, five, count = all_sum(totals).tolist()
     return {"loss": loss / count, "accuracy": first / count, "top5": five / count, "samples": count}

@@ -40,14 +40,7 @@ def run(source: Path, out: Path, overrides: list[str], encoder_alone: bool = Fal
     encoder_alone: of a classifier, leave out norm and head, so that the rest pretrains further."""
     refuse_strangers(out, replace=False)
     saved = read_checkpoint(source)
-    try:
-        found = foreign(saved, encoder_alone)
-        with_zero_biases(found)
-        tree, assumed = _sections(saved, found, {override.partition("=")[0]: override for override in overrides})
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{source} describes no BEiT ({shown(str(error))}): {CURE}") from error
+    found, tree, assumed = described(saved, overrides, encoder_alone)
     config = load_dict(tree, overrides, str(source))
     if found.classifies and saved.config.get("kind") != CLASSIFIER:
         tune = dataclasses.replace(config.finetune, input_size=config.model.input_size)
@@ -67,6 +60,19 @@ def run(source: Path, out: Path, overrides: list[str], encoder_alone: bool = Fal
         say(f"assumed, since nothing says it: {', '.join(values)}; give section.key=value for another")
     say(compared)
     return 0
+
+
+def described(saved: Saved, overrides: list[str], encoder_alone: bool) -> tuple[Foreign, dict, _Assumed]:
+    """What a checkpoint is, the config sections that follow, and what had to be assumed. Raises ConfigError."""
+    try:
+        found = foreign(saved, encoder_alone)
+        with_zero_biases(found)
+        given = {override.partition("=")[0]: override for override in overrides}
+        return found, *_sections(saved, found, given)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{saved.source} describes no BEiT ({shown(str(error))}): {CURE}") from error
 
 
 def _typed(value: object) -> str:

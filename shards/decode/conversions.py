@@ -21,6 +21,7 @@ PROFILE = "colour profile left aside"
 GAMMA = "gamma left aside"
 LAB = "Lab to RGB"
 FRAMES = "frames after the first left out"
+CLEANED = "JPEG cleaned, pixels unchanged"
 
 _SRGB_GAMMA, _GAMMA_ROUNDING = 0.45455, 0.005  # of PNG's gAMA
 _ROUNDING = 4  # levels of 255 by which profiles called sRGB differ
