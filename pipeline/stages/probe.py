@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
-from beitforge.pipeline.data.batches import evaluation_batches
+from beitforge.pipeline.data.batches import evaluation_batches, own_images
 from beitforge.pipeline.data.known_bad import known_lines, refuse_over_budget
 from beitforge.pipeline.data.labelled import refuse_other_classes, require_labels, share_of, subsample
 from beitforge.pipeline.data.pretraining import DataSource, evaluation
@@ -157,7 +157,7 @@ def _features(config: Config, models: dict[str, Encoder], source: DataSource, de
     with Progress(f"features {Path(str(source.stream.images.folder)).name}", count, "image") as progress:
         for batch in evaluation_batches(config, source, samples=count, micro=128, rank=0, world=1):
             bad += batch.bad
-            own_B = ~torch.isin(batch.samples, torch.tensor([one.sample for one in batch.bad], dtype=torch.int64))
+            own_B = own_images(batch)
             progress.advance(len(batch.samples))
             if not own_B.any():
                 continue
