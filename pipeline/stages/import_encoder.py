@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from beitforge.pipeline.config.loading import from_dict, load_dict, to_dict, to_size
-from beitforge.pipeline.config.settings import Config
+from beitforge.pipeline.config.settings import Config, Model, Tokenizer
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit, Classifier
@@ -29,8 +29,8 @@ from beitforge.pipeline.weights.sources import CURE, Saved, read_checkpoint
 from beitforge.shards.storage.staging import refuse_strangers, staged_folder
 
 _AGREES = 1e-5  # largest difference of logits, as a share of the largest: float32 rounding over all layers
-_EPSILON_AGREES = 1e-4  # likewise, that our LayerNorm's epsilon may make of a source's own
-_EPSILON = 1e-6
+_EPSILON = 1e-6  # of our LayerNorm
+_SMALLER_EPSILON, _LARGER_EPSILON = 1e-2, 1e-4  # likewise, what it may change of a source with a smaller or larger one
 _HEADS_OF_TRANSFORMERS = 12  # where its config.json does not say
 _Assumed = dict[str, tuple[object, str]]  # setting: value, why
 
@@ -71,7 +71,7 @@ def described(saved: Saved, overrides: list[str], encoder_alone: bool) -> tuple[
         return found, *_sections(saved, found, given)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         if isinstance(error, ConfigError):
-            raise
+            raise error if str(saved.source) in str(error) else ConfigError(f"{saved.source}: {error}") from error
         raise ConfigError(f"{saved.source} describes no BEiT ({shown(str(error))}): {CURE}") from error
 
 
@@ -117,34 +117,52 @@ def _compare(saved: Saved, found: Foreign, config: Config, module: Beit | Classi
     masks = not hidden and not found.classifies and found.library == TRANSFORMERS and "mask_embedding" not in fresh
     masks = masks and bool(saved.config.get("use_mask_token", not saved.config))
     pixels, mask = _example(config)
-    before = _outputs(ours, pixels, mask if masks else None, hidden)
-    changed = ""
-    if found.epsilon is not None and found.epsilon != _EPSILON:
-        for each in ours.modules():
-            if isinstance(each, LayerNorm):
-                each.epsilon = found.epsilon
-        with_theirs = _outputs(ours, pixels, mask if masks else None, hidden)
-        apart = _difference(before, with_theirs)
-        if not apart <= _EPSILON_AGREES:
-            raise ConfigError(
-                f"{saved.source}: layer_norm_eps is {found.epsilon:g}, here it is {_EPSILON:g}, which changes what it "
-                f"computes by {apart:.1g} of the largest number, more than {_EPSILON_AGREES:g}"
-            )
-        changed = f"; layer_norm_eps is {found.epsilon:g} there and {_EPSILON:g} here, which changes {apart:.1e} of it"
-        before = with_theirs
+    before, changed = _under_their_epsilon(saved, found, ours, pixels, mask if masks else None, hidden)
     described = hf_config(config.model, 0 if found.classifies else config.tokenizer.vocabulary)
     try:
         words, forward = source_forward(saved, found, config, hidden, described)
+        apart = _difference(before, forward(pixels, mask if masks else None))
     except NotInstalled as error:
         return f"not compared with its own library, which is not installed or does not load: {error}{changed}"
-    apart = _difference(before, forward(pixels, mask if masks else None))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{saved.source}: its own library cannot compute it ({shown(' '.join(str(error).split()))}): not imported"
+        ) from error
     what = "hidden states" if hidden else "logits" if "head.weight" in found.weights else "features"
     if not apart <= _AGREES:
+        rows, columns = config.model.grid
+        odd = "" if rows == columns else "; transformers mixes up the tables of images that are not square"
         raise ConfigError(
             f"{saved.source}: {words} computes {what} from it that differ by {apart:.2g} of the largest, more than "
-            f"{_AGREES:.0g}: not imported; model.heads or another setting is not what it was trained with"
+            f"{_AGREES:.0g}: not imported; model.heads or another setting is not what it was trained with{odd}"
         )
     return f"compared with {words}: {what} differ by at most {apart:.1e} of the largest{changed}"
+
+
+def _under_their_epsilon(
+    saved: Saved, found: Foreign, ours: Beit | Classifier, pixels: Tensor, mask: Tensor | None, hidden: bool
+) -> tuple[Tensor, str]:
+    """What our arithmetic gives with the LayerNorm epsilon of the source, and words for what ours changes of it.
+
+    transformers' published BEiTs say 1e-12 of weights that the released code trained with 1e-6; a larger one than ours
+    is another model. Raises ConfigError beyond what either may change.
+    """
+    plain = _outputs(ours, pixels, mask, hidden)
+    if found.epsilon in (None, _EPSILON):
+        return plain, ""
+    for each in ours.modules():
+        if isinstance(each, LayerNorm):
+            each.epsilon = found.epsilon
+    theirs = _outputs(ours, pixels, mask, hidden)
+    apart, most = _difference(theirs, plain), _SMALLER_EPSILON if found.epsilon < _EPSILON else _LARGER_EPSILON
+    if not apart <= most:
+        raise ConfigError(
+            f"{saved.source}: layer_norm_eps is {found.epsilon:g}, here it is {_EPSILON:g}, which changes what it "
+            f"computes by {apart:.1g} of the largest number, more than {most:g}"
+        )
+    return theirs, f"; layer_norm_eps is {found.epsilon:g} there and {_EPSILON:g} here, which changes {apart:.1e} of it"
 
 
 def _outputs(ours: Beit | Classifier, pixels: Tensor, mask: Tensor | None, hidden: bool) -> Tensor:
@@ -308,10 +326,14 @@ def _say_or_assume(model: dict[str, object], found: Foreign, given: dict[str, st
             model[name] = value
             if f"model.{name}" not in given:
                 assumed[f"model.{name}"] = value, whose
-    if found.drop_path is not None:
-        model["drop_path"] = found.drop_path
-    if found.layer_scale_init:
-        model["layer_scale_init"] = found.layer_scale_init
+    usual, own = Model(), "finetune" if found.classifies else "model"
+    for name, section in (("drop_path", own), ("layer_scale_init", "model")):
+        if stated := getattr(found, name) is not None:
+            model[name] = getattr(found, name)
+        if not stated and f"{section}.{name}" not in given and (name == "drop_path" or model["layer_scale"]):
+            assumed[f"{section}.{name}"] = getattr(usual, name), ""
+    if found.classifies and found.test_crop is None and "finetune.test_crop" not in given:
+        assumed["finetune.test_crop"] = "auto", ""
 
 
 def _others(found: Foreign, rows: int, columns: int, given: dict[str, str], assumed: _Assumed) -> dict[str, dict]:
@@ -320,7 +342,9 @@ def _others(found: Foreign, rows: int, columns: int, given: dict[str, str], assu
     mask = {name: value for name, value in said.get("mask", {}).items() if value <= patches}
     # the published share of masked patches, and of the smallest block
     usual = {"num_patches": max(1, 75 * patches // 196), "min_block": max(1, 16 * patches // 196)}
-    stride = 16 if found.second_version else 8
+    side = said.get("tokenizer", {}).get("side") or 0
+    stated = side in (8 * rows, 16 * rows) and rows == columns
+    stride = side // rows if stated else 16 if found.second_version else 8
     tokenizer: dict[str, object] = {"input_size": f"{rows * stride}x{columns * stride}", "stride": stride}
     if "head.weight" in found.weights and not found.classifies:
         tokenizer["vocabulary"] = len(found.weights["head.weight"])
@@ -333,6 +357,8 @@ def _others(found: Foreign, rows: int, columns: int, given: dict[str, str], assu
         for name, value in {"mask.num_patches": usual["num_patches"], "mask.min_block": usual["min_block"]}.items():
             if name.partition(".")[2] not in mask and name not in given:
                 assumed[name] = value, ""
-        if "tokenizer.input_size" not in given:
+        if "tokenizer.input_size" not in given and not stated:
             assumed["tokenizer.input_size"] = tokenizer["input_size"], ""
+        if "vocabulary" not in tokenizer and "tokenizer.vocabulary" not in given:
+            assumed["tokenizer.vocabulary"] = Tokenizer().vocabulary, ""
     return {"mask": usual | mask, "tokenizer": tokenizer, "finetune": finetune}

@@ -8,7 +8,7 @@ Must not know shards or any stage.
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.weights.conversion import from_hf, from_unilm
 from beitforge.pipeline.weights.sources import CURE, Saved, Weights
+from beitforge.pipeline.weights.stated import agree, agree_positions, number, refuse, sizes, three, whole
 
 TRANSFORMERS, TIMM, UNILM, OURS = "transformers", "timm", "unilm", "ours"
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -23,16 +24,25 @@ INCEPTION = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 # layers, width and heads by the names that the released code and timm share
 _PUBLISHED = {"base": (12, 768, 12), "large": (24, 1024, 16), "24x544": (24, 544, 16), "huge": (32, 1280, 16)}
 _PUBLISHED |= {"giant": (40, 1408, 16)}
+_IN_MEMORY = (
+    (r"\blayers\.(\d+)\.relative_position_bias\.", r"encoder.layer.\1.attention.attention.relative_position_bias."),
+    (r"\blayers\.(\d+)\.", r"encoder.layer.\1."),
+    (r"attention\.q_proj\.", "attention.attention.query."),
+    (r"attention\.k_proj\.", "attention.attention.key."),
+    (r"attention\.v_proj\.", "attention.attention.value."),
+    (r"attention\.o_proj\.", "attention.output.dense."),
+    (r"\bmlp\.fc1\.", "intermediate.dense."),
+    (r"\bmlp\.fc2\.", "output.dense."),
+    (r"\bshared_position_bias\.", "encoder.relative_position_bias."),
+)
 _DOWNSTREAM = ("decode_head.", "auxiliary_head.", "fpn", "beit.fpn")
 _SECOND_HEAD = ("cls_pt_layers.", "cls_pt_norm.", "cls_pt_lm_head.")
-_TIMM_KNOWN = set(
-    ["img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "num_classes", "head_init_scale", "init_values"]
+# of model_args; anything else, unless it is off, is no BEiT of ours
+_TIMM_KNOWN = re.compile(
+    "img_size|patch_size|embed_dim|depth|mlp_ratio|num_classes|head_init_scale|init_values|num_heads|in_chans|"
+    "global_pool|use_fc_norm|(drop|pos_drop|proj_drop|attn_drop|drop_path)_rate|qkv_bias|use_abs_pos_emb|"
+    "use_rel_pos_bias|use_shared_rel_pos_bias"
 )
-_TIMM_KNOWN |= set(
-    ["num_heads", "in_chans", "global_pool", "use_fc_norm", "drop_rate", "pos_drop_rate", "proj_drop_rate"]
-)
-_TIMM_KNOWN |= set(["attn_drop_rate", "drop_path_rate", "qkv_bias", "use_abs_pos_emb", "use_rel_pos_bias"])
-_TIMM_KNOWN |= set(["use_shared_rel_pos_bias", "swiglu_mlp", "scale_mlp", "pretrained_strict"])
 
 
 @dataclass(kw_only=True)
@@ -40,8 +50,8 @@ class Foreign:
     """A checkpoint under our names. None: its library says nothing about it.
 
     weights: with `norm.` and `head.` of a pretraining or of a classifier, as `classifies` says. size: of images, in
-    pixels, a side or [height, width]. epsilon: of its LayerNorms. settings: further sections of a config. notes: lines
-    about what was left out or is different.
+    pixels, a side or [height, width]. epsilon: of its LayerNorms. settings: what is said of masks, as in their section,
+    and of the tokenizer, the `side` of its images. notes: lines about what was left out or is different.
     """
 
     library: str
@@ -76,25 +86,33 @@ def foreign(saved: Saved, encoder_alone: bool) -> Foreign:
     return found
 
 
-def refuse(saved: Saved, what: str) -> NoReturn:
-    """Raise ConfigError for a checkpoint that cannot be taken."""
-    raise ConfigError(f"{saved.source}: {what}")
-
-
 def _renamed(saved: Saved) -> tuple[str, Weights]:
     """Whose names these weights have, and the weights under ours; heads and norms as _parts takes them."""
     weights, config = saved.weights, saved.config
+    if any(re.match(r"(\w+\.)?layers\.\d+\.attention\.q_proj\.", name) for name in weights):
+        weights = {_as_saved(name): tensor for name, tensor in weights.items()}
     if any(re.match(r"(\w+\.)?encoder\.layer\.\d+\.", name) for name in weights):
         prefix = next((p for p in ("beit.", "data2vec_vision.") if any(n.startswith(p) for n in weights)), "")
         return TRANSFORMERS, from_hf({_hf_name(name, prefix): tensor for name, tensor in weights.items()})
     if "patch_embed.proj.weight" in weights:
+        if any(name.endswith("attn.qkv.bias") for name in weights):
+            refuse(saved, f"its attention has one bias for queries, keys and values, a BEiT's keys have none: {CURE}")
         timm = "architecture" in config or "pretrained_cfg" in config or "model_args" in config
         tokens = timm and _timm_arguments(config).get("global_pool") == "" and "lm_head.weight" not in weights
         pairs = (("fc_norm.", "pooled_norm."), ("head.", "lm_head." if tokens else "classifier."))
         return TIMM if timm else UNILM, from_unilm({_swapped(name, pairs): tensor for name, tensor in weights.items()})
     if "patch_embedding.weight" in weights:
         return OURS, weights
+    if any(name.startswith(("encode_task_layer.", "quantize.", "blocks.group_")) for name in weights):
+        raise ConfigError(f"{saved.source} is a tokenizer: bring it in with `import-tokenizer {saved.source} OUT`")
     raise ConfigError(f"{saved.source} holds no weights of a BEiT (they begin with {sorted(weights)[:3]}): {CURE}")
+
+
+def _as_saved(name: str) -> str:
+    """A name that transformers 5 has in memory, as it saves it."""
+    for memory, file in _IN_MEMORY:
+        name = re.sub(memory, file, name)
+    return name
 
 
 def _hf_name(name: str, prefix: str) -> str:
@@ -137,7 +155,8 @@ def _parts(library: str, weights: Weights, saved: Saved, encoder_alone: bool) ->
     pooled, normed = "pooled_norm.weight" in weights, "norm.weight" in weights
     if pooled and normed and "classifier.weight" in weights:
         refuse(saved, "it has a norm before the pooling and one behind it; a BEiT has one of them")
-    classifies = "classifier.weight" in weights or (pooled and "mask_embedding" not in weights and not normed)
+    tuned = "mask_embedding" not in weights or "ImageClassification" in str(saved.config.get("architectures"))
+    classifies = "classifier.weight" in weights or (pooled and tuned and not normed)
     if "classifier.weight" in weights and "head.weight" in weights:
         refuse(saved, "it has a head over tokens and one over classes; give the pretraining or the classifier alone")
     if library == OURS:
@@ -176,20 +195,21 @@ def _read_transformers(saved: Saved, found: Foreign) -> None:
         refuse(
             saved, f"hidden_act is {shown(act)}; a BEiT here computes with gelu alone, so its numbers would be others"
         )
-    if _number(saved, config, "num_channels", 3) != 3:
+    if number(saved, config, "num_channels", 3) != 3:
         refuse(saved, f"num_channels is {shown(config['num_channels'])}; images here have 3")
-    found.heads = _whole(saved, config, "num_attention_heads", None)
+    found.heads = whole(saved, config, "num_attention_heads", None)
     found.size = config.get("image_size")
-    found.epsilon = _number(saved, config, "layer_norm_eps", 1e-12)  # transformers' own default
-    found.drop_path = _number(saved, config, "drop_path_rate", None)
-    found.layer_scale_init = _number(saved, config, "layer_scale_init_value", None)
-    found.dropout = _number(saved, config, "hidden_dropout_prob", None)
-    found.attention_dropout = _number(saved, config, "attention_probs_dropout_prob", None)
-    width, hidden, layers = _sizes(saved, weights)
-    _agree(saved, config, "hidden_size", width)
-    _agree(saved, config, "num_hidden_layers", layers)
-    _agree(saved, config, "intermediate_size", hidden)
-    _agree_positions(
+    found.epsilon = number(saved, config, "layer_norm_eps", 1e-12)  # transformers' own default
+    found.drop_path = number(saved, config, "drop_path_rate", None)
+    found.layer_scale_init = number(saved, config, "layer_scale_init_value", None)
+    found.dropout = number(saved, config, "hidden_dropout_prob", None)
+    found.attention_dropout = number(saved, config, "attention_probs_dropout_prob", None)
+    width, hidden, layers = sizes(saved, weights)
+    agree(saved, config, "hidden_size", width)
+    agree(saved, config, "num_hidden_layers", layers)
+    agree(saved, config, "intermediate_size", hidden)
+    _agree_rows(saved, config, found, "vocab_size", None)
+    agree_positions(
         saved,
         config,
         weights,
@@ -225,12 +245,12 @@ def _preprocessing(saved: Saved, found: Foreign) -> None:
     said = saved.preprocessor
     if not said:
         return
-    factor = _number(saved, said, "rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
+    factor = number(saved, said, "rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
     normal = bool(said.get("do_normalize", True))
     mean, std = (said.get("image_mean"), said.get("image_std")) if normal else ([0.0] * 3, [1.0] * 3)
     if mean is None or std is None:
         return
-    mean, std = _three(saved, "image_mean", mean), _three(saved, "image_std", std)
+    mean, std = three(saved, "image_mean", mean), three(saved, "image_std", std)
     scale = 255 * (factor or 0)
     if scale <= 0 or min(std) <= 0:
         refuse(saved, "rescale_factor and image_std of its preprocessor_config.json must be more than 0")
@@ -265,23 +285,24 @@ def _read_timm(saved: Saved, found: Foreign) -> None:
         refuse(saved, f"its architecture is {shown(name)}, no BEiT: {CURE}")
     for key, value in arguments.items():
         off = value in (None, False, 0, 0.0)
-        if (key in ("swiglu_mlp", "scale_mlp") and not off) or (key not in _TIMM_KNOWN and not off):
+        if not _TIMM_KNOWN.fullmatch(key) and not off:
             refuse(saved, f"model_args.{key[:40]} is {shown(value)}; a BEiT here has nothing of the kind")
-    width, _, layers = _sizes(saved, weights)
+    width, _, layers = sizes(saved, weights)
     for key, value in (("embed_dim", width), ("depth", layers), ("in_chans", 3)):
-        _agree(saved, arguments, key, value)
-    _agree_positions(saved, arguments, weights, "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias")
+        agree(saved, arguments, key, value)
+    _agree_rows(saved, arguments, found, "num_classes", "num_classes")
+    agree_positions(saved, arguments, weights, "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias")
     found.second_version = name.startswith("beitv2")
-    found.heads = _whole(saved, arguments, "num_heads", _published_heads(name, layers, width))
+    found.heads = whole(saved, arguments, "num_heads", _published_heads(name, layers, width))
     size = pretrained.get("input_size")
     found.size = arguments.get("img_size", size[1:] if isinstance(size, list) and len(size) == 3 else None)
     found.epsilon = 1e-6
-    found.drop_path = _number(saved, arguments, "drop_path_rate", None)
-    found.layer_scale_init = _number(saved, arguments, "init_values", None)
-    found.attention_dropout = _number(saved, arguments, "attn_drop_rate", None)
-    found.dropout = _number(saved, arguments, "proj_drop_rate", None)
+    found.drop_path = number(saved, arguments, "drop_path_rate", None)
+    found.layer_scale_init = number(saved, arguments, "init_values", None)
+    found.attention_dropout = number(saved, arguments, "attn_drop_rate", None)
+    found.dropout = number(saved, arguments, "proj_drop_rate", None)
     if "mean" in pretrained and "std" in pretrained:
-        found.mean, found.std = _three(saved, "mean", pretrained["mean"]), _three(saved, "std", pretrained["std"])
+        found.mean, found.std = three(saved, "mean", pretrained["mean"]), three(saved, "std", pretrained["std"])
     if found.classifies:
         pool = arguments.get("global_pool", "avg" if not found.normed else "token")
         if pool not in ("avg", "token") or (pool == "avg" and found.normed):
@@ -291,7 +312,7 @@ def _read_timm(saved: Saved, found: Foreign) -> None:
                 "here has its norm behind the mean (avg) or pools the cls token (token)",
             )
         found.pooling = "mean" if pool == "avg" else "cls"
-        found.test_crop = _number(saved, pretrained, "crop_pct", None)
+        found.test_crop = number(saved, pretrained, "crop_pct", None)
         labels = config.get("label_names")
         if isinstance(labels, list) and len(labels) == len(weights.get("head.weight", ())):
             found.names = tuple(map(str, labels))
@@ -299,7 +320,7 @@ def _read_timm(saved: Saved, found: Foreign) -> None:
 
 def _read_unilm(saved: Saved, found: Foreign) -> None:
     said, weights = saved.arguments, found.weights
-    width, _, layers = _sizes(saved, weights)
+    width, _, layers = sizes(saved, weights)
     name = str(said.get("model", ""))
     found.epsilon = 1e-6
     found.second_version = any(n.startswith(_SECOND_HEAD) for n in saved.weights) or "tokenizer_model" in said
@@ -311,16 +332,18 @@ def _read_unilm(saved: Saved, found: Foreign) -> None:
         return
     found.heads = _published_heads(name, layers, width)
     found.size = said.get("input_size") if found.classifies else None  # pretraining takes 224 whatever this says
-    found.drop_path = _number(saved, said, "drop_path", None)
-    found.layer_scale_init = _number(saved, said, "layer_scale_init_value", None)
-    found.dropout = _number(saved, said, "drop", None)
-    found.attention_dropout = _number(saved, said, "attn_drop_rate", None)
+    found.drop_path = number(saved, said, "drop_path", None)
+    found.layer_scale_init = number(saved, said, "layer_scale_init_value", None)
+    found.dropout = number(saved, said, "drop", None)
+    found.attention_dropout = number(saved, said, "attn_drop_rate", None)
     if isinstance(said.get("imagenet_default_mean_and_std"), bool):
         found.mean, found.std = IMAGENET if said["imagenet_default_mean_and_std"] else INCEPTION
+    elif said.get("mean") and said.get("std"):  # timm's training has words of its own
+        found.mean, found.std = three(saved, "mean", said["mean"]), three(saved, "std", said["std"])
     bias = "use_rel_pos_bias" if found.classifies else "use_shared_rel_pos_bias"
     renamed = {"use_abs_pos_emb": said.get("abs_pos_emb"), bias: said.get("rel_pos_bias")}
     stated = {key: value for key, value in renamed.items() if isinstance(value, bool)}
-    _agree_positions(saved, stated, weights, "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias")
+    agree_positions(saved, stated, weights, "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias")
     if found.layer_scale_init is not None and (found.layer_scale_init > 0) != ("blocks.0.gamma1" in weights):
         refuse(saved, f"layer_scale_init_value is {found.layer_scale_init:g}, which its weights contradict")
     if found.classifies:
@@ -328,23 +351,20 @@ def _read_unilm(saved: Saved, found: Foreign) -> None:
         if pooled is found.normed:
             refuse(saved, f"use_mean_pooling is {pooled}, which its weights contradict")
         found.pooling = "mean" if pooled else "cls"
-        found.test_crop = _number(saved, said, "crop_pct", None)
-        if "head.weight" in weights:
-            _agree(
-                saved, {key: value for key, value in said.items() if value}, "nb_classes", len(weights["head.weight"])
-            )
+        found.test_crop = number(saved, said, "crop_pct", None)
+    _agree_rows(saved, said, found, "codebook_size", "nb_classes")
     found.settings = _training(saved, said)
 
 
 def _read_ours(saved: Saved, found: Foreign) -> None:
     """What `export --to unilm` adds, since the released code's arguments have no words for it."""
     model, head = saved.ours.get("model", {}), saved.ours.get("classifier", {})
-    found.heads, found.size = _whole(saved, model, "heads", None), model.get("input_size")
-    found.drop_path = _number(saved, model, "drop_path", None)
-    found.layer_scale_init = _number(saved, model, "layer_scale_init", None)
+    found.heads, found.size = whole(saved, model, "heads", None), model.get("input_size")
+    found.drop_path = number(saved, model, "drop_path", None)
+    found.layer_scale_init = number(saved, model, "layer_scale_init", None)
     if "mean" in model and "std" in model:
-        found.mean, found.std = _three(saved, "mean", model["mean"]), _three(saved, "std", model["std"])
-    found.test_crop = _number(saved, head, "test_crop", None)
+        found.mean, found.std = three(saved, "mean", model["mean"]), three(saved, "std", model["std"])
+    found.test_crop = number(saved, head, "test_crop", None)
     names = head.get("names", [])
     if names and len(names) == len(found.weights.get("head.weight", ())):
         found.names = tuple(map(str, names))
@@ -360,9 +380,9 @@ def _refuse_regression(saved: Saved, found: Foreign, width: int) -> None:
 def _training(saved: Saved, said: dict) -> dict[str, dict]:
     """Masks of the released pretraining, and the size that its tokenizer takes."""
     pairs = (("num_mask_patches", "num_patches"), ("min_mask_patches_per_block", "min_block"))
-    mask = {ours: _whole(saved, said, theirs, None) for theirs, ours in pairs if said.get(theirs)}
-    size = _whole(saved, said, "second_input_size", None) if said.get("second_input_size") else None
-    return {"mask": mask} if not size else {"mask": mask, "tokenizer": {"input_size": f"{size}x{size}"}}
+    mask = {ours: whole(saved, said, theirs, None) for theirs, ours in pairs if said.get(theirs)}
+    size = whole(saved, said, "second_input_size", None) if said.get("second_input_size") else None
+    return {"mask": mask, "tokenizer": {"side": size}}
 
 
 def _published_heads(name: str, layers: int, width: int) -> int | None:
@@ -371,50 +391,11 @@ def _published_heads(name: str, layers: int, width: int) -> int | None:
     return shapes[0][2] if shapes and shapes[0][:2] == (layers, width) else None
 
 
-def _sizes(saved: Saved, weights: Weights) -> tuple[int, int, int]:
-    """Width, hidden width of the MLP, and layers. Raises ConfigError where these are no weights of a BEiT."""
-    needed = ("patch_embedding.weight", "blocks.0.fc1.weight", "blocks.0.attention.qkv_weight")
-    if any(name not in weights or weights[name].dim() != 2 for name in needed):
-        raise ConfigError(f"{saved.source}: these weights have no blocks or no positions of a BEiT: {CURE}")
-    layers = sum(name.endswith("attention.qkv_weight") for name in weights)
-    return len(weights["patch_embedding.weight"]), len(weights["blocks.0.fc1.weight"]), layers
-
-
-def _agree_positions(saved: Saved, said: dict, weights: Weights, absolute: str, own: str, shared: str) -> None:
-    held = (("position_embedding", absolute), ("blocks.0.attention.own_bias.table", own), ("shared_bias.table", shared))
-    for name, key in held:
-        if key in said and bool(said[key]) != (name in weights):
-            refuse(
-                saved, f"{key} is {shown(said[key])}, which its weights contradict: its library would compute others"
-            )
-
-
-def _agree(saved: Saved, said: dict, key: str, found: int) -> None:
-    if _number(saved, said, key, found) != found:
-        refuse(saved, f"{key} is {shown(said[key])}, its weights have {found}")
-
-
-def _number(saved: Saved, said: dict, key: str, default: float | None) -> Any:
-    value = said.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        refuse(saved, f"{key} is {shown(value)}, no number")
-    return value
-
-
-def _whole(saved: Saved, said: dict, key: str, default: int | None) -> Any:
-    value = _number(saved, said, key, default)
-    if value is not None and (not isinstance(value, int) or value < 1):
-        refuse(saved, f"{key} is {shown(value)}; it must be a whole number, at least 1")
-    return value
-
-
-def _three(saved: Saved, key: str, value: Any) -> list[float]:
-    numbers = value if isinstance(value, list | tuple) else [value] * 3
-    if len(numbers) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
-        refuse(saved, f"{key} is {shown(value)}; it must be three numbers")
-    return [float(v) for v in numbers]
+def _agree_rows(saved: Saved, said: dict, found: Foreign, tokens: str, classes: str | None) -> None:
+    """Whether the head has as many rows as is said of tokens or classes, where that is said, and more than 0."""
+    key = classes if found.classifies else tokens
+    if key and said.get(key) and "head.weight" in found.weights:
+        agree(saved, said, key, len(found.weights["head.weight"]))
 
 
 def with_zero_biases(found: Foreign) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.torchvision_stub import DOES_NOT_LOAD, install
 from beitforge.pipeline.weights.foreign import TIMM, TRANSFORMERS, Foreign
 from beitforge.pipeline.weights.sources import Saved
@@ -110,10 +111,20 @@ def _transformers_forward(saved: Saved, found: Foreign, hidden: bool, content: d
     said |= {"use_mean_pooling": True} if hidden else {}
     settings = model_class(f"{family}Config", why)(**said, **({"num_labels": head} if found.classifies else {}))
     pooled = {"add_pooling_layer": found.classifies} if task == "Model" else {}
-    peer, report = model_class(f"{family}{task}", why).from_pretrained(
-        None, config=settings, state_dict=dict(saved.weights), output_loading_info=True,
-        attn_implementation="eager", dtype=torch.float32, **pooled,
-    )  # fmt: skip
+    kind = model_class(f"{family}{task}", why)
+    logging = library("transformers.utils.logging", why)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing and unknown is judged here
+    try:
+        peer, report = kind.from_pretrained(
+            None, config=settings, state_dict=dict(saved.weights), output_loading_info=True,
+            attn_implementation="eager", dtype=torch.float32, **pooled,
+        )  # fmt: skip
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        reason = shown(" ".join(str(error).split()))
+        raise ConfigError(f"{saved.source}: transformers does not take these weights ({reason})") from error
+    finally:
+        logging.set_verbosity(before)
     extra = [name for name in report["unexpected_keys"] if not (hidden or "mask_token" in name)]
     all_loaded("transformers", report["missing_keys"], extra)
     peer = peer.eval()

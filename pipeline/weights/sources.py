@@ -131,7 +131,8 @@ def _weights(files: list[Path]) -> tuple[Weights, dict[str, dict], tuple[str, ..
     said: dict[str, dict] = {}
     notes: list[str] = []
     for file in files:
-        found = _pickled(file, said, notes) if file.suffix in _PICKLES else load_file(require_regular(file))
+        tensors_alone = file.suffix == ".safetensors"
+        found = load_file(require_regular(file)) if tensors_alone else _pickled(file, said, notes)
         twice = [name for name, times in Counter([*merged, *found]).items() if times > 1]
         if twice:
             raise ConfigError(f"{file} holds {shown(twice[0])}, as another part does, too: {CURE}")

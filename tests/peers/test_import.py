@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.stages import import_encoder
+from beitforge.pipeline.stages import export, import_encoder, import_tokenizer
 from beitforge.pipeline.weights.classifier import load_classifier
 from beitforge.pipeline.weights.encoder import fine_tuned, load_encoder, run_config
+from beitforge.pipeline.weights.export_formats import UNILM_FILE
 from tests.conftest import ROOT
+from tests.peers import test_vqkd
 
 transformers = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
@@ -75,6 +77,15 @@ def as_pickle(folder: Path) -> Path:
     return folder
 
 
+def as_in_memory(folder: Path) -> Path:
+    """torch.save(model.state_dict()) has the names of the modules, which transformers 5 saves under others."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.BeitForMaskedImageModeling.from_pretrained(folder, config=config)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return folder
+
+
 def in_shards(folder: Path) -> Path:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -113,7 +124,9 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", [lambda folder: folder, as_pickle, in_shards], ids=["whole", "bin", "shards"])
+@pytest.mark.parametrize(
+    "form", [lambda folder: folder, as_pickle, in_shards, as_in_memory], ids=["whole", "bin", "shards", "memory"]
+)
 @pytest.mark.parametrize("positions", [{}, OWN, ABSOLUTE], ids=["shared", "own", "absolute"])
 def test_a_pretraining_of_transformers(tmp_path, capfd, positions, form):
     """Heads of 8, not 64; its own mean; compared with the library, which is not told what we made of it."""
@@ -206,6 +219,7 @@ REFUSED = {
     "more positions": ({"use_absolute_position_embeddings": True}, "which its weights contradict"),
     "scale": ({"layer_scale_init_value": 0}, "layer_scale_init_value is 0, which its weights contradict"),
     "another model": ({"model_type": "vit"}, "model_type 'vit'"),
+    "tokens": ({"vocab_size": 100}, "vocab_size is 100, its weights have 64"),
     "no number": ({"num_attention_heads": "many"}, "num_attention_heads is 'many', no number"),
     "infinite": ({"drop_path_rate": float("inf")}, "drop_path_rate is inf, no number"),
 }
@@ -290,6 +304,7 @@ ARGUMENTS = {
 def pth(path: Path, weights: dict[str, Tensor], key: str = "model", **arguments) -> Path:
     """As the released code saves its training."""
     more = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "epoch": 799, "scaler": {"scale": 65536.0}}
+    more |= {"param_shapes": {"a": torch.Size([3])}, "csr_tensor_module_names": set()}  # DeepSpeed's
     torch.save({key: weights, **more, **({"args": argparse.Namespace(**arguments)} if arguments else {})}, path)
     return path
 
@@ -435,6 +450,48 @@ def test_numbers_that_the_library_does_not_compute_are_not_imported(tmp_path, mo
     hf(tmp_path / "hf", "BeitForMaskedImageModeling", layer_norm_eps=1e-6)
     with pytest.raises(ConfigError, match="computes logits from it that differ by"):
         import_encoder.run(tmp_path / "hf", tmp_path / "out", [])
+
+
+def test_images_that_are_not_square(tmp_path):
+    """timm computes them; transformers mixes up their tables, or fails: neither is a traceback, nor imported."""
+    model, _ = released(pretraining=False, img_size=(32, 48))
+    folder = saved_by_timm(tmp_path / "timm", model, img_size=[32, 48])
+    assert run_config(imported(folder, tmp_path / "out")).model.input_size == (32, 48)
+    for number, positions in enumerate([{}, ABSOLUTE]):
+        hf(tmp_path / str(number), "BeitForMaskedImageModeling", image_size=[32, 48], layer_norm_eps=1e-6, **positions)
+        with pytest.raises(ConfigError, match="not square" if not positions else "cannot compute it"):
+            import_encoder.run(tmp_path / str(number), tmp_path / "none", [])
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match="nothing says their size"):
+        import_encoder.run(folder, tmp_path / "none", [])
+    imported(folder, tmp_path / "given", "model.input_size=32x48")
+
+
+@pytest.mark.parametrize("to", ["hf", "timm", "unilm"])
+def test_features_without_a_head_go_round(tmp_path, to):
+    """A fine-tuned body with its norm: a classifier of no classes."""
+    hf(tmp_path / "hf", "BeitForImageClassification", num_labels=0, layer_norm_eps=1e-6, **OWN)
+    first = load_classifier(imported(tmp_path / "hf", tmp_path / "first"))
+    assert export.run(tmp_path / "first", tmp_path / "out", to) == 0
+    source = tmp_path / "out" / UNILM_FILE if to == "unilm" else tmp_path / "out"
+    again = load_classifier(imported(source, tmp_path / "again"))
+    assert torch.equal(first.classifier(pixels()), again.classifier(pixels()))
+
+
+def test_each_verb_speaks_of_its_own_thing(tmp_path):
+    """An encoder is no tokenizer, and a tokenizer is no encoder: each names the verb that takes it."""
+    _, weights = released(pretraining=True)
+    pth(tmp_path / "encoder.pth", weights)
+    with pytest.raises(ConfigError, match="is an encoder, no tokenizer: bring it in with `import "):
+        import_tokenizer.run(tmp_path / "encoder.pth", tmp_path / "out", None)
+    needed, rest = test_vqkd.published(test_vqkd.SMALL)
+    tokenizer = test_vqkd.checkpoint(tmp_path, test_vqkd.drawn(needed | rest))
+    with pytest.raises(ConfigError, match="is a tokenizer: bring it in with `import-tokenizer "):
+        import_encoder.run(tokenizer, tmp_path / "out", [])
+    torch.save({"model": weights, "more": nn.Linear(2, 2)}, tmp_path / "pickled.pth")
+    with pytest.raises(ConfigError, match="asks for the global") as caught:
+        import_encoder.run(tmp_path / "pickled.pth", tmp_path / "out", [])
+    assert "tokenizer" not in str(caught.value)
 
 
 def test_weights_that_are_not_finite(tmp_path):
