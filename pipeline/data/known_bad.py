@@ -42,9 +42,9 @@ def refuse_over_budget(bad: list[BadSample], source: DataSource, share: float) -
     if len(found) > (limit := allowed_bad(source.samples, share)):
         (shard, key), reason = next(iter(found.items()))
         raise ConfigError(
-            f"{len(found)} images of {source.stream.images.folder} that were not known to be bad could not be used, more "
-            f"than the {limit} of data.bad_sample_budget (first {shard} {key}: {reason}): repair the shards (`verify "
-            f"--decode` finds them)"
+            f"{len(found)} images of {source.stream.images.folder} that were not known to be bad could not be used, "
+            f"more than the {limit} of data.bad_sample_budget (first {shard} {key}: {reason}): repair the shards ("
+            "`verify --decode` finds them)"
         )
     return [f"{shard} {key}: left out ({reason})" for (shard, key), reason in found.items()]
 
