@@ -271,7 +271,7 @@ class Finetune:
     init: str = setting(
         "",
         place="folder",
-        doc="Run folder, or exported or imported encoder; empty: the model section with weights drawn from data.seed.",
+        doc="Run folder, or exported or imported encoder or classifier; empty: weights drawn from data.seed.",
     )
     input_size: Size = setting(Size(224, 224), at_least=1, at_most=65536, unit="pixels", doc="Input of the classifier.")
     label_share: float = setting(

@@ -6,6 +6,7 @@ ranks. An image that cannot be read is named and left out: a substitute would co
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 from beitforge.pipeline.checkpoints.choice import newest_whole
+from beitforge.pipeline.cluster.environment import rank_of
+from beitforge.pipeline.cluster.error_reporting import as_host_error
 from beitforge.pipeline.config.loading import load_dict, to_dict
 from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.console import align_columns, say
@@ -67,14 +70,9 @@ class _Task:
 
 def run(folder: Path, where: str, asked: EvaluateOptions) -> int:
     """Print the accuracy of the classifier in a folder on a set; returns the exit code."""
-    config = evaluation_config(folder, asked.overrides)
-    if asked.json is not None:
-        refuse_other_file(asked.json, _MADE_BY.encode())
-        if not asked.json.parent.is_dir():
-            raise ConfigError(f"--json is {asked.json}, and there is no such folder: make it, or name another file")
-    world, source = open_and_join(
-        config, lambda: as_tested(config, where, where, "`evaluate`"), lambda source: _facts(folder, source)
-    )
+    with as_host_error():  # the processes have not met: what a host lacks, it says itself
+        config = evaluation_config(folder, asked.overrides)
+    world, (source, _) = open_and_join(config, lambda: _opened(config, folder, where, asked.json), _facts)
     chosen = newest_whole(folder, world, say if world.first else lambda _: None)
     task = run_on_all_ranks(lambda: _task(folder, chosen, where, source, config, asked), world)
     found, unreadable = _counted(task, world)
@@ -103,10 +101,22 @@ def evaluation_config(folder: Path, overrides: Sequence[str]) -> Config:
     return config
 
 
-def _facts(folder: Path, source: DataSource) -> dict[str, str]:
-    """What has to be the same on every host."""
+def _opened(config: Config, folder: Path, where: str, out: Path | None) -> tuple[DataSource, str]:
+    """The set, and a digest of the classifier where it is one file. Raises ConfigError or ShardError, on the rank that
+    would write it also for a file `out` that cannot be written."""
+    if out is not None and rank_of(os.environ) == 0:
+        refuse_other_file(out, _MADE_BY.encode())
+        if not out.parent.is_dir():
+            raise ConfigError(f"--json is {out}, and there is no such folder: make it, or name another file")
     weights = folder / WEIGHTS
-    return {"labelled set": source.images, "classifier": file_digest(weights) if weights.exists() else str(folder)}
+    digest = file_digest(weights) if weights.exists() else str(folder)
+    return as_tested(config, where, "the set", "`evaluate`"), digest
+
+
+def _facts(opened: tuple[DataSource, str]) -> dict[str, str]:
+    """What has to be the same on every host."""
+    source, digest = opened
+    return {"labelled set": source.images, "classifier": digest}
 
 
 def _task(

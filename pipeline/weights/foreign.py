@@ -259,6 +259,12 @@ def _preprocessing(saved: Saved, found: Foreign) -> None:
     size, crop = _side(said.get("size")), _side(said.get("crop_size"))
     if said.get("do_center_crop") and size and crop and crop <= size:
         found.test_crop = crop / size
+    elif said.get("do_center_crop") is False:
+        found.test_crop = 1.0
+        found.notes.append(
+            "its own test squeezes whole images to squares; here the whole of the shorter side is seen: "
+            "finetune.test_crop 1"
+        )
 
 
 def _side(size: Any) -> float | None:

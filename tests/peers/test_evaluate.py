@@ -2,6 +2,7 @@
 logits are theirs and so are the counts; with each library's own preprocessing so is what it names every image that does
 not lie at a border between two classes."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ from beitforge.pipeline.stages.finetune import new_classifier
 from beitforge.pipeline.training.objectives import encoder_input
 from beitforge.pipeline.weights import export_formats
 from beitforge.pipeline.weights.classifier import load_classifier, save_classifier
+from beitforge.pipeline.weights.encoder import run_config
 from tests.conftest import TINY
 from tests.pipeline.commands.test_evaluate import STATE, evaluated, pack
 
@@ -137,3 +139,17 @@ def test_what_is_named_right_is_what_the_library_names_right(made, tmp_path, to)
     first, second = same.topk(2).values.unbind(dim=1)
     clear = first - second > 2 * apart
     assert clear.float().mean() > 0.7 and torch.equal(own.argmax(dim=1)[clear], same.argmax(dim=1)[clear])
+
+
+@pytest.mark.parametrize("to", ["hf", "timm", "unilm"])
+@pytest.mark.parametrize("crop", [0.9, 1.0])
+def test_the_view_of_its_test_comes_back(made, tmp_path, to, crop):
+    """A crop of 1 is none in transformers' words: the squeezed whole."""
+    loaded = load_classifier(made / "classifier")
+    tune = dataclasses.replace(loaded.config.finetune, test_crop=crop)
+    config = dataclasses.replace(run_config(made / "classifier"), finetune=tune)
+    save_classifier(tmp_path / "ours", loaded.classifier.state_dict(), config, loaded.names, STATE)
+    assert export.run(tmp_path / "ours", tmp_path / "peer", to) == 0
+    source = tmp_path / "peer" / export_formats.UNILM_FILE if to == "unilm" else tmp_path / "peer"
+    assert import_encoder.run(source, tmp_path / "back", []) == 0
+    assert run_config(tmp_path / "back").finetune.test_share == pytest.approx(crop, abs=0.5 / SIZE)
