@@ -59,7 +59,7 @@ def _verify_set(folder: Path, arguments: argparse.Namespace, report: Callable[[s
     """What of a shard set was looked at, in words."""
     pair = local_folder(arguments.images) if arguments.images else None
     from beitforge.shards.format.equal_images import equal_images
-    from beitforge.shards.format.manifest import kind_of
+    from beitforge.shards.format.manifest import kind_of, unreadable
     from beitforge.shards.inspect.verify import verify_images
     from beitforge.shards.inspect.verify_tokens import verify_tokens
     from beitforge.shards.pack.pack import REJECTED
@@ -69,7 +69,9 @@ def _verify_set(folder: Path, arguments: argparse.Namespace, report: Callable[[s
         if arguments.against:
             raise ConfigError(f"--against is for image sets, and {folder} holds tokens")
         tokens = verify_tokens(folder, pair or Path(), pair is not None, workers, report)
-        return f"{counted(tokens.samples, 'sample')} in {counted(len(tokens.shards), 'shard')}"
+        seen = f"{counted(tokens.samples, 'sample')} in {counted(len(tokens.shards), 'shard')}"
+        missing = unreadable(tokens)
+        return seen + (f", {missing} of them without tokens: `tokenize` could not read them" if missing else "")
     verified = verify_images(folder, arguments.decode, workers, report)
     for line in verified.left_out.lines():
         print(line)

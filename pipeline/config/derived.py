@@ -1,4 +1,4 @@
-"""What follows from the settings and the number of processes: micro batches and folders. Must not know torch."""
+"""What follows from the settings and the number of processes: micro batches, folders, limits. Must not know torch."""
 
 from pathlib import Path
 
@@ -72,3 +72,9 @@ def refuse_tuning(config: Config) -> None:
             "finetune.ema_decay is not for deepspeed.zero_optimization.offload_optimizer.device nvme, from where its "
             "average would have to be read at every step; use cpu"
         )
+
+
+def allowed_bad(samples: int, share: float) -> int:
+    """How many samples of a set may be bad that were not known to be: the share of them (data.bad_sample_budget),
+    rounded up."""
+    return -int(-(samples * share) // 1)

@@ -5,11 +5,14 @@ Must not know model, deepspeed or any stage.
 
 import numpy as np
 
+from beitforge.pipeline.config.derived import allowed_bad
 from beitforge.pipeline.data.pretraining import DataSource
+from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.format.index import FLAG_BAD
 from beitforge.shards.format.manifest import known_bad, unreadable
 from beitforge.shards.storage.remote import Remote
 from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.stream.loader import BadSample
 from beitforge.shards.stream.view_sources import RecordedViews
 
 
@@ -30,6 +33,20 @@ def known_line(images: ImageSet, found: int) -> str:
         f"{images.folder}: {found} of {len(images)} images ({found / len(images):.2%}) do not decode, known "
         f"since it was indexed; others stand in for them, and no budget is charged"
     )
+
+
+def refuse_over_budget(bad: list[BadSample], source: DataSource, share: float) -> list[str]:
+    """A line for each image that was replaced though nothing was known against it. Raises ConfigError where these are
+    more than the share (data.bad_sample_budget) of the source."""
+    found = {(one.shard, one.key): one.reason for one in bad if not one.known}
+    if len(found) > (limit := allowed_bad(source.samples, share)):
+        (shard, key), reason = next(iter(found.items()))
+        raise ConfigError(
+            f"{len(found)} images of {source.stream.images.folder} that were not known to be bad could not be used, "
+            f"more than the {limit} of data.bad_sample_budget (first {shard} {key}: {reason}): repair the shards ("
+            "`verify --decode` finds them)"
+        )
+    return [f"{shard} {key}: left out ({reason})" for (shard, key), reason in found.items()]
 
 
 def number_of_bad(images: ImageSet) -> int:

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from beitforge.pipeline.config.derived import allowed_bad
 from beitforge.pipeline.config.identity import identity
 from beitforge.pipeline.config.loading import load_config, to_yaml
 from beitforge.pipeline.config.settings import Config
@@ -128,11 +129,6 @@ def lock(run: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def allowed(samples: int, share: float) -> int:
-    """How many of a number of samples may be bad: the share of them, rounded up."""
-    return -int(-(samples * share) // 1)
-
-
 class BadSamples:
     """bad_samples.jsonl: each sample that was ever replaced, once; those that the sets did not know to be bad, against
     a budget. Kept by the first rank."""
@@ -140,7 +136,7 @@ class BadSamples:
     def __init__(self, run: Path, epoch_samples: int, budget: float):
         """`budget`: distinct bad samples as a share of the set, rounded up."""
         self.path = run / "bad_samples.jsonl"
-        self.limit = allowed(epoch_samples, budget)
+        self.limit = allowed_bad(epoch_samples, budget)
         self.listed: set[tuple[str, str]] = set()
         self.charged = 0
         end_cut_line(self.path)

@@ -82,6 +82,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
         run=Path(tune.run),
         sections=IDENTITY,
         source=source,
+        judged=() if test is None else (test,),
         module=classifier,
         groups=layer_groups(classifier, config.model.layers, tune.weight_decay, tune.layer_decay),
         setup=setup,

@@ -348,9 +348,9 @@ def _others(found: Foreign, rows: int, columns: int, given: dict[str, str], assu
     tokenizer: dict[str, object] = {"input_size": f"{rows * stride}x{columns * stride}", "stride": stride}
     if "head.weight" in found.weights and not found.classifies:
         tokenizer["vocabulary"] = len(found.weights["head.weight"])
-    names = ("drop_path", "pooling", "test_crop") if found.classifies else ()
+    names = ("drop_path", "dropout", "attention_dropout", "pooling", "test_crop") if found.classifies else ()
     finetune = {name: getattr(found, name) for name in names if getattr(found, name) is not None}
-    for name in ("dropout", "attention_dropout"):
+    for name in () if found.classifies else ("dropout", "attention_dropout"):
         if share := getattr(found, name):
             found.notes.append(f"trained with {name} {share:g}, which changes no number outside of training")
     if not found.classifies:

@@ -19,13 +19,13 @@ import torch
 
 from beitforge.pipeline.cluster.environment import rank_info, rank_of
 from beitforge.pipeline.cluster.error_reporting import as_host_error
+from beitforge.pipeline.config.derived import allowed_bad
 from beitforge.pipeline.config.settings import ONLINE, Config
 from beitforge.pipeline.console import say
 from beitforge.pipeline.data.known_bad import known_line, number_of_bad
 from beitforge.pipeline.data.pretraining import fitting_tokenizer, image_set, policy_record, view_policy
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import jitter
-from beitforge.pipeline.runs.folder import allowed
 from beitforge.pipeline.tokenizers.precision import autocast_as, changed_tokens
 from beitforge.pipeline.tokenizers.storage import VisualTokenizer
 from beitforge.shards.decode import jpeg
@@ -138,7 +138,7 @@ def _tokenize_set(config: Config, watch: "_Finished") -> None:
                 time.sleep(_POLL_SECONDS)  # others hold what is left; what a dead one held comes free
     if not (task.folder / NAME).exists():
         unread = _unread(task)
-        _refuse_unread(task, unread, allowed(len(task.images), config.data.bad_sample_budget))
+        _refuse_unread(task, unread, allowed_bad(len(task.images), config.data.bad_sample_budget))
         entries = [token_shard_entry(task.folder, shard.name, shard.digest) for shard in shards]
         manifest = TokenManifest(
             shards=entries,

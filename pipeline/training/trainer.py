@@ -48,7 +48,8 @@ _OF_TRAINING = ("train", "steps", "start", "skip", "return", "due")  # kinds of 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One training. `sections`: the config sections of its identity. `evaluate(engine, done)`: values by kind of line
-    after step `done`, or {}. classes: what the labels are called, where that is known."""
+    after step `done`, or {}. classes: what the labels are called, where that is known. judged: the sets
+    that it is judged on."""
 
     label: str
     run: Path
@@ -68,6 +69,7 @@ class Job:
     heldout_every: Duration | None = None
     flops: float = 0.0
     classes: tuple[str, ...] = ()
+    judged: tuple[DataSource, ...] = ()
 
 
 def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]) -> tuple[Engine, bool]:
@@ -135,7 +137,8 @@ def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) 
     bad_samples = BadSamples(job.run, job.source.samples, config.data.bad_sample_budget)
     if bad_samples.exhausted:
         raise ConfigError(bad_samples.over_budget())
-    for line in known_lines(job.source):
+    sets = (job.source, *job.judged)
+    for line in dict.fromkeys(line for source in sets for line in known_lines(source)):
         say(line)
     return bad_samples
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from beitforge.pipeline.cli import main
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.pretraining import pretraining
+from beitforge.pipeline.doctor.data import sets
+from beitforge.pipeline.doctor.findings import OK, Local
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.folder import BadSamples
 from beitforge.pipeline.stages import tokenize
@@ -141,8 +144,43 @@ def test_tokenize_holds_what_it_cannot_read_against_the_budget(tiny, tmp_path, c
     done = run_ranks("beitforge", *given, "data.bad_sample_budget=0")
     assert done.returncode == 0, done.stderr
     assert "1 more could not be tokenized" in done.stderr
+    paired = ["verify", str(tmp_path / "tokens"), "--images", str(folder), "--workers", "1"]
+    assert main(paired) == 0  # a row without an image has no box to be held against it
+    assert "48 samples in 3 shards, 1 of them without tokens" in capsys.readouterr().out
     reasons = [line["reason"] for line in replaced(run) if line["known"]]
     assert len(reasons) == 20 and sum("has no tokens" in reason for reason in reasons) == 1
+
+
+def test_a_probe_leaves_them_out(tiny, adopted, tmp_path):
+    """On both of its sets; a substitute would be the same image in the fit and in the test. One that nothing was known
+    of is named, and counts against the budget."""
+    run = tmp_path / "run"
+    given = ["pretrain", "--rank", str(tiny.config), *APART, f"data.images={adopted}", "data.tokens=online"]
+    assert run_ranks("beitforge", *given, "train.duration=2 steps", f"train.run={run}").returncode == 0
+    done = run_ranks("beitforge", "probe", str(run), str(adopted), "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "19 of 48 images (39.58%) do not decode" in done.stderr and "left out" not in done.stderr
+    verdict = json.loads((run / "probe.json").read_text())
+    assert verdict["train_samples"] + verdict["test_samples"] == 29
+    folder = spoiled(tmp_path / "set")
+    adopt(folder, 1)
+    keys = [flip(folder, 0, 5)]
+    done = run_ranks("beitforge", "probe", str(run), str(folder), "--epochs", "1")  # of 48, one is allowed
+    assert done.returncode == 0 and f"0 {keys[0]}: left out (0 {keys[0]}: the bytes differ" in done.stderr, done.stderr
+    keys.append(flip(folder, 2, 9))
+    done = run_ranks("beitforge", "probe", str(run), str(folder), "--epochs", "1")
+    assert done.returncode == 2 and "2 images of " in done.stderr and "more than the 1 of data.bad" in done.stderr
+
+
+def test_sets_to_judge_by_are_said_too_and_doctor_sees_them(tiny, adopted, tmp_path):
+    given = [str(tiny.config), f"data.heldout_images={adopted}", "data.tokens=online", "data.heldout_tokens=online"]
+    run = ["train.duration=1 steps", f"train.run={tmp_path / 'run'}", "loader.workers=0"]
+    done = run_ranks("beitforge", "pretrain", "--rank", *given, *run)
+    assert done.returncode == 0 and done.stderr.count("19 of 48 images") == 1, done.stderr
+    local = Local("here", 0)
+    assert sets(load_config(given[0], given[1:]), 3.0, local) is not None
+    said = [finding for finding in local.found if "19 of 48 images (39.58%) do not decode" in finding.what]
+    assert [(finding.level, finding.check) for finding in said] == [(OK, "held-out")]
 
 
 def test_plan_says_it(tiny, adopted):
