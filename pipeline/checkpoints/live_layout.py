@@ -196,4 +196,6 @@ def _refresh(engine: Engine) -> None:
                 part.data = values.data
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-        optimizer.checkpoint_event_epilogue()
+        # nor gathered here, but in the forward pass, as at a run's beginning: selective checkpointing in torch refuses
+        # a backward pass that gathers what its forward pass found there
+        optimizer.invalidate_secondary_tensor()

@@ -225,11 +225,13 @@ def test_any_number_of_ranks_trains_and_tests_the_same(labelled, tmp_path):
 
 
 def test_goes_on_with_other_ranks_under_another_stage(whole, labelled, tmp_path):
-    """From step 8 of a run of two processes under ZeRO-2 to the end with three under ZeRO-3."""
+    """From step 8 of a run of two processes under ZeRO-2 to the end with three under ZeRO-3, which compute again what
+    gathers weights."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "checkpoints" / f"step-{STEPS}" / "state.json").unlink()
-    output = trained(labelled, run, "train.zero_stage=3", "finetune.micro_batch=4", processes=3)
+    other = ("train.zero_stage=3", "train.activation_checkpointing=selective", "finetune.micro_batch=4")
+    output = trained(labelled, run, *other, processes=3)
     assert "laying it out for 3 under ZeRO-3" in output and "from step 8" in output
     assert read_metrics(run, "test")[-1]["accuracy"] > 0.8
     ours, theirs = kept(run, "average"), kept(whole, "average")
