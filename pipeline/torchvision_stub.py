@@ -1,7 +1,8 @@
 """A stand-in for torchvision where none loads, so that timm's BEiT does: in exports and in tests.
 
-torchvision's wheel on the package index is built for a CUDA torch and does not load without one. timm imports it for
-transforms and detection operators, none of which its BEiT uses: here every torchvision name is an empty class.
+torchvision's wheel on the package index is built for a CUDA torch and does not load without one. timm and transformers
+import it for transforms and detection operators, none of which their BEiT uses: here every torchvision name is an empty
+class.
 """
 
 import importlib.abc
@@ -11,6 +12,9 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
+# what importing a library that was built for another torch, or is half installed, ends in
+DOES_NOT_LOAD = (ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError, NameError)
 
 
 class _Module(ModuleType):
@@ -43,7 +47,7 @@ def install() -> None:
     """Put the stand-in in place, unless a torchvision that loads is there."""
     try:
         import torchvision.ops  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
+    except DOES_NOT_LOAD:
         for name in [name for name in list(sys.modules) if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         sys.meta_path.insert(0, _Finder())

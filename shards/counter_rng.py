@@ -14,7 +14,7 @@ Words = int | np.ndarray
 # every run ever made depends on these.
 CHUNK_ORDER, WINDOW_ORDER, VIEW, MASK, DROP_PATH, SUBSTITUTE, PACK_ORDER, SPLIT, INIT, GUMBEL = range(1, 11)
 TIMELINE = 11  # of `plan`
-AUGMENT, ERASE, MIX, LABEL_SHARE = range(12, 16)  # of fine-tuning
+AUGMENT, ERASE, MIX, LABEL_SHARE, DROPOUT = range(12, 17)  # of fine-tuning
 
 _INCREMENT = 0x9E3779B97F4A7C15
 _WORD = 0xFFFFFFFFFFFFFFFF

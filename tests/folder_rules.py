@@ -68,8 +68,8 @@ TABLE = (
     ),
     Row(
         "pipeline.weights*",
-        "pipeline.checkpoints pipeline.model pipeline.runs pipeline.torchvision_stub torch safetensors transformers "
-        "timm",
+        "pipeline.checkpoints pipeline.model pipeline.runs pipeline.tokenizers.safe_pickle pipeline.torchvision_stub "
+        "torch safetensors transformers timm",
         "shards.stream",
     ),
     Row(

@@ -18,7 +18,7 @@ from beitforge.shards.decode.codec import ImageError
 from beitforge.shards.pack.adopt import adopt
 from beitforge.shards.pack.pack import pack
 from beitforge.shards.pack.plan import PackOptions
-from beitforge.shards.pack.tar_scan import read_samples
+from beitforge.shards.pack.tar_scan import read_tar
 from benchmarks.faults.corpus.damage import OTHER_TOKENS, STORED, flip_tokens, tokens_of_another
 from benchmarks.faults.corpus.damage import Damage as StoredDamage
 from benchmarks.faults.corpus.foreign import FOREIGN, harm_index, make_tars, write_tar
@@ -237,7 +237,7 @@ def stored_images(folder: Path) -> dict[str, tuple[bytes, str]]:
     found = {}
     for tar in sorted(folder.glob("*.tar")):
         data = tar.read_bytes()
-        for sample in read_samples(tar):
+        for sample in read_tar(tar).samples:
             extension = next(name for name in sample.members if name not in ("json", "cls"))
             place = sample.image
             found[sample.key] = data[place.offset : place.offset + place.size], extension

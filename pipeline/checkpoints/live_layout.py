@@ -4,17 +4,19 @@ Knows the insides of DeepSpeed 0.19, held by tests/pipeline/checkpoints/test_ela
 any stage.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from beitforge.pipeline.checkpoints.zero_layout import ADAM, MUON, CheckpointFiles, Piece, own
+from beitforge.pipeline.checkpoints.zero_layout import MUON, CheckpointFiles, Piece, own
 from beitforge.pipeline.distributed.collectives import all_max
 from beitforge.pipeline.distributed.engine import Engine
 from beitforge.pipeline.distributed.nvme_offload import in_memory
 from beitforge.pipeline.distributed.startup import run_on_all_ranks
+from beitforge.pipeline.distributed.weight_average import begin_moments
 from beitforge.pipeline.errors import ConfigError
 
 
@@ -57,6 +59,18 @@ def engine_pieces(engine: Engine, step: float | None = None) -> list[tuple[str, 
     return _live_flat(engine, names, step) if stage < 3 else _live_partitioned(engine, names, step)
 
 
+@contextlib.contextmanager
+def averaged(engine: Engine) -> Iterator[None]:
+    """The model with the moving average for weights; every rank calls it. Behind the block all is as it was, to the
+    bit."""
+    assert engine.average is not None, "an average is kept"
+    engine.average.swap()
+    _refresh(engine)
+    yield
+    engine.average.swap()
+    _refresh(engine)
+
+
 def finite(engine: Engine) -> bool:
     """Whether every master weight of every rank is a finite number."""
     masters = [piece.values["fp32"] for _, piece in engine_pieces(engine) if "fp32" in piece.values]
@@ -70,12 +84,10 @@ def _moments(optimizer: Any, group: dict, master: Tensor, step: float | None) ->
     state, muon = optimizer.state[master], group.get("use_muon", False)
     if step is None and not own(state):
         step = 0.0
-    if step is not None:
-        device = master.device if group.get("fused") or group.get("capturable") else "cpu"
-        if not muon:
-            state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
-        for key in MUON if muon else ADAM:
-            state.setdefault(key, torch.zeros_like(master, memory_format=torch.preserve_format))
+    if step is not None and muon:
+        state.setdefault(*MUON, torch.zeros_like(master, memory_format=torch.preserve_format))
+    elif step is not None:
+        begin_moments(state, group, master, step)
     return {"fp32": master.detach().view(-1), **{key: value.view(-1) for key, value in own(state).items()}}
 
 

@@ -1,10 +1,10 @@
 """Where DeepSpeed keeps each parameter in the files of its checkpoints; live_layout.py: in a running engine.
 
 Of every parameter a file, or a process, holds pieces: part of its float32 master, and of Adam's two moments or of
-Muon's momentum. With pieces of both sides a checkpoint of any ZeRO stage and number of processes goes into an engine of
-any, also of the same, and weights come out one tensor at a time. DeepSpeed's own loader does not serve: it runs what a
-pickle says. Nor does its universal checkpoint: under ZeRO-3 it gives every parameter group the first one's settings and
-one step counter, and it takes 1, 2 and 3 for different things.
+Muon's momentum, and of the moving average where one is kept. With pieces of both sides a checkpoint of any ZeRO stage
+and number of processes goes into an engine of any, also of the same, and weights come out one tensor at a time.
+DeepSpeed's own loader does not serve: it runs what a pickle says. Nor does its universal checkpoint: under ZeRO-3 it
+gives every parameter group the first one's settings and one step counter, and it takes 1, 2 and 3 for different things.
 
 Knows the insides of DeepSpeed 0.19, held by tests/pipeline/checkpoints/test_elastic.py. Must not know model, shards or
 any stage.
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from beitforge.pipeline.distributed.file_reader import DAMAGE, read_file, refusal
+from beitforge.pipeline.distributed.weight_average import AVERAGE
 from beitforge.pipeline.errors import ConfigError
 
 ADAM, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+_ALIKE = (*ADAM, AVERAGE)  # kept of each number as the master is
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -91,14 +93,19 @@ class CheckpointFiles:
         except DAMAGE as error:
             raise refusal(self.folder, self.folder, error) from error
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """float32 weights, one after the other; only one of them is in memory."""
+    def keeps(self, value: str) -> bool:
+        """Whether the files hold this value of the parameters, as `fill` copies it."""
+        name, within = next(iter(self.within.items()))
+        return any(value in piece.values for piece in within(0, math.prod(self.shapes[name])))
+
+    def weights(self, value: str = "fp32") -> Iterator[tuple[str, Tensor]]:
+        """float32 weights, or what else is kept of them, one after the other; only one of them is in memory."""
         for name, shape in self.shapes.items():
             try:
                 whole = torch.empty(math.prod(shape))
             except DAMAGE as error:
                 raise refusal(self.folder, self.folder, error) from error
-            self.fill(name, Piece(0, {"fp32": whole}))
+            self.fill(name, Piece(0, {value: whole}))
             yield name, whole.view(shape)
 
 
@@ -160,9 +167,9 @@ def _one_piece(values: dict[str, Tensor]) -> _Within:
 def own(state: dict[str, Any]) -> dict[str, Tensor]:
     """Of the state of one of the optimizer's tensors what it keeps of each number. Raises ValueError where that is more
     than AdamW and Muon keep, and would be lost."""
-    if foreign := state.keys() - {"step", *ADAM, *MUON}:
+    if foreign := state.keys() - {"step", *_ALIKE, *MUON}:
         raise ValueError(f"its optimizer keeps {min(map(str, foreign))!r:.40}, which neither AdamW nor Muon does")
-    return {key: state[key] for key in (*ADAM, *MUON) if key in state}
+    return {key: state[key] for key in (*_ALIKE, *MUON) if key in state}
 
 
 def _step(states: dict[int, dict]) -> float:
@@ -253,7 +260,7 @@ class _FlatGroup:
         """Of the parameter that begins at `offset`; whose whole momentum begins at `behind` on the first rank that has
         it."""
         found, share = [], self.share
-        alike = ("fp32", *(key for key in self.kept if key in ADAM))
+        alike = ("fp32", *(key for key in self.kept if key in _ALIKE))
         for rank in range((offset + first) // share, min(self.ranks.size, -(-(offset + last) // share))):
             begin, end = max(offset, rank * share), min(offset + numbers, (rank + 1) * share)
             part = slice(begin - rank * share, end - rank * share)

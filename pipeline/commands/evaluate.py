@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help=text)
     text = "labels are the classifier's numbers, whatever the two call their classes (default: by name, where both say)"
     parser.add_argument("--by-number", action="store_true", help=text)
+    text = "of a fine-tuning with finetune.ema_decay: the moving average of its weights"
+    parser.add_argument("--ema", action="store_true", help=text)
     text = "run as one process of a job that srun, torchrun or DeepSpeed started (default: start the processes)"
     parser.add_argument("--rank", action="store_true", help=text)
 
@@ -46,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             end_with_launcher()
     from beitforge.pipeline.stages import evaluate
 
-    options = {name: getattr(arguments, name) for name in ("json", "by_number")}
+    options = {name: getattr(arguments, name) for name in ("json", "by_number", "ema")}
     asked = evaluate.EvaluateOptions(**options, overrides=tuple(arguments.overrides))
     return evaluate.run(arguments.weights, arguments.set, asked)
 
@@ -55,5 +57,6 @@ def _launch(arguments: argparse.Namespace, hosts: dict[str, int]) -> int:
     words = [str(arguments.weights), arguments.set, *arguments.overrides]
     words += ["--json", str(arguments.json)] if arguments.json is not None else []
     words += ["--by-number"] if arguments.by_number else []
+    words += ["--ema"] if arguments.ema else []
     with tempfile.TemporaryDirectory(prefix="beitforge-evaluate-") as scratch:
         return deepspeed_launcher.run("evaluate", words, Path(scratch), lambda: True, hosts)

@@ -14,8 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     text = "whose names and layout (default safetensors: ours)"
     parser.add_argument("--to", choices=("safetensors", "hf", "timm", "unilm"), default="safetensors", help=text)
-    text = "write a classifier without its head: mean pooling, a bias table for each layer"
+    text = "write an encoder as a classifier without a head: mean pooling, a bias table for each layer"
     parser.add_argument("--finetune", action="store_true", help=text)
+    text = "of a fine-tuning with finetune.ema_decay: the moving average of its weights"
+    parser.add_argument("--ema", action="store_true", help=text)
     text = "with --finetune: image size in pixels, such as 384 or 224x288 (default: the run's)"
     parser.add_argument("--input-size", metavar="PIXELS", help=text)
 
@@ -25,4 +27,4 @@ def run(arguments: argparse.Namespace) -> int:
     size = to_size(arguments.input_size, "--input-size") if arguments.input_size else None
     from beitforge.pipeline.stages import export
 
-    return export.run(arguments.run, arguments.out, arguments.to, arguments.finetune, size)
+    return export.run(arguments.run, arguments.out, arguments.to, arguments.finetune, size, arguments.ema)

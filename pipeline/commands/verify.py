@@ -9,6 +9,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.options import add_against, add_workers, local_folder, num_workers
 from beitforge.shards.wording import counted
 
+_SHOWN = 10
 HELP = (
     "check every digest of an image or token shard set, and that tokens belong to their images; or of a run or weights"
 )
@@ -58,17 +59,27 @@ def _verify_set(folder: Path, arguments: argparse.Namespace, report: Callable[[s
     """What of a shard set was looked at, in words."""
     pair = local_folder(arguments.images) if arguments.images else None
     from beitforge.shards.format.equal_images import equal_images
-    from beitforge.shards.format.manifest import kind_of
+    from beitforge.shards.format.manifest import kind_of, unreadable
     from beitforge.shards.inspect.verify import verify_images
     from beitforge.shards.inspect.verify_tokens import verify_tokens
+    from beitforge.shards.pack.pack import REJECTED
 
     workers = num_workers(arguments)
     if kind_of(folder) == "tokens":
         if arguments.against:
             raise ConfigError(f"--against is for image sets, and {folder} holds tokens")
         tokens = verify_tokens(folder, pair or Path(), pair is not None, workers, report)
-        return f"{counted(tokens.samples, 'sample')} in {counted(len(tokens.shards), 'shard')}"
-    images = verify_images(folder, arguments.decode, workers, report)
+        seen = f"{counted(tokens.samples, 'sample')} in {counted(len(tokens.shards), 'shard')}"
+        missing = unreadable(tokens)
+        return seen + (f", {missing} of them without tokens: `tokenize` could not read them" if missing else "")
+    verified = verify_images(folder, arguments.decode, workers, report)
+    for line in verified.left_out.lines():
+        print(line)
+    for line in verified.bad[:_SHOWN]:
+        print(f"bad image, known since it was indexed: {line}")
+    images, bad = verified.manifest, len(verified.bad)
     for line in equal_images(folder, images, [local_folder(other) for other in arguments.against]):
         print(f"equal images: {line}")  # no finding: they are as they were packed
-    return f"{counted(images.samples, 'sample')} in {counted(len(images.shards), 'shard')}"
+    seen = f"{counted(images.samples, 'sample')} in {counted(len(images.shards), 'shard')}"
+    known = f", {bad} of them known not to decode since they were indexed ({folder / REJECTED} lists them)"
+    return seen + (known if bad else "")

@@ -1,8 +1,8 @@
-"""What follows from the settings and the number of processes: micro batches and folders. Must not know torch."""
+"""What follows from the settings and the number of processes: micro batches, folders, limits. Must not know torch."""
 
 from pathlib import Path
 
-from beitforge.pipeline.config.deepspeed_section import refuse_deepspeed
+from beitforge.pipeline.config.deepspeed_section import optimizer_device, refuse_deepspeed
 from beitforge.pipeline.config.settings import Config, Finetune
 from beitforge.pipeline.errors import ConfigError
 
@@ -53,6 +53,28 @@ def refuse_world(verb: str, config: Config, world: int) -> None:
     if verb in ("pretrain", "doctor"):
         micro_batch(config.train.global_batch, config.train.micro_batch, world, "train.global_batch")
     if verb == "finetune":
+        refuse_tuning(config)
         tuning_micro_batch(config.finetune, world)
     if verb == "tokenizer":
         micro_batch(config.tokenizer.global_batch, config.tokenizer.micro_batch, world, "tokenizer.global_batch")
+
+
+def refuse_tuning(config: Config) -> None:
+    """Raise ConfigError for settings of fine-tuning that do not go with those it takes from other sections."""
+    tune, kernels = config.finetune, config.model.kernels
+    if tune.attention_dropout and kernels in ("fused", "sdpa"):
+        raise ConfigError(
+            f"finetune.attention_dropout is not for model.kernels {kernels}, which never holds attention's "
+            f"probabilities; use auto"
+        )
+    if tune.ema_decay and optimizer_device(config.deepspeed) == "nvme":
+        raise ConfigError(
+            "finetune.ema_decay is not for deepspeed.zero_optimization.offload_optimizer.device nvme, from where its "
+            "average would have to be read at every step; use cpu"
+        )
+
+
+def allowed_bad(samples: int, share: float) -> int:
+    """How many samples of a set may be bad that were not known to be: the share of them (data.bad_sample_budget),
+    rounded up."""
+    return -int(-(samples * share) // 1)

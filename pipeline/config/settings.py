@@ -46,7 +46,11 @@ class Data:
         0, at_least=-(2**63), less_than=2**63, doc="Seed of the data order, masks, drop path and initial weights."
     )
     bad_sample_budget: float = setting(
-        1e-4, at_least=0, at_most=1, identity=False, doc="Share of distinct bad samples above which the run stops."
+        1e-4,
+        at_least=0,
+        at_most=1,
+        identity=False,
+        doc="Share of bad samples not known from the sets above which a run stops.",
     )
 
 
@@ -267,7 +271,7 @@ class Finetune:
     init: str = setting(
         "",
         place="folder",
-        doc="Run folder, or exported or imported encoder; empty: the model section with weights drawn from data.seed.",
+        doc="Run folder, or exported or imported encoder or classifier; empty: weights drawn from data.seed.",
     )
     input_size: Size = setting(Size(224, 224), at_least=1, at_most=65536, unit="pixels", doc="Input of the classifier.")
     label_share: float = setting(
@@ -291,6 +295,12 @@ class Finetune:
     )
     clip_norm: float = setting(0.0, at_least=0, doc="Largest norm of the gradient; 0: no clipping.")
     drop_path: float = setting(0.1, at_least=0, less_than=1, doc="Drop-path rate of the last layer, linear over depth.")
+    dropout: float = setting(
+        0.0, at_least=0, less_than=1, doc="Dropout of the embeddings and of what attention and MLP put out."
+    )
+    attention_dropout: float = setting(
+        0.0, at_least=0, less_than=1, doc="Dropout of attention's probabilities, for which no fused kernel is used."
+    )
     pooling: str = setting(
         "mean", choices=("mean", "cls"), doc="What the head sees: the mean over the patches, or the cls token."
     )
@@ -301,6 +311,12 @@ class Finetune:
         at_most=100,
         unit="deviations",
         doc="Where the normal distribution of initial weights is cut; 100, which cuts nothing, as published.",
+    )
+    ema_decay: float = setting(
+        0.0,
+        at_least=0,
+        less_than=1,
+        doc="Decay of the moving average of the weights that is kept beside them; 0: none.",
     )
     area_min: float = setting(0.08, more_than=0, at_most=1, doc="Smallest crop, as a share of the image's area.")
     area_max: float = setting(1.0, more_than=0, at_most=1, doc="Largest crop, as a share of the image's area.")

@@ -75,9 +75,10 @@ def _operations(words: str, size: tuple[int, int], mean: tuple[float, ...]) -> C
 def supervised_draws(tune: Finetune, layers: int, seed: int, samples: np.ndarray) -> dict[str, np.ndarray]:
     """What the samples (i64 [B]) of a micro batch draw, beside their views.
 
-    keep bool [B, L, 2] with drop path · erase i64 [B, 4] top, left, height, width (0: nothing is erased) and noise i64
-    [B], its seed · share, blend f32 [B] and box i64 [B, 4]: how each image is mixed with its partner
-    (shards.stream.order.RankBatches, paired), the same for both, drawn from the number of the first.
+    keep bool [B, L, 2] with drop path · dropout i64 [B], the seeds of what it drops · erase i64 [B, 4] top, left,
+    height, width (0: nothing is erased) and noise i64 [B], its seed · share, blend f32 [B] and box i64 [B, 4]: how each
+    image is mixed with its partner (shards.stream.order.RankBatches, paired), the same for both, drawn from the number
+    of the first.
     """
     drawn = {}
     if tune.drop_path > 0:
@@ -86,6 +87,8 @@ def supervised_draws(tune: Finetune, layers: int, seed: int, samples: np.ndarray
             layers,
             lambda number: counter_rng.uniform(counter_rng.DROP_PATH, seed, samples[:, None, None], number),
         )
+    if tune.dropout > 0 or tune.attention_dropout > 0:
+        drawn["dropout"] = (counter_rng.bits(counter_rng.DROPOUT, seed, samples) >> np.uint64(32)).astype(np.int64)
     if tune.erase > 0:
         drawn["erase"] = erased_boxes(
             tune.input_size,

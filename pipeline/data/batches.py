@@ -92,6 +92,14 @@ def even_batches(
         yield batch, torch.from_numpy(counts).to(batch.samples.device, torch.float32)
 
 
+def own_images(batch: Batch) -> "Tensor":
+    """Which samples of a batch are themselves, bool [B], and not others that stand in for images that could not be
+    read: what is counted of a substitute would count for another image."""
+    import torch
+
+    return ~torch.isin(batch.samples, batch.samples.new_tensor([bad.sample for bad in batch.bad]))
+
+
 def _load(config: Config, stream: Stream, numbers: BatchSampler) -> Iterator[Batch]:
     import torch
 

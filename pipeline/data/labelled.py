@@ -104,8 +104,8 @@ def require_labels(images: ImageSet, what: str, who: str) -> None:
         index = images.index(shard)
         if not (index.flags & FLAG_LABELLED).all() or index.label.min(initial=0) < 0:
             raise ConfigError(
-                f"{what} ({images.folder}): {entry.name} has images without a label (.cls from 0 on); {who} needs "
-                f"labelled shards: pack a folder per class"
+                f"{what} ({images.folder}): {entry.name} has images without a label (.cls with a number from 0 on); "
+                f"{who} needs labelled shards: pack a folder per class"
             )
 
 

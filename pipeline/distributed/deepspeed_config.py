@@ -25,6 +25,7 @@ class Setup:
     overrides: dict
     compile_mode: str = "default"
     muon: bool = False  # the groups are pipeline.training.optim.muon_groups
+    ema_decay: float = 0.0  # of the moving average of AdamW's weights; 0: none is kept
 
 
 # what a section asks DeepSpeed to print, which is else quiet

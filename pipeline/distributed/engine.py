@@ -17,6 +17,7 @@ from beitforge.pipeline.distributed.device import DTYPES
 from beitforge.pipeline.distributed.muon import muon_optimizer
 from beitforge.pipeline.distributed.nvme_offload import with_own_folder
 from beitforge.pipeline.distributed.process_group import quiet_deepspeed
+from beitforge.pipeline.distributed.weight_average import WeightAverage
 from beitforge.pipeline.errors import ConfigError, HostError
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
 
@@ -79,6 +80,7 @@ class Engine:
         # it would copy what is on NVMe beside a checkpoint, which holds that already (nvme_offload)
         self.deepspeed.zero_nvme_offload_optimizer = lambda: False
         self.agreement = attach(self.deepspeed, world.device)
+        self.average = WeightAverage(self.optimizer, setup.ema_decay) if setup.ema_decay else None
         if setup.compile:
             self.deepspeed.compile(compile_kwargs={"mode": setup.compile_mode})
 
@@ -96,7 +98,8 @@ class Engine:
         muon = {name for name, p in self.module.named_parameters() if getattr(p, "use_muon", False)}
         matrices = [[numbers[name] for name in group] for group in self.groups if muon.issuperset(group)]
         total, stage = sum(numbers.values()), self.setup.zero_stage
-        return checkpoint_bytes(total, stage, self.dtype.itemsize, matrices, self.world.size)
+        moments = checkpoint_bytes(total, stage, self.dtype.itemsize, matrices, self.world.size)
+        return moments + (4 * total if self.average is not None else 0)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the number of accumulation steps.
@@ -123,6 +126,8 @@ class Engine:
         overflow = bool(getattr(self.optimizer, "overflow", False))
         outcome = self.agreement.outcome(self.deepspeed.get_global_grad_norm(), not overflow)
         self.deepspeed.skipped_steps += not (outcome.updated or overflow)  # DeepSpeed has counted the other
+        if self.average is not None and outcome.updated:
+            self.average.update()
         return outcome
 
     @property

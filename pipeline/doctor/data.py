@@ -15,6 +15,7 @@ from pathlib import Path
 from beitforge.pipeline.cluster.environment import RankInfo
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.data.batches import training_batches
+from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.labelled import labelled
 from beitforge.pipeline.data.pretraining import DataSource, heldout, image_set, pretraining, refuse_other_tokenizers
 from beitforge.pipeline.doctor.equal import equal_images
@@ -23,7 +24,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import index_path
 from beitforge.shards.storage.remote import Remote, cache_for, is_url
-from beitforge.shards.stream.image_set import DamagedSample, ImageSet
+from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.view_sources import RecordedViews
 
 _REPACK = "restore it from where the set was copied from, or pack again; `verify` lists every difference"
@@ -106,6 +107,8 @@ def _whole(check: str, source: DataSource, seconds: float, local: Local) -> None
         size = sum(shard.bytes for shard in images.manifest.shards)
         what = f"{len(numbers)} shards, {len(images)} images, {size / 2**30:.2f} GiB; {opened} opened"
         local.add(OK, check, what, whole_host=True)
+        for line in known_lines(source):
+            local.add(OK, check, line, whole_host=True)
 
 
 def _missing(folder: Path, images: ImageSet) -> list[str]:
@@ -155,15 +158,16 @@ def _digests(source: DataSource, seconds: float, local: Local) -> None:
             if isinstance(views, RecordedViews):
                 opened = views.tokens.shard(shard, key_hash)
                 opened.row(draw.randrange(views.tokens.manifest.num_views), row)
+        except KnownBad:
+            continue
         except DamagedSample as error:
-            if "known since" not in str(error):
-                damaged.append(str(error))
+            damaged.append(str(error))
         except ShardError as error:
             if not any(finding.level == STOP for finding in local.found):
                 local.add(STOP, "digests", str(error), _RETOKENIZE, whole_host=True)
             return
     for problem in damaged:
-        cure = "run `verify` on the set; repair what it lists, or raise data.bad_sample_budget"
+        cure = "run `verify --decode` on the set; repair what it lists, or raise data.bad_sample_budget"
         local.add(WARNING, "digests", problem, cure, whole_host=True)
     if not damaged:
         local.add(OK, "digests", f"{looked} random images are what was packed", whole_host=True)

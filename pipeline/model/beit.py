@@ -5,6 +5,7 @@ K head size · V vocabulary · M masked patches · L layers. Draws nothing at ra
 comes in as an argument. Must not know shards, deepspeed or any stage.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -18,6 +19,7 @@ from beitforge.kernels.attention import pack
 from beitforge.kernels.cross_entropy import linear_cross_entropy
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.model.blocks import Block, LayerNorm, Linear, RelativeBias, empty
+from beitforge.pipeline.model.dropout import EMBEDDING, Dropout
 
 _PRODUCTS = ("aten::addmm", "aten::mm")  # mm: torchao's of FP8
 
@@ -45,21 +47,31 @@ class Encoder(nn.Module):
         keep_BL2: Tensor | None = None,
         every: bool = False,
         picked_BM: Tensor | None = None,
+        drop: Dropout | None = None,
     ) -> list[Tensor]:
         """Hidden states [B, S, D] after the last block, or with `every` after the embedding and after each block.
 
         picked_BM: the positions that are wanted after the last block, [B, M, D]; what it would compute behind its
-        attention for the others is left out.
+        attention for the others is left out. drop: dropout, or None.
         """
+        assert drop is None or picked_BM is None, "dropout numbers the places of whole samples"
         x_BSD = self.embed(pixels_BCHW, mask_BN)
+        x_BSD = x_BSD if drop is None else drop.outputs(x_BSD, EMBEDDING)
         bias_ASS = self.shared_bias() if self.shared_bias is not None else None
         packed_AT = pack(bias_ASS, self.model.width // self.model.heads, x_BSD.dtype, self.model.kernels)
         states = [x_BSD]
         for layer, block in enumerate(self.blocks):
-            drop = self.model.drop_path * layer / max(1, len(self.blocks) - 1)
+            rate = self.model.drop_path * layer / max(1, len(self.blocks) - 1)
             picked = picked_BM if layer == len(self.blocks) - 1 else None
-            scale_B2 = keep_BL2[:, layer] / (1 - drop) if keep_BL2 is not None and drop > 0 else None
-            given = x_BSD, bias_ASS, packed_AT, scale_B2, picked
+            scale_B2 = keep_BL2[:, layer] / (1 - rate) if keep_BL2 is not None and rate > 0 else None
+            given = (
+                x_BSD,
+                bias_ASS,
+                packed_AT,
+                scale_B2,
+                picked,
+                dataclasses.replace(drop, layer=layer) if drop else None,
+            )
             if self.checkpointing == "none" or not torch.is_grad_enabled():
                 x_BSD = block(*given)
             elif self.checkpointing == "full":
@@ -162,13 +174,15 @@ class Classifier(Encoder):
         """NaN until initialised or loaded. classes: 0 leaves the head out, and `forward` gives the features [B, D].
         pooling: finetune.pooling."""
         super().__init__(model, masks=False)
-        self.pooling = pooling
+        self.pooling, self.dropout, self.attention_dropout = pooling, 0.0, 0.0
         self.norm = LayerNorm(model.width)
         self.head = Linear(model.width, classes) if classes else nn.Identity()
 
-    def forward(self, pixels_BCHW: Tensor, keep_BL2: Tensor | None = None) -> Tensor:
-        """Logits [B, classes] of normalised pixels."""
-        hidden_BSD = self.hidden(pixels_BCHW, None, keep_BL2)[-1]
+    def forward(self, pixels_BCHW: Tensor, keep_BL2: Tensor | None = None, seeds_B: Tensor | None = None) -> Tensor:
+        """Logits [B, classes] of normalised pixels. seeds_B: what dropout draws from, i64 of 32 bits; None drops
+        nothing."""
+        drop = None if seeds_B is None else Dropout(self.dropout, self.attention_dropout, seeds_B)
+        hidden_BSD = self.hidden(pixels_BCHW, None, keep_BL2, drop=drop)[-1]
         pooled_BD = hidden_BSD[:, 0] if self.pooling == "cls" else hidden_BSD[:, 1:].mean(dim=1)
         return self.head(self.norm(pooled_BD))
 

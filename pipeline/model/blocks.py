@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beitforge.kernels.attention import attention, expand_bias, pack, relative_index
+from beitforge.kernels.attention.reference import attention_reference
 from beitforge.pipeline.config.settings import Model
+from beitforge.pipeline.model.dropout import MLP, OUTPUT, Dropout
 
 _EPSILON = 1e-6
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x, weight and bias
@@ -41,14 +43,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, eps 1e-6."""
+    """LayerNorm over the last dimension. epsilon: 1e-6; another one only to compare with a model that has it."""
 
     def __init__(self, width: int):
         super().__init__()
+        self.epsilon = _EPSILON
         self.weight, self.bias = empty(width), empty(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, _EPSILON)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 class RelativeBias(nn.Module):
@@ -85,16 +88,26 @@ class Attention(nn.Module):
         return self.product(x_BSD, self.qkv_weight, qkv_bias).view(b, s, 3, self.heads, d // self.heads)
 
     def forward(
-        self, x_BSD: Tensor, bias_ASS: Tensor | None, packed_AT: Tensor | None, picked_BM: Tensor | None
+        self,
+        x_BSD: Tensor,
+        bias_ASS: Tensor | None,
+        packed_AT: Tensor | None,
+        picked_BM: Tensor | None,
+        drop: Dropout | None = None,
     ) -> Tensor:
-        """Output [B, S, D], or only at the positions picked_BM (i64), [B, M, D]: they attend to all the others."""
+        """Output [B, S, D], or only at the positions picked_BM (i64), [B, M, D]: they attend to all the others. With
+        dropout of the probabilities it is the reference that runs, whatever the setting."""
         b, s, d = x_BSD.shape
         qkv_BS3AK = self.project(x_BSD)
         if self.own_bias is not None:
             bias_ASS = self.own_bias()
-            packed_AT = pack(bias_ASS, d // self.heads, qkv_BS3AK.dtype, self.kernels)
-        y_BSD = attention(qkv_BS3AK, bias_ASS, packed_AT, self.kernels).reshape(b, s, d)
-        return self.out(at(y_BSD, picked_BM))
+        if drop is not None and drop.attention_rate:
+            y_BSAK = attention_reference(qkv_BS3AK, bias_ASS, drop.probabilities)
+        else:
+            if self.own_bias is not None:
+                packed_AT = pack(bias_ASS, d // self.heads, qkv_BS3AK.dtype, self.kernels)
+            y_BSAK = attention(qkv_BS3AK, bias_ASS, packed_AT, self.kernels)
+        return self.out(at(y_BSAK.reshape(b, s, d), picked_BM))
 
 
 class Block(nn.Module):
@@ -119,12 +132,16 @@ class Block(nn.Module):
         packed_AT: Tensor | None,
         scale_B2: Tensor | None,
         picked_BM: Tensor | None = None,
+        drop: Dropout | None = None,
     ) -> Tensor:
         """packed_AT: kernels.attention.pack of the bias. scale_B2: what each branch of each sample is multiplied by
-        (0 drops it, 1/(1 − p) keeps it), or None. picked_BM: positions whose output alone is wanted, or None: all."""
-        y_BSD = self.attention(self.norm1(x_BSD), bias_ASS, packed_AT, picked_BM)
+        (0 drops it, 1/(1 − p) keeps it), or None. picked_BM: positions whose output alone is wanted, or None: all.
+        drop: this layer's dropout, which goes with all positions."""
+        y_BSD = self.attention(self.norm1(x_BSD), bias_ASS, packed_AT, picked_BM, drop)
+        y_BSD = y_BSD if drop is None else drop.outputs(y_BSD, OUTPUT)
         x_BSD = at(x_BSD, picked_BM) + _scaled(y_BSD, self.gamma1, None if scale_B2 is None else scale_B2[:, 0])
         y_BSD = self.fc2(F.gelu(self.fc1(self.norm2(x_BSD))))
+        y_BSD = y_BSD if drop is None else drop.outputs(y_BSD, MLP)
         return x_BSD + _scaled(y_BSD, self.gamma2, None if scale_B2 is None else scale_B2[:, 1])
 
 

@@ -150,6 +150,7 @@ _ROWS: tuple[tuple[str, Callable[[RunRecord], float], Callable[[float], str], Ca
     ("test loss", lambda record: _last(record, "test", "loss"), _nats, min),
     ("test accuracy", lambda record: _last(record, "test", "accuracy"), _share, max),
     ("test accuracy, best", lambda record: _extreme(record, "test", "accuracy", max), _share, max),
+    ("test accuracy of the average", lambda record: _last(record, "test_ema", "accuracy"), _share, max),
 )
 
 
@@ -188,6 +189,7 @@ _CHARTS = (
     ("Entropy of predictions", "survey", "entropy", "nats", False, 1.0, True),
     ("Test loss", "test", "loss", "nats", False, 1.0, False),
     ("Test accuracy", "test", "accuracy", "", True, 1.0, True),
+    ("Test accuracy of the moving average", "test_ema", "accuracy", "", True, 1.0, True),
     ("Squared error", "train", "reconstruction_mse", "", False, 1.0, True),
     ("Learning rate", "train", "lr", "", False, 1.0, True),
     ("Gradient norm", "train", "gradient_norm", "", False, 1.0, True),

@@ -22,7 +22,7 @@ def curves(record: RunRecord) -> Section:
     if not record.train:
         return components.section("curves", "Curves", "", components.notes(["No step has been logged yet."]))
     if record.job == "finetune":
-        large = [_lines(record, "Loss", "loss", "nats", ("train", "test")), _test_chart(record)]
+        large = [_lines(record, "Loss", "loss", "nats", ("train", "test", "test_ema")), _test_chart(record)]
     elif record.job == "tokenizer":
         large = [_lines(record, "Loss", "loss", "", ("train",)), _lines(record, "Squared error", "reconstruction_mse")]
     else:
@@ -52,6 +52,7 @@ def _small_charts(record: RunRecord) -> list[str]:
     return [
         *own,
         single("Learning rate", "lr"),
+        *([single("Weight decay", "weight_decay")] if points(record.train, "weight_decay") else []),
         _norm_chart(record),
         single("Throughput", "images_per_second", "images/s"),
         single("Data wait", "data_wait_share", "share of time", percent=True),
@@ -87,7 +88,8 @@ def _chart(
 
 
 _NAMES = {"train": "train", "heldout": "held-out", "new_view": "new view", "seen_view": "seen view", "test": "test"}
-_TONES = {"train": 1, "heldout": 2, "new_view": 3, "seen_view": 4, "test": 2}
+_NAMES |= {"test_ema": "test, moving average"}
+_TONES = {"train": 1, "heldout": 2, "new_view": 3, "seen_view": 4, "test": 2, "test_ema": 4}
 
 
 def _series(record: RunRecord, name: str, kinds: tuple[str, ...]) -> list[Series]:
@@ -116,7 +118,7 @@ def _accuracy_chart(record: RunRecord) -> str:
 
 def _test_chart(record: RunRecord) -> str:
     """Accuracies of a fine-tuning; those of mixed training images are against the larger label."""
-    series = _series(record, "accuracy", ("train", "test"))
+    series = _series(record, "accuracy", ("train", "test", "test_ema"))
     five = points(record.kinds.get("test", []), "top5")
     if five:
         series.append(Series(name="test, top 5", points=five, tone=3))

@@ -33,7 +33,7 @@ def what_ran(record: RunRecord, state: State | None, passed_over: list[str]) -> 
             str(len(checkpoints)),
             components.notes(passed_over) + components.table(_CHECKPOINT_HEAD, checkpoints),
         ),
-        ("Bad samples", f"{len(bad):,} replaced" if bad else "none", _bad_samples(bad) if bad else ""),
+        ("Bad samples", _bad_in_words(bad), _bad_samples(bad) if bad else ""),
     ]
     shown = [part for part in parts if part[2]]
     return components.section("what-ran", "What ran", "", components.folds(shown))
@@ -127,6 +127,11 @@ def _checkpoints(run: Path) -> list[list[str]]:
         size = f"{sum(file.bytes for file in state.files.values()) / 2**20:,.1f} MiB"
         rows.append([folder.name, f"{state.step:,}", f"{state.samples_seen:,}", size, saved])
     return rows
+
+
+def _bad_in_words(bad: list[dict]) -> str:
+    known = sum(line.get("known") is True for line in bad)
+    return f"{len(bad):,} replaced" + (f", {known:,} known from the sets" if known else "") if bad else "none"
 
 
 def _bad_samples(bad: list[dict]) -> str:

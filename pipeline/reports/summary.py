@@ -125,12 +125,17 @@ def _finetune_cards(record: RunRecord) -> list[Card]:
     if not tests:
         return [Card("Test accuracy", "–", "none measured"), Card("Test loss", "–")]
     last, best = tests[-1], max(tests, key=lambda line: value(line, "accuracy"))
-    five = value(last, "top5")
+    five, averages = value(last, "top5"), record.kinds.get("test_ema", [])
+    average = value(averages[-1], "accuracy") if averages else math.nan
+    decay = record.config.finetune.ema_decay
     about = f"on {number(value(last, 'samples'))} images" + (f"; top 5 {five:.1%}" if math.isfinite(five) else "")
     return [
         Card("Test accuracy", f"{value(last, 'accuracy'):.1%}", about),
         Card("Best test accuracy", f"{value(best, 'accuracy'):.1%}", f"at step {best['step']:,}"),
         _loss_card("Test loss", tests, ""),
+        Card("Moving average", f"{average:.1%}", f"test accuracy of the weights' average, decay {decay:g}")
+        if math.isfinite(average)
+        else Card("", ""),
     ]
 
 

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from beitforge.pipeline.config.derived import allowed_bad
 from beitforge.pipeline.config.identity import identity
 from beitforge.pipeline.config.loading import load_config, to_yaml
 from beitforge.pipeline.config.settings import Config
@@ -27,6 +28,7 @@ from beitforge.shards.errors import about_file
 
 _LOCK_SECONDS = 120
 _MOST_LOCK = 4096  # characters read of it
+_KNOWN_IN_WORDS = "(known since it was indexed)"
 _HOLDER = "process "  # what the lock file of a run begins with
 _WRITTEN = ("environment.json", "metrics.jsonl", "bad_samples.jsonl", "ranks.json", "classes.json", "checkpoints")
 _PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "numpy", "pillow", "safetensors")
@@ -128,38 +130,49 @@ def lock(run: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 class BadSamples:
-    """bad_samples.jsonl: each sample that was ever replaced, once, against a budget. Kept by the first rank."""
+    """bad_samples.jsonl: each sample that was ever replaced, once; those that the sets did not know to be bad, against
+    a budget. Kept by the first rank."""
 
     def __init__(self, run: Path, epoch_samples: int, budget: float):
         """`budget`: distinct bad samples as a share of the set, rounded up."""
         self.path = run / "bad_samples.jsonl"
-        self.limit = -int(-(epoch_samples * budget) // 1)
-        self.known: set[tuple[str, str]] = set()
+        self.limit = allowed_bad(epoch_samples, budget)
+        self.listed: set[tuple[str, str]] = set()
+        self.charged = 0
         end_cut_line(self.path)
         if self.path.exists():
             for line in filter(None, map(parse_line, self.path.read_bytes().splitlines())):
                 if "shard" in line and "key" in line:
-                    self.known.add((str(line["shard"]), str(line["key"])))
+                    self._list(line)
+
+    def _list(self, values: dict) -> bool:
+        """Whether a sample is new; if so it is charged, unless it was known. Earlier versions told that in words."""
+        name = str(values["shard"]), str(values["key"])
+        if name in self.listed:
+            return False
+        self.listed.add(name)
+        known = values.get("known", str(values.get("reason")).endswith(_KNOWN_IN_WORDS))
+        self.charged += known is not True
+        return True
 
     def add(self, samples: list[Any]) -> None:
         """Write down the new ones (shards.stream.loader.BadSample); they are on disk when it returns."""
         with about_file(self.path), open(self.path, "a", encoding="utf-8") as file:
             for sample in samples:
                 values = asdict(sample) if is_dataclass(sample) and not isinstance(sample, type) else dict(sample)
-                if (values["shard"], values["key"]) not in self.known:
-                    self.known.add((values["shard"], values["key"]))
+                if self._list(values):
                     file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     @property
     def exhausted(self) -> bool:
-        return len(self.known) > self.limit
+        return self.charged > self.limit
 
     def over_budget(self) -> str:
         """The line that ends a run whose budget is spent, whenever it is started."""
         return (
-            f"{len(self.known)} samples could not be used, more than the {self.limit} of data.bad_sample_budget; "
-            f"they are listed in {self.path}; repair the shards (`verify` finds them all) and remove that list, or "
-            f"raise the budget"
+            f"{self.charged} samples that were not known to be bad could not be used, more than the {self.limit} of "
+            f"data.bad_sample_budget; they are listed in {self.path}, with reasons (known: false); repair the shards "
+            f"(`verify --decode` finds them all) and remove that list, or raise the budget"
         )

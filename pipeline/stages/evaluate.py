@@ -6,6 +6,7 @@ ranks. An image that cannot be read is named and left out: a substitute would co
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 
 from beitforge.pipeline.checkpoints.choice import newest_whole
+from beitforge.pipeline.cluster.environment import rank_of
+from beitforge.pipeline.cluster.error_reporting import as_host_error
 from beitforge.pipeline.config.loading import load_dict, to_dict
 from beitforge.pipeline.config.settings import Config, Model
 from beitforge.pipeline.console import align_columns, say
-from beitforge.pipeline.data.batches import block_batches
+from beitforge.pipeline.data.batches import block_batches, own_images
 from beitforge.pipeline.data.labelled import as_tested, labels_of
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, all_gather_rows
@@ -43,37 +46,35 @@ _TOLD = 5  # classes and confusions that are printed; the file has all
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """overrides: section.key=value. by_number: whether labels are the classifier's numbers, whatever the names. json:
-    the file that all counts go to."""
+    """overrides: section.key=value. by_number: whether labels are the classifier's numbers, whatever the names. ema:
+    whether the moving average of the weights is asked for. json: the file that all counts go to."""
 
     overrides: tuple[str, ...] = ()
     by_number: bool = False
+    ema: bool = False
     json: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A classifier and what it is shown. classes: the classifier's number of each label; named: found by name."""
+    """A classifier and what it is shown. classes: the classifier's number of each label; named: found by name. average:
+    whether its weights are a run's moving average."""
 
     loaded: LoadedClassifier
     config: Config
     source: DataSource
     classes: dict[int, int]
     named: bool
+    average: bool
 
 
 def run(folder: Path, where: str, asked: EvaluateOptions) -> int:
     """Print the accuracy of the classifier in a folder on a set; returns the exit code."""
-    config = evaluation_config(folder, asked.overrides)
-    if asked.json is not None:
-        refuse_other_file(asked.json, _MADE_BY.encode())
-        if not asked.json.parent.is_dir():
-            raise ConfigError(f"--json is {asked.json}, and there is no such folder: make it, or name another file")
-    world, source = open_and_join(
-        config, lambda: as_tested(config, where, where, "`evaluate`"), lambda source: _facts(folder, source)
-    )
+    with as_host_error():  # the processes have not met: what a host lacks, it says itself
+        config = evaluation_config(folder, asked.overrides)
+    world, (source, _) = open_and_join(config, lambda: _opened(config, folder, where, asked.json), _facts)
     chosen = newest_whole(folder, world, say if world.first else lambda _: None)
-    task = run_on_all_ranks(lambda: _task(folder, chosen, where, source, config, asked.by_number), world)
+    task = run_on_all_ranks(lambda: _task(folder, chosen, where, source, config, asked), world)
     found, unreadable = _counted(task, world)
     if world.first:
         content = _content(folder, where, task, found, unreadable)
@@ -100,22 +101,39 @@ def evaluation_config(folder: Path, overrides: Sequence[str]) -> Config:
     return config
 
 
-def _facts(folder: Path, source: DataSource) -> dict[str, str]:
-    """What has to be the same on every host."""
+def _opened(config: Config, folder: Path, where: str, out: Path | None) -> tuple[DataSource, str]:
+    """The set, and a digest of the classifier where it is one file. Raises ConfigError or ShardError, on the rank that
+    would write it also for a file `out` that cannot be written."""
+    if out is not None and rank_of(os.environ) == 0:
+        refuse_other_file(out, _MADE_BY.encode())
+        if not out.parent.is_dir():
+            raise ConfigError(f"--json is {out}, and there is no such folder: make it, or name another file")
     weights = folder / WEIGHTS
-    return {"labelled set": source.images, "classifier": file_digest(weights) if weights.exists() else str(folder)}
+    digest = file_digest(weights) if weights.exists() else str(folder)
+    return as_tested(config, where, "the set", "`evaluate`"), digest
+
+
+def _facts(opened: tuple[DataSource, str]) -> dict[str, str]:
+    """What has to be the same on every host."""
+    source, digest = opened
+    return {"labelled set": source.images, "classifier": digest}
 
 
 def _task(
-    folder: Path, chosen: tuple[Path, State] | None, where: str, source: DataSource, config: Config, by_number: bool
+    folder: Path,
+    chosen: tuple[Path, State] | None,
+    where: str,
+    source: DataSource,
+    config: Config,
+    asked: EvaluateOptions,
 ) -> _Task:
-    loaded, images = load_classifier(folder, chosen), source.stream.images
+    loaded, images = load_classifier(folder, chosen, asked.ema), source.stream.images
     if not loaded.classes:
         raise ConfigError(f"{folder} is a classifier without a head: `finetune` from it trains one")
     classes, named = fitting_classes(
-        labels_of(images), images.manifest.classes, loaded.classes, loaded.names, by_number, where
+        labels_of(images), images.manifest.classes, loaded.classes, loaded.names, asked.by_number, where
     )
-    return _Task(loaded, config, source, classes, named)
+    return _Task(loaded, config, source, classes, named, asked.ema)
 
 
 @torch.no_grad()
@@ -130,7 +148,7 @@ def _counted(task: _Task, world: World) -> tuple[Accuracy, list[BadSample]]:
     with Progress(label, samples, "image") if world.first else Silent() as progress:
         for batch in block_batches(config, source, samples=samples, block=block, rank=world.rank, world=world.size):
             bad += batch.bad
-            own_B = ~torch.isin(batch.samples, torch.tensor([one.sample for one in batch.bad], dtype=torch.int64))
+            own_B = own_images(batch)
             logits_BV = classifier(encoder_input(config, batch.to(world.device)))
             odd += int((~logits_BV.isfinite().all(dim=1)).sum())
             tallies.append(verdicts(logits_BV, table_L[batch.labels].to(world.device)).cpu()[own_B])
@@ -155,6 +173,7 @@ def _content(folder: Path, where: str, task: _Task, found: Accuracy, unreadable:
         "made_by": _MADE_BY,
         "weights": str(folder),
         "step": task.loaded.state.step,
+        "moving_average": task.average,
         "set": where,
         "images": total,
         "unreadable": [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in unreadable],
@@ -178,9 +197,10 @@ def _content(folder: Path, where: str, task: _Task, found: Accuracy, unreadable:
 def _tell(content: dict[str, Any]) -> None:
     """The counts in short: the whole, the worst classes and the commonest confusions."""
     classes, total = content["classes"], content["images"]
+    weights = f"{'the moving average at ' if content['moving_average'] else ''}step {content['step']}"
     say(
-        f"{counted(total, 'image')} of {len(classes)} classes, matched by {content['classes_by']}, by step "
-        f"{content['step']} of {content['weights']}: the central {content['test_crop']:g} at {content['input_size']} px"
+        f"{counted(total, 'image')} of {len(classes)} classes, matched by {content['classes_by']}, by {weights} of "
+        f"{content['weights']}: the central {content['test_crop']:g} at {content['input_size']} px"
     )
     if content["unreadable"]:
         first = content["unreadable"][0]

@@ -42,20 +42,27 @@ FORMATS = ("safetensors", "hf", "timm", "unilm")
 _AGREES = 1e-5  # largest difference of logits, as a share of the largest logit: float32 rounding over all layers
 
 
-def run(run_folder: Path, out: Path, to: str = "safetensors", finetune: bool = False, size: Size | None = None) -> int:
-    """Write OUT; returns the exit code. `finetune`: a classifier without its head, for images of `size`."""
+def run(
+    run_folder: Path,
+    out: Path,
+    to: str = "safetensors",
+    finetune: bool = False,
+    size: Size | None = None,
+    average: bool = False,
+) -> int:
+    """Write OUT; returns the exit code. `finetune`: a classifier without its head, for images of `size`. average: the
+    moving average of the weights."""
     config = run_config(run_folder)
-    weights = trained_weights(run_folder)
+    weights = trained_weights(run_folder, average=average)
     classifies = fine_tuned(run_folder)
-    if classifies and (finetune or to == "unilm"):
-        raise ConfigError(
-            f"{run_folder} holds a classifier, which goes with its head --to safetensors, hf or timm, without "
-            f"--finetune"
-        )
+    if classifies and finetune:
+        raise ConfigError(f"{run_folder} holds a classifier, which is exported with its head: leave --finetune out")
     if size is not None and not finetune:
         raise ConfigError("--input-size goes with --finetune: a pretraining export keeps the size it was trained at")
-    if finetune and to not in ("hf", "timm"):
-        raise ConfigError(f"--finetune is for --to hf or timm; {to} takes the pretraining weights as they are")
+    if finetune and to == "safetensors":
+        raise ConfigError(
+            "--finetune is for --to hf, timm or unilm; safetensors are the pretraining weights as they are"
+        )
     out = out.resolve()
     if out == run_folder.resolve():
         raise ConfigError(f"{out} is what is exported: give another folder to write to")
@@ -111,7 +118,7 @@ def _write_encoder(folder: Path, to: str, found: Trained, config: Config, source
         export_formats.write_timm(folder, weights, model, vocabulary)
         theirs = export_formats.timm_forward(folder)
     else:
-        export_formats.write_unilm(folder, weights, model)
+        export_formats.write_unilm(folder, weights, model, vocabulary)
         theirs = export_formats.unilm_forward(folder, model, vocabulary)
     return _difference(ours.all_logits(pixels, None), theirs(pixels, None))
 
@@ -142,9 +149,12 @@ def _write_peer(
     if to == "hf":
         export_formats.write_hf(folder, weights, model, 0, head)
         theirs = export_formats.hf_forward(folder)
-    else:
+    elif to == "timm":
         export_formats.write_timm(folder, weights, model, 0, head)
         theirs = export_formats.timm_forward(folder)
+    else:
+        export_formats.write_unilm(folder, weights, model, 0, head)
+        theirs = export_formats.unilm_forward(folder, model, 0, head)
     return _difference(ours.eval()(pixels), theirs(pixels, None))
 
 

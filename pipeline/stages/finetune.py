@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from beitforge.pipeline.checkpoints.choice import newest_whole
-from beitforge.pipeline.config.derived import tuning_micro_batch
+from beitforge.pipeline.checkpoints.live_layout import averaged
+from beitforge.pipeline.config.derived import refuse_tuning, tuning_micro_batch
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
-from beitforge.pipeline.data.batches import even_batches
+from beitforge.pipeline.data.batches import even_batches, own_images
 from beitforge.pipeline.data.labelled import num_classes, supervised, supervised_test
 from beitforge.pipeline.data.pretraining import DataSource, fingerprints
 from beitforge.pipeline.distributed.collectives import World, all_sum, broadcast_object
@@ -63,11 +64,15 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
             return {}
         if world.first:
             say(f"finetune: testing on {test.samples} images after step {step}")
-        found = tested(config, engine, test)
-        if world.first:
-            right = f"{found['accuracy']:.1%} of the test images right after step {step}"
-            say(f"finetune: {right}, {found['top5']:.1%} among the first five")
-        return {"test": found}
+        found = {"test": tested(config, engine, test)}
+        if engine.average is not None:
+            with averaged(engine):
+                found["test_ema"] = tested(config, engine, test)
+        for kind, values in found.items() if world.first else ():
+            what = "moving average: " if kind == "test_ema" else ""
+            right = f"{what}{values['accuracy']:.1%} of the test images right after step {step}"
+            say(f"finetune: {right}, {values['top5']:.1%} among the first five")
+        return found
 
     def step(engine: Engine, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return classification_loss(config, engine.model, batch, engine.dtype)
@@ -77,6 +82,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
         run=Path(tune.run),
         sections=IDENTITY,
         source=source,
+        judged=() if test is None else (test,),
         module=classifier,
         groups=layer_groups(classifier, config.model.layers, tune.weight_decay, tune.layer_decay),
         setup=setup,
@@ -98,6 +104,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
 def _refuse(config: Config) -> None:
     """Raise ConfigError for what shows without reading any shard."""
     tune = config.finetune
+    refuse_tuning(config)
     if not config.data.labelled_images:
         raise ConfigError("data.labelled_images is empty; `finetune` needs a labelled image shard set to train on")
     if any(side % config.model.patch_size for side in tune.input_size):
@@ -145,6 +152,7 @@ def new_classifier(config: Config, classes: int) -> Classifier:
     initialise(classifier, config.data.seed, tune.init_truncation)
     with torch.no_grad():
         classifier.get_parameter("head.weight").mul_(tune.head_scale)
+    classifier.dropout, classifier.attention_dropout = tune.dropout, tune.attention_dropout
     classifier.checkpointing = config.train.activation_checkpointing
     return classifier
 
@@ -172,12 +180,14 @@ def tuning_setup(config: Config, world: World) -> Setup:
         accumulation=tune.global_batch // (micro * world.size),
         clip_norm=tune.clip_norm,
         muon=False,  # the published recipe is AdamW with a rate per layer
+        ema_decay=tune.ema_decay,
     )
 
 
 @torch.no_grad()
 def tested(config: Config, engine: Engine, test: DataSource) -> dict[str, float]:
-    """Loss, top-1 and top-5 accuracy on the test set, each of its samples counted once over all ranks."""
+    """Loss, top-1 and top-5 accuracy on the test set, each of its images counted once over all ranks, and one that
+    cannot be read not at all."""
     world, totals = engine.world, torch.zeros(4, dtype=torch.float64, device=engine.world.device)
     micro = engine.setup.micro_batch
     for batch, weights in even_batches(
@@ -185,6 +195,6 @@ def tested(config: Config, engine: Engine, test: DataSource) -> dict[str, float]
     ):
         moved = batch.to(world.device)
         logits = engine.model(encoder_input(config, moved, engine.dtype), None)
-        totals += classified(logits, moved.labels, weights.to(world.device))
+        totals += classified(logits, moved.labels, (weights * own_images(batch)).to(world.device))
     loss, first, five, count = all_sum(totals).tolist()
     return {"loss": loss / count, "accuracy": first / count, "top5": five / count, "samples": count}

@@ -45,6 +45,8 @@ def run(source: Path, out: Path, size: Size | None) -> int:
         f"imported a {kind} tokenizer of {identity['vocabulary']} tokens on a grid of {rows}×{columns} to {out}; "
         f"fingerprint {identity['fingerprint']}"
     )
+    if published.assumed:
+        say(f"assumed, since no weight shows it: {published.assumed}")
     say(
         f"its config section:  tokenizer.input_size={size} tokenizer.stride={stride} "
         f"tokenizer.vocabulary={identity['vocabulary']}"
@@ -67,4 +69,4 @@ def _read(source: Path) -> tuple[str, Published]:
         published = load_kind(kind).read_published(source)
         if published is not None:
             return kind, published
-    raise ConfigError(f"{source} is no tokenizer that can be imported: {_TAKES}")
+    raise ConfigError(f"{source} is no tokenizer that can be imported: {_TAKES}; `import` takes encoders")

@@ -21,7 +21,7 @@ from beitforge.pipeline.plan.search import cheapest
 from beitforge.pipeline.plan.tables import render
 from beitforge.pipeline.plan.tokenization import tokenizations
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.manifest import read_image_manifest
+from beitforge.shards.format.manifest import known_bad, read_image_manifest
 
 _COUNT = re.compile("[0-9]{1,9}")
 _IMAGENET = 1_281_167
@@ -108,7 +108,10 @@ def _images(config: Config, given: int) -> tuple[int, str]:
     folder = Path(config.data.images)
     if (folder / "manifest.json").exists():
         try:
-            return read_image_manifest(folder).samples, f"{folder}/manifest.json"
+            manifest = read_image_manifest(folder)
+            bad = known_bad(manifest)
+            known = f", of which {bad} do not decode and are replaced" if bad else ""
+            return manifest.samples, f"{folder}/manifest.json{known}"
         except ShardError as error:
             raise ConfigError(f"{error}; or give --images") from error
     return _IMAGENET, f"ImageNet-1k's, since {folder} holds no manifest; give --images"

@@ -64,6 +64,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
         run=Path(config.train.run),
         sections=IDENTITY,
         source=source,
+        judged=tuple(apart for apart in (sets.heldout, *sets.labelled) if apart is not None),
         module=beit,
         groups=pretraining_groups(beit, config.optimizer),
         setup=setup_from(config, world, micro),

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
-from beitforge.pipeline.data.batches import evaluation_batches
+from beitforge.pipeline.data.batches import evaluation_batches, own_images
+from beitforge.pipeline.data.known_bad import known_lines, refuse_over_budget
 from beitforge.pipeline.data.labelled import refuse_other_classes, require_labels, share_of, subsample
 from beitforge.pipeline.data.pretraining import DataSource, evaluation
 from beitforge.pipeline.errors import ConfigError
@@ -22,6 +23,7 @@ from beitforge.pipeline.runs.folder import write_whole
 from beitforge.pipeline.weights.classifier import build_classifier
 from beitforge.pipeline.weights.encoder import build_encoder, fine_tuned, run_config, trained_weights
 from beitforge.shards.progress import Progress
+from beitforge.shards.stream.loader import BadSample
 
 _RAW_SIDES = (8, 16, 32)  # pixels a side of the raw-pixel features; the probe chooses
 
@@ -145,14 +147,22 @@ def _sets(
 
 @torch.no_grad()
 def _features(config: Config, models: dict[str, Encoder], source: DataSource, device: torch.device) -> Features:
-    """The mean over patches after each block, and pixels."""
+    """The mean over patches after each block, and pixels; of the images that can be read alone. Raises ConfigError
+    where more cannot than were known to be bad and the budget allows."""
     count = source.samples
     gathered: dict[str, dict[str, list[Tensor]]] = {who: {} for who in (*models, "raw pixels")}
-    labels = []
+    labels, bad = [], list[BadSample]()
+    for line in known_lines(source):
+        say(line)
     with Progress(f"features {Path(str(source.stream.images.folder)).name}", count, "image") as progress:
         for batch in evaluation_batches(config, source, samples=count, micro=128, rank=0, world=1):
-            labels.append(batch.labels)
-            pixels = batch.pixels.to(device).float() / 255
+            bad += batch.bad
+            own_B = own_images(batch)
+            progress.advance(len(batch.samples))
+            if not own_B.any():
+                continue
+            labels.append(batch.labels[own_B])
+            pixels = batch.pixels[own_B].to(device).float() / 255
             for who, model in models.items():
                 states = model.hidden(normalise(pixels, config.model.mean, config.model.std), None, every=True)
                 for layer, state in enumerate(states[1:], start=1):
@@ -160,7 +170,8 @@ def _features(config: Config, models: dict[str, Encoder], source: DataSource, de
             for side in (side for side in _RAW_SIDES if side <= min(config.model.input_size)):
                 small = F.interpolate(pixels, (side, side), mode="area").flatten(1).cpu()
                 gathered["raw pixels"].setdefault(f"{side}×{side}", []).append(small)
-            progress.advance(len(batch.samples))
+    for line in refuse_over_budget(bad, source, config.data.bad_sample_budget):
+        say(line)
     return {who: {n: torch.cat(parts) for n, parts in sets.items()} for who, sets in gathered.items()}, torch.cat(
         labels
     )

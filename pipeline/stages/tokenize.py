@@ -19,16 +19,18 @@ import torch
 
 from beitforge.pipeline.cluster.environment import rank_info, rank_of
 from beitforge.pipeline.cluster.error_reporting import as_host_error
+from beitforge.pipeline.config.derived import allowed_bad
 from beitforge.pipeline.config.settings import ONLINE, Config
 from beitforge.pipeline.console import say
+from beitforge.pipeline.data.known_bad import known_line, number_of_bad
 from beitforge.pipeline.data.pretraining import fitting_tokenizer, image_set, policy_record, view_policy
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import jitter
 from beitforge.pipeline.tokenizers.precision import autocast_as, changed_tokens
 from beitforge.pipeline.tokenizers.storage import VisualTokenizer
 from beitforge.shards.decode import jpeg
-from beitforge.shards.format.index import Index
-from beitforge.shards.format.manifest import NAME, ImageShard, TokenManifest, write_manifest
+from beitforge.shards.format.index import FLAG_BAD, Index
+from beitforge.shards.format.manifest import NAME, UNREADABLE, ImageShard, TokenManifest, write_manifest
 from beitforge.shards.format.tokens import open_token_shard, token_path, token_shard_entry, write_token_shard
 from beitforge.shards.format.views import FIELDS, ViewPolicy, Views, draw_views
 from beitforge.shards.progress import Progress, Silent
@@ -41,6 +43,7 @@ from beitforge.shards.stream.view_batches import ShardViews, ViewBatch, load_vie
 _IMAGES_PER_ITEM = 16
 _COMPARED, _COMPARED_SLOWLY = 16, 4  # images tokenized once more at every precision, on a GPU and on a CPU
 _POLL_SECONDS = 1.0
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def _tokenize_set(config: Config, watch: "_Finished") -> None:
     total = task.images.manifest.samples * task.num_views
     if rank == 0:
         say(f"tokenize {task.images.folder}: JPEGs by {jpeg.decoder(task.decoder).name}")
+        if known := number_of_bad(task.images):
+            say(known_line(task.images, known))
     label = f"tokenize {Path(str(task.images.folder)).name}"
     with Progress(label, total, "view", done=watch.views()) if rank == 0 else Silent() as progress:
         left = [number for number in [*range(turn, len(shards)), *range(turn)] if not watch.finished(number)]
@@ -132,17 +137,45 @@ def _tokenize_set(config: Config, watch: "_Finished") -> None:
             if len(left) == before:
                 time.sleep(_POLL_SECONDS)  # others hold what is left; what a dead one held comes free
     if not (task.folder / NAME).exists():
+        unread = _unread(task)
+        _refuse_unread(task, unread, allowed_bad(len(task.images), config.data.bad_sample_budget))
         entries = [token_shard_entry(task.folder, shard.name, shard.digest) for shard in shards]
         manifest = TokenManifest(
             shards=entries,
             tokenizer={**task.identity, "precision": task.precision},
             policy=policy_record(task.policy),
             num_views=task.num_views,
-            provenance=_provenance(task),
+            provenance={**_provenance(task), UNREADABLE: len(unread)},
         )
         write_manifest(task.folder, manifest)
         _sweep(task.folder)
         say(f"tokenized: {total} views of {task.images.manifest.samples} images, in {task.folder}")
+
+
+def _unread(task: Task) -> list[tuple[str, str]]:
+    """Shard and key of the images that could not be read though nothing was known against them."""
+    found = []
+    for number, shard in enumerate(task.images.manifest.shards):
+        bad = open_token_shard(token_path(task.folder, shard.name)).bad
+        if bad.any():
+            index = task.images.index(number)
+            rows = np.flatnonzero((bad == 1) & ((index.flags & FLAG_BAD) == 0))
+            found += [(shard.name, index.key(row)) for row in rows.tolist()]
+    return found
+
+
+def _refuse_unread(task: Task, unread: list[tuple[str, str]], limit: int) -> None:
+    """Raise ConfigError where more images could not be read than the budget allows."""
+    if len(unread) <= limit:
+        return
+    shards = sorted({shard for shard, _ in unread})
+    files = ", ".join(token_path(task.folder, shard).name for shard in shards[:_SHOWN])
+    more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
+    raise ConfigError(
+        f"{len(unread)} images of {task.images.folder} could not be read that were not known to be bad (the first: "
+        f"{' '.join(unread[0])}), more than the {limit} of data.bad_sample_budget: repair the shards (`verify "
+        f"--decode` finds them), remove {files}{more} in {task.folder} and run `tokenize` again, or raise the budget"
+    )
 
 
 def _turn(num_shards: int) -> int:
@@ -238,10 +271,12 @@ def _tokenize_shard(config: Config, task: Task, number: int, progress: Progress 
             found = task.tokenizer.tokenize(_jittered(task, index, views, item)).cpu().numpy()
         tokens[:, at] = found.reshape(len(at), task.num_views, -1).swapaxes(0, 1)
         bad[at] = item.bad.numpy()
+        for row, reason in item.reasons.items():
+            say(
+                f"{shard.name} {index.key(row)}: cannot be read ({reason}); it gets no tokens, another stands in for it"
+            )
         progress.advance(len(at) * task.num_views)
     tokens[:, bad == 1] = 0
-    if bad.any():
-        say(f"{shard.name}: {int(bad.sum())} images could not be read; the stream will substitute them")
     write_token_shard(token_path(task.folder, shard.name), tokens, views, index.key_hash, bad, task.stamp(shard))
 
 

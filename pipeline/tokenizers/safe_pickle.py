@@ -26,15 +26,18 @@ _Pick = Callable[[Any], dict[str, "Inert"]]  # from what was saved, the tensors 
 _Bytes = Callable[[str, int], bytes]  # of a storage, data/KEY, and how many they must be
 
 ENCODER, DECODER = "dall_e.encoder.Encoder", "dall_e.decoder.Decoder"
+_NAMESPACE = "argparse.Namespace"
 _TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 # All that published files ask for, in full: a longer name, with a dot more, is another.
 _ADMITTED = f"""
 {ENCODER} dall_e.encoder.EncoderBlock {DECODER} dall_e.decoder.DecoderBlock dall_e.utils.Conv2d
 torch.nn.modules.container.Sequential torch.nn.modules.activation.ReLU torch.nn.modules.linear.Identity
 torch.nn.modules.pooling.MaxPool2d torch.nn.modules.upsampling.Upsample
-{_TENSOR} {_PARAMETER} torch.device builtins.set __builtin__.set argparse.Namespace
+{_TENSOR} {_PARAMETER} torch.device builtins.set __builtin__.set {_NAMESPACE}
+torch.Size torch.float32 torch.float16 torch.bfloat16
+pathlib.PosixPath pathlib.PurePosixPath pathlib._local.PosixPath pathlib._local.PurePosixPath
 numpy.core.multiarray.scalar numpy._core.multiarray.scalar numpy.dtype _codecs.encode
-""".split()  # the last line: learning rates in VQ-KD's optimizer
+""".split()  # the last lines: what training saves beside its model, such as folders and learning rates
 _STORAGES = {
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
@@ -74,6 +77,23 @@ class Inert:
         self.state = state
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether a pickle describes a tensor here."""
+    return isinstance(value, Inert) and value.kind in (_TENSOR, _PARAMETER)
+
+
+def plain_settings(value: Any) -> dict[str, Any]:
+    """The settings of an argparse.Namespace or a dictionary that are a text, a number, a truth value, None, or a list
+    of such; {} for anything else."""
+    held = value.state if isinstance(value, Inert) and value.kind == _NAMESPACE else value
+    found: dict[str, Any] = {}
+    for name, setting in held.items() if isinstance(held, dict) else ():
+        items = setting if isinstance(setting, list | tuple) else [setting]
+        if isinstance(name, str) and all(isinstance(item, str | int | float | None) for item in items):
+            found[name] = list(items) if items is setting else setting
+    return found
+
+
 class _Dict(dict):
     """In place of OrderedDict: one whose attributes, such as a state dict's _metadata, are dropped."""
 
@@ -93,7 +113,7 @@ class _Unpickler(pickle.Unpickler):
         if kind == "collections.OrderedDict":
             return _Dict
         if kind not in _STORAGES and kind not in _ADMITTED:
-            raise Refused(f"asks for the global {kind[:100]!r}, which no published tokenizer needs")
+            raise Refused(f"asks for the global {kind[:100]!r}, which no file of weights needs")
         return type(name, (Inert,), {"__slots__": (), "kind": kind})
 
     def persistent_load(self, identity: Any) -> Any:
@@ -122,7 +142,7 @@ def _unpickle(file: BinaryIO | io.BytesIO) -> tuple[Any, dict[str, int]]:
         read = file.tell() - start
         # the extension table answers without find_class; a memo index allocates all the smaller ones
         if opcode.name.startswith("EXT"):
-            raise Refused(f"asks for the extension {argument} of Python's pickle, which no published tokenizer needs")
+            raise Refused(f"asks for the extension {argument} of Python's pickle, which no file of weights needs")
         if read > _LARGEST_PICKLE or ("PUT" in opcode.name and int(argument or 0) > read):
             raise Refused(f"holds a pickle beyond {_LARGEST_PICKLE >> 20} MiB")
     file.seek(start)
@@ -134,7 +154,7 @@ def read_pickle(path: Path, pick: _Pick) -> Weights:
     """float32 weights out of a file of torch.save, in either of its formats; tensors that `pick` leaves are not read.
 
     Raises ConfigError for a file that cannot be read, is damaged, is none of torch.save, or names anything that
-    published tokenizers do not.
+    files of weights do not.
     """
     try:
         with open_regular(path) as file, warnings.catch_warnings():

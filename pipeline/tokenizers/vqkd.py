@@ -161,7 +161,14 @@ def read_published(source: Path) -> Published | None:
         return None
     shape, weights = read_vqkd(source)
     size = Size(shape.input_size, shape.input_size)
-    return Published(shape=dataclasses.asdict(shape), weights=weights, input_size=size, resample="bicubic")
+    return Published(
+        shape=dataclasses.asdict(shape),
+        weights=weights,
+        input_size=size,
+        resample="bicubic",
+        assumed=f"{shape.heads} attention heads, of {_HEAD} each, and pixels from -1 to 1 (process_type default), as "
+        f"in every published VQ-KD tokenizer",
+    )
 
 
 def read_vqkd(path: Path) -> tuple[VqkdShape, Weights]:
@@ -171,6 +178,8 @@ def read_vqkd(path: Path) -> tuple[VqkdShape, Weights]:
     that is not such a file.
     """
     found = read_pickle(path, _vqkd_tensors)
+    if "patch_embed.proj.weight" in found and "encoder.patch_embed.proj.weight" not in found:
+        raise ConfigError(f"{path} is an encoder, no tokenizer: bring it in with `import {path} OUT`")
     width, _, patch_size, _ = sizes(path, found, "encoder.patch_embed.proj.weight", 4)
     if width % _HEAD:
         raise ConfigError(f"{path} has width {width}; a VQ-KD tokenizer's is a multiple of {_HEAD}: {CURE}")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from beitforge.kernels.pixels import jittered
 from beitforge.pipeline.config.settings import DVAE_STRIDE, Config, Tokenizer
+from beitforge.pipeline.model.dropout import hashed
 from beitforge.pipeline.model.pixels import jitter, tokenizer_input
 
 
@@ -111,7 +112,8 @@ def classification_loss(
     A mixed image's target is its own label by `share`, its partner's by the rest: the same cross entropy as with
     timm's soft targets, as both are linear in the target.
     """
-    logits = model(supervised_input(config, batch).to(dtype), batch.draws.get("keep")).float()
+    draws = batch.draws.get("keep"), batch.draws.get("dropout")
+    logits = model(supervised_input(config, batch).to(dtype), *draws).float()
     labels, share = batch.labels, batch.draws.get("share")
     loss = _smoothed(config, logits, labels)
     if share is not None:
@@ -139,17 +141,10 @@ def erased(pixels_BCHW: Tensor, boxes_B4: Tensor, seeds_B: Tensor) -> Tensor:
     (i64, 32 bits). Noise by hashing (lowbias32), so that it is the same wherever the image is computed."""
     b, c, h, w = pixels_BCHW.shape
     counters = torch.arange(c * h * w, device=pixels_BCHW.device)
-    x = _hashed(_hashed(counters)[None] ^ seeds_B[:, None])
+    x = hashed(hashed(counters)[None] ^ seeds_B[:, None])
     uniform = ((x >> 9).float() + 0.5) / 2**22 - 1  # 23 bits: never ±1, whose noise is infinite
     noise_BCHW = (torch.erfinv(uniform) * math.sqrt(2)).view(b, c, h, w).to(pixels_BCHW.dtype)
     return torch.where(inside(boxes_B4, h, w), noise_BCHW, pixels_BCHW)
-
-
-def _hashed(x: Tensor) -> Tensor:
-    """32 bits of 32, in i64."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
 
 
 def mixed(pixels_BCHW: Tensor, blend_B: Tensor, boxes_B4: Tensor) -> Tensor:

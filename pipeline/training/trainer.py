@@ -21,6 +21,7 @@ from beitforge.pipeline.config.identity import identity_digest
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
 from beitforge.pipeline.data.batches import training_batches
+from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, barrier, broadcast_object
 from beitforge.pipeline.distributed.deepspeed_config import Setup
@@ -47,7 +48,8 @@ _OF_TRAINING = ("train", "steps", "start", "skip", "return", "due")  # kinds of 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One training. `sections`: the config sections of its identity. `evaluate(engine, done)`: values by kind of line
-    after step `done`, or {}. classes: what the labels are called, where that is known."""
+    after step `done`, or {}. classes: what the labels are called, where that is known. judged: the sets
+    that it is judged on."""
 
     label: str
     run: Path
@@ -67,6 +69,7 @@ class Job:
     heldout_every: Duration | None = None
     flops: float = 0.0
     classes: tuple[str, ...] = ()
+    judged: tuple[DataSource, ...] = ()
 
 
 def run_training(config: Config, job: Job, world: World, stop: Callable[[], str]) -> tuple[Engine, bool]:
@@ -134,6 +137,9 @@ def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) 
     bad_samples = BadSamples(job.run, job.source.samples, config.data.bad_sample_budget)
     if bad_samples.exhausted:
         raise ConfigError(bad_samples.over_budget())
+    sets = (job.source, *job.judged)
+    for line in dict.fromkeys(line for source in sets for line in known_lines(source)):
+        say(line)
     return bad_samples
 
 

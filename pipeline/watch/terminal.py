@@ -95,7 +95,7 @@ def _learning(follower: Follower, trained: list[dict], width: int, plain: bool) 
     last = trained[-1]
     spark = sparkline([value(line, "loss") for line in trained], max(8, min(60, width - 9)), plain)
     rows = [("loss", f"{value(last, 'loss'):<8.4g} {spark}")]
-    for kind, name in (("heldout", "held-out"), ("new_view", "new view"), ("test", "test")):
+    for kind, name in (("heldout", "held-out"), ("new_view", "new view"), ("test", "test"), ("test_ema", "average")):
         found = [line for line in latest(follower.lines, kind) if "loss" in line]
         if found:
             words = [f"{value(found[-1], 'loss'):.4g}", *_accuracies(found[-1]), f"step {found[-1]['step']:,}"]

@@ -103,15 +103,17 @@ class LoadedClassifier:
     state: State
 
 
-def load_classifier(folder: Path, checkpoint: tuple[Path, State] | None = None) -> LoadedClassifier:
+def load_classifier(
+    folder: Path, checkpoint: tuple[Path, State] | None = None, average: bool = False
+) -> LoadedClassifier:
     """The classifier of a fine-tuning run's newest checkpoint, or an exported or imported one.
 
-    checkpoint: as `trained_weights` takes it. Raises ConfigError when the folder holds none.
+    checkpoint, average: as `trained_weights` takes them. Raises ConfigError when the folder holds none.
     """
     config = run_config(folder)
     if not fine_tuned(folder):
         raise ConfigError(f"{folder} {NO_CLASSIFIER}")
-    found = trained_weights(folder, checkpoint)
+    found = trained_weights(folder, checkpoint, average)
     classifier = build_classifier(config, found.all(), folder)
     own, classes = classifier_config(config, found.shapes), num_classes(found.shapes)
     return LoadedClassifier(classifier, own, _names(folder, classes), classes, found.state)

@@ -114,5 +114,7 @@ def _as_matrix(name: str, tensor: Tensor) -> Tensor:
             raise ConfigError(
                 f"{name} takes {tensor.shape[1]} channels; the encoder takes 3: choose another checkpoint"
             )
+        if tensor.dim() != 4 or tensor.shape[2] != tensor.shape[3]:
+            raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; patches of the encoder are square")
         return tensor.flatten(1)
     return tensor

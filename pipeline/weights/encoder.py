@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,18 +89,24 @@ class Trained:
         return dict(self.each())
 
 
-def trained_weights(run: Path, checkpoint: tuple[Path, State] | None = None) -> Trained:
+def trained_weights(run: Path, checkpoint: tuple[Path, State] | None = None, average: bool = False) -> Trained:
     """The weights of a run's newest complete checkpoint, put together from every process's part; or those of a folder
     of weights.
 
-    checkpoint: the one to take, where it has been chosen (`newest` with whole=True). Raises ConfigError when there is
-    neither.
+    checkpoint: the one to take, where it has been chosen (`newest` with whole=True). average: their moving average
+    (finetune.ema_decay) instead. Raises ConfigError when there is none of what is asked for.
     """
     found = checkpoint or newest(run, say, whole=True)
     if found is not None:
         folder, state = found
         saved = zero_layout.open_checkpoint(folder, state.zero_stage, state.groups, state.files)
-        return Trained(saved.shapes, saved.weights, state)
+        if average and not saved.keeps(zero_layout.AVERAGE):
+            raise ConfigError(
+                f"{run} keeps no moving average of its weights: finetune.ema_decay was 0; leave out --ema"
+            )
+        return Trained(saved.shapes, partial(saved.weights, zero_layout.AVERAGE if average else "fp32"), state)
+    if average:
+        raise ConfigError(f"{run} is no run with a checkpoint, whose moving average --ema would take; leave it out")
     if not (run / _CONFIG).exists():
         why = "no checkpoint that can be used" if candidates(run) else "no complete checkpoint yet"
         raise ConfigError(f"{run} has {why}; let `{'finetune' if fine_tuned(run) else 'pretrain'}` save one")

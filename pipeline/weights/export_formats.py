@@ -4,12 +4,9 @@ The peers are imported inside the functions: only who exports to one needs it. M
 stage.
 """
 
-import importlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -17,13 +14,21 @@ from torch import Tensor
 
 from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.errors import ConfigError
-from beitforge.pipeline.torchvision_stub import install
+from beitforge.pipeline.model.blocks import RelativeBias
 from beitforge.pipeline.weights.conversion import to_hf, to_unilm
+from beitforge.pipeline.weights.peers import (
+    TIMM_POOLS,
+    Forward,
+    all_loaded,
+    library,
+    model_class,
+    patches_alone,
+    timm_arguments,
+)
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 UNILM_FILE = "beit.pth"
 Weights = dict[str, Tensor]
-Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,20 @@ def write_hf(
             f"model.input_size is {model.input_size}; transformers' BEiT interpolates bias and positions of images "
             f"that are not square as if they were: export --to timm, or train on square views"
         )
+    renamed = to_hf(weights, model)
+    if not vocabulary:
+        norm = "beit.pooler.layernorm." if head.pooling == "mean" else "beit.layernorm."
+        pairs = {"layernorm": norm, "lm_head": "classifier."}
+        cut = {name: name.partition(".") for name in renamed}
+        renamed = {pairs.get(cut[n][0], f"{cut[n][0]}.") + cut[n][2]: w for n, w in renamed.items()}
+    _write(folder, renamed, hf_config(model, vocabulary, head))
+    preprocessor = _preprocessor(model, head.test_crop)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n", encoding="utf-8")
+
+
+def hf_config(model: Model, vocabulary: int, head: ClassifierHead = ClassifierHead()) -> dict:
+    """transformers' config.json of a pretraining, or with vocabulary 0 of a classifier with this head."""
+    height, _ = model.input_size
     config = {
         "architectures": ["BeitForMaskedImageModeling" if vocabulary else "BeitForImageClassification"],
         "model_type": "beit",
@@ -70,7 +89,8 @@ def write_hf(
         "use_shared_relative_position_bias": model.positions == "relative_shared",
         "layer_scale_init_value": model.layer_scale_init if model.layer_scale else 0.0,
         "drop_path_rate": model.drop_path,
-        "use_mean_pooling": head.pooling == "mean",  # false would put a second LayerNorm under the pretraining head
+        # false would put a second LayerNorm under the pretraining head
+        "use_mean_pooling": bool(vocabulary) or head.pooling == "mean",
         "num_labels": head.classes,
     }
     if vocabulary:
@@ -78,18 +98,7 @@ def write_hf(
     if head.names:
         config["id2label"] = dict(enumerate(head.names))
         config["label2id"] = {name: label for label, name in enumerate(head.names)}
-    renamed = to_hf(weights, model)
-    if not vocabulary:
-        norm = "beit.pooler.layernorm." if head.pooling == "mean" else "beit.layernorm."
-        renamed = {
-            name.replace("layernorm.", norm, 1)
-            if name.startswith("layernorm.")
-            else name.replace("lm_head.", "classifier."): w
-            for name, w in renamed.items()
-        }
-    _write(folder, renamed, config)
-    preprocessor = _preprocessor(model, head.test_crop)
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n", encoding="utf-8")
+    return config
 
 
 def _preprocessor(model: Model, share: float) -> dict:
@@ -115,12 +124,11 @@ def _preprocessor(model: Model, share: float) -> dict:
 def hf_forward(folder: Path) -> Forward:
     """What transformers computes from a folder of write_hf: logits of every patch, or a classifier's logits
     [B, classes], without a head its features [B, D]."""
-    transformers = _peer("transformers", "hf")
-    transformers.utils.logging.disable_progress_bar()
     pretraining = "MaskedImageModeling" in json.loads((folder / _CONFIG).read_text())["architectures"][0]
-    kind = transformers.BeitForMaskedImageModeling if pretraining else transformers.BeitForImageClassification
+    name = "BeitForMaskedImageModeling" if pretraining else "BeitForImageClassification"
+    kind = model_class(name, "--to hf is checked by")
     peer, found = kind.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
-    _all_loaded("transformers", found["missing_keys"], found["unexpected_keys"])
+    all_loaded("transformers", found["missing_keys"], found["unexpected_keys"])
     peer = peer.eval()
 
     def forward(pixels_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
@@ -137,8 +145,8 @@ def write_timm(
     embedding.
     """
     outputs = vocabulary or head.classes
-    pooling = "" if vocabulary else {"mean": "avg", "cls": "token"}[head.pooling]
-    arguments = {**_timm_arguments(model), "num_classes": outputs, "global_pool": pooling}
+    pool = "" if vocabulary else TIMM_POOLS[head.pooling]
+    arguments = {**timm_arguments(model), "num_classes": outputs, "global_pool": pool}
     described = {
         "num_classes": outputs,
         "input_size": [3, *model.input_size],
@@ -159,22 +167,6 @@ def write_timm(
     )
 
 
-def _timm_arguments(model: Model) -> dict[str, Any]:
-    """What timm's Beit is built from."""
-    return {
-        "img_size": list(model.input_size),
-        "patch_size": model.patch_size,
-        "embed_dim": model.width,
-        "depth": model.layers,
-        "num_heads": model.heads,
-        "mlp_ratio": model.mlp_ratio,
-        "init_values": model.layer_scale_init if model.layer_scale else None,
-        "use_abs_pos_emb": model.positions == "absolute",
-        "use_rel_pos_bias": model.positions == "relative",
-        "use_shared_rel_pos_bias": model.positions == "relative_shared",
-    }
-
-
 def timm_weights(weights: Weights, model: Model, vocabulary: int, pooling: str = "mean") -> Weights:
     """The released code's names with timm's for head and pooled norm, and without the mask embedding."""
     renamed = {name.replace("lm_head.", "head."): w for name, w in to_unilm(weights, model).items()}
@@ -186,36 +178,49 @@ def timm_weights(weights: Weights, model: Model, vocabulary: int, pooling: str =
 
 def timm_forward(folder: Path) -> Forward:
     """What timm computes from a folder of write_timm: logits of every patch, or features [B, D]."""
-    timm = _peer("timm", "timm")
+    timm = library("timm", "--to timm is checked by")
     peer = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return _without_cls(peer)
+    return patches_alone(peer)
 
 
-def _without_cls(peer: Any) -> Forward:
-    def forward(pixels_BCHW: Tensor, mask_BN: Tensor | None) -> Tensor:
-        assert mask_BN is None, "timm's BEiT takes no mask"
-        found = peer(pixels_BCHW)
-        return found[:, 1:] if found.dim() == 3 else found
-
-    return forward
-
-
-def write_unilm(folder: Path, weights: Weights, model: Model) -> None:
-    """FOLDER/beit.pth as the released code saves and loads it: {"model": tensors}. The one place that writes a pickle,
-    since that code reads nothing else; it holds tensors and names only."""
+def write_unilm(
+    folder: Path, weights: Weights, model: Model, vocabulary: int, head: ClassifierHead = ClassifierHead()
+) -> None:
+    """FOLDER/beit.pth as the released code saves and loads it, strictly: {"model": tensors}, index buffers among them;
+    its pretraining model's, or with vocabulary 0 its fine-tuning model's with this head. The one place that writes a
+    pickle, since that code reads nothing else; it holds tensors, names and
+    numbers only."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": to_unilm(weights, model)}, folder / UNILM_FILE)
+    renamed = to_unilm(weights, model) if vocabulary else timm_weights(weights, model, 0, head.pooling)
+    said = {name: getattr(model, name) for name in ("heads", "drop_path", "layer_scale_init")}
+    said |= {name: list(getattr(model, name)) for name in ("input_size", "mean", "std")}
+    # no code of theirs reads this; `import` need not assume it
+    ours = {"model": said, "classifier": {"names": list(head.names), "test_crop": head.test_crop}}
+    saved = {"model": renamed | _index_buffers(renamed, model), "beitforge": ours}
+    torch.save(saved, folder / UNILM_FILE)
 
 
-def unilm_forward(folder: Path, model: Model, vocabulary: int) -> Forward:
-    """What timm's model, which is the released one under the same names, computes from write_unilm's file."""
-    timm_beit = _peer("timm.models.beit", "unilm")
+def _index_buffers(weights: Weights, model: Model) -> Weights:
+    """What the released code keeps beside each bias table: the table's row for each pair of positions."""
+    tables = [name for name in weights if name.endswith("relative_position_bias_table")]
+    names = [name.replace("bias_table", "index") for name in tables]
+    return {name: RelativeBias(model.grid, model.heads).index_SS for name in names}
+
+
+def unilm_forward(folder: Path, model: Model, vocabulary: int, head: ClassifierHead = ClassifierHead()) -> Forward:
+    """What timm's model, which is the released one under the same names, computes from write_unilm's file: as
+    timm_forward. Raises ConfigError unless every weight and index buffer is its own, too."""
+    timm_beit = library("timm.models.beit", "--to unilm is checked by")
     weights = torch.load(folder / UNILM_FILE, weights_only=True)["model"]
     weights = {name.replace("lm_head.", "head."): w for name, w in weights.items() if name != "mask_token"}
-    peer = timm_beit.Beit(**_timm_arguments(model), num_classes=vocabulary, global_pool="")
-    found = peer.load_state_dict(weights, strict=False)
-    _all_loaded("timm", found.missing_keys, found.unexpected_keys)
-    return _without_cls(peer.eval())
+    outputs, pool = (vocabulary, "") if vocabulary else (head.classes, TIMM_POOLS[head.pooling])
+    peer = timm_beit.Beit(**timm_arguments(model), num_classes=outputs, global_pool=pool)
+    named = dict(peer.named_buffers())  # not saved by timm, saved by the released code
+    buffers = {name: w for name, w in named.items() if name.endswith("relative_position_index")}
+    unequal = [name for name, w in buffers.items() if name not in weights or not torch.equal(w, weights[name])]
+    found = peer.load_state_dict({name: w for name, w in weights.items() if name not in buffers}, strict=False)
+    all_loaded("timm", [*found.missing_keys, *unequal], found.unexpected_keys)
+    return patches_alone(peer.eval())
 
 
 def _write(folder: Path, weights: Weights, config: dict) -> None:
@@ -223,24 +228,3 @@ def _write(folder: Path, weights: Weights, config: dict) -> None:
     # save_file would leave the file to its owner alone, whatever the umask
     (folder / _WEIGHTS).write_bytes(save({name: w.contiguous() for name, w in weights.items()}, {"format": "pt"}))
     (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
-def _peer(name: str, format: str) -> Any:
-    package = name.split(".")[0]
-    if package == "timm":
-        install()
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"--to {format} is checked by {package} itself, which cannot be imported ({error}): install it with "
-            f"`./launch.sh setup peers`, or `pip install {package}`"
-        ) from error
-
-
-def _all_loaded(peer: str, missing: Any, unexpected: Any) -> None:
-    if missing or unexpected:
-        raise ConfigError(
-            f"{peer} does not take the weights as they are (missing {sorted(missing)[:3]}, unknown "
-            f"{sorted(unexpected)[:3]}): its version names them otherwise; please report it"
-        )

@@ -9,12 +9,12 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from beitforge.shards.decode import conversions, extras, jpeg, tiff
+from beitforge.shards.decode import conversions, extras, jpeg, jpeg_faults, tiff
 from beitforge.shards.decode.faults import DAMAGE, ImageError
 from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
@@ -60,9 +60,10 @@ class Header:
 
 @dataclass(frozen=True)
 class Source:
-    """An image on its way into a set: its header, its pixels u8 [H, W, 3], and by name what those have lost
+    """An image on its way into a set: its bytes, its header, its pixels u8 [H, W, 3], and by name what those have lost
     (`conversions.losses`) and left aside (`conversions.left_aside`)."""
 
+    data: bytes
     header: Header
     pixels: np.ndarray
     losses: tuple[str, ...]
@@ -204,29 +205,46 @@ def _plain_jpeg(flags: int) -> bool:
 
 
 def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, np.ndarray]:
-    """`read_header` and `decode` of an image that is in a set or comes into one as it is: a JPEG of which libjpeg says
-    that it is damaged is refused, too, though it decodes to something."""
+    """`read_header` and `decode` of an image that is in a set: a JPEG whose pixels are damaged is refused, too, though
+    it decodes to something."""
     with _opened(data, max_pixels, _kind(data, pack=False)) as image:
         pixels = _pixels(image)
         header = _header(image, data)
-        _check_whole(header, data)
+        if header.format == "jpg" and (fault := jpeg_faults.cleaned(data)[0]):
+            raise ImageError(f"is damaged: {fault}")
         return header, pixels
 
 
 def read_source(data: bytes, max_pixels: int = MAX_PIXELS) -> Source:
-    """`read_image` of a file to pack, which may be AVIF, HEIC or JPEG XL as well. Raises ImageError as read_image does,
-    and where one of these needs a package that is not installed."""
-    with _opened(data, max_pixels, _kind(data, pack=True)) as image:
+    """`read_image` of a file to pack, which may be AVIF, HEIC or JPEG XL as well. A JPEG of which libjpeg warns though
+    its pixels are whole is given without what it warns of, so that every decoder takes it.
+
+    Raises ImageError as read_image does, and where a format needs a package that is not installed.
+    """
+    kind = _kind(data, pack=True)
+    try:
+        source = _source(data, max_pixels, kind)
+        fault, better = jpeg_faults.cleaned(data) if kind == "jpeg" else ("", data)
+    except ImageError:
+        fault, better = jpeg_faults.cleaned(data) if kind == "jpeg" else ("", data)
+        if fault or better is data:
+            raise
+        source = _source(better, max_pixels, kind)
+    if better is not data and not fault:
+        found = _source(better, max_pixels, kind)
+        fault = "" if np.array_equal(found.pixels, source.pixels) else "decoders do not agree on its pixels"
+        source = replace(found, left_aside=(*found.left_aside, conversions.CLEANED))
+    if fault:
+        raise ImageError(f"is damaged: {fault}")
+    return source
+
+
+def _source(data: bytes, max_pixels: int, kind: str) -> Source:
+    with _opened(data, max_pixels, kind) as image:
         pixels = _pixels(image)
         header = _header(image, data)
-        _check_whole(header, data)
         lost = conversions.losses(image, header.bits)
-        return Source(header, pixels, lost, conversions.left_aside(image, data))
-
-
-def _check_whole(header: Header, data: bytes) -> None:
-    if header.format == "jpg" and (complaint := jpeg.libjpeg_warning(data)):
-        raise ImageError(f"is damaged: {complaint}")
+        return Source(data, header, pixels, lost, conversions.left_aside(image, data))
 
 
 def mean_grey(pixels: np.ndarray) -> float:

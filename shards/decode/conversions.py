@@ -11,7 +11,7 @@ import re
 import numpy as np
 from PIL import Image, ImageCms
 
-from beitforge.shards.decode import tiff
+from beitforge.shards.decode import extras, tiff
 from beitforge.shards.decode.faults import DAMAGE
 
 CMYK = "CMYK to RGB"
@@ -21,6 +21,7 @@ PROFILE = "colour profile left aside"
 GAMMA = "gamma left aside"
 LAB = "Lab to RGB"
 FRAMES = "frames after the first left out"
+CLEANED = "JPEG cleaned, pixels unchanged"
 
 _SRGB_GAMMA, _GAMMA_ROUNDING = 0.45455, 0.005  # of PNG's gAMA
 _ROUNDING = 4  # levels of 255 by which profiles called sRGB differ
@@ -57,7 +58,7 @@ def left_aside(image: Image.Image, data: bytes) -> tuple[str, ...]:
     elif image.format == "PNG" and "srgb" not in image.info:
         gamma = image.info.get("gamma") or _SRGB_GAMMA
         found += [GAMMA] if abs(gamma - _SRGB_GAMMA) > _GAMMA_ROUNDING else []
-    if image.format != "MPO" and getattr(image, "is_animated", False):
+    if image.format != "MPO" and extras.animated(image, data):
         found.append(FRAMES)
     return tuple(found)
 

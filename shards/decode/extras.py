@@ -28,7 +28,7 @@ def _missing(kind: str) -> str:
             importlib.import_module("pillow_heif").register_heif_opener(thumbnails=False)
         elif kind == "jxl":
             importlib.import_module("pillow_jxl")
-        elif not features.check("avif"):
+        elif "avif" not in features.modules or not features.check("avif"):
             return "an AVIF image: reading it needs Pillow 11.3 or later with AVIF (pip install -U pillow)"
     except ImportError:
         name, package = {"heic": ("a HEIC", "pillow-heif"), "jxl": ("a JPEG XL", "pillow-jxl-plugin")}[kind]
@@ -46,6 +46,11 @@ def bits(image: Image.Image, data: bytes) -> int:
     return max((8 + 2 * (byte >> 6 & 1) + 2 * (byte >> 6 & byte >> 5 & 1) for byte in configurations), default=8)
 
 
+def animated(image: Image.Image, data: bytes) -> bool:
+    """Whether there are frames after the first, of which the plug-in for JPEG XL says nothing."""
+    return bool(getattr(image, "is_animated", False)) or (image.format == "JXL" and JxlHeader(data).animated)
+
+
 def orientation(image: Image.Image, data: bytes, exif: int) -> int:
     """The turn still to apply. That of HEIC is applied by its decoder, and so is what JPEG XL's own header says; EXIF
     counts where that says nothing, and for a JPEG kept whole in JPEG XL, whose pixels are as stored."""
@@ -55,7 +60,7 @@ def orientation(image: Image.Image, data: bytes, exif: int) -> int:
 
 
 class JxlHeader:
-    """Size, orientation and bits of JPEG XL, which its plug-in decodes before it says them (ISO/IEC 18181-1)."""
+    """What JPEG XL says of itself, which its plug-in decodes before it says anything (ISO/IEC 18181-1)."""
 
     def __init__(self, data: bytes):
         """Raises ImageError where no codestream begins."""
@@ -64,7 +69,7 @@ class JxlHeader:
         if not stream.startswith(b"\xff\x0a"):
             raise ImageError("a JPEG XL image without a codestream in its first bytes")
         self.width, self.height = self._size()
-        self.orientation = 1
+        self.orientation, self.animated = 1, False
         self.bits = self._depth()
 
     def _take(self, count: int) -> int:
@@ -89,7 +94,8 @@ class JxlHeader:
             self.orientation = 1 + self._take(3)
             if self._take(1):
                 self._size()
-            if self._take(2):  # a preview or an animation: what follows is no longer at a fixed place
+            preview, self.animated = self._take(1), bool(self._take(1))
+            if preview or self.animated:  # what follows is no longer at a fixed place
                 return 8
         if self._take(1):  # floats
             return 32

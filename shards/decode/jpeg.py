@@ -79,17 +79,6 @@ def _with_faster_whole(made: JpegDecoder) -> JpegDecoder:
     return made
 
 
-def libjpeg_warning(data: bytes) -> str:
-    """What libjpeg says against a JPEG that decoders, Pillow's among them, decode to something all the same; empty
-    where it says nothing. A few thousand bytes of zeros in its middle are such damage."""
-    try:
-        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
-        simplejpeg.decode_jpeg(data, "CMYK" if colours in ("CMYK", "YCCK") else "GRAY")
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def _version(name: str) -> str:
     for package in _PACKAGES[name]:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import xxhash
 
@@ -25,6 +25,8 @@ from beitforge.shards.wording import with_article
 
 SCHEMA = 1
 NAME = "manifest.json"
+BAD = "bad"  # in made_by of adopted sets: how many of their images do not decode
+UNREADABLE = "unreadable"  # in provenance: how many images `tokenize` could not read that were not known to be bad
 PACKING = "packing.json"  # marks a folder that `pack` has not finished
 
 _MOST_BYTES = 1 << 26  # of a manifest: over 300,000 shards
@@ -109,6 +111,20 @@ class TokenManifest:
         return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def known_bad(manifest: ImageManifest) -> int | None:
+    """How many images of a set do not decode, as was known when it was made: none of a packed one; None for a set that
+    an earlier version adopted, whose indexes alone say it."""
+    found = manifest.made_by.get(BAD, None if manifest.made_by.get("verb") == "index" else 0)
+    return found if _is_natural(found) else None
+
+
+def unreadable(manifest: TokenManifest) -> int | None:
+    """How many images `tokenize` could not read though nothing was known against them, which it held against the budget
+    of bad samples; None for a set of an earlier version."""
+    found = manifest.provenance.get(UNREADABLE)
+    return found if _is_natural(found) else None
+
+
 def write_manifest(folder: Path, manifest: ImageManifest | TokenManifest) -> None:
     """Close a folder: write its manifest by rename."""
     kind = "images" if isinstance(manifest, ImageManifest) else "tokens"
@@ -148,7 +164,11 @@ def is_plain(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**53
+    return _is_natural(value) and value > 0
+
+
+def _is_natural(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _demand(holds: bool, name: str, value: object) -> None:

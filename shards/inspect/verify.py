@@ -10,19 +10,12 @@ import xxhash
 
 from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.errors import ShardError
+from beitforge.shards.format.bad_rows import bad_rows
 from beitforge.shards.format.index import COLUMNS, FLAG_LABELLED, Index, Row, index_path, open_index
 from beitforge.shards.format.manifest import ImageManifest, ImageShard, read_image_manifest
-from beitforge.shards.pack.adopt import find_twins
-from beitforge.shards.pack.tar_scan import (
-    JSON,
-    LABEL,
-    Sample,
-    TarMember,
-    describe,
-    read_label,
-    read_member,
-    read_samples,
-)
+from beitforge.shards.pack.adopt import find_twins, holds_nothing, tars_in
+from beitforge.shards.pack.tar_members import TarMember
+from beitforge.shards.pack.tar_scan import JSON, LABEL, LeftOut, Sample, describe, read_label, read_member, read_tar
 from beitforge.shards.progress import Progress
 from beitforge.shards.storage.reading import file_digest
 from beitforge.shards.workers import Beat, each_shard, in_megabytes
@@ -39,32 +32,61 @@ class CheckJob:
     decode: bool
 
 
-def verify_images(folder: Path, decode: bool, num_workers: int, report: Report) -> ImageManifest:
-    """Check an image shard set, telling `report` every finding, one line each; its manifest.
+@dataclass(frozen=True)
+class Checked:
+    """What a check of one tar, or of all, found: what is not as it was indexed, and what was known then: a line for
+    each image that does not decode, and what the tars hold beside samples."""
+
+    findings: list[str]
+    bad: list[str]
+    left_out: LeftOut
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a set holds, and what was known of it when it was indexed (Checked)."""
+
+    manifest: ImageManifest
+    bad: list[str]
+    left_out: LeftOut
+
+
+def verify_images(folder: Path, decode: bool, num_workers: int, report: Report) -> Verified:
+    """Check an image shard set, telling `report` every finding, one line each. What its indexes say themselves, that
+    an image does not decode, is none.
 
     Raises ShardError when there is no set to check (no manifest, or a damaged one).
     """
     manifest = read_image_manifest(folder)
     jobs = [CheckJob(folder, entry, decode) for entry in manifest.shards]
     megabytes = sum(entry.bytes >> 20 for entry in manifest.shards)
+    known = Verified(manifest, [], LeftOut())
     with (
         Progress("verify", megabytes, "MB") as progress,
         contextlib.closing(each_shard(check_shard, jobs, min(num_workers, len(jobs)), progress)) as results,
     ):
-        for findings in results:
-            for finding in findings:
+        for checked in results:
+            for finding in checked.findings:
                 report(finding)
+            known.bad.extend(checked.bad)
+            known.left_out.add_all(checked.left_out)
     for finding in _check_set(folder, manifest):
         report(finding)
-    return manifest
+    known.bad.sort()
+    return known
 
 
 def _check_set(folder: Path, manifest: ImageManifest) -> Iterator[str]:
     """What no single shard shows: tars outside the manifest, keys used twice."""
     listed = {f"{entry.name}.tar" for entry in manifest.shards}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in listed:
-            yield f"{path} is not in the manifest, but a reader of *.tar would read it: move it away, or run `index`"
+    for path in (path for path in tars_in(folder) if path.name not in listed):
+        try:
+            if holds_nothing(folder, path):
+                continue
+            what = "run `index`"
+        except ShardError as error:
+            what = str(error)
+        yield f"{path} is not in the manifest, but a reader of *.tar would read it: move it away, or {what}"
     paths, key_hashes = [], []
     for path in (index_path(folder, entry.name) for entry in manifest.shards):
         with contextlib.suppress(ShardError):
@@ -74,11 +96,11 @@ def _check_set(folder: Path, manifest: ImageManifest) -> Iterator[str]:
         yield from (f"{folder}: {twins}" for twins in find_twins(paths, key_hashes))
 
 
-def check_shard(job: CheckJob, beat: Beat) -> list[str]:
-    """Every finding in one tar and its index."""
+def check_shard(job: CheckJob, beat: Beat) -> Checked:
+    """Every finding in one tar and its index, and what was known."""
     entry, tar = job.entry, job.folder / f"{job.entry.name}.tar"
     beside = index_path(job.folder, entry.name)
-    findings: list[str] = []
+    findings, known, left_out = [], [], LeftOut()
     with in_megabytes(beat, entry.bytes) as tell:
         if not tar.is_file():
             findings.append(f"{tar} is missing: restore it, or pack again")
@@ -89,21 +111,26 @@ def check_shard(job: CheckJob, beat: Beat) -> list[str]:
         try:
             index = open_index(beside)
         except ShardError as error:
-            return [*findings, str(error)]
+            return Checked([*findings, str(error)], [], left_out)
         if index.digest != entry.index_digest:
             findings.append(f"{beside} is not the index the manifest lists (digest differs): run `index`")
         if len(index) != entry.samples:
             findings.append(f"{beside} has {len(index)} rows, the manifest says {entry.samples}: run `index`")
+        try:
+            known = [f"{entry.name} {bad.key}: {bad.reason}" for bad in bad_rows(index)]
+            left_out.tell(index)
+        except ShardError as error:
+            findings.append(str(error))
         if tar.is_file():
             findings += _check_layout(tar, index)
             findings += _check_images(tar, index, job.decode, tell)
-    return findings
+    return Checked(findings, known, left_out)
 
 
 def _check_layout(tar: Path, index: Index) -> list[str]:
     """The tar's headers against the index: the same samples in the same order at the same places."""
     try:
-        samples = read_samples(tar)
+        samples = read_tar(tar).samples
     except ShardError as error:
         return [str(error)]
     findings = []
@@ -128,16 +155,17 @@ def _difference(sample: Sample, key: str, facts: dict[str, int], descriptor: int
     for member, place in {"image": sample.image, **places}.items():
         listed = TarMember(facts[f"{member}_offset"], facts[f"{member}_size"])
         if place != listed:
-            return f"its {member} lies at {place} in the tar, the index says {listed}"
-    if (LABEL in sample.members) != bool(facts["flags"] & FLAG_LABELLED):
-        return "the index disagrees with the tar on whether it has a label"
-    if LABEL not in sample.members:
-        return ""
+            return f"its {member} lies at {place} in the tar, the index says {listed}: run `index --again`"
     try:
-        label = read_label(read_member(descriptor, sample.members[LABEL], tar), f"{tar}: sample {sample.key}")
+        label = read_label(descriptor, sample, tar) if LABEL in sample.members else None
     except ShardError as error:
         return str(error)
-    return "" if label == facts["label"] else f"its label is {label}, the index says {facts['label']}"
+    known = facts["label"] if facts["flags"] & FLAG_LABELLED else None
+    return "" if label == known else f"its label is {_said(label)}, the index says {_said(known)}: run `index --again`"
+
+
+def _said(label: int | None) -> str:
+    return "none" if label is None else str(label)
 
 
 def _check_images(tar: Path, index: Index, decode: bool, tell: Beat) -> list[str]:
@@ -173,5 +201,6 @@ def _decoded_difference(data: bytes, known: Row, tones: tuple[int, ...] | None) 
         ("tone table", facts.tones, facts.tones if tones is None else tones),
     ):
         if found != expected:
-            return f"decoded here its {name} is {found}, the index says {expected}: run `index`, or check the decoder"
+            cure = "run `index --again`, or check the decoder"
+            return f"decoded here its {name} is {found}, the index says {expected}: {cure}"
     return ""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import Index, index_path, open_index
+from beitforge.shards.format.index import FLAG_BAD, Index, index_path, open_index
 from beitforge.shards.format.manifest import TokenManifest, TokenShard, read_token_manifest
 from beitforge.shards.format.tokens import OpenTokenShard, check_pairing, check_rows, open_token_shard, token_path
 from beitforge.shards.format.views import JITTER_ORDERS
@@ -111,7 +111,8 @@ def _check_boxes(path: Path, shard: OpenTokenShard, index: Index) -> list[str]:
     boxes = shard.views.boxes.astype(np.int64)
     right, bottom = boxes[:, :, 0] + boxes[:, :, 2], boxes[:, :, 1] + boxes[:, :, 3]
     widths, heights = index.width, index.height
-    outside = (right > widths) | (bottom > heights)
+    looked = ((index.flags & FLAG_BAD) == 0) & (shard.bad == 0)  # the others have no size, or no view
+    outside = ((right > widths) | (bottom > heights)) & looked
     return [
         f"{path}: view {view} of row {row} ({index.key(row)}) has the box {boxes[view, row].tolist()} (x, y, width, "
         f"height), outside its image of {widths[row]}x{heights[row]}"

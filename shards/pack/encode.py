@@ -71,7 +71,7 @@ def encode(data: bytes, options: EncodeOptions) -> Prepared:
     WebP as WebP at `quality`, all else as PNG, so that what had no loss gets none.
     """
     source = codec.read_source(data)
-    header, pixels = source.header, source.pixels
+    data, header, pixels = source.data, source.header, source.pixels
     if source.losses and not options.to_rgb8:
         raise ImageError(f"8-bit RGB would not hold all of it ({', '.join(source.losses)}): allow that with --to-rgb8")
     named = (*source.losses, *source.left_aside)

@@ -1,20 +1,15 @@
 """Which files of a folder hold the same bytes, without reading all of each."""
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from beitforge.shards.progress import Progress
-from beitforge.shards.storage.reading import OPEN
+from beitforge.shards.pack.short_reads import look_into
 
 SAMPLE = 4096  # bytes from the middle of a file, where no header and no trailer is
 _BLOCK = 1 << 20
-_THREADS, _BATCH = 16, 64  # files on a network are waited for, not computed
 
 
 def first_equals(folder: Path, paths: list[str], sizes: np.ndarray) -> np.ndarray:
@@ -30,8 +25,8 @@ def first_equals(folder: Path, paths: list[str], sizes: np.ndarray) -> np.ndarra
             candidates = candidates[sizes[candidates] > SAMPLE]  # of the others the sample was all
         if len(candidates):
             digests = np.zeros(len(paths), dtype=np.uint64)
-            label = f"equal files, by their {what}"
-            digests[candidates] = _each(folder, [paths[i] for i in candidates.tolist()], digest, label)
+            names = [paths[i] for i in candidates.tolist()]
+            digests[candidates] = list(look_into(folder, names, digest, _of_itself, f"equal files, by their {what}"))
             groups = _refined(groups, digests)
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.append(True, groups[order][1:] != groups[order][:-1])[: len(order)])
@@ -56,28 +51,9 @@ def _refined(groups: np.ndarray, digests: np.ndarray) -> np.ndarray:
     return refined
 
 
-def _each(folder: Path, paths: list[str], digest: Callable[[int], int], label: str) -> list[int]:
-    batches = [paths[start : start + _BATCH] for start in range(0, len(paths), _BATCH)]
-    found: list[int] = []
-    with ThreadPoolExecutor(_THREADS) as pool, Progress(label, len(paths), "files") as progress:
-        for digests in pool.map(partial(_digests, folder, digest), batches):
-            found += digests
-            progress.advance(len(digests))
-    return found
-
-
-def _digests(folder: Path, digest: Callable[[int], int], paths: list[str]) -> list[int]:
-    found = []
-    for path in paths:
-        try:
-            descriptor = os.open(folder / path, OPEN)
-            try:
-                found.append(digest(descriptor))
-            finally:
-                os.close(descriptor)
-        except OSError:
-            found.append(xxhash.xxh3_64_intdigest(path.encode("utf-8", "surrogateescape")))
-    return found
+def _of_itself(path: str) -> int:
+    """In place of a digest: equal to that of no other file."""
+    return xxhash.xxh3_64_intdigest(path.encode("utf-8", "surrogateescape"))
 
 
 def _sample(descriptor: int) -> int:

@@ -10,8 +10,8 @@ import numpy as np
 from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
+from beitforge.shards.pack.short_reads import look_into
 from beitforge.shards.pack.walk import PassedOver, Tally, Walk
-from beitforge.shards.storage.reading import OPEN
 
 # Until plan format 2 these names alone were images.
 FIRST_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -59,14 +59,28 @@ def list_images(folder: Path, leave_out: Path, by_name: tuple[str, ...] = ()) ->
 
     Raises ShardError when there is no image, a sub-folder cannot be read, or two keys share a hash.
     """
-    found: list[tuple[str, int, int]] = []
     walk = Walk(folder, leave_out.resolve())
+    found: list[tuple[str, int, int]] = []
+    unknown: list[tuple[str, int, int]] = []
     for path, status in walk.files():
-        lower = path.lower()
-        if lower.endswith(by_name or _EXTENSIONS) or (not by_name and _is_image(folder / path)):
-            found.append((path, status.st_size, status.st_mtime_ns) if status else (path, 0, 0))
+        facts = (path, status.st_size, status.st_mtime_ns) if status else (path, 0, 0)
+        if path.lower().endswith(by_name or _EXTENSIONS):
+            found.append(facts)
+        elif status is None:
+            walk.passed.add("a link that leads nowhere", path)
         else:
-            walk.passed.add(_kind(lower) if status else "a link that leads nowhere", path)
+            unknown.append(facts)
+    names = [] if by_name else [path for path, _, _ in unknown]
+    images = {
+        path
+        for path, is_image in zip(names, look_into(folder, names, _is_image, _no_image, "first bytes"), strict=True)
+        if is_image
+    }
+    for facts in unknown:
+        if facts[0] in images:
+            found.append(facts)
+        else:
+            walk.passed.add(_kind(facts[0].lower()), facts[0])
     if not found:
         raise ShardError(f"{folder} holds no image{_instead(walk.passed)}")
     keys = keys_of([path for path, _, _ in found])
@@ -84,18 +98,14 @@ def list_images(folder: Path, leave_out: Path, by_name: tuple[str, ...] = ()) ->
     )
 
 
-def _is_image(path: Path) -> bool:
-    """By its first bytes. False where they cannot be read: nothing says then that it is an image."""
-    try:
-        descriptor = os.open(path, OPEN)
-    except OSError:
-        return False
-    try:
-        return bool(kind_of(os.pread(descriptor, HEAD_BYTES, 0)))
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+def _is_image(descriptor: int) -> bool:
+    """By the first bytes."""
+    return bool(kind_of(os.pread(descriptor, HEAD_BYTES, 0)))
+
+
+def _no_image(path: str) -> bool:
+    """Of a file that cannot be read: nothing says that it is one."""
+    return False
 
 
 def _kind(path: str) -> str:

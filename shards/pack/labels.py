@@ -5,10 +5,19 @@ from dataclasses import dataclass, field
 
 from beitforge.shards.errors import ShardError
 
-# 2018, 2018-05, 20180512_2, 2018-05-12 Rome, 2018 Rome; not 3d-models, nor 1950s cars
-_NUMBER = re.compile(r"[\W\d_]*|(19|20)\d\d([-_. ].*)?", re.DOTALL)
+_MONTH = "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|(sept?|oct|nov|dec)((t?em|o)ber)?"
+_NUMBER = re.compile(  # not: 3d-models, 1950s cars, Volvo 240 Sedan 1993
+    r"[\W\d_]*\d[\W\d_]*"  # 7, 2018-05, 20180512_2
+    r"|(19|20)\d\d[-_. 年].*"  # 2018 Rome, 2018-05-12 Rome
+    rf"|(\d{{1,2}}[-_. ]*)?(?i:{_MONTH})([-_. ]*\d{{2,4}})?"  # 01 January, May 2018
+    r"|\d{3}[A-Z0-9_]{5}",  # 100CANON, as cameras name them
+    re.DOTALL,
+)
+# train, val2017, part_2, "New folder (3)"
 _PARTS = re.compile(
-    "train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval|held-?out|images?|imgs?|photos?|pics?|data", re.IGNORECASE
+    r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval|held-?out|images?|imgs?|photos?|pics?|data|part|batch|set|split|fold|"
+    r"chunk|shard|dis[ck]|dir|(new )?folder)[-_. (]*\d*\)?",
+    re.IGNORECASE,
 )
 _SHOWN = 3
 

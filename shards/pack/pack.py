@@ -209,7 +209,8 @@ def _difference(plan: Plan, made_by: dict) -> str:
         if name != "picture" and flat_theirs.get(name) != value
     ]
     what = ", ".join(differing) or (
-        f"the images differ (names, sizes or times; {made_by.get('pictures')} then, {len(plan.files)} now)"
+        f"the images differ (names, sizes, times or which are equal; {made_by.get('pictures')} then, "
+        f"{len(plan.files)} now)"
     )
     return f"{what}; give the same options and images to go on with it, or {cure}"
 

@@ -11,7 +11,7 @@ from beitforge.shards.format.index import IndexRow, index_path, open_index, writ
 from beitforge.shards.format.manifest import ImageShard
 from beitforge.shards.pack.encode import encode, read_file
 from beitforge.shards.pack.plan import ShardJob
-from beitforge.shards.pack.tar_scan import Facts, index_row, read_samples
+from beitforge.shards.pack.tar_scan import Facts, index_row, read_tar
 from beitforge.shards.storage.files import atomic_path
 from beitforge.shards.storage.reading import file_digest
 from beitforge.shards.workers import Beat
@@ -65,7 +65,7 @@ def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
     with atomic_path(tar) as partial:
         facts = _write_tar(partial, job, rejected, conversions, beat)
         labels = {image.key: image.label for image in job.planned}
-        samples = read_samples(partial)
+        samples = read_tar(partial).samples
         rows: list[IndexRow] = [
             index_row(sample, described, labels[sample.key]) for sample, described in zip(samples, facts, strict=True)
         ]

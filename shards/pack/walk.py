@@ -10,6 +10,7 @@ from pathlib import Path
 from beitforge.shards.errors import ShardError
 
 _MOST_KINDS = 50
+_DEEPEST = 200  # folders in one another
 
 
 @dataclass
@@ -64,6 +65,8 @@ class Walk:
     def _below(self, prefix: str, links: list[str]) -> Iterator[tuple[str, os.stat_result | None]]:
         """Files of a folder and those below. Links are added to `links`."""
         folder = self.root / prefix
+        if prefix.count("/") > _DEEPEST:
+            raise ShardError(f"{folder} lies more than {_DEEPEST} folders deep: move what is in it")
         status = folder.stat()
         here = (status.st_dev, status.st_ino)
         if folder.resolve() == self.leave_out:

@@ -39,6 +39,10 @@ class DamagedSample(ShardError):
     """One sample whose bytes are not what was packed, or do not decode. The stream substitutes it and counts it."""
 
 
+class KnownBad(DamagedSample):
+    """One that was known not to decode when its set was indexed, or to have no tokens when it was tokenized."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image of a set: its key, its label (-1 where it has none) and the encoded file."""
@@ -161,7 +165,7 @@ class ImageSet:
     def _read(self, shard: int, row: int, known: Row) -> bytes:
         opened, name = self._shard(shard), self.manifest.shards[shard].name
         if known.flags & FLAG_BAD:
-            raise DamagedSample(f"{name} {opened.index.key(row)}: does not decode (known since it was indexed)")
+            raise KnownBad(f"{name} {opened.index.key(row)}: does not decode (known since it was indexed)")
         if isinstance(self.folder, Remote):
             data = self._read_remote(self.folder, shard, row, known)
             if xxhash.xxh3_64_intdigest(data) == known.image_xxh3:

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from beitforge.shards import counter_rng
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import COLUMNS, Row
-from beitforge.shards.stream.image_set import DamagedSample, ImageSet
+from beitforge.shards.format.index import COLUMNS, FLAG_BAD, Row
+from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.view_sources import Selection, ViewSource
 
 _SUBSTITUTES = 32
@@ -31,13 +31,15 @@ TORCH = "torch bicubic"
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that was replaced: where it lies, why, and which row of the same shard stood in."""
+    """A sample that was replaced: where it lies, why, and which row of the same shard stood in. known: whether the sets
+    themselves said so, so that it was known before the first sample was read."""
 
     sample: int
     shard: str
     key: str
     reason: str
     substitute: str
+    known: bool = False
 
 
 class Batch(NamedTuple):
@@ -198,27 +200,42 @@ class Stream:
         """The image at place i, its row and what the index says of that, or those of the first usable substitute: a
         pure function of the sample."""
         entry, asked = self.images.manifest.shards[shard], self.images.row(shard, row)
-        reason, candidate = "", row
-        for attempt in range(_SUBSTITUTES):
+        first: DamagedSample | None = None
+        for candidate in self._candidates(shard, row, asked):
             try:
                 if (i, candidate) in refused:
                     raise DamagedSample(refused[i, candidate])
-                if not self.source.usable(shard, candidate):
-                    raise DamagedSample("`tokenize` could not read it, so it has no tokens")
                 known = asked if candidate == row else self.images.row(shard, candidate)
+                if not known.flags & FLAG_BAD:  # else that is the reason
+                    self.source.check(shard, candidate)
                 data = self.images.read_row(shard, candidate, known)
                 break
             except DamagedSample as error:
-                reason = reason or str(error)
-            drawn = counter_rng.uniform(counter_rng.SUBSTITUTE, self.seed, asked.key_hash, attempt)[0]
-            candidate = int(drawn * entry.samples)
+                first = first or error
         else:
-            key = self.images.index(shard).key(row)
-            raise ShardError(f"{entry.name}: {_SUBSTITUTES} samples tried for {key}, none usable; run `verify`")
+            key, tries = self.images.index(shard).key(row), _SUBSTITUTES
+            raise ShardError(f"{entry.name}: {tries} samples tried for {key}, none usable; run `verify`")
         if candidate != row:
-            index = self.images.index(shard)
-            bad.append(BadSample(sample, entry.name, index.key(row), reason, index.key(candidate)))
+            index, reason = self.images.index(shard), str(first)
+            is_known = isinstance(first, KnownBad)
+            bad.append(BadSample(sample, entry.name, index.key(row), reason, index.key(candidate), is_known))
         return candidate, known, data
+
+    def _candidates(self, shard: int, row: int, asked: Row) -> Iterator[int]:
+        """A row, then those that may stand in for it: drawn from all of its shard, at last only from those that are not
+        known to be bad."""
+        samples, good = self.images.manifest.shards[shard].samples, np.empty(0, np.int64)
+        yield row
+        for attempt in range(2 * _SUBSTITUTES - 1):
+            drawn = counter_rng.uniform(counter_rng.SUBSTITUTE, self.seed, asked.key_hash, attempt)[0]
+            if attempt < _SUBSTITUTES - 1:
+                yield int(drawn * samples)
+                continue
+            if attempt == _SUBSTITUTES - 1:
+                good = np.flatnonzero((self.images.index(shard).flags & FLAG_BAD) == 0)
+                if len(good) in (0, samples):
+                    return
+            yield int(good[int(drawn * len(good))])
 
 
 class _Undecodable(Exception):

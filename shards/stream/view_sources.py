@@ -12,11 +12,12 @@ import numpy as np
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.levels import Greys, without_tones
+from beitforge.shards.format.manifest import unreadable
 from beitforge.shards.format.tokens import TokenSet, check_pairing
 from beitforge.shards.format.views import ViewPolicy, Views, central_views, completed, draw_views, impossible
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.remote import cache_for
-from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ViewSource(Protocol):
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]: ...
 
-    def usable(self, shard: int, row: int) -> bool: ...
+    def check(self, shard: int, row: int) -> None:
+        """Raises DamagedSample where an image has no tokens, KnownBad where that was held against the budget before."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class DrawnViews:
         drawn = draw_views(policy, picked.key_hashes, picked.epochs, *picked.sizes, greys)
         return drawn, np.zeros((len(picked.rows), 0), np.uint16)
 
-    def usable(self, shard: int, row: int) -> bool:
-        return True
+    def check(self, shard: int, row: int) -> None:
+        """Every image has a view."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class CentralViews:
         views = central_views(*picked.sizes, self.aspect, self.share)
         return views, np.zeros((len(picked.rows), 0), np.uint16)
 
-    def usable(self, shard: int, row: int) -> bool:
-        return True
+    def check(self, shard: int, row: int) -> None:
+        """Every image has a view."""
 
 
 class RecordedViews:
@@ -102,9 +104,12 @@ class RecordedViews:
             )
         return views, tokens
 
-    def usable(self, shard: int, row: int) -> bool:
-        """False where `tokenize` could not read the image."""
-        return not self.tokens.is_bad(shard, self._keys(shard), row)
+    def check(self, shard: int, row: int) -> None:
+        """Raises KnownBad where `tokenize` could not read the image; DamagedSample in a set of an earlier version,
+        which was held against no budget."""
+        if self.tokens.is_bad(shard, self._keys(shard), row):
+            kind = DamagedSample if unreadable(self.tokens.manifest) is None else KnownBad
+            raise kind("`tokenize` could not read it, so it has no tokens")
 
     def _keys(self, shard: int) -> Callable[[], np.ndarray]:
         return lambda: self.images.key_hashes(shard)

@@ -58,15 +58,13 @@ def test_out_and_in_again(encoder, tmp_path, capfd, to):
     compared = "it is the checkpoint's weights bit for bit" if to == "safetensors" else "its logits differ by at most"
     assert f"loaded back, {compared}" in capfd.readouterr().err
     source = out / export_formats.UNILM_FILE if to == "unilm" else out
-    mean = ["model.mean=[0.5, 0.5, 0.5]"]
-    assert import_encoder.run(source, back, mean + (["model.heads=2"] if to == "unilm" else [])) == 0
+    assert import_encoder.run(source, back, []) == 0
     ours, config = load_encoder(encoder)
     again, config_again = load_encoder(back)
     lost = {"mask_embedding"} if to == "timm" else set()  # timm has none
     for name, tensor in ours.state_dict().items():
         assert name in lost or torch.equal(tensor, again.state_dict()[name]), name
-    for name in ("layers", "width", "heads", "patch_size", "positions", "input_size", "mlp_ratio", "layer_scale"):
-        assert getattr(config.model, name) == getattr(config_again.model, name)
+    assert config_again.model == config.model, "nothing is assumed"
     assert json.loads((back / "config.json").read_text()).get("imported_from") == str(source)
 
 
@@ -129,7 +127,7 @@ def test_a_training_checkpoint_of_the_released_code(tiny, tmp_path):
     weights["rel_pos_bias.relative_position_index"] = torch.zeros(17, 17, dtype=torch.int64)
     path = tmp_path / "checkpoint-799.pth"
     optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": np.float64(1.5e-3), "params": [0]}]}
-    arguments = argparse.Namespace(lr=1.5e-3, output_dir="x")
+    arguments = argparse.Namespace(lr=1.5e-3, output_dir="x", imagenet_default_mean_and_std=False)
     torch.save({"model": weights, "optimizer": optimizer, "epoch": 799, "args": arguments, "scaler": {}}, path)
     assert import_encoder.run(path, tmp_path / "back", []) == 0
     again, config_again = load_encoder(tmp_path / "back")

@@ -1,7 +1,9 @@
 """Ten steps of our fine-tuning against ten of a plain loop around transformers' classifier, from one export: layer-wise
 rates as published, no code of ours but the batches and the exported weights."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from beitforge.pipeline.data.labelled import num_classes, supervised
 from beitforge.pipeline.data.pretraining import image_set
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit
+from beitforge.pipeline.model.dropout import dropped
 from beitforge.pipeline.runs.checkpoints import State
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.stages import export
@@ -24,6 +27,7 @@ from beitforge.pipeline.stages.finetune import new_classifier
 from beitforge.pipeline.training.objectives import encoder_input
 from beitforge.pipeline.weights.conversion import from_hf
 from beitforge.pipeline.weights.encoder import save_encoder
+from beitforge.pipeline.weights.export_formats import UNILM_FILE
 from tests.peers.test_training import published_schedule
 from tests.pipeline.training.test_trainer import trained, weights
 
@@ -31,7 +35,7 @@ transformers = pytest.importorskip("transformers")
 BeitImageProcessorPil = transformers.models.beit.image_processing_pil_beit.BeitImageProcessorPil
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-STEPS, DECAY = 10, 0.65
+STEPS, DECAY, DROPOUT, ATTENTION_DROPOUT = 10, 0.65, 0.1, 0.2
 SETTINGS = [
     "finetune.input_size=48",  # another window: tables are laid on it
     "finetune.duration=10 steps",
@@ -92,6 +96,26 @@ def published_groups(peer: torch.nn.Module, layers: int) -> list[dict]:
     return groups
 
 
+@contextlib.contextmanager
+def same_dropout(seeds: torch.Tensor | None) -> Iterator[None]:
+    """torch's dropout, of whatever number at whatever place the peer applies it, by our draws: first on the embedding,
+    then in each layer on the probabilities, what attention puts out and what the MLP does."""
+    asked = []
+
+    def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        assert training and not inplace
+        if p and seeds is not None:
+            layer, where = divmod(max(0, len(asked) - 1), 3)
+            x = dropped(x, p, seeds, 4 * layer + (where + 1 if asked else 0))
+        asked.append(p)
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "dropout", dropout)
+        yield
+    assert seeds is None or asked == [DROPOUT, *[ATTENTION_DROPOUT, DROPOUT, DROPOUT] * ((len(asked) - 1) // 3)]
+
+
 def peer_training(config, encoder: Path, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of ten steps, and the weights then, under our names."""
     assert export.run(encoder, folder, "hf", finetune=True, size=config.finetune.input_size) == 0
@@ -99,7 +123,13 @@ def peer_training(config, encoder: Path, folder: Path) -> tuple[list[float], dic
     classes, smoothing = num_classes(source.stream.images), config.finetune.smoothing
     mean = config.finetune.pooling == "mean"
     peer = transformers.BeitForImageClassification.from_pretrained(
-        folder, num_labels=classes, attn_implementation="eager", drop_path_rate=0.0, use_mean_pooling=mean
+        folder,
+        num_labels=classes,
+        attn_implementation="eager",
+        drop_path_rate=0.0,
+        hidden_dropout_prob=config.finetune.dropout,
+        attention_probs_dropout_prob=config.finetune.attention_dropout,
+        use_mean_pooling=mean,
     ).train()
     if not mean:  # the released code goes on with the norm of the pretraining
         pretrained = load_file(encoder / "model.safetensors")
@@ -113,7 +143,8 @@ def peer_training(config, encoder: Path, folder: Path) -> tuple[list[float], dic
     first, last = config.finetune.weight_decay, config.finetune.last_weight_decay
     decays = last + 0.5 * (first - last) * (1 + np.cos(np.pi * decays))  # unilm, beit/utils.py: cosine_scheduler
     for batch, rate, decay in zip(batches, published_schedule(), decays, strict=True):
-        out = peer(encoder_input(config, batch), labels=batch.labels)
+        with same_dropout(batch.draws.get("dropout")):
+            out = peer(encoder_input(config, batch), labels=batch.labels)
         loss = F.cross_entropy(out.logits, batch.labels, label_smoothing=smoothing) if smoothing else out.loss
         loss.backward()
         for group in adamw.param_groups:
@@ -134,13 +165,15 @@ def peer_training(config, encoder: Path, folder: Path) -> tuple[list[float], dic
 
 
 OTHER = ["finetune.pooling=cls", "finetune.weight_decay_end=0.9", "finetune.init_truncation=100"]
+OTHER += [f"finetune.dropout={DROPOUT}", f"finetune.attention_dropout={ATTENTION_DROPOUT}"]
 
 
 @pytest.mark.parametrize(
     ("stage", "smoothing", "more"), [(0, 0.0, []), (1, 0.1, OTHER), (2, 0.1, []), (3, 0.1, OTHER), (0, 0.1, OTHER)]
 )
 def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing, more):
-    """With the defaults, and with the class token, a weight decay that rises and weights that are not truncated."""
+    """With the defaults, and with the class token, a weight decay that rises, weights that are not truncated, and
+    dropout of the same numbers at the same places."""
     run = tmp_path / "run"
     images = load_config(str(tiny.config), []).data.images
     settings = [*SETTINGS, f"data.labelled_images={images}", f"finetune.smoothing={smoothing}", *more]
@@ -158,11 +191,15 @@ def test_ten_steps_are_transformers(tiny, encoder, tmp_path, stage, smoothing, m
             assert export.run(run, tmp_path / to, to) == 0
 
 
-@pytest.mark.parametrize("to", ["hf", "timm"])
+@pytest.mark.parametrize("to", ["hf", "timm", "unilm"])
 def test_a_finetuned_classifier_is_exported_with_its_head(tuned, tmp_path, to):
     """Checked by the command itself: the library's logits are ours."""
     assert export.run(tuned, tmp_path / "out", to) == 0
-    head = load_file(tmp_path / "out" / "model.safetensors")["classifier.weight" if to == "hf" else "head.weight"]
+    if to == "unilm":
+        found = torch.load(tmp_path / "out" / UNILM_FILE, weights_only=True)["model"]
+    else:
+        found = load_file(tmp_path / "out" / "model.safetensors")
+    head = found["classifier.weight" if to == "hf" else "head.weight"]
     assert torch.equal(head, weights(tuned)["head.weight"])
 
 
@@ -190,7 +227,6 @@ def test_an_exported_classifier_brings_its_names_and_its_view(tuned, tiny, tmp_p
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=0.05)
 
 
-def test_other_exports_of_a_classifier_are_refused(tuned, tmp_path):
-    for to, finetune in (("unilm", False), ("hf", True)):
-        with pytest.raises(ConfigError, match="holds a classifier, which goes with its head --to safetensors, hf or"):
-            export.run(tuned, tmp_path / "out", to, finetune=finetune)
+def test_a_classifier_is_exported_whole_alone(tuned, tmp_path):
+    with pytest.raises(ConfigError, match="holds a classifier, which is exported with its head: leave --finetune out"):
+        export.run(tuned, tmp_path / "out", "hf", finetune=True)

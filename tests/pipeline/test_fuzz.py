@@ -23,6 +23,7 @@ from safetensors.torch import save
 from beitforge.pipeline.cluster.hostfile import read_hostfile
 from beitforge.pipeline.cluster.ssh_environment import forwarded_lines, user_lines
 from beitforge.pipeline.config.loading import from_dict, load_config, load_dict, to_yaml
+from beitforge.pipeline.config.settings import Model
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.plan.assumptions import load_assumptions
 from beitforge.pipeline.reports import comparison, components
@@ -35,7 +36,10 @@ from beitforge.pipeline.stages.import_encoder import run as import_encoder
 from beitforge.pipeline.tokenizers.safe_pickle import read_pickle
 from beitforge.pipeline.tokenizers.storage import load_tokenizer, stated_fingerprint
 from beitforge.pipeline.watch import terminal
+from beitforge.pipeline.weights.classifier import load_classifier
+from beitforge.pipeline.weights.conversion import from_unilm, to_hf
 from beitforge.pipeline.weights.encoder import class_names, fine_tuned, load_encoder
+from beitforge.pipeline.weights.sources import Saved
 from beitforge.shards.errors import ShardError
 from tests.conftest import TINY
 from tests.fuzzing import harmed, tried
@@ -318,20 +322,24 @@ def safetensors_header(draw: random.Random, data: bytes) -> bytes:
 def test_weights_folders(tmp_path):
     """model.safetensors and config.json of an encoder; tokenizer.json and its weights."""
     weights = save({"head.weight": torch.zeros(4, 4), "patch_embedding.weight": torch.zeros(8, 12)})
-    config = {"kind": "beit", "step": 3, "samples_seen": 9, "tokens": "", "config": TINY}
+    encoder = {"kind": "beit", "step": 3, "samples_seen": 9, "tokens": "", "config": TINY}
+    classifier = {**encoder, "kind": "beit-classifier", "num_classes": 4, "classes": ["a", "b", "c", "d"]}
     shape = {"vocabulary": 64, "width": 16, "embedding": 8, "residual_blocks": 1, "stride": 8}
     tokenizer = {"kind": "dvae", "shape": shape, "input_size": [32, 32], "filter": "lanczos", "fingerprint": "x"}
 
     def case(draw: random.Random) -> object:
+        config = draw.choice([encoder, classifier])
         (tmp_path / "model.safetensors").write_bytes(safetensors_header(draw, weights))
         (tmp_path / "config.json").write_bytes(
             dumped(exchanged(draw, config)) if draw.random() < 0.5 else dumped(config)
         )
         (tmp_path / "tokenizer.safetensors").write_bytes(safetensors_header(draw, weights))
         (tmp_path / "tokenizer.json").write_bytes(dumped(exchanged(draw, tokenizer)))
-        which = draw.randrange(5)
+        which = draw.randrange(6)
         if which == 0:
             return load_encoder(tmp_path)
+        if which == 3:
+            return load_classifier(tmp_path)
         if which == 1:
             return load_tokenizer(tmp_path)
         if which == 2:
@@ -342,21 +350,45 @@ def test_weights_folders(tmp_path):
 
 
 def test_descriptions_of_foreign_encoders():
-    names = {"patch_embedding.weight": torch.zeros(64, 192), "blocks.0.fc1.weight": torch.zeros(256, 64)}
-    names |= {"blocks.0.attention.qkv_weight": torch.zeros(192, 64), "shared_bias.table": torch.zeros(52, 1)}
-    content = {
+    """What transformers, timm and the released code say of themselves."""
+    shapes = {"{}norm.weight": (64,), "{}patch_embed.proj.weight": (64, 3, 8, 8), "{}cls_token": (1, 1, 64)}
+    shapes |= {
+        "{}blocks.0.mlp.fc1.weight": (256, 64),
+        "{}blocks.0.attn.qkv.weight": (192, 64),
+        "{}head.weight": (5, 64),
+    }
+    shapes |= {"{}rel_pos_bias.relative_position_bias_table": (52, 1)}
+    weights = {name.format(""): torch.zeros(shape) for name, shape in shapes.items()}
+    hf = {name.replace("beit.", ""): w for name, w in to_hf(from_unilm(weights), Model(patch_size=8)).items()}
+    timm = {"architecture": "beit_base", "model_args": {"num_heads": 1, "global_pool": "token", "depth": 1}}
+    timm |= {
+        "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32]},
+        "label_names": ["a"] * 5,
+    }
+    words = {
+        "model_type": "beit",
         "num_attention_heads": 1,
         "image_size": 32,
-        "model_args": {"num_heads": 1},
-        "pretrained_cfg": {"mean": [0.5] * 3},
+        "hidden_act": "gelu",
+        "id2label": {"0": "a"},
     }
+    words |= {
+        "layer_norm_eps": 1e-6,
+        "use_shared_relative_position_bias": True,
+        "hidden_size": 64,
+        "drop_path_rate": 0.1,
+    }
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 0.1, "size": {"height": 32}}
+    arguments = {"model": "beit_base", "drop_path": 0.1, "use_mean_pooling": False, "input_size": 32, "nb_classes": 5}
+    kinds = [(hf, words, pixels, {}), (weights, timm, {}, {}), (weights, {}, {}, arguments)]
+    tried = [described(Saved(Path("x"), *kind), [], False) for kind in kinds]
+    assert [found.library for found, *_ in tried] == ["transformers", "timm", "unilm"]
 
     def case(draw: random.Random) -> None:
-        try:
-            tree = described(names, exchanged(draw, content))
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
-            return  # import makes one line of these
-        load_dict(tree, [], "x")
+        held, *said = draw.choice(kinds)
+        for encoder_alone in (False, True):
+            _, tree, _ = described(Saved(Path("x"), held, *(exchanged(draw, each) for each in said)), [], encoder_alone)
+            load_dict(tree, [], "x")
 
     cases("description", case)
 

@@ -180,18 +180,21 @@ def test_dvae_loss(tiny, monkeypatch):
 
 @pytest.mark.parametrize("mixes", [True, False])
 def test_classification_loss(tiny, monkeypatch, mixes):
-    """Erased, mixed, with drop path; and what a test set is judged by."""
+    """Erased, mixed, with drop path and dropout; and what a test set is judged by."""
     config = load_config(str(tiny.config), [])
-    tune = dataclasses.replace(config.finetune, input_size=config.model.input_size, erase=1.0, drop_path=0.2)
+    tune = dataclasses.replace(
+        config.finetune, input_size=config.model.input_size, erase=1.0, drop_path=0.2, dropout=0.1
+    )
     tune = tune if mixes else dataclasses.replace(tune, mixup=0.0, cutmix=0.0)
     drawn = supervised_draws(tune, config.model.layers, 0, np.arange(4))
-    assert {"erase", "keep"} <= drawn.keys() and ("share" in drawn) == mixes
+    assert {"erase", "keep", "dropout"} <= drawn.keys() and ("share" in drawn) == mixes
     draws = {name: torch.from_numpy(value) for name, value in drawn.items()}
     batch = checks_device.synthetic_batch(config, 4, 0)._replace(draws=draws, labels=torch.arange(4))
 
     def run(device: torch.device) -> list[object]:
         classifier = Classifier(dataclasses.replace(config.model, drop_path=0.2), 4)
         initialise(classifier, 0)
+        classifier.dropout, classifier.attention_dropout = 0.1, 0.0 if mixes else 0.1
         classifier.to(device)
         moved = batch.to(device)
         found = with_gradients(*objectives.classification_loss(config, classifier, moved, torch.float32), classifier)

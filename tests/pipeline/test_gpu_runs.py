@@ -155,10 +155,13 @@ def test_finetune(tiny, tmp_path):
     settings += ["finetune.duration=2 steps", "finetune.warmup=1 steps", "finetune.global_batch=8", *PLAIN]
     settings += ["finetune.micro_batch=4", "finetune.input_size=32", "log.every_steps=1"]
     settings += ["finetune.randaugment="]  # which is timm's
+    settings += ["finetune.dropout=0.1", "finetune.ema_decay=0.5"]
+    settings += ["finetune.weight_decay_end=0.5", "finetune.pooling=cls"]
     found = []
     for device, module in (("gpu", "tests.pipeline.gpu_runs"), ("cpu", "beitforge")):
         done = run_ranks(module, "finetune", "--rank", tiny.config, *settings, f"finetune.run={tmp_path}/{device}")
         assert done.returncode == 0, done.stderr
         test = read_metrics(tmp_path / device, "test")[-1]
-        found.append([*losses(tmp_path / device), test["loss"], test["accuracy"], test["samples"]])
+        average = read_metrics(tmp_path / device, "test_ema")[-1]["loss"]
+        found.append([*losses(tmp_path / device), test["loss"], test["accuracy"], test["samples"], average])
     assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -25,7 +25,7 @@ from beitforge.shards.inspect.stats import image_stats, token_stats
 from beitforge.shards.inspect.verify import verify_images
 from beitforge.shards.inspect.verify_tokens import verify_tokens
 from beitforge.shards.pack.adopt import adopt
-from beitforge.shards.pack.tar_scan import read_samples, scan_tar
+from beitforge.shards.pack.tar_scan import read_tar, scan_tar
 from beitforge.shards.storage import retry
 from beitforge.shards.storage.reading import file_digest
 from beitforge.shards.storage.tensors import open_tensors, write_tensors
@@ -200,7 +200,7 @@ def test_tars(whole, tmp_path):
         if number % 2:  # within a header, with its checksum made again
             harm = header_harmed(data, rng)
         path.write_bytes(harm)
-        return lambda: (read_samples(path), scan_tar(path, lambda size: None))
+        return lambda: (read_tar(path), scan_tar(path, lambda size: None))
 
     counts(ends(CASES, SEED + 3, one))
 
@@ -255,7 +255,7 @@ def test_long_names_without_end(tmp_path, kind):
         block[148:156] = b"%06o\0 " % sum(block)
         for times in (1, 3000):
             path.write_bytes(bytes(block) * times + bytes(1024))
-            line = ended(lambda: read_samples(path), ShardError, f"{size!r} {times}", seconds=10)
+            line = ended(lambda: read_tar(path), ShardError, f"{size!r} {times}", seconds=10)
             assert line != "value"
 
 

@@ -21,7 +21,7 @@ from beitforge.pipeline.distributed.process_group import destroy_process_group, 
 from beitforge.pipeline.model.beit import Beit
 from beitforge.pipeline.training.optim import muon_groups, parameter_groups
 
-BATCH, STEPS = 4, 3
+BATCH, STEPS, DECAY = 4, 3, 0.7
 WORLD = start_world()
 
 
@@ -43,6 +43,7 @@ def engine(stage: int, precision: str, seed: int, offload: bool = False, muon: b
         epsilon=1e-8,
         overrides={"zero_optimization": {"stage3_param_persistence_threshold": 100, "sub_group_size": 5000}},
         muon=muon,
+        ema_decay=0.0 if muon else DECAY,
     )
     return Engine(beit, muon_groups(beit, 0.05, 0.95) if muon else parameter_groups(beit, 0.05), setup, WORLD)
 
@@ -71,6 +72,50 @@ def everything(saved: zero_layout.CheckpointFiles) -> dict[str, torch.Tensor]:
         saved.fill(name, target)
         found |= {f"{name} {value}": tensor for value, tensor in target.values.items()}
     return found
+
+
+def masters(running: Engine) -> list[torch.Tensor]:
+    """Of this rank, as they are now."""
+    return [piece.values["fp32"].detach().clone() for _, piece in live_layout.engine_pieces(running)]
+
+
+def wrong_averages(running: Engine, history: list[list[torch.Tensor]]) -> list[str]:
+    """Names whose average is not timm's ModelEma of the masters at the beginning and after each update, to the bit."""
+    found = []
+    for number, (name, piece) in enumerate(live_layout.engine_pieces(running)):
+        average = history[0][number].clone()
+        for masters in history[1:]:
+            average = average * DECAY + (1.0 - DECAY) * masters[number]
+        found += [] if torch.equal(average, piece.values["average"]) else [name]
+    return found
+
+
+def swapped(running: Engine) -> bool:
+    """Whether the model computes with the average inside of `averaged`, and is what it was behind it."""
+    before = {name: piece.values for name, piece in live_layout.engine_pieces(running)}
+    before = {name: {key: value.clone() for key, value in values.items()} for name, values in before.items()}
+    plain = forward(running)
+    with live_layout.averaged(running):
+        inside = forward(running)
+        exchanged = [
+            torch.equal(piece.values["fp32"], before[name]["average"])
+            for name, piece in live_layout.engine_pieces(running)
+        ]
+    same = [
+        torch.equal(value, before[name][key])
+        for name, piece in live_layout.engine_pieces(running)
+        for key, value in piece.values.items()
+    ]
+    return all(exchanged) and all(same) and inside != plain and forward(running) == plain
+
+
+@torch.no_grad()
+def forward(running: Engine) -> float:
+    """A loss of the model as it is; every rank takes part."""
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(77)).to(running.dtype)
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[:, :4] = True
+    return float(running.model(pixels, mask, 4, None, torch.zeros(2, 9, dtype=torch.long))[0])
 
 
 def save(running: Engine, folder: Path) -> zero_layout.CheckpointFiles:
@@ -110,8 +155,11 @@ def main() -> None:
         for stage in range(4):
             running = engine(stage, precision, seed=0, muon=muon)
             groups[kind] = running.groups
+            history = [] if muon else [masters(running)]
             for number in range(STEPS):
                 step(running, number)
+                history += [] if muon else [masters(running)]
+            averages = {} if muon else {"wrong": wrong_averages(running, history), "swaps": swapped(running)}
             sources = {f"{WORLD.size}": save(running, folder / f"{kind}-{precision}-{stage}" / "step")}
             for other in sys.argv[2:]:
                 path = Path(other) / f"{kind}-{precision}-{stage}" / "step"
@@ -123,7 +171,7 @@ def main() -> None:
                     where = folder / f"{kind}-{precision}-{stage}-{other}-{world}" / "step"
                     pair = {"from": [world, stage], "to": [str(WORLD.size), other], "precision": precision}
                     found = carried(source, other, precision, where, muon=muon)
-                    findings.append({**pair, "kind": kind, "expected": expected, **found})
+                    findings.append({**pair, "kind": kind, "expected": expected, **found, **averages})
     if WORLD.size > 1:
         source = zero_layout.open_checkpoint(folder / "adamw-fp32-0" / "step", 0, groups["adamw"])
         where = folder / "offload" / "step"

@@ -16,28 +16,32 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
+from beitforge.pipeline.checkpoints import zero_layout
 from beitforge.pipeline.config.derived import refuse_world
-from beitforge.pipeline.config.loading import load_config
-from beitforge.pipeline.data.batches import training_batches
-from beitforge.pipeline.data.labelled import supervised
+from beitforge.pipeline.config.loading import load_config, to_dict
+from beitforge.pipeline.data.batches import evaluation_batches, training_batches
+from beitforge.pipeline.data.labelled import supervised, supervised_test
 from beitforge.pipeline.distributed.collectives import World
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit
-from beitforge.pipeline.runs.checkpoints import State
+from beitforge.pipeline.runs.checkpoints import State, newest
 from beitforge.pipeline.runs.folder import claim
 from beitforge.pipeline.runs.jsonl import read_metrics
 from beitforge.pipeline.stages import export, finetune
-from beitforge.pipeline.training.objectives import supervised_input
-from beitforge.pipeline.weights.classifier import initialise_classifier_from
+from beitforge.pipeline.training.objectives import encoder_input, supervised_input
+from beitforge.pipeline.weights.classifier import initialise_classifier_from, load_classifier
 from beitforge.pipeline.weights.encoder import save_encoder
 from tests.conftest import ROOT, TINY, installed
-from tests.pipeline.training.test_trainer import finished, weights
+from tests.pipeline.training.test_trainer import finished
 from tests.ranks import run_ranks
 
 STEPS = 12
 TUNE = {"duration": f"{STEPS} steps", "global_batch": 12, "micro_batch": 6, "warmup": "2 steps", "lr": 3e-3}
 TUNE |= {"input_size": 32, "layer_decay": 0.8, "test_every": "6 steps", "head_scale": 1.0}
+TUNE |= {"dropout": 0.05, "attention_dropout": 0.05, "ema_decay": 0.8, "weight_decay_end": 0.2}
+NVME = "deepspeed.zero_optimization.offload_optimizer={device: nvme, nvme_path: /x}"
 if not installed("timm"):
     TUNE["randaugment"] = ""  # all else is tested; the tests marked peers run again where timm is installed
 
@@ -158,24 +162,65 @@ def test_killed_and_resumed_is_uninterrupted(labelled, whole, tmp_path):
     output = trained(labelled, run, "log.every_steps=1")
     assert f"from step {saved[-1]}" in output
     assert f"of the test images right after step {STEPS}" in output
-    ours, theirs = weights(run), weights(whole)
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert read_metrics(run, "test")[-1]["loss"] == read_metrics(whole, "test")[-1]["loss"]
+    for value in ("fp32", "average"):
+        ours, theirs = kept(run, value), kept(whole, value)
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    for kind in ("test", "test_ema"):
+        assert read_metrics(run, kind)[-1]["loss"] == read_metrics(whole, kind)[-1]["loss"]
+
+
+def kept(run: Path, value: str) -> dict[str, torch.Tensor]:
+    """The weights in a run's newest checkpoint, or their moving average."""
+    folder, state = newest(run, lambda _: None)
+    return dict(zero_layout.open_checkpoint(folder, state.zero_stage, state.groups).weights(value))
+
+
+def test_the_average_is_tested_saved_and_exported(whole, labelled, tmp_path):
+    """By others than the weights, which testing it does not change; exported, it gives what the run's test said."""
+    lines, plain = read_metrics(whole, "test_ema"), read_metrics(whole, "test")
+    assert [line["step"] for line in lines] == [6, STEPS] and all(line["samples"] == 23 for line in lines)
+    assert lines[-1]["loss"] != plain[-1]["loss"]
+    assert export.run(whole, tmp_path / "average", average=True) == 0
+    assert export.run(whole, tmp_path / "plain") == 0
+    config = load_config(str(labelled), [])
+    for folder, value, line in (("average", "average", lines[-1]), ("plain", "fp32", plain[-1])):
+        written = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.equal(written[name], tensor) for name, tensor in kept(whole, value).items())
+        loaded = load_classifier(tmp_path / folder)
+        classifier = loaded.classifier
+        assert loaded.names == ("class0", "class1", "class2")
+        source, losses = supervised_test(config), []
+        for batch in evaluation_batches(config, source, samples=23, micro=23, rank=0, world=1):
+            with torch.no_grad():
+                losses = F.cross_entropy(classifier(encoder_input(config, batch)), batch.labels, reduction="none")
+        assert float(losses.mean()) == pytest.approx(line["loss"], rel=1e-5)
+    with pytest.raises(ConfigError, match="is no run with a checkpoint"):
+        export.run(tmp_path / "plain", tmp_path / "other", average=True)
+
+
+def test_an_average_that_is_not_kept_is_not_exported(labelled, tmp_path):
+    trained(labelled, tmp_path / "run", "finetune.duration=1 steps", "finetune.ema_decay=0", processes=1)
+    assert not read_metrics(tmp_path / "run", "test_ema")
+    with pytest.raises(ConfigError, match=r"keeps no moving average.*finetune\.ema_decay was 0"):
+        export.run(tmp_path / "run", tmp_path / "out", average=True)
 
 
 def test_any_number_of_ranks_trains_and_tests_the_same(labelled, tmp_path):
     """Mixtures, losses and weights; 23 test samples divide by none of 2, 3 and the micro batch."""
     settings = ("finetune.duration=3 steps", "finetune.micro_batch=4", "finetune.head_scale=20", "log.every_steps=1")
-    tests, losses = [], []
+    tests, losses, averages = [], [], []
     for world in (1, 2, 3):
         run = tmp_path / f"run{world}"
         trained(labelled, run, *settings, f"train.zero_stage={world}", processes=world)
         tests.append(read_metrics(run, "test")[-1])
         losses.append([line["loss"] for line in read_metrics(run, "train")])
+        averages.append(kept(run, "average"))
     for line in tests:
         assert line["samples"] == 23 and line["loss"] == pytest.approx(tests[0]["loss"], rel=1e-5)
         assert (line["accuracy"], line["top5"]) == (tests[0]["accuracy"], tests[0]["top5"])
     assert tests[0]["loss"] != pytest.approx(np.log(3), rel=1e-3)
+    for average in averages[1:]:
+        assert all(torch.allclose(average[name], tensor, atol=1e-5) for name, tensor in averages[0].items())
     assert len(losses[0]) == 3 and losses[1:] == [pytest.approx(losses[0], rel=1e-5)] * 2
 
 
@@ -187,6 +232,8 @@ def test_goes_on_with_other_ranks_under_another_stage(whole, labelled, tmp_path)
     output = trained(labelled, run, "train.zero_stage=3", "finetune.micro_batch=4", processes=3)
     assert "laying it out for 3 under ZeRO-3" in output and "from step 8" in output
     assert read_metrics(run, "test")[-1]["accuracy"] > 0.8
+    ours, theirs = kept(run, "average"), kept(whole, "average")
+    assert all(torch.allclose(ours[name], tensor, atol=1e-5) for name, tensor in theirs.items())
 
 
 @pytest.mark.peers
@@ -207,6 +254,67 @@ def test_workers_and_ranks_change_no_pixel(labelled):
     for pixels in found[1:]:
         assert pixels.keys() == found[0].keys()
         assert all(torch.equal(pixels[sample], tensor) for sample, tensor in found[0].items())
+
+
+def test_a_run_of_an_earlier_version_is_the_same_run(labelled, tmp_path):
+    """Its config knows none of the settings that came later, and has the test's crop as a number."""
+    added = ("drop_last", "weight_decay_end", "dropout", "attention_dropout", "pooling", "init_truncation", "ema_decay")
+    settings = ["finetune.dropout=0", "finetune.attention_dropout=0", "finetune.ema_decay=0"]
+    config = load_config(str(labelled), [*settings, "finetune.weight_decay_end=same"])
+    tree = to_dict(config)
+    tree["finetune"] = {n: v for n, v in tree["finetune"].items() if n not in added} | {"test_crop": 0.875}
+    for section, names in (("train", ["drop_last"]), ("optimizer", ["weight_decay_end"]), ("mask", ["max_block"])):
+        tree[section] = {n: v for n, v in tree[section].items() if n not in names}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    claim(tmp_path, config, finetune.IDENTITY, 2, "finetune", "a CPU")
+    for other in ("ema_decay=0.9", "dropout=0.1", "pooling=cls", "drop_last=true", "weight_decay_end=0", "test_crop=1"):
+        changed = load_config(str(labelled), [*settings, "finetune.weight_decay_end=same", f"finetune.{other}"])
+        with pytest.raises(ConfigError, match=f"holds a run with finetune.{other.partition('=')[0]}="):
+            claim(tmp_path, changed, finetune.IDENTITY, 2, "finetune", "a CPU")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_an_epoch_may_leave_out_its_last_incomplete_batch(labelled, tmp_path, share):
+    """Of all labels and of half of them; any ranks train the same."""
+    settings = [
+        "finetune.drop_last=true",
+        "finetune.global_batch=16",
+        "finetune.duration=2 epochs",
+        "log.every_steps=1",
+    ]
+    settings += [f"finetune.label_share={share}", "finetune.micro_batch=4"]
+    images, losses = (60, []) if share == 1.0 else (30, [])
+    for world in (1, 2):
+        run = tmp_path / f"run{world}"
+        trained(labelled, run, *settings, processes=world)
+        start = read_metrics(run, "start")[-1]
+        assert (start["epoch_samples"], start["steps"]) == (images // 16 * 16, 2 * (images // 16))
+        losses.append([line["loss"] for line in read_metrics(run, "train")])
+    assert len(losses[0]) == 2 * (images // 16) and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    few = alone(labelled, tmp_path / "few", "finetune.drop_last=true", "finetune.global_batch=64")
+    assert "holds 60 samples, fewer than the 64 of one global batch" in refused(few)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["finetune.attention_dropout=0.1", "model.kernels=fused"], "is not for model.kernels fused"),
+        (
+            [
+                "finetune.ema_decay=0.9",
+                "train.zero_stage=3",
+                NVME,
+            ],
+            "ema_decay is not for deepspeed.zero_optimization.offload_optimizer.device nvme",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_any_rank(labelled, settings, words):
+    config = load_config(str(labelled), settings)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        refuse_world("finetune", config, 2)
+    refuse_world("pretrain", config, 2)
+    assert words in words_of(labelled, Path("run"), *settings)
 
 
 def test_few_labels_see_few_images(labelled, tmp_path):

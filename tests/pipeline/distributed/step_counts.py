@@ -101,6 +101,7 @@ def one_step(engine: Engine, count: Count, factor: float) -> tuple[bool, float, 
     components = SimpleNamespace(
         objective=objective,
         rate=lambda _: RATE,
+        decay=None,
         stop=lambda: "",
         saving=SimpleNamespace(busy=WORLD.rank == 1, open=False),
         recovery=SimpleNamespace(

@@ -189,6 +189,7 @@ REFUSALS = [
     ([BASE, "--storage", "tape"], "--storage 'tape' is not known"),
     ([BASE, "--days", "-1"], "--days is -1"),
     ([BASE, "--images", "-1"], "--images is -1"),
+    ([BASE, "--images", "2047", "train.drop_last=true"], "train.drop_last leaves nothing of an epoch of 2047 images"),
     ([BASE, "--from", "nowhere.json"], "nowhere.json does not exist"),
     ([BASE, "--from", "configs"], "holds no metrics.jsonl"),
     ([BASE, "--from", "README.md"], "cannot be read as JSON"),
@@ -208,6 +209,12 @@ def test_what_is_wrong_is_one_line(words, expected):
     (line,) = said(result)
     assert line.startswith("error: ") and expected in line
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("drop", "steps"), [("true", "187,500"), ("false", "187,671")])
+def test_the_published_number_of_steps(drop, steps):
+    result = command("beitforge", "plan", BASE, "--gpus", "8", "--images", "1281167", f"train.drop_last={drop}")
+    assert f"300 epochs: {steps} steps of 2048 of 1,281,167 images" in result.stdout
 
 
 def test_counts_that_do_not_divide_are_left_out_by_name():

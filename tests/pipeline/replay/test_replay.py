@@ -170,7 +170,8 @@ def test_other_trainings(tiny, tmp_path, verb, world):
     given += [f"{verb}.global_batch=8", f"{verb}.micro_batch=4", "checkpoint.every=3 steps"]
     if verb == "finetune":
         given += [f"data.labelled_images={tiny.folder}/shards/train", "finetune.randaugment=", f"finetune.run={run}"]
-        given += ["finetune.input_size=32"]
+        given += ["finetune.input_size=32", "finetune.ema_decay=0.9", "finetune.weight_decay_end=0.5"]
+        given += ["finetune.dropout=0.1", "finetune.drop_last=true"]
     else:
         given += [f"data.tokenizer={run.parent}"]
     done = run_ranks("beitforge", *given, processes=world)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from beitforge.pipeline.cli import main
 from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.loading import from_dict
 from beitforge.pipeline.config.settings import Config
@@ -15,7 +16,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.beit import Beit, Classifier
 from beitforge.pipeline.model.resize import finetuned_model
 from beitforge.pipeline.runs.checkpoints import State
-from beitforge.pipeline.stages import export
+from beitforge.pipeline.stages import export, report
 from beitforge.pipeline.stages.finetune import new_classifier
 from beitforge.pipeline.weights.classifier import initialise_classifier_from, load_classifier, save_classifier
 from beitforge.pipeline.weights.encoder import class_names, fine_tuned, load_encoder, run_config, save_encoder
@@ -74,6 +75,20 @@ def test_an_export_of_it_is_it(folder, tmp_path):
     for name, tensor in drawn().state_dict().items():
         assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], tensor)
     assert class_names(tmp_path / "out") == NAMES
+
+
+def test_report_and_verify_take_it(folder, tmp_path, capsys):
+    """As the fine-tuning that it comes from, and with every byte as it was written."""
+    out = tmp_path / "out"
+    assert export.run(folder, out) == 0 and main(["verify", str(out)]) == 0
+    assert "2 files, clean" in capsys.readouterr().out
+    assert report.run([out], tmp_path / "report.html") == 0
+    assert "BEiT fine-tuning from drawn weights" in (tmp_path / "report.html").read_text()
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    assert main(["verify", str(out)]) == 2
+    assert "model.safetensors is damaged or was changed" in capsys.readouterr().out
 
 
 def test_names_that_are_not_as_many_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
-from beitforge.shards.decode import codec, conversions, extras
+from beitforge.shards.decode import codec, conversions, extras, jpeg
 from beitforge.shards.decode.codec import ImageError
 from beitforge.shards.decode.kinds import kind_of
 from beitforge.shards.pack.encode import EncodeOptions, Prepared, encode
@@ -125,6 +125,19 @@ def test_the_header_of_jpeg_xl_counts_before_exif():
         assert extras.orientation(image, data, 6) == (6 if orientation == 1 else 1)
 
 
+def test_depth_of_heic_and_avif_is_the_files():
+    """Pillow gives 8 bits of either and says nothing; 10 are asked for like any other depth."""
+    heif = pytest.importorskip("pillow_heif")
+    deep = heif.from_bytes(mode="RGB;16", size=(48, 32), data=(PHOTO.astype(np.uint16) * 257).tobytes())
+    file = io.BytesIO()
+    deep.save(file, quality=-1)
+    with pytest.raises(ImageError, match=r"10-bit to 8-bit.*--to-rgb8"):
+        encode(file.getvalue(), EncodeOptions())
+    image = Image.open(io.BytesIO(encoded(IMAGE, "AVIF")))
+    for byte, bits in ((0x0C, 8), (0x4C, 10), (0x6C, 12)):
+        assert extras.bits(image, b"....av1C\x81\x00" + bytes([byte]) + b"\0") == bits
+
+
 @pytest.mark.parametrize(("kind", "package"), [("heic", "pillow-heif"), ("jxl", "pillow-jxl-plugin")])
 def test_a_format_whose_package_is_missing_says_so(kind, package, monkeypatch):
     """One line that names what to install; a set holds none of these, and says that, too."""
@@ -216,12 +229,17 @@ def test_what_loses_depth_or_channels_asks_first(kind):
     data, name = LOSSES[kind]
     with pytest.raises(ImageError, match=rf"{name}.*--to-rgb8"):
         encode(data, EncodeOptions())
-    prepared, _ = packed(data)
+    prepared, pixels = packed(data)
     assert name in prepared.conversions
+    for decoder in jpeg.DECODERS:
+        assert np.array_equal(codec.decode_whole(prepared.data, prepared.facts.flags, decoder), pixels)
 
 
 WHOLE = {
     "jpeg": encoded(IMAGE, "JPEG"),
+    "jpeg-progressive": encoded(IMAGE, "JPEG", progressive=True),
+    "jpeg-rgb": encoded(IMAGE, "JPEG", keep_rgb=True),
+    "mpo": encoded(IMAGE, "MPO", save_all=True, append_images=[IMAGE.rotate(180)]),
     "jpeg-grey": encoded(IMAGE.convert("L"), "JPEG"),
     "png-opaque": encoded(OPAQUE, "PNG"),
     "png-palette": encoded(IMAGE.quantize(9), "PNG"),
@@ -238,6 +256,11 @@ def test_what_loses_nothing_is_not_asked_and_not_counted(kind):
     """Palettes, grey, opaque alpha, and a profile that says sRGB."""
     prepared = encode(WHOLE[kind], EncodeOptions())
     assert prepared.data == WHOLE[kind] and prepared.conversions == ()
+    wanted, size = codec.decode(prepared.data), (prepared.facts.width, prepared.facts.height)
+    for decoder in jpeg.DECODERS:
+        assert np.array_equal(codec.decode_whole(prepared.data, prepared.facts.flags, decoder), wanted)
+        found = codec.decode_view(prepared.data, [1, 1, 3, 2], size, prepared.facts.flags, decoder)
+        assert np.array_equal(found, wanted[1:3, 1:4])
 
 
 def linear() -> bytes:

@@ -229,3 +229,9 @@ def test_folders_without_an_image_are_named(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "e").symlink_to("a")
     assert list_images(tmp_path, tmp_path / "out").bare == ["b", "c"]
+
+
+def test_folders_without_end_are_one_line(tmp_path):
+    write_folder(tmp_path, {"d/" * 250 + "a.jpg": b"x"})
+    with pytest.raises(ShardError, match="more than 200 folders deep"):
+        list_images(tmp_path, tmp_path / "out")

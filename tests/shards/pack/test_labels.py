@@ -19,6 +19,8 @@ from beitforge.shards.pack.labels import labels_of
         (["n01440764/1.jpg", "n01443537/1.jpg"], "auto", ["n01440764", "n01443537"], [0, 1]),
         (["3d-models/1.jpg", "1950s cars/1.jpg"], "auto", ["1950s cars", "3d-models"], [1, 0]),
         (["train/1.jpg", "bus/1.jpg"], "auto", ["bus", "train"], [1, 0]),
+        (["Volvo 240 Sedan 1993/1.jpg", "marten/1.jpg"], "auto", ["Volvo 240 Sedan 1993", "marten"], [0, 1]),
+        (["class0/1.jpg", "class1/1.jpg"], "auto", ["class0", "class1"], [0, 1]),
     ],
 )
 def test_classes(paths, labels, classes, of):
@@ -36,6 +38,11 @@ def test_classes(paths, labels, classes, of):
         (["2018-05-12/1.jpg", "2018-05-13/2.jpg"], "numbers or dates"),
         (["2018 Rome/1.jpg", "2019_Oslo/2.jpg"], "numbers or dates"),
         (["0/1.jpg", "1/2.jpg"], "numbers or dates"),
+        (["2018年05月/1.jpg", "2018年06月/2.jpg"], "numbers or dates"),
+        (["Jan 2018/1.jpg", "02 february/2.jpg", "March/3.jpg", "september/4.jpg", "dec/5.jpg"], "numbers or dates"),
+        (["100CANON/1.jpg", "101CANON/2.jpg"], "numbers or dates"),
+        (["train2017/1.jpg", "val2017/2.jpg"], "parts of a set"),
+        (["part_1/1.jpg", "New folder (2)/2.jpg"], "parts of a set"),
         (["cat/1.jpg", "007/2.jpg"], r"numbers or dates for names .*\(007\)"),
         (["2018/05/1.jpg", "2019/06/2.jpg"], r"folders in folders \(2018/05/1\.jpg\)"),
         (["train/cat/1.jpg", "val/cat/2.jpg"], r"folders in folders .*--labels folder"),

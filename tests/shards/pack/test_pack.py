@@ -270,6 +270,30 @@ def test_equal_files_never_lie_on_both_sides_of_a_split(tmp_path, kind):
     assert run(tmp_path / "in", tmp_path / "out", options).kept == packed.shards
 
 
+def test_a_split_goes_on_as_it_began(tmp_path):
+    """Some shards of each side finished, some not: the same bytes as without interruption. A file changed meanwhile, to
+    the same size and time, would leave images out or take them twice; it is refused."""
+    images = write_folder(tmp_path / "in", copies_of(12, 3))
+    options = PackOptions(samples_per_shard=4, labels="none", splits=(("heldout", 0.3),))
+    run(images, tmp_path / "whole", options)
+    plan = make_plan(images, tmp_path / "out", options)
+    for job in list(plan.jobs(10))[::2]:
+        pack_shard(job, lambda count: None)
+    (tmp_path / "out/packing.json").write_text(json.dumps(plan.describe()))
+    path = images / plan.files.paths[0]
+    data, before = path.read_bytes(), path.stat()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(
+        ShardError, match=r"the images differ \(names, sizes, times or which are equal; 36 then, 36 now\)"
+    ):
+        run(images, tmp_path / "out", options)
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert 0 < run(images, tmp_path / "out", options).kept < plan.num_shards
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_images_that_become_equal_are_told(tmp_path):
     """Of unequal files the same pixels: only packing shows it."""
     pixels = {i: photo(seed=i) for i in range(12)}
