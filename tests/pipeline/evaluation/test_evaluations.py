@@ -341,7 +341,7 @@ def test_views_judged_are_those_they_say(config):
     samples = np.arange(20)
     trained, seen, new = (make(config).stream.batch(samples) for make in (pretraining, seen_views, new_views))
     assert torch.equal(trained.pixels, seen.pixels) and torch.equal(trained.tokens, seen.tokens)
-    assert torch.equal(seen.pivots, new.pivots) and torch.equal(seen.labels, new.labels)
+    assert torch.equal(seen.samples, new.samples) and torch.equal(seen.labels, new.labels)
     assert torch.equal(seen.draws["mask"], new.draws["mask"])
     assert not torch.equal(trained.draws["mask"], seen.draws["mask"])
     assert all(not torch.equal(one, other) for one, other in zip(seen.jitters, new.jitters, strict=True))
