@@ -68,12 +68,17 @@ def values(found: object) -> object:
 
 
 def same(monkeypatch: pytest.MonkeyPatch, run: Callable[[torch.device], object], tolerance: float = 1e-5) -> list[str]:
-    """What `run` gives on the CPU and on the GPU, compared; returns what it waited for there."""
+    """What `run` gives on the CPU and on the GPU, compared; returns what it waits for there every time: what is asked
+    once a process, as whether a kernel works, is not asked the second time."""
     plain = run(CPU)
-    with simulated_gpu(monkeypatch) as gpu:
-        found = run(DEVICE)
-        waits, there = list(gpu.waits), values(found)
-    torch.testing.assert_close(there, plain, rtol=tolerance, atol=tolerance)
+    waits: list[str] = []
+    for _ in range(2):
+        with simulated_gpu(monkeypatch) as gpu:
+            found = run(DEVICE)
+            waits, there = list(gpu.waits), values(found)
+        torch.testing.assert_close(there, plain, rtol=tolerance, atol=tolerance)
+        if not waits:
+            break
     return waits
 
 
