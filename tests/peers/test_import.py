@@ -1,17 +1,14 @@
 """`import` of every kind of checkpoint that the libraries write: it says what it read, what it assumed and how its
 numbers compare with the library's, and refuses what would compute others here."""
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.stages import export, import_encoder, import_tokenizer
@@ -20,107 +17,30 @@ from beitforge.pipeline.weights.encoder import fine_tuned, load_encoder, run_con
 from beitforge.pipeline.weights.export_formats import UNILM_FILE
 from tests.conftest import ROOT
 from tests.peers import test_vqkd
+from tests.peers.foreign_weights import (
+    ABSOLUTE,
+    CLASSES,
+    HEADS,
+    IMAGENET,
+    OWN,
+    SIZE,
+    as_in_memory,
+    as_pickle,
+    changed,
+    close,
+    hf,
+    imported,
+    in_shards,
+    pixels,
+    pth,
+    released,
+    saved_by_timm,
+)
 
 transformers = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
-from timm.models.beit import Beit as TimmBeit  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-SIZE, PATCH, WIDTH, LAYERS, HEADS, TOKENS, CLASSES = 32, 8, 32, 2, 4, 64, 5
-IMAGENET = (0.485, 0.456, 0.406)
-HF = {
-    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 96,
-    "image_size": SIZE, "patch_size": PATCH, "vocab_size": TOKENS, "use_mask_token": True,
-    "use_shared_relative_position_bias": True,
-}  # fmt: skip
-OWN = {"use_shared_relative_position_bias": False, "use_relative_position_bias": True}
-ABSOLUTE = {"use_shared_relative_position_bias": False, "use_absolute_position_embeddings": True}
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Every parameter away from its first value, norms among them."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
-
-
-def pixels() -> Tensor:
-    return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
-
-
-def hf(folder: Path, kind: str, preprocessor: dict | None = None, **settings) -> nn.Module:
-    """A folder as transformers saves it."""
-    family = "Data2VecVision" if kind.startswith("Data2Vec") else "Beit"
-    config = getattr(transformers, f"{family}Config")(**{**HF, "num_labels": CLASSES, **settings})
-    model = randomised(getattr(transformers, kind)(config))
-    model.save_pretrained(folder)
-    if preprocessor is not None:
-        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return model
-
-
-def changed(folder: Path, **fields) -> Path:
-    """The folder with other words in its config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-    return folder
-
-
-def as_pickle(folder: Path) -> Path:
-    """The same weights as transformers wrote them before safetensors."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
-    return folder
-
-
-def as_in_memory(folder: Path) -> Path:
-    """torch.save(model.state_dict()) has the names of the modules, which transformers 5 saves under others."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = transformers.BeitForMaskedImageModeling.from_pretrained(folder, config=config)
-    (folder / "model.safetensors").unlink()
-    torch.save(model.state_dict(), folder / "weights.pt")
-    return folder
-
-
-def in_shards(folder: Path) -> Path:
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, where = sorted(weights), {}
-    for part in range(3):
-        file = f"model-{part + 1:05}-of-00003.safetensors"
-        save_file({name: weights[name] for name in names[part::3]}, folder / file)
-        where |= dict.fromkeys(names[part::3], file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return folder
-
-
-def released(pretraining: bool, pool: str = "avg", **settings) -> tuple[TimmBeit, dict[str, Tensor]]:
-    """timm's BEiT and its weights under the released code's names, index buffers among them."""
-    shape = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
-    shape |= {"mlp_ratio": 3, "use_abs_pos_emb": False, "init_values": 0.1}
-    bias = "use_shared_rel_pos_bias" if pretraining else "use_rel_pos_bias"
-    outputs = {"num_classes": TOKENS if pretraining else CLASSES, "global_pool": "" if pretraining else pool}
-    model = randomised(TimmBeit(**{**shape, bias: True, **outputs, **settings}))
-    weights = dict(model.state_dict())
-    buffers = {name: b for name, b in model.named_buffers() if name.endswith("relative_position_index")}
-    weights |= buffers
-    if pretraining:
-        weights = {name.replace("head.", "lm_head."): w for name, w in weights.items()}
-        weights["mask_token"] = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(4))
-    return model, weights
-
-
-def imported(source: Path, folder: Path, *settings: str, encoder: bool = False) -> Path:
-    assert import_encoder.run(source, folder, list(settings), encoder) == 0
-    return folder
-
-
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() < 1e-4 * theirs.abs().max())
 
 
 @torch.no_grad()
@@ -293,124 +213,6 @@ def test_folders_with_parts_missing_or_several_weights(tmp_path):
     index.unlink()
     with pytest.raises(ConfigError, match="2 of 3 parts"):
         import_encoder.run(tmp_path / "hf", tmp_path / "out", [])
-
-
-ARGUMENTS = {
-    "model": "beit_base_patch16_224_8k_vocab", "rel_pos_bias": True, "abs_pos_emb": False, "input_size": SIZE,
-    "layer_scale_init_value": 0.1, "drop_path": 0.25, "num_mask_patches": 6, "min_mask_patches_per_block": 4,
-    "imagenet_default_mean_and_std": True, "device": torch.device("cuda"), "opt_betas": [0.9, 0.98],
-    "output_dir": Path("checkpoints"), "gpu": 0, "nb_classes": CLASSES, "crop_pct": None,
-}  # fmt: skip
-
-
-def pth(path: Path, weights: dict[str, Tensor], key: str = "model", **arguments) -> Path:
-    """As the released code saves its training."""
-    more = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "epoch": 799, "scaler": {"scale": 65536.0}}
-    more |= {"param_shapes": {"a": torch.Size([3])}, "csr_tensor_module_names": set()}  # DeepSpeed's
-    torch.save({key: weights, **more, **({"args": argparse.Namespace(**arguments)} if arguments else {})}, path)
-    return path
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("key", ["model", "module"])
-def test_a_pretraining_of_the_released_code(tmp_path, capfd, key):
-    """Its own arguments are read: ImageNet's mean, its masks, its drop path."""
-    model, weights = released(pretraining=True)
-    out = imported(pth(tmp_path / "checkpoint-799.pth", weights, key, **ARGUMENTS), tmp_path / "out")
-    encoder, config = load_encoder(out)
-    assert close(encoder.all_logits(pixels(), None), model(pixels())[:, 1:])
-    assert torch.equal(encoder.mask_embedding, weights["mask_token"])
-    assert config.model.mean == IMAGENET and config.model.drop_path == 0.25 and config.model.heads == HEADS
-    assert (config.mask.num_patches, config.mask.min_block) == (6, 4)
-    said = capfd.readouterr().err
-    assert f"compared with timm {timm.__version__} (the released code's model): logits differ" in said
-    assert "model.mean" not in said and "its own arguments" in said
-
-
-def test_what_a_bare_file_does_not_say_is_assumed_aloud(tmp_path, capfd):
-    _, weights = released(pretraining=True)
-    torch.save({"model": weights}, tmp_path / "beit.pth")
-    imported(tmp_path / "beit.pth", tmp_path / "out", "model.std=[0.4, 0.4, 0.4]")
-    said = capfd.readouterr().err
-    assert "assumed, since nothing says it: model.mean=[0.5, 0.5, 0.5] (as published BEiT models take)" in said
-    assert "mask.num_patches=6" in said and "tokenizer.input_size=32x32" in said and "model.std=" not in said
-    _, weights = released(pretraining=True, use_shared_rel_pos_bias=False, use_abs_pos_emb=True)
-    torch.save({"model": weights}, tmp_path / "absolute.pth")
-    with pytest.raises(ConfigError, match=r"nothing says how many attention heads .* give model\.heads=N"):
-        import_encoder.run(tmp_path / "absolute.pth", tmp_path / "absolute", [])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("said", [True, False], ids=["arguments", "bare"])
-@pytest.mark.parametrize("pool", ["avg", "token"], ids=["mean", "cls"])
-def test_a_fine_tuning_of_the_released_code(tmp_path, pool, said):
-    """--use_cls has the norm that a pretraining has, and a head over classes: no head over tokens."""
-    model, weights = released(pretraining=False, pool=pool)
-    more = {**ARGUMENTS, "use_mean_pooling": pool == "avg", "model": "beit_base_patch16_224"} if said else {}
-    out = imported(pth(tmp_path / "a.pth", weights, **more), tmp_path / "out")
-    held = load_classifier(out)
-    classifier, config = held.classifier, held.config
-    assert close(classifier(pixels()), model(pixels()))
-    assert config.finetune.pooling == ("mean" if pool == "avg" else "cls")
-
-
-@torch.no_grad()
-def test_a_model_without_biases_of_queries(tmp_path, capfd):
-    model, weights = released(pretraining=True, qkv_bias=False)
-    encoder, _ = load_encoder(imported(pth(tmp_path / "a.pth", weights, **ARGUMENTS), tmp_path / "out"))
-    assert close(encoder.all_logits(pixels(), None), model(pixels())[:, 1:])
-    assert "they are zero here" in capfd.readouterr().err
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("shared", [True, False], ids=["shared head", "own head"])
-def test_a_pretraining_of_beit_v2(tmp_path, capfd, shared):
-    """Its second head over early layers is left out, and said to be; published ones take ImageNet's mean."""
-    model, weights = released(pretraining=True)
-    block = {name.removeprefix("blocks.1."): w for name, w in weights.items() if name.startswith("blocks.1.")}
-    second = {f"cls_pt_layers.{layer}.{name}": w + 1 for layer in range(2) for name, w in block.items()}
-    if not shared:
-        second |= {f"cls_pt_{name}": w + 1 for name, w in weights.items() if name.startswith(("norm.", "lm_head."))}
-    torch.save({"model": weights | second}, tmp_path / "v2.pth")
-    encoder, config = load_encoder(imported(tmp_path / "v2.pth", tmp_path / "out"))
-    assert close(encoder.all_logits(pixels(), None), model(pixels())[:, 1:])
-    said = capfd.readouterr().err
-    assert f"left out: {len(second)} tensors such as cls_pt_" in said and "as published BEiT v2 models take" in said
-    assert config.model.mean == IMAGENET and config.tokenizer.stride == 16
-
-
-def test_data2vecs_regression_is_no_head_over_tokens(tmp_path, capfd):
-    _, weights = released(pretraining=True, num_classes=WIDTH)
-    imported(pth(tmp_path / "a.pth", weights, **ARGUMENTS, target_layers="[6,7]"), tmp_path / "out")
-    assert "which predicts data2vec's hidden vectors, no tokens" in capfd.readouterr().err
-
-
-CONTRADICTIONS = {
-    "positions": ({"abs_pos_emb": True}, "use_abs_pos_emb is True, which its weights contradict"),
-    "bias": ({"rel_pos_bias": False}, "rel_pos_bias is False, which its weights contradict"),
-    "scale": ({"layer_scale_init_value": 0.0}, "layer_scale_init_value is 0, which"),
-}
-
-
-@pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_arguments_that_its_weights_contradict(tmp_path, case):
-    said, words = CONTRADICTIONS[case]
-    _, weights = released(pretraining=True)
-    with pytest.raises(ConfigError, match=words):
-        import_encoder.run(pth(tmp_path / "a.pth", weights, **{**ARGUMENTS, **said}), tmp_path / "out", [])
-
-
-def saved_by_timm(folder: Path, model: TimmBeit, architecture: str = "beit_base_patch16_224", **fields) -> Path:
-    """config.json and weights as on the hub."""
-    folder.mkdir()
-    arguments = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
-    arguments |= {"mlp_ratio": 3, "use_abs_pos_emb": False, "init_values": 0.1, "use_rel_pos_bias": True}
-    said = {"mean": list(IMAGENET), "std": [0.2] * 3, "input_size": [3, SIZE, SIZE], "crop_pct": 0.95}
-    content = {"architecture": architecture, "num_classes": CLASSES, "pretrained_cfg": said}
-    content |= {"model_args": {**arguments, **fields}}
-    (folder / "config.json").write_text(json.dumps(content))
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return folder
 
 
 @torch.no_grad()
