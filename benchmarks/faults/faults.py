@@ -16,6 +16,7 @@ import numpy as np
 from beitforge.shards.decode import codec
 from beitforge.shards.decode.codec import ImageError
 from beitforge.shards.pack.adopt import adopt
+from beitforge.shards.pack.encode import EncodeOptions
 from beitforge.shards.pack.pack import pack
 from beitforge.shards.pack.plan import PackOptions
 from beitforge.shards.pack.tar_scan import read_tar
@@ -110,12 +111,17 @@ def damaged_stored(damage: StoredDamage) -> Judge:
 
 def read_foreign(folder: Path, originals: dict[str, tuple[bytes, int]], workers: int) -> Verdict:
     """Read an adopted folder: exactly these keys, each with its own image and label."""
-    stream = open_stream(folder, None)
-    order = places_of(stream, len(stream.images))
+    order, stream = _places(folder), open_stream(folder, None)
     if sorted(key for _, key in order) != sorted(originals):
         return Verdict("silent", f"the keys are {sorted(key for _, key in order)}")
     truth = Truth({place: central_sample(*originals[place[1]]) for place in order if _decodes(originals, place)}, order)
     return compare(truth, *read_epoch(stream, len(order), workers))
+
+
+def _places(folder: Path) -> list[tuple[str, str]]:
+    """Shard and key of every sample of a folder that was adopted."""
+    stream = open_stream(folder, None)
+    return places_of(stream, len(stream.images))
 
 
 def _decodes(originals: dict[str, tuple[bytes, int]], place: tuple[str, str]) -> bool:
@@ -135,8 +141,16 @@ def damaged_foreign(damage: ForeignDamage) -> Judge:
         damage(rng, folder)
 
         def read() -> Verdict:
-            adopt(folder, 1)
-            return read_foreign(folder, originals, 0)
+            told = adopt(folder, 1).left_out
+            lacking = set(originals) - {key for _, key in _places(folder)}
+            there = {key: image for key, image in originals.items() if key not in lacking}
+            verdict = read_foreign(folder, there, 0)
+            if not lacking or verdict.outcome != "harmless":
+                return verdict
+            named = sum(told.counts.values()) == len(lacking) and any(
+                key[-4:] in first for key in lacking for first in told.first.values()
+            )
+            return Verdict("refused" if named else "silent", f"left out {lacking}, told {told.lines()}")
 
         return ended(read, [str(folder), "first", "second"])
 
@@ -205,13 +219,13 @@ def odd_packed(make: Callable[[np.random.Generator], Odd]) -> Judge:
 
     def judge(case: Case, folder: Path) -> Verdict:
         rng = case.generator()
-        odd = make(rng)
+        odd, lossy = make(rng), bool(rng.integers(2))
         name = f"odd.{odd.extension}"
         files = {**good_images(rng), name: odd.data}
         sources = write_files(folder / "sources", files)
 
         def read() -> Verdict:
-            packed = pack(sources, folder / "set", PackOptions(), "1%", 1)
+            packed = pack(sources, folder / "set", PackOptions(encoding=EncodeOptions(to_rgb8=lossy)), "1%", 1)
             stored = stored_images(folder / "set")
             reasons = {row["path"]: row["reason"] for row in packed.rejected}
             expected = {file.split(".")[0]: data for file, data in files.items() if file not in reasons}

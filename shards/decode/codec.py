@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from beitforge.shards.decode import conversions, extras, jpeg, jpeg_faults, tiff
-from beitforge.shards.decode.faults import DAMAGE, ImageError
+from beitforge.shards.decode.faults import DAMAGE, MAX_PIXELS, ImageError
 from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import (
@@ -28,8 +28,6 @@ from beitforge.shards.format.index import (
     FLAG_WEBP,
 )
 from beitforge.shards.format.levels import tone_table
-
-MAX_PIXELS = 2**27
 
 _REGION_SHARE = 0.9  # of an image; a larger crop is cut from the whole
 

@@ -6,6 +6,8 @@ from PIL import Image
 
 from beitforge.shards.errors import ShardError
 
+MAX_PIXELS = 2**27  # of an image; more are not decoded
+
 # What Pillow's parsers raise on damaged input, found by fuzzing each format.
 DAMAGE = (
     OSError,

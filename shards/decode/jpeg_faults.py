@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import simplejpeg
 
+from beitforge.shards.decode.faults import MAX_PIXELS
+
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _DHT, _SOS, _DQT, _DNL, _DRI, _COM = 0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE
 _APP0, _APP2, _ADOBE, _APP15 = 0xE0, 0xE2, 0xEE, 0xEF
@@ -36,7 +38,9 @@ def warning(data: bytes) -> str:
     """What libjpeg says against a JPEG that decoders, Pillow's among them, decode to something all the same; empty
     where it says nothing. Of several things it says the first."""
     try:
-        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS:
+            return f"{width}x{height} are more pixels than are decoded"
         simplejpeg.decode_jpeg(data, "CMYK" if colours in ("CMYK", "YCCK") else "GRAY")
     except ValueError as error:
         return str(error)

@@ -56,7 +56,9 @@ class LeftOut:
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + count
-        self.first.setdefault(kind, name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…")
+        self.first.setdefault(
+            kind, name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 4 :]}"
+        )
 
     def add_all(self, others: "LeftOut") -> None:
         for kind, count in others.counts.items():

@@ -31,9 +31,9 @@ def errors(said: str) -> list[str]:
 
 @pytest.fixture
 def torn(tiny, tmp_path) -> Path:
-    """The image set with every tar cut in half: opened as it should be, refused where it is read."""
+    """The image set with every tar but the first cut in half: opened as it should be, refused where it is read."""
     folder = shutil.copytree(tiny.folder / "shards" / "train", tmp_path / "torn")
-    for tar in folder.glob("*.tar"):
+    for tar in sorted(folder.glob("*.tar"))[1:]:
         os.truncate(tar, tar.stat().st_size // 2)
     return folder
 

@@ -5,6 +5,7 @@ import io
 import os
 import random
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -235,3 +236,19 @@ def test_many_single_faults_are_told_apart(seed):
     found = outcomes(seed, 8000)
     print(dict(found))
     check(found)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40], ids=["whole", "no end", "cut"])
+def test_a_bomb_is_not_decoded_to_see_whether_it_is_whole(cut):
+    """Its header claims four billion pixels; what refuses it takes no memory for them."""
+    data = bytearray(stored())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 65000, 65000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match="65000x65000 is more than"):
+            codec.read_source(bytes(data[: len(data) - cut]))
+        assert jpeg_faults.cleaned(bytes(data))[0]
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
