@@ -4,10 +4,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from beitforge.shards.errors import printable
+
 
 def say(text: str) -> None:
-    """Print a line on stderr, apart from any progress bar."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line on stderr, apart from any progress bar; of names out of foreign files nothing reaches the terminal
+    that does not print."""
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def align_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:

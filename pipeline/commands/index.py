@@ -2,6 +2,7 @@
 
 import argparse
 
+from beitforge.shards.errors import printable
 from beitforge.shards.options import add_workers, local_folder, num_workers
 from beitforge.shards.wording import counted
 
@@ -24,15 +25,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     adopted = adopt(folder, num_workers(arguments), arguments.again)
     for line in adopted.passed_over:
-        print(f"passed over: {line}")
+        print(printable(f"passed over: {line}"))
     for line in adopted.left_out.lines():
-        print(line)
+        print(printable(line))
     for name in adopted.empty:
         print(f"{name}.tar holds no sample: left out of the manifest")
     for name in adopted.bad_only:
         print(f"{name}.tar holds no image that decodes: left out of the manifest")
     for bad in adopted.bad[:_SHOWN]:
-        print(f"bad image: {bad['shard']} {bad['key']}: {bad['reason']}")
+        print(printable(f"bad image: {bad['shard']} {bad['key']}: {bad['reason']}"))
     if adopted.bad:
         of_set = f", {adopted.num_bad} of them in the set" if adopted.bad_only else ""
         what = f"images that do not decode: {len(adopted.bad)}{of_set}, with reasons in {folder / REJECTED}"

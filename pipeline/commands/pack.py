@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from beitforge.shards.errors import printable
 from beitforge.shards.options import add_workers, local_folder, num_workers
 from beitforge.shards.wording import counted
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     packed = pack(images, shards, options_of(arguments), arguments.max_rejected, num_workers(arguments))
     for line in _told(packed, shards / REJECTED):
-        print(line)
+        print(printable(line))
     return 0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from beitforge.pipeline.errors import ConfigError
+from beitforge.shards.errors import printable
 from beitforge.shards.options import add_against, add_workers, local_folder, num_workers
 from beitforge.shards.wording import counted
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def report(finding: str) -> None:
         findings.append(finding)
-        print(finding, flush=True)
+        print(printable(finding), flush=True)
 
     if is_run(folder):
         if arguments.images or arguments.decode or arguments.against:
@@ -74,12 +75,12 @@ def _verify_set(folder: Path, arguments: argparse.Namespace, report: Callable[[s
         return seen + (f", {missing} of them without tokens: `tokenize` could not read them" if missing else "")
     verified = verify_images(folder, arguments.decode, workers, report)
     for line in verified.left_out.lines():
-        print(line)
+        print(printable(line))
     for line in verified.bad[:_SHOWN]:
-        print(f"bad image, known since it was indexed: {line}")
+        print(printable(f"bad image, known since it was indexed: {line}"))
     images, bad = verified.manifest, len(verified.bad)
     for line in equal_images(folder, images, [local_folder(other) for other in arguments.against]):
-        print(f"equal images: {line}")  # no finding: they are as they were packed
+        print(printable(f"equal images: {line}"))  # no finding: they are as they were packed
     seen = f"{counted(images.samples, 'sample')} in {counted(len(images.shards), 'shard')}"
     known = f", {bad} of them known not to decode since they were indexed ({folder / REJECTED} lists them)"
     return seen + (known if bad else "")

@@ -224,15 +224,17 @@ def _read_transformers(saved: Saved, found: Foreign) -> None:
         if mean_pooling is found.normed:
             refuse(saved, f"use_mean_pooling is {mean_pooling}, which its weights contradict")
         found.pooling = "mean" if mean_pooling else "cls"
-        found.names = _labels(config, weights)
+        found.names = _labels(saved, weights)
     _preprocessing(saved, found)
 
 
-def _labels(config: dict, weights: Weights) -> tuple[str, ...]:
+def _labels(saved: Saved, weights: Weights) -> tuple[str, ...]:
     """Names of the classes, where id2label gives one to each that is more than its number."""
-    labels = config.get("id2label")
+    labels = saved.config.get("id2label")
     if "head.weight" not in weights or not isinstance(labels, dict):
         return ()
+    if len(labels) != len(weights["head.weight"]):
+        refuse(saved, f"id2label names {len(labels)} classes, its head has {len(weights['head.weight'])}")
     names = [labels.get(str(label)) for label in range(len(weights["head.weight"]))]
     if not all(isinstance(name, str) for name in names) or names == [f"LABEL_{i}" for i in range(len(names))]:
         return ()
@@ -246,6 +248,7 @@ def _preprocessing(saved: Saved, found: Foreign) -> None:
     if not said:
         return
     factor = number(saved, said, "rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
+    _test_crop(said, found)
     normal = bool(said.get("do_normalize", True))
     mean, std = (said.get("image_mean"), said.get("image_std")) if normal else ([0.0] * 3, [1.0] * 3)
     if mean is None or std is None:
@@ -253,18 +256,19 @@ def _preprocessing(saved: Saved, found: Foreign) -> None:
     mean, std = three(saved, "image_mean", mean), three(saved, "image_std", std)
     scale = 255 * (factor or 0)
     if scale <= 0 or min(std) <= 0:
-        refuse(saved, "rescale_factor and image_std of its preprocessor_config.json must be more than 0")
+        refuse(saved, "rescale_factor and image_std of its image processor must be more than 0")
     exact = math.isclose(scale, 1, rel_tol=1e-6)
     found.mean, found.std = ([v if exact else v / scale for v in values] for values in (mean, std))
+
+
+def _test_crop(said: dict, found: Foreign) -> None:
     size, crop = _side(said.get("size")), _side(said.get("crop_size"))
     if said.get("do_center_crop") and size and crop and crop <= size:
         found.test_crop = crop / size
     elif said.get("do_center_crop") is False:
         found.test_crop = 1.0
-        found.notes.append(
-            "its own test squeezes whole images to squares; here the whole of the shorter side is seen: "
-            "finetune.test_crop 1"
-        )
+        squeezed = "squeezes whole images to squares" if said.get("do_resize", True) else "takes images as they are"
+        found.notes.append(f"its own test {squeezed}; here the whole of the shorter side is seen: finetune.test_crop 1")
 
 
 def _side(size: Any) -> float | None:
@@ -336,6 +340,11 @@ def _read_unilm(saved: Saved, found: Foreign) -> None:
     if not said:
         found.pooling = ("cls" if found.normed else "mean") if found.classifies else None
         return
+    if said.get("act_layer") not in (None, "gelu"):
+        refuse(saved, f"act_layer is {shown(said['act_layer'])}; a BEiT here computes with gelu alone")
+    biased = any(n.endswith("q_bias") for n in saved.weights)
+    if biased and (said.get("qkv_bias") is False or said.get("disable_qkv_bias") is True):
+        refuse(saved, "its arguments say that queries and values have no biases, which its weights contradict")
     found.heads = _published_heads(name, layers, width)
     found.size = said.get("input_size") if found.classifies else None  # pretraining takes 224 whatever this says
     found.drop_path = number(saved, said, "drop_path", None)

@@ -147,6 +147,8 @@ def _timm_forward(saved: Saved, found: Foreign, model: Model, hidden: bool) -> t
     pool = TIMM_POOLS[found.pooling or "mean"] if found.classifies else ""
     arguments = {"qkv_bias": any(name.endswith("q_bias") for name in weights), "global_pool": pool}
     arguments |= {"num_classes": len(weights.get("head.weight", ()))}
+    if "blocks.0.gamma_1" not in weights:  # create_model takes None for nothing said, and its models' own for that
+        arguments |= {"init_values": 0.0}
     name = str(saved.config.get("architecture", ""))
     try:
         if found.library == TIMM and name in timm.list_models("beit*"):

@@ -21,7 +21,7 @@ from beitforge.pipeline.tokenizers.safe_pickle import Inert, is_tensor, plain_se
 Weights = dict[str, Tensor]
 
 CURE = "give a folder of transformers or timm, an export of ours, or the released code's .pth"
-_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+_CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 _PICKLES = (".bin", ".pth", ".pt")
 _WRAPPERS = ("model", "module", "state_dict")  # what training puts weights into; the first two are the released code's
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # what wrappers of a whole model put before every name
@@ -32,9 +32,9 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 class Saved:
     """A checkpoint as it lies there.
 
-    config: config.json of whichever library; preprocessor: preprocessor_config.json; arguments: what a .pth says of the
-    training that made it; ours: the sections that an export of ours adds to a .pth. read: the files of these; notes:
-    lines for who imports it.
+    config: config.json of whichever library; preprocessor: preprocessor_config.json, or what processor_config.json says
+    of images; arguments: what a .pth says of the training that made it; ours: the sections that an export of ours adds
+    to a .pth. read: the files of these; notes: lines for who imports it.
     """
 
     source: Path
@@ -71,7 +71,7 @@ def read_checkpoint(source: Path) -> Saved:
         source=source,
         weights=_without_prefix(weights),
         config=beside.get(_CONFIG, {}),
-        preprocessor=beside.get(_PREPROCESSOR, {}),
+        preprocessor=beside.get(_PREPROCESSOR) or _nested(beside.get(_PROCESSOR, {})),
         arguments=said.get("args", {}),
         ours=said.get("beitforge", {}),
         read=(*(file.name for file in files), *beside, *(["its own arguments"] if said else [])),
@@ -80,7 +80,13 @@ def read_checkpoint(source: Path) -> Saved:
 
 
 def _beside(folder: Path) -> list[str]:
-    return [name for name in (_CONFIG, _PREPROCESSOR) if (folder / name).exists()]
+    return [name for name in (_CONFIG, _PREPROCESSOR, _PROCESSOR) if (folder / name).exists()]
+
+
+def _nested(processor: dict) -> dict:
+    """What a processor's config says of its image processor."""
+    held = processor.get("image_processor")
+    return held if isinstance(held, dict) else {}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from beitforge.shards.errors import printable
 from beitforge.shards.format.equal_images import beside, contents, contents_of
 from beitforge.shards.format.index import (
     FLAG_ANIMATED,
@@ -64,7 +65,8 @@ def image_stats(folder: Path, others: Sequence[Path] = ()) -> dict:
         "formats": {**formats, "other": len(flags) - sum(formats.values())},
         "flags": {name: int(np.count_nonzero(flags & flag)) for name, flag in _FLAGS.items()},
         "equal images": _equal(folder, manifest, columns, others),
-        "classes": {
+        "classes": dict.fromkeys(manifest.classes, 0)  # a class that lost all its images keeps its number
+        | {
             manifest.classes[label] if 0 <= label < named else str(label): count
             for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
         },
@@ -158,7 +160,7 @@ def table(stats: dict) -> str:
         elif isinstance(value, int):
             value = f"{value:,}"
         lines.append(f"{name:<{width}} {value}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _row(values: dict, name: str) -> str:

@@ -206,7 +206,7 @@ def _difference(plan: Plan, made_by: dict) -> str:
     differing = [
         f"{name} was {flat_theirs.get(name)}, is {value}"
         for name, value in flat_ours.items()
-        if name != "picture" and flat_theirs.get(name) != value
+        if name != "picture" and flat_theirs.get(name, value) != value  # earlier versions lack some
     ]
     what = ", ".join(differing) or (
         f"the images differ (names, sizes, times or which are equal; {made_by.get('pictures')} then, "

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from beitforge.pipeline.errors import ConfigError
@@ -186,6 +187,38 @@ def test_preprocessing_in_other_words(tmp_path, case):
     hf(tmp_path / "hf", "BeitForMaskedImageModeling", said)
     model = run_config(imported(tmp_path / "hf", tmp_path / "out")).model
     assert model.mean == pytest.approx((mean,) * 3) and model.std == pytest.approx((std,) * 3)
+
+
+def test_preprocessing_within_a_processor(tmp_path):
+    """As transformers reads it where preprocessor_config.json is not there; a crop is read where no mean is said."""
+    folder = tmp_path / "hf"
+    hf(folder, "BeitForImageClassification")
+    said = {"image_processor": {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3] * 3, "do_center_crop": False}}
+    (folder / "processor_config.json").write_text(json.dumps(said))
+    config = run_config(imported(folder, tmp_path / "out"))
+    assert config.model.mean == (0.4, 0.5, 0.6) and config.finetune.test_crop == 1.0
+    del said["image_processor"]["image_mean"]
+    (folder / "processor_config.json").write_text(json.dumps(said))
+    config = run_config(imported(folder, tmp_path / "again"))
+    assert config.model.mean == (0.5, 0.5, 0.5) and config.finetune.test_crop == 1.0
+
+
+@pytest.mark.parametrize("names", [2, 9])
+def test_names_of_other_classes_than_the_head_has(tmp_path, names):
+    hf(tmp_path / "hf", "BeitForImageClassification")
+    labels = {str(label): f"class {label}" for label in range(names)}
+    with pytest.raises(ConfigError, match=f"id2label names {names} classes, its head has {CLASSES}"):
+        import_encoder.run(changed(tmp_path / "hf", id2label=labels), tmp_path / "out", [])
+
+
+@pytest.mark.parametrize("shape", [{}, OWN, ABSOLUTE], ids=["shared", "own", "absolute"])
+def test_an_export_to_timm_without_layer_scale_comes_back(tmp_path, shape):
+    hf(tmp_path / "hf", "BeitForMaskedImageModeling", layer_scale_init_value=0.0, **shape)
+    first = imported(tmp_path / "hf", tmp_path / "first")
+    assert export.run(first, tmp_path / "timm", "timm") == 0
+    again = imported(tmp_path / "timm", tmp_path / "again")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (again, first))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.startswith("blocks."))
 
 
 def test_a_file_is_described_by_what_lies_beside_it(tmp_path):

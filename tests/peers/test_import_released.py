@@ -93,6 +93,9 @@ CONTRADICTIONS = {
     "positions": ({"abs_pos_emb": True}, "use_abs_pos_emb is True, which its weights contradict"),
     "bias": ({"rel_pos_bias": False}, "rel_pos_bias is False, which its weights contradict"),
     "scale": ({"layer_scale_init_value": 0.0}, "layer_scale_init_value is 0, which"),
+    "activation": ({"act_layer": "relu"}, "act_layer is 'relu'"),
+    "biases": ({"qkv_bias": False}, "have no biases, which its weights contradict"),
+    "no biases": ({"disable_qkv_bias": True}, "have no biases, which its weights contradict"),
 }
 
 

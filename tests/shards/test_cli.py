@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -203,3 +204,28 @@ def test_names_that_are_no_text_are_printed(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert r"row 0 (caf\udce9): the image's bytes are not what was packed" in done.stdout
+
+
+def test_nothing_of_a_received_set_steers_the_terminal(images, tmp_path, capsys):
+    """Names of tar members and of classes are printed, their escape codes and line breaks are not obeyed."""
+    source, tars = next(path for path in images.rglob("*") if path.is_file()), tmp_path / "tars"
+    tars.mkdir()
+    with tarfile.open(tars / "0.tar", "w") as tar:
+        for name, content in (
+            ("a\x1b[2J.jpg", b"no image"),
+            ("b\x1b]0;x\x07.txt", b"x"),
+            (f"c{source.suffix}", source.read_bytes()),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    folders = tmp_path / "classes"
+    for name in ("one\x1b[31m", "two\nlines"):
+        (folders / name).mkdir(parents=True)
+        shutil.copy(source, folders / name)
+    for words in (["index", tars], ["verify", tars], ["pack", folders, tmp_path / "set"], ["stats", tmp_path / "set"]):
+        workers = [] if words[0] == "stats" else ["--workers", "1"]
+        assert main([*map(str, words), *workers]) == 0
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err and "\x07" not in out + err and "\nlines" not in out, words
+    assert "one\\x1b[31m" in out and "two\\nlines" in out
