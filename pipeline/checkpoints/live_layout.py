@@ -199,3 +199,5 @@ def _refresh(engine: Engine) -> None:
         # nor gathered here, but in the forward pass, as at a run's beginning: selective checkpointing in torch refuses
         # a backward pass that gathers what its forward pass found there
         optimizer.invalidate_secondary_tensor()
+        if engine.world.device.type == "cuda":  # the stream that gathers then does not wait for these copies
+            torch.cuda.synchronize(engine.world.device)
