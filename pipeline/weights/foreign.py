@@ -5,7 +5,6 @@ refused, what contradicts the weights, too; what nobody says is left open (None)
 Must not know shards or any stage.
 """
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.weights.conversion import from_hf, from_unilm
+from beitforge.pipeline.weights.preprocessing import read_preprocessing
 from beitforge.pipeline.weights.sources import CURE, Saved, Weights
 from beitforge.pipeline.weights.stated import agree, agree_positions, number, refuse, sizes, three, whole
 
@@ -185,7 +185,7 @@ def _leave_out(weights: Weights, prefixes: tuple[str, ...], notes: list[str], wh
 def _read_transformers(saved: Saved, found: Foreign) -> None:
     config, weights = saved.config, found.weights
     if not config:
-        _preprocessing(saved, found)
+        read_preprocessing(saved, found)
         return
     kind = config.get("model_type", "beit")
     if kind not in ("beit", "data2vec-vision"):
@@ -225,7 +225,7 @@ def _read_transformers(saved: Saved, found: Foreign) -> None:
             refuse(saved, f"use_mean_pooling is {mean_pooling}, which its weights contradict")
         found.pooling = "mean" if mean_pooling else "cls"
         found.names = _labels(saved, weights)
-    _preprocessing(saved, found)
+    read_preprocessing(saved, found)
 
 
 def _labels(saved: Saved, weights: Weights) -> tuple[str, ...]:
@@ -239,42 +239,6 @@ def _labels(saved: Saved, weights: Weights) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names) or names == [f"LABEL_{i}" for i in range(len(names))]:
         return ()
     return tuple(str(name) for name in names)
-
-
-def _preprocessing(saved: Saved, found: Foreign) -> None:
-    """transformers multiplies by rescale_factor, then subtracts the mean and divides by the deviation; each may be
-    switched off. Here values in [0, 1] are taken."""
-    said = saved.preprocessor
-    if not said:
-        return
-    factor = number(saved, said, "rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
-    _test_crop(said, found)
-    normal = bool(said.get("do_normalize", True))
-    mean, std = (said.get("image_mean"), said.get("image_std")) if normal else ([0.0] * 3, [1.0] * 3)
-    if mean is None or std is None:
-        return
-    mean, std = three(saved, "image_mean", mean), three(saved, "image_std", std)
-    scale = 255 * (factor or 0)
-    if scale <= 0 or min(std) <= 0:
-        refuse(saved, "rescale_factor and image_std of its image processor must be more than 0")
-    exact = math.isclose(scale, 1, rel_tol=1e-6)
-    found.mean, found.std = ([v if exact else v / scale for v in values] for values in (mean, std))
-
-
-def _test_crop(said: dict, found: Foreign) -> None:
-    size, crop = _side(said.get("size")), _side(said.get("crop_size"))
-    if said.get("do_center_crop") and size and crop and crop <= size:
-        found.test_crop = crop / size
-    elif said.get("do_center_crop") is False:
-        found.test_crop = 1.0
-        squeezed = "squeezes whole images to squares" if said.get("do_resize", True) else "takes images as they are"
-        found.notes.append(f"its own test {squeezed}; here the whole of the shorter side is seen: finetune.test_crop 1")
-
-
-def _side(size: Any) -> float | None:
-    if isinstance(size, dict):
-        size = size.get("shortest_edge", size.get("height"))
-    return size if isinstance(size, int | float) and not isinstance(size, bool) and 0 < size < math.inf else None
 
 
 def _timm_arguments(config: dict) -> dict:
@@ -335,7 +299,7 @@ def _read_unilm(saved: Saved, found: Foreign) -> None:
     found.epsilon = 1e-6
     found.second_version = any(n.startswith(_SECOND_HEAD) for n in saved.weights) or "tokenizer_model" in said
     _refuse_regression(saved, found, width)
-    _preprocessing(saved, found)
+    read_preprocessing(saved, found)
     _read_ours(saved, found)
     if not said:
         found.pooling = ("cls" if found.normed else "mean") if found.classifies else None

@@ -242,7 +242,7 @@ def _instead(folder: Path, cure: str) -> str:
     if PACKING in names:
         return f"{folder} holds an unfinished packing: finish it with `pack` (the same command again)"
     if any(name.endswith(".tar") for name in names):
-        return f"{folder} holds tars and no {NAME}: adopt them with `index`, or finish what makes them"
+        return f"{folder} holds tars and no {NAME}: `index` adopts them or says what they lack"
     files = (inner for _, _, found in os.walk(folder) for inner in found)
     if image := next((one for one in itertools.islice(files, _MOST_LOOKED) if one.lower().endswith(_IMAGES)), ""):
         return f"{folder} holds images ({image}) and is no shard set: make one of them with `pack {folder} SHARDS`"

@@ -161,7 +161,7 @@ def test_splits_and_image_options_arrive(images, tmp_path):
         (["verify", "{images}"], ".jpg) and is no shard set: make one of them with `pack"),
         (["stats", "{images}/cat"], "and is no shard set: make one of them with `pack"),
         (["verify", "{images}/cat/0.jpg"], "0.jpg is a file: give the folder of a shard set"),
-        (["verify", "{tmp}/tars"], "holds tars and no manifest.json: adopt them with `index`"),
+        (["verify", "{tmp}/tars"], "holds tars and no manifest.json: `index` adopts them or says what they lack"),
         (["stats", "{tmp}/begun"], "holds an unfinished packing: finish it with `pack`"),
         (["verify", "{tmp}/tokenizer"], "or no shard set (it holds tokenizer.json)"),
         (["pack", "{tmp}/tars", "{tmp}/out"], "holds no image but tars: adopt those that are WebDataset's"),
