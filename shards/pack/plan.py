@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from beitforge.shards import counter_rng
+from beitforge.shards.decode.jpegtran import check_tool
 from beitforge.shards.errors import ShardError
 from beitforge.shards.pack.encode import EncodeOptions
 from beitforge.shards.pack.equal_files import first_equals
@@ -25,6 +26,7 @@ REST = "train"
 # begun by it ends by it.
 FORMAT, FIRST_FORMAT = 2, 1
 _SINCE_FORMAT_1 = ("to_rgb8",)  # options that it did not know
+LATER = {"fast_regions": False}  # and those that plans of both formats name only where they are not this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,8 @@ def _split(order: np.ndarray, hashes: np.ndarray, options: PackOptions) -> dict[
 
 def _recorded(options: PackOptions, format: int) -> dict:
     recorded = options.recorded()
+    for name in [name for name, without in LATER.items() if recorded["picture"][name] == without]:
+        del recorded["picture"][name]
     if format == FIRST_FORMAT:
         recorded["picture"] = {k: v for k, v in recorded["picture"].items() if k not in _SINCE_FORMAT_1}
     return recorded
@@ -191,9 +195,12 @@ def check_folders(images: Path, target: Path) -> None:
         raise ShardError(f"the images in {images} lie inside the shard folder {target}: choose another shard folder")
 
 
+_ENCODING = [one.name for one in dataclasses.fields(EncodeOptions)]  # each an option of that name
+
+
 def options_of(arguments: argparse.Namespace) -> PackOptions:
     """What the command line of `pack` says. Raises ShardError for a --split that is no NAME=FRACTION."""
-    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode", "to_rgb8")}
+    chosen = {name: getattr(arguments, name) for name in _ENCODING}
     return PackOptions(
         name=arguments.name,
         samples_per_shard=arguments.samples_per_shard,
@@ -227,6 +234,8 @@ def check_options(options: PackOptions) -> None:
             raise ShardError(f"{name} is {value}, it must be at least {least}")
     if not 1 <= encoding.quality <= 100:
         raise ShardError(f"--quality is {encoding.quality}, it must be from 1 to 100")
+    if encoding.fast_regions:
+        check_tool()
     names = [name for name, _ in options.splits]
     for flag, name in [("--name", options.name), *(("--split", name) for name in names)]:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
