@@ -79,8 +79,8 @@ class Reading:
 
 
 class ImageSet:
-    """The tars and indexes of one set. Keeps the latest used shards open. May be handed to worker processes, and be read
-    by many threads at once."""
+    """The tars and indexes of one set. Keeps the latest used shards open. May be handed to worker processes, and
+    be read by many threads at once."""
 
     def __init__(self, where: Path | str, cache: Cache | None = None, chunk: int = 64):
         """where: a folder or a URL. cache: of this node, for a URL. chunk: samples that are fetched together."""
