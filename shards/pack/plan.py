@@ -15,9 +15,9 @@ from beitforge.shards import counter_rng
 from beitforge.shards.decode.jpegtran import check_tool
 from beitforge.shards.errors import ShardError
 from beitforge.shards.pack.encode import EncodeOptions
-from beitforge.shards.pack.equal_files import first_equals
-from beitforge.shards.pack.image_files import FIRST_EXTENSIONS, ImageFiles, list_images
-from beitforge.shards.pack.labels import Labels, labels_of, labels_of_format_1
+from beitforge.shards.pack.listing.equal_files import first_equals
+from beitforge.shards.pack.listing.image_files import FIRST_EXTENSIONS, ImageFiles, list_images
+from beitforge.shards.pack.listing.labels import Labels, labels_of, labels_of_format_1
 
 REST = "train"
 
@@ -26,7 +26,10 @@ REST = "train"
 # begun by it ends by it.
 FORMAT, FIRST_FORMAT = 2, 1
 _SINCE_FORMAT_1 = ("to_rgb8",)  # options that it did not know
-LATER = {"fast_regions": False}  # and those that plans of both formats name only where they are not this
+# Options that format 2 did not know at first: a plan names them where they are not at these values, and is otherwise
+# the plan it was without them.
+_LATER = {"subsampling": "444", "fast_regions": False}
+_ENCODING = tuple(one.name for one in dataclasses.fields(EncodeOptions))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class PackOptions:
     def recorded(self) -> dict:
         """The options as manifests name them."""
         values = dataclasses.asdict(self)
-        values["picture"] = values.pop("encoding")
+        values["picture"] = {name: value for name, value in values.pop("encoding").items() if value != _LATER.get(name)}
         return values
 
 
@@ -164,10 +167,13 @@ def _split(order: np.ndarray, hashes: np.ndarray, options: PackOptions) -> dict[
     return orders
 
 
+def flat(recorded: dict) -> dict:
+    """Every option by its name, of what `PackOptions.recorded` gave."""
+    return {**_LATER, **recorded, **recorded.get("picture", {})}
+
+
 def _recorded(options: PackOptions, format: int) -> dict:
     recorded = options.recorded()
-    for name in [name for name, without in LATER.items() if recorded["picture"][name] == without]:
-        del recorded["picture"][name]
     if format == FIRST_FORMAT:
         recorded["picture"] = {k: v for k, v in recorded["picture"].items() if k not in _SINCE_FORMAT_1}
     return recorded
@@ -193,9 +199,6 @@ def check_folders(images: Path, target: Path) -> None:
     inner, outer = images.resolve(), target.resolve()
     if inner == outer or outer in inner.parents:
         raise ShardError(f"the images in {images} lie inside the shard folder {target}: choose another shard folder")
-
-
-_ENCODING = [one.name for one in dataclasses.fields(EncodeOptions)]  # each an option of that name
 
 
 def options_of(arguments: argparse.Namespace) -> PackOptions:
