@@ -7,7 +7,8 @@ from beitforge.pipeline.config.fields import Duration, setting
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """The stream. data.seed, chunk, window and lanes fix its order; workers, prefetch and decoder never change it."""
+    """The stream. data.seed, chunk, window and lanes fix its order; workers, prefetch and decoder never change it; a
+    decoder that gives other pixels than Pillow is part of a run's identity."""
 
     workers: int = setting(
         8,
@@ -21,9 +22,11 @@ class Loader:
     )
     decoder: str = setting(
         "auto",
-        choices=("auto", "nvimgcodec", "simplejpeg", "pillow"),
+        choices=("auto", "nvimgcodec", "simplejpeg", "pillow", "approximate", "gpu"),
         per_host=True,
-        doc="JPEG decoder; auto takes the fastest installed, and all give the same pixels.",
+        apart=("approximate", "gpu"),
+        doc="JPEG decoder; auto takes the fastest installed, and all give the same pixels, but for two that are never "
+        "taken by themselves: approximate (fast DCT, plain upsampling) and gpu (pretraining's images by nvJPEG).",
     )
     chunk: int = setting(
         64, at_least=1, unit="samples", doc="Samples read together; 1 is the perfect shuffle, for local NVMe."
