@@ -34,6 +34,16 @@ class Loader:
     window: int = setting(16, at_least=1, unit="chunks", doc="Window in which the samples of a lane are permuted.")
     lanes: int = setting(256, at_least=1, doc="Number of parallel sequences that the stream interleaves.")
 
+    @property
+    def exact_decoder(self) -> str:
+        """The decoder for what is made once and for all, as tokens are: one that gives Pillow's pixels."""
+        return "auto" if self.decoder in ("approximate", "gpu") else self.decoder
+
+    @property
+    def processor_decoder(self) -> str:
+        """The decoder where no GPU takes part."""
+        return "auto" if self.decoder == "gpu" else self.decoder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:

@@ -9,7 +9,7 @@ aten/src/ATen/native/cpu/UpSampleKernel.cpp (_compute_index_ranges_int16_weights
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -86,10 +86,12 @@ def _taps(source: int, target: int, resample: str) -> _Taps:
     return _Taps(np.array(firsts), np.where(scaled < 0, scaled - 0.5, scaled + 0.5).astype(np.int64), bits)
 
 
-def resizes(box: tuple[int, int], size: tuple[int, int], resample: str) -> bool:
+def resizes(box: Sequence[int], size: tuple[int, int], resample: str) -> bool:
     """Whether an image of box (h, w) is resized here to size (H, W): not where a pixel is made of too many."""
     reach = _KERNELS[resample][1]
-    return all(2 * reach * max(1.0, source / target) + 2 <= _MOST_TAPS for source, target in zip(box, size, strict=True))
+    return all(
+        2 * reach * max(1.0, source / target) + 2 <= _MOST_TAPS for source, target in zip(box, size, strict=True)
+    )
 
 
 def resize(images: list[torch.Tensor], size: tuple[int, int], resample: str) -> torch.Tensor:
