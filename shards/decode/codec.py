@@ -191,7 +191,7 @@ def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, 
     """
     check_box(box, size)
     fast = jpeg.decoder(decoder)
-    if fast.region and _plain_jpeg(flags) and box[2] * box[3] < _REGION_SHARE * size[0] * size[1]:
+    if fast.region and is_plain_jpeg(flags) and box[2] * box[3] < _REGION_SHARE * size[0] * size[1]:
         found = fast.region(data, box)
         if found is not None and found.shape == (box[3], box[2], 3):
             return found
@@ -201,11 +201,12 @@ def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, 
 def decode_whole(data: bytes, flags: int, decoder: str = "auto") -> np.ndarray:
     """`decode` by the decoder of that name."""
     fast = jpeg.decoder(decoder)
-    found = fast.whole(data) if fast.whole and _plain_jpeg(flags) else None
+    found = fast.whole(data) if fast.whole and is_plain_jpeg(flags) else None
     return decode(data) if found is None else found
 
 
-def _plain_jpeg(flags: int) -> bool:
+def is_plain_jpeg(flags: int) -> bool:
+    """Whether an image of these flags is a JPEG that decoders other than Pillow may be given."""
     return bool(flags & FLAG_JPEG) and not flags & FLAG_NOT_RGB
 
 
