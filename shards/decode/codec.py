@@ -29,6 +29,8 @@ from beitforge.shards.format.index import (
 )
 from beitforge.shards.format.levels import tone_table
 
+SUBSAMPLINGS = ("444", "422", "420")  # of JPEG's chroma, by Pillow's numbers
+
 _REGION_SHARE = 0.9  # of an image; a larger crop is cut from the whole
 
 # What a set may hold, by Pillow's plug-in for it, and no others: some of Pillow's run programs (EPS) or read what is no
@@ -320,17 +322,17 @@ def check_box(box: list[int], size: tuple[int, int]) -> None:
         )
 
 
-def encode(pixels: np.ndarray, format: str, quality: int) -> bytes:
+def encode(pixels: np.ndarray, format: str, quality: int, subsampling: str = "444") -> bytes:
     """Encode uint8 [H, W, 3] as jpg, png (lossless, `quality` unused) or webp. Raises ImageError: too large for it.
 
-    JPEG keeps chroma at full resolution (4:4:4): the image was decoded once already, and halving its chroma again
-    would lose what a shrunk image still has. It costs about a fifth more bytes.
+    subsampling: JPEG's chroma, one of SUBSAMPLINGS. 444 keeps it at full resolution: the image was decoded once
+    already, and halving its chroma again would lose what a shrunk image still has.
     """
     file = io.BytesIO()
     image = _rgb(pixels)
     try:
         if format == "jpg":
-            image.save(file, "JPEG", quality=quality, subsampling=0)
+            image.save(file, "JPEG", quality=quality, subsampling=SUBSAMPLINGS.index(subsampling))
         elif format == "webp":
             image.save(file, "WEBP", quality=quality, method=4)
         else:

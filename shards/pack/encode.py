@@ -24,7 +24,7 @@ class EncodeOptions:
 
     `max_side` bounds the longest side, `short_side` the shortest; with both, the smaller result. `reencode` is never,
     or the format (jpg, png, webp) every image is encoded in anew. `quality` is JPEG's and WebP's, 1-100. `to_rgb8`
-    takes images that lose depth or channels as 8-bit RGB.
+    takes images that lose depth or channels as 8-bit RGB. `subsampling` is the chroma's of JPEGs that are encoded anew.
     """
 
     max_side: int = 0
@@ -32,6 +32,7 @@ class EncodeOptions:
     quality: int = 95
     reencode: str = "never"
     to_rgb8: bool = False
+    subsampling: str = "444"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def encode(data: bytes, options: EncodeOptions) -> Prepared:
     if size != (upright.shape[1], upright.shape[0]):
         upright = codec.resize(upright, (size[1], size[0]), "lanczos")
     extension = _new_format(data, header, options)
-    stored = codec.encode(upright, extension, options.quality)
+    stored = codec.encode(upright, extension, options.quality, options.subsampling)
     again = f"{header.format} encoded again as {extension}"
     return Prepared(stored, extension, _facts_of_stored(stored, extension, upright), (*named, again))
 
