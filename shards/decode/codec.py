@@ -193,11 +193,12 @@ def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, 
     """
     check_box(box, size)
     fast = jpeg.decoder(decoder)
+    exact = fast if is_plain_jpeg(flags) else jpeg.decoder("auto")  # grey is approximated by no decoder
     small = box[2] * box[3] < _REGION_SHARE * size[0] * size[1]
-    if flags & FLAG_REGIONS and small and (found := _spliced(data, box, size, fast)) is not None:
+    if flags & FLAG_REGIONS and small and (found := _spliced(data, box, size, exact)) is not None:
         return found
     # nvImageCodec 0.9 does not smooth the chroma of a single column
-    if fast.region and _plain_jpeg(flags) and small and box[2] > 1:
+    if fast.region and is_plain_jpeg(flags) and small and box[2] > 1:
         found = fast.region(data, box)
         if found is not None and found.shape == (box[3], box[2], 3):
             return found
@@ -220,11 +221,12 @@ def _spliced(data: bytes, box: list[int], size: tuple[int, int], fast: jpeg.Jpeg
 def decode_whole(data: bytes, flags: int, decoder: str = "auto") -> np.ndarray:
     """`decode` by the decoder of that name."""
     fast = jpeg.decoder(decoder)
-    found = fast.whole(data) if fast.whole and _plain_jpeg(flags) else None
+    found = fast.whole(data) if fast.whole and is_plain_jpeg(flags) else None
     return decode(data) if found is None else found
 
 
-def _plain_jpeg(flags: int) -> bool:
+def is_plain_jpeg(flags: int) -> bool:
+    """Whether an image of these flags is a JPEG that decoders other than Pillow may be given."""
     return bool(flags & FLAG_JPEG) and not flags & FLAG_NOT_RGB
 
 

@@ -69,8 +69,10 @@ def test_every_crop_is_the_whole_images(sampling, size):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_view_is_the_same_by_every_decoder(decoder, sampling):
     data, size = fast(sampling, 83, 67), (83, 67)
-    flags, expected = codec.read_header(data).flags, codec.decode(data)
+    flags = codec.read_header(data).flags
     assert flags & FLAG_REGIONS
+    expected = codec.decode_whole(data, flags, decoder)
+    assert np.array_equal(expected, codec.decode(data)) or decoder == jpeg.APPROXIMATE
     for box in boxes(*size, 20):
         x, y, width, height = box
         found = codec.decode_view(data, box, size, flags, decoder)
