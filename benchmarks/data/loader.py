@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from beitforge.shards.errors import ShardError
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.view_sources import RecordedViews, Selection
 from benchmarks.data import official_path
 from benchmarks.data.loader_child import Child, PeerFailed, environment, start
-from benchmarks.data.loader_corpus import Corpus, corpus, write_tokens
+from benchmarks.data.loader_corpus import Corpus, corpus, with_fast_regions, write_tokens
 from benchmarks.data.loader_peers.equal_work import Cut
 from benchmarks.data.loader_peers.given import BATCH, PREFETCH, SIZE, Given, read_given, write_given
 from benchmarks.data.views import decibels, draw_photographs
@@ -31,7 +32,7 @@ from benchmarks.results import write
 
 WARM, ROUNDS, EPOCH = PREFETCH + 2, 5, 19
 LEAST_DECIBELS = 25.0  # a path below does not show the view that it was given
-OURS, BARE, FASTEST_PEER = "ours", "bare loop", "tf.data, fast"
+OURS, REGIONS, BARE, FASTEST_PEER = "ours", "ours, --fast-regions shards", "bare loop", "tf.data, fast"
 CUT = "decode, crop, clamp, resize, flip"
 
 
@@ -58,6 +59,7 @@ def timed_paths() -> list[Timed]:
     own, turbo = "decode of the box and resize of its own", "fast DCT, chroma by repetition, bilinear without antialias"
     return [
         Timed(OURS, "ours", "shards-1", f"{CUT}; with order, checksums, tokens, masks, drop path", exact=True),
+        Timed(REGIONS, "ours", "shards-regions-1", "the same, of JPEGs with a restart marker at every MCU", exact=True),
         Timed(BARE, "ours", "bare", "decode, crop, resize; bytes in memory, no other process, no loader"),
         Timed("webdataset, our decode", "webdataset", "ours", f"{CUT} to a uint8 batch", exact=True),
         Timed("litdata, our decode", "litdata", "ours", CUT, "litdata", exact=True),
@@ -75,12 +77,18 @@ def timed_paths() -> list[Timed]:
     ]
 
 
-def given_views(collection: Corpus) -> Path:
-    """The views of a token set that has one of each image, in a file for the children."""
-    folder = collection.originals.parent
-    tokens, file = folder / "peers" / f"view of {collection.shards.name}", folder / "peers" / "views.npz"
+def one_view(collection: Corpus) -> Path:
+    """A token set that has one view of each image, so that every epoch shows the same."""
+    tokens = collection.shards.parent / "peers" / f"view of {collection.shards.name}"
     if not tokens.exists():
         write_tokens(collection.shards, tokens, num_views=1)
+    return tokens
+
+
+def given_views(collection: Corpus) -> Path:
+    """Those views in a file for the children."""
+    folder, tokens = collection.shards.parent, one_view(collection)
+    file = folder / "peers" / "views.npz"
     images = ImageSet(collection.shards)
     source, parts = RecordedViews(images, tokens), []
     for shard in range(len(images.manifest.shards)):
@@ -199,7 +207,13 @@ def row(path: Timed) -> dict:
 def ratios(paths: list[Timed]) -> dict[str, float]:
     """Medians over the rounds of what was measured in turn; above 1: ours takes less CPU."""
     micros = {path.path: np.array(path.micros) for path in paths if path.micros}
-    return {f"ours / {name}": float(np.median(other / micros[OURS])) for name, other in micros.items() if name != OURS}
+    found = {f"ours / {name}": float(np.median(other / micros[OURS])) for name, other in micros.items() if name != OURS}
+    if REGIONS in micros:
+        del found[f"ours / {REGIONS}"]
+        for name in (OURS, FASTEST_PEER):
+            if name in micros:
+                found[f"{REGIONS} / {name}"] = float(np.median(micros[name] / micros[REGIONS]))
+    return found
 
 
 def workers(file: Path, given: Given, rounds: int, count: int) -> dict[str, float]:
@@ -220,11 +234,15 @@ def main(dry: bool) -> None:
     file = given_views(collection)
     given = read_given(file)
     paths = timed_paths()
+    try:
+        one_view(with_fast_regions(collection))
+    except ShardError as error:
+        next(path for path in paths if path.path == REGIONS).found = str(error)
     if dry:
         for path in paths:
             path.batches = 1
-    with running(paths, file, given, str(max(os.sched_getaffinity(0)))):
-        measure(paths, rounds)
+    with running([path for path in paths if not path.found], file, given, str(max(os.sched_getaffinity(0)))) as started:
+        measure(started, rounds)
     found = ratios(paths) | workers(file, given, rounds, 1 if dry else EPOCH)
     rows = [row(path) for path in paths]
     if dry:
