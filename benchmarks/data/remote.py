@@ -1,9 +1,9 @@
 """Images/s of a worker on a set behind a network, over those on the same set in a folder.
 
 HTTP and S3 through a proxy that answers after 50 ± 20 ms and misbehaves: errors, resets, answers that are cut, short or
-damaged. Servers, proxy and the process that fetches ahead share a core, the worker and the consumer have one of their own, which
-is what a node beside a store has. Every round begins with an empty cache, and what is timed lies in the first epoch:
-each chunk is fetched while the worker reads those before it.
+damaged. Servers, proxy and the process that fetches ahead share a core, the worker and the consumer have one of their
+own, which is what a node beside a store has. Every round begins with an empty cache, and what is timed lies in the
+first epoch: each chunk is fetched while the worker reads those before it.
 """
 
 import contextlib
