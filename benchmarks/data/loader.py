@@ -31,6 +31,7 @@ from benchmarks.data.views import decibels, draw_photographs
 from benchmarks.results import write
 
 WARM, ROUNDS, EPOCH = PREFETCH + 2, 5, 19
+IMAGES, IMAGES_DRY = EPOCH * BATCH, 4 * BATCH
 LEAST_DECIBELS = 25.0  # a path below does not show the view that it was given
 OURS, REGIONS, BARE, FASTEST_PEER = "ours", "ours, --fast-regions shards", "bare loop", "tf.data, fast"
 CUT = "decode, crop, clamp, resize, flip"
@@ -230,7 +231,7 @@ def main(dry: bool) -> None:
     for draw in draw_photographs(1):
         official_path.check(draw)
     rounds = 1 if dry else ROUNDS
-    collection = corpus((4 if dry else EPOCH) * BATCH)
+    collection = corpus(IMAGES_DRY if dry else IMAGES)
     file = given_views(collection)
     given = read_given(file)
     paths = timed_paths()

@@ -152,7 +152,7 @@ def pink_noise(side: int) -> np.ndarray:
 
 
 def write_tokens(shards: Path, folder: Path, num_views: int = NUM_VIEWS) -> None:
-    """A token set of so many views as `tokenize` writes it, but of arbitrary tokens."""
+    """A token set of `num_views` views as `tokenize` writes it, but of arbitrary tokens."""
     images, policy, entries = ImageSet(shards), ViewPolicy(), []
     for number, shard in enumerate(images.manifest.shards):
         index = images.index(number)

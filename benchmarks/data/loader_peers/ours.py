@@ -19,7 +19,7 @@ from benchmarks.data.loader_peers.given import BATCH, PREFETCH, SIZE, Given, Loa
 ENDLESS = 1 << 20  # batches
 
 
-def stream(shards: Path, tokens: Path) -> Stream:
+def our_stream(shards: Path, tokens: Path) -> Stream:
     """Order, checksums, recorded views and tokens, masks, drop path."""
     images = ImageSet(shards)
     return Stream(
@@ -64,7 +64,7 @@ def open_path(given: Given, variant: str) -> LoaderPath:
     if variant == "bare":
         return LoaderPath(bare(given), shown)
     shards, workers = variant.rsplit("-", 1)
-    made = stream(given.folder / shards, given.folder / "peers" / f"view of {shards}")
+    made = our_stream(given.folder / shards, given.folder / "peers" / f"view of {shards}")
     check(made)
 
     def pixels(batch: Batch) -> Shown:
