@@ -28,7 +28,7 @@ def draw_masks(
     """Masks bool [samples, N] for a grid of (rows, columns) patches; True is masked.
 
     fill(which): float64 [n, N], which patches complete an exact mask; called only when mask.exact, for the samples that
-    need it. Of the cost about a millisecond is of the call: draw for many samples at once.
+    need it. A call takes a millisecond or two however few the samples: draw for many at once.
     """
     blocks = _Blocks(grid, samples)
     log_aspect = math.log(1 / mask.aspect_min)

@@ -68,18 +68,22 @@ def plan(places: SampleOrder, draw: Draw | None, batches: list[np.ndarray]) -> l
     They are laid around one another: first halves, then second halves from the last batch to the first. That is a batch
     of pairs where each of them is one.
     """
-    ends = np.cumsum([len(batch) for batch in batches])
-    numbers = [np.arange(end - len(batch), end) for batch, end in zip(batches, ends.tolist(), strict=True)]
+    ends = np.cumsum([len(batch) for batch in batches]).tolist()
+    parts = [slice(end - len(batch), end) for batch, end in zip(batches, ends, strict=True)]
+    turns = [np.arange(part.start, part.stop) for part in parts]
     laid = np.concatenate(
-        [*(part[: len(part) // 2] for part in numbers), *(part[len(part) // 2 :] for part in numbers[::-1])]
+        [*(turn[: len(turn) // 2] for turn in turns), *(turn[len(turn) // 2 :] for turn in turns[::-1])]
     )
-    back = np.argsort(laid)
-    samples = np.concatenate(batches)
-    found = places.locate(samples)
+    samples, back = np.concatenate(batches), np.argsort(laid)
+    epochs, shards, rows = places.locate(samples)
     drawn = {name: value[back] for name, value in (draw(samples[laid]) if draw else {}).items()}
     return [
         Planned(
-            samples[part], *(column[part] for column in found), {name: value[part] for name, value in drawn.items()}
+            samples[part],
+            epochs[part],
+            shards[part],
+            rows[part],
+            {name: value[part] for name, value in drawn.items()},
         )
-        for part in (slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0, 0) for part in numbers)
+        for part in parts
     ]

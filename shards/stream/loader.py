@@ -318,7 +318,8 @@ class _Batches(Dataset):
         """The batch, or the one line of its ShardError: raised in a worker it would come back as a traceback."""
         try:
             if self.plan is None:
-                self.plan = self.stream.plan(self.numbers, get_worker_info().num_workers)
+                worker = get_worker_info()
+                self.plan = self.stream.plan(self.numbers, worker.num_workers if worker else 1)
             planned = self.plan[i]
             return _Sent(i, self.stream.planned_batch(planned, self.ring.places(i, len(planned.samples))))
         except ShardError as error:
