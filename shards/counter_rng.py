@@ -70,7 +70,12 @@ def uniform(*words: Words) -> np.ndarray:
 
 def permutation(count: int, *words: Words) -> np.ndarray:
     """A permutation of 0 … count - 1 (int64): the positions sorted by their bits."""
-    return np.argsort(bits(*words, np.arange(count, dtype=np.uint64)), kind="stable")
+    positions = np.arange(count, dtype=np.uint64)
+    drawn, low = bits(*words, positions), np.uint64((1 << count.bit_length()) - 1)
+    together = np.sort((drawn & ~low) | positions)  # numbers sort in half the time that places take
+    if (np.diff(together & ~low) > 0).all():
+        return (together & low).astype(np.int64)
+    return np.argsort(drawn, kind="stable")
 
 
 def hash_key(key: str) -> int:
