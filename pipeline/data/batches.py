@@ -10,9 +10,8 @@ from beitforge.pipeline.cluster.environment import rank_info
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.shards.storage.remote import Remote
-from beitforge.shards.stream.batch_plan import BatchSampler
 from beitforge.shards.stream.image_set import Reading
-from beitforge.shards.stream.loader import Batch, Stream, load
+from beitforge.shards.stream.loader import Batch, BatchSampler, Stream, load
 from beitforge.shards.stream.order import Order, RankBatches, rank_batches
 from beitforge.shards.stream.prefetch import fetched_ahead
 

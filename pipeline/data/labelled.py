@@ -15,10 +15,9 @@ from beitforge.pipeline.data.pretraining import DataSource, evaluation, image_se
 from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.format.index import FLAG_LABELLED
 from beitforge.shards.format.views import ViewPolicy
-from beitforge.shards.stream.batch_plan import SampleOrder
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.label_subset import Subset, chosen_rows
-from beitforge.shards.stream.loader import Stream
+from beitforge.shards.stream.loader import SampleOrder, Stream
 from beitforge.shards.stream.view_sources import DrawnViews
 
 

@@ -11,18 +11,17 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from beitforge.shards import counter_rng
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import COLUMNS, FLAG_BAD, Row
-from beitforge.shards.stream.batch_plan import BatchPlan, BatchSampler, Draw, Planned, SampleOrder, plan
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.view_sources import Selection, ViewSource
 
@@ -81,6 +80,14 @@ class Batch(NamedTuple):
         return self._replace(**there, draws=drawn)
 
 
+class SampleOrder(Protocol):
+    """Where a sample lies: shards.stream.order.Order, shards.stream.label_subset.Subset, or SequentialOrder."""
+
+    samples: int
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
 class SequentialOrder:
     """Samples in manifest order, epoch 0: for evaluation."""
 
@@ -110,7 +117,7 @@ class Stream:
     tokenizer_resample: str = "lanczos"
     decoder: str = "auto"
     seed: int = 0
-    draw: Draw | None = None
+    draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
     augment: Callable[[int, torch.Tensor], None] | None = None
 
     @property
@@ -123,27 +130,19 @@ class Stream:
 
         Raises ShardError when a shard cannot be read.
         """
-        return self.planned_batch(plan(self.places, self.draw, [samples])[0], into)
-
-    def plan(self, numbers: BatchSampler, every: int = 1) -> BatchPlan:
-        """The arithmetic of every so-manieth of these batches, done for many of them at once."""
-        return BatchPlan(self.places, self.draw, numbers, every)
-
-    def planned_batch(self, planned: Planned, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> Batch:
-        """`batch` of samples whose arithmetic is done."""
-        places = into or tuple(torch.empty((len(planned.samples), *shape), dtype=torch.uint8) for shape in self.shapes)
+        places = into or tuple(torch.empty((len(samples), *shape), dtype=torch.uint8) for shape in self.shapes)
         refused: dict[tuple[int, int], str] = {}
         while True:
             try:
-                return self._batch(planned, refused, *places)
+                return self._batch(samples, refused, *places)
             except _Undecodable as error:
                 refused[error.place] = str(error)
 
     def _batch(
-        self, planned: Planned, refused: dict[tuple[int, int], str], pixels: torch.Tensor, second: torch.Tensor
+        self, samples: np.ndarray, refused: dict[tuple[int, int], str], pixels: torch.Tensor, second: torch.Tensor
     ) -> Batch:
         """The batch, where `refused` says which rows cannot stand at which of its places, and why."""
-        samples, epochs, shards, rows = planned.samples, planned.epochs, planned.shards, planned.rows.copy()
+        epochs, shards, rows = self.places.locate(samples)
         if self.images.reading is not None:
             self.images.reading.sample = int(samples.min())
         bad: list[BadSample] = []
@@ -181,6 +180,7 @@ class Stream:
                 self.augment(int(samples[i]), pixels[i])
             if second.numel():
                 cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
+        drawn = self.draw(samples) if self.draw else {}
         return Batch(
             torch.from_numpy(samples),
             pixels,
@@ -190,7 +190,7 @@ class Stream:
             torch.from_numpy(views.orders.astype(np.int64)),
             torch.from_numpy(views.levels[:, 2].astype(np.float32)),
             torch.from_numpy(columns["label"]),
-            {name: torch.from_numpy(value) for name, value in planned.draws.items()},
+            {name: torch.from_numpy(value) for name, value in drawn.items()},
             bad,
         )
 
@@ -262,6 +262,13 @@ def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int],
     out.copy_(resized.flip(-1) if flip else resized)
 
 
+class BatchSampler(Protocol):
+    """The sample numbers (i64 [B]) of batch 0, 1, …: a list, or order.RankBatches."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> np.ndarray: ...
+
+
 class _Ring:
     """Memory for the pixels of a few batches, shared with the workers that are forked after it was made.
 
@@ -309,7 +316,6 @@ class _Batches(Dataset):
 
     def __init__(self, stream: Stream, numbers: BatchSampler, ring: _Ring):
         self.stream, self.numbers, self.ring = stream, numbers, ring
-        self.plan: BatchPlan | None = None  # of this worker
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -317,11 +323,8 @@ class _Batches(Dataset):
     def __getitem__(self, i: int) -> _Sent | str:
         """The batch, or the one line of its ShardError: raised in a worker it would come back as a traceback."""
         try:
-            if self.plan is None:
-                worker = get_worker_info()
-                self.plan = self.stream.plan(self.numbers, worker.num_workers if worker else 1)
-            planned = self.plan[i]
-            return _Sent(i, self.stream.planned_batch(planned, self.ring.places(i, len(planned.samples))))
+            samples = self.numbers[i]
+            return _Sent(i, self.stream.batch(samples, self.ring.places(i, len(samples))))
         except ShardError as error:
             return str(error)
 
@@ -346,9 +349,8 @@ def load(stream: Stream, numbers: BatchSampler, *, workers: int, prefetch: int, 
     pinned memory. Raises ShardError for a shard that cannot be read, whichever process met it.
     """
     if not workers or not len(numbers):
-        planned = stream.plan(numbers)
         for i in range(len(numbers)):
-            batch = stream.planned_batch(planned[i])
+            batch = stream.batch(numbers[i])
             yield batch.pinned() if pin else batch
         return
     ring = _Ring(workers * prefetch + 1, len(numbers[0]), stream.shapes)

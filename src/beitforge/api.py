@@ -27,9 +27,17 @@ from beitforge.pipeline.weights.encoder import fine_tuned, run_config
 from beitforge.pipeline.weights.from_run import encoder_of
 from beitforge.shards.decode.codec import crop
 from beitforge.shards.format.views import ViewPolicy, central_views
-from beitforge.shards.stream.batch_plan import BatchSampler, SampleOrder
 from beitforge.shards.stream.image_set import ImageSet
-from beitforge.shards.stream.loader import TORCH, Batch, SequentialOrder, Stream, cut_into, load
+from beitforge.shards.stream.loader import (
+    TORCH,
+    Batch,
+    BatchSampler,
+    SampleOrder,
+    SequentialOrder,
+    Stream,
+    cut_into,
+    load,
+)
 from beitforge.shards.stream.order import Order, OrderPolicy, rank_batches
 from beitforge.shards.stream.view_sources import CentralViews, DrawnViews, RecordedViews, ViewSource
 
