@@ -6,7 +6,9 @@ everything in pipeline its `errors`, `console`, `config`, `plain_text` and `read
 
 from dataclasses import dataclass
 
-SHARDS_ROOT = "shards.counter_rng shards.errors shards.options shards.progress shards.wording shards.workers"
+SHARDS_ROOT = (
+    "shards.counter_rng shards.errors shards.lanes shards.options shards.progress shards.wording shards.workers"
+)
 PIPELINE_ROOT = "pipeline.config pipeline.console pipeline.errors pipeline.plain_text pipeline.reading shards.errors"
 SHARDS = "shards.storage shards.format shards.decode shards.stream"
 TORCHLESS = "torch kernels deepspeed"
@@ -59,7 +61,7 @@ TABLE = (
         "torch numpy scipy PIL timm",
         "pipeline.model.beit deepspeed",
     ),
-    Row("pipeline.plan*", "pipeline.runs shards.counter_rng numpy", TORCHLESS),
+    Row("pipeline.plan*", "pipeline.runs shards.counter_rng shards.lanes numpy", TORCHLESS),
     Row(
         "pipeline.distributed*", "pipeline.cluster pipeline.runs torch deepspeed xxhash", "pipeline.model shards.stream"
     ),

@@ -21,9 +21,9 @@ from beitforge.shards import counter_rng
 from beitforge.shards.format.manifest import read_token_manifest
 from beitforge.shards.format.views import ARITHMETIC, READ_ARITHMETICS, ViewPolicy
 from beitforge.shards.storage.remote import cache_for
-from beitforge.shards.stream.batch_plan import Draw, SampleOrder
+from beitforge.shards.stream.batch_plan import Draw
 from beitforge.shards.stream.image_set import ImageSet
-from beitforge.shards.stream.loader import SequentialOrder, Stream
+from beitforge.shards.stream.loader import SampleOrder, SequentialOrder, Stream
 from beitforge.shards.stream.order import ARITHMETIC as ORDER_ARITHMETIC
 from beitforge.shards.stream.order import Order, OrderPolicy
 from beitforge.shards.stream.view_sources import CentralViews, DrawnViews, RecordedViews, ViewSource

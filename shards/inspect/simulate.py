@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from beitforge.shards.errors import ShardError
+from beitforge.shards.lanes import suiting_lanes, times_read
 from beitforge.shards.progress import Progress, Silent
-from beitforge.shards.stream.lanes import suiting_lanes, times_read
 from beitforge.shards.stream.order import Order, OrderPolicy
 
 WALKED = 10**8  # samples of an epoch that are all walked unless told otherwise

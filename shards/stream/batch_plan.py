@@ -3,24 +3,18 @@
 Most of what that costs is of the call, not of the samples. Must not know torch.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
+
+from beitforge.shards.stream.samples import Place, SampleOrder, placed
 
 _SAMPLES = 1024  # that are planned together, some hundred bytes each
 
 # What samples (i64 [n]) draw: arrays [n, …] by name, each row a function of its sample alone or, in a batch of pairs
 # (shards.stream.order.RankBatches), of its sample and the one as far from the batch's other end.
 Draw = Callable[[np.ndarray], dict[str, np.ndarray]]
-
-
-class SampleOrder(Protocol):
-    """Where a sample lies: shards.stream.order.Order, shards.stream.label_subset.Subset, or SequentialOrder."""
-
-    samples: int
-
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
 class BatchSampler(Protocol):
@@ -30,28 +24,25 @@ class BatchSampler(Protocol):
     def __getitem__(self, i: int, /) -> np.ndarray: ...
 
 
-class Planned(NamedTuple):
-    """One batch: its samples, and of each the epoch, the shard and the row it lies in (i64 [B] each), and its draws."""
+class PlannedBatch(list[Place]):
+    """The places of a batch's samples, with what they draw."""
 
-    samples: np.ndarray
-    epochs: np.ndarray
-    shards: np.ndarray
-    rows: np.ndarray
-    draws: dict[str, np.ndarray]
+    def __init__(self, places: Iterable[Place], draws: dict[str, np.ndarray]):
+        super().__init__(places)
+        self.draws = draws
 
 
 class BatchPlan:
     """The batches of `numbers` that one process builds, in turn; a plan never changes a batch, only what it costs."""
 
-    def __init__(self, places: SampleOrder, draw: Draw | None, numbers: BatchSampler, every: int = 1):
+    def __init__(self, order: SampleOrder, draw: Draw | None, numbers: BatchSampler, every: int = 1):
         """every: the process builds each so-manieth batch."""
-        self.places, self.draw, self.numbers, self.every = places, draw, numbers, every
-        self._ready: dict[int, Planned] = {}
+        self.order, self.draw, self.numbers, self.every = order, draw, numbers, every
+        self._ready: dict[int, PlannedBatch] = {}
 
-    def __getitem__(self, number: int) -> Planned:
+    def __getitem__(self, number: int) -> PlannedBatch:
         if number not in self._ready:
-            batches = list(self._following(number))
-            planned = plan(self.places, self.draw, batches)
+            planned = plan(self.order, self.draw, list(self._following(number)))
             self._ready = {number + place * self.every: one for place, one in enumerate(planned)}
         return self._ready.pop(number)
 
@@ -62,7 +53,7 @@ class BatchPlan:
             samples, number = samples + max(1, len(batch)), number + self.every
 
 
-def plan(places: SampleOrder, draw: Draw | None, batches: list[np.ndarray]) -> list[Planned]:
+def plan(order: SampleOrder, draw: Draw | None, batches: list[np.ndarray]) -> list[PlannedBatch]:
     """Of these batches, each as it would be planned alone.
 
     They are laid around one another: first halves, then second halves from the last batch to the first. That is a batch
@@ -75,15 +66,6 @@ def plan(places: SampleOrder, draw: Draw | None, batches: list[np.ndarray]) -> l
         [*(turn[: len(turn) // 2] for turn in turns), *(turn[len(turn) // 2 :] for turn in turns[::-1])]
     )
     samples, back = np.concatenate(batches), np.argsort(laid)
-    epochs, shards, rows = places.locate(samples)
+    places = placed(order, samples)
     drawn = {name: value[back] for name, value in (draw(samples[laid]) if draw else {}).items()}
-    return [
-        Planned(
-            samples[part],
-            epochs[part],
-            shards[part],
-            rows[part],
-            {name: value[part] for name, value in drawn.items()},
-        )
-        for part in parts
-    ]
+    return [PlannedBatch(places[part], {name: value[part] for name, value in drawn.items()}) for part in parts]

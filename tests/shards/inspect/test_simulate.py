@@ -11,8 +11,8 @@ import pytest
 from beitforge.shards.errors import ShardError
 from beitforge.shards.inspect import simulate as simulate_module
 from beitforge.shards.inspect.simulate import Simulated, simulate
+from beitforge.shards.lanes import suiting_lanes, times_read
 from beitforge.shards.stream import order as order_module
-from beitforge.shards.stream.lanes import suiting_lanes, times_read
 from beitforge.shards.stream.order import Order, OrderPolicy
 from tests.conftest import ROOT
 

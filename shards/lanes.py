@@ -36,6 +36,6 @@ def advice(lanes: int, ranks: int, ranks_per_node: int) -> str:
         return ""
     times = times_read(lanes, ranks, ranks_per_node)
     return (
-        f"with loader.lanes={lanes} the nodes of {ranks} ranks, {ranks_per_node} a node, together read the set {times:.1f} "
-        f"times an epoch; a run that has not begun reads it once with loader.lanes={suiting}"
+        f"with loader.lanes={lanes} the nodes of {ranks} ranks, {ranks_per_node} a node, together read the set "
+        f"{times:.1f} times an epoch; a run that has not begun reads it once with loader.lanes={suiting}"
     )
