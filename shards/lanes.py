@@ -29,13 +29,19 @@ def suiting_lanes(lanes: int, ranks: int, ranks_per_node: int) -> int:
     return ranks
 
 
-def advice(lanes: int, ranks: int, ranks_per_node: int) -> str:
+def window_samples(samples: int, chunk: int, window: int, lanes: int, ranks: int, ranks_per_node: int) -> int:
+    """Samples, at most, of the chunks that a node keeps for one window of its lanes; a cache holds two of them, the one
+    that is read and the next. samples: of the set."""
+    classes = math.gcd(lanes, ranks)
+    of_a_lane = min(window * chunk, -(-samples // lanes)) + chunk
+    return min(samples, lanes // classes * min(ranks_per_node, ranks, classes) * of_a_lane)
+
+
+def advice(lanes: int, ranks: int, ranks_per_node: int) -> tuple[str, str]:
     """What is read too often, and the setting that cures it; empty where there is nothing to say."""
     suiting = suiting_lanes(lanes, ranks, ranks_per_node)
     if suiting == lanes:
-        return ""
+        return "", ""
     times = times_read(lanes, ranks, ranks_per_node)
-    return (
-        f"with loader.lanes={lanes} the nodes of {ranks} ranks, {ranks_per_node} a node, together read the set "
-        f"{times:.1f} times an epoch; a run that has not begun reads it once with loader.lanes={suiting}"
-    )
+    what = f"with loader.lanes={lanes} the nodes of {ranks} ranks, {ranks_per_node} a node, together read the set "
+    return f"{what}{times:.1f} times an epoch", f"set loader.lanes={suiting} in a run that has not begun"

@@ -11,7 +11,7 @@ import pytest
 from beitforge.shards.errors import ShardError
 from beitforge.shards.inspect import simulate as simulate_module
 from beitforge.shards.inspect.simulate import Simulated, simulate
-from beitforge.shards.lanes import suiting_lanes, times_read
+from beitforge.shards.lanes import suiting_lanes, times_read, window_samples
 from beitforge.shards.stream import order as order_module
 from beitforge.shards.stream.order import Order, OrderPolicy
 from tests.conftest import ROOT
@@ -90,6 +90,16 @@ def test_suiting_lanes_have_the_set_read_once(ranks):
     found = reading(asked, OrderPolicy())
     assert found["read by all nodes, times the set"] == pytest.approx(times_read(256, ranks, 8), rel=0.1)
     assert found["lanes that suit these ranks"] == suiting
+
+
+@pytest.mark.parametrize(("ranks", "lanes"), [(8, 256), (24, 256), (24, 384), (4, 256), (512, 512), (1000, 1000)])
+def test_the_cache_of_a_node_is_the_same_by_arithmetic(ranks, lanes):
+    """What doctor compares data.cache_gb with, against the chunks of the windows themselves."""
+    policy = OrderPolicy(lanes=lanes)
+    asked = Simulated(samples=1_281_167, samples_per_shard=1000, ranks=ranks, global_batch=ranks)
+    counted = reading(asked, policy)["cache that a node needs, bytes"]
+    kept = window_samples(asked.samples, policy.chunk, policy.window, lanes, ranks, 8)
+    assert counted == pytest.approx(2 * kept * asked.bytes_per_sample, rel=0.05)
 
 
 def reading(asked: Simulated, policy: OrderPolicy) -> dict:
