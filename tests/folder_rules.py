@@ -57,8 +57,8 @@ TABLE = (
     Row("pipeline.tokenizers*", "pipeline.model torch safetensors", "pipeline.model.beit shards.stream deepspeed"),
     Row(
         "pipeline.data*",
-        f"pipeline.tokenizers pipeline.model pipeline.cluster pipeline.torchvision_stub shards.counter_rng {SHARDS} "
-        "torch numpy scipy PIL timm",
+        f"pipeline.tokenizers pipeline.model pipeline.cluster pipeline.torchvision_stub shards.counter_rng "
+        f"shards.lanes {SHARDS} torch numpy scipy PIL timm",
         "pipeline.model.beit deepspeed",
     ),
     Row("pipeline.plan*", "pipeline.runs shards.counter_rng shards.lanes numpy", TORCHLESS),
@@ -92,7 +92,7 @@ TABLE = (
     Row(
         "pipeline.doctor*",
         f"pipeline.training pipeline.distributed pipeline.data pipeline.plan pipeline.cluster pipeline.model kernels "
-        f"{SHARDS} torch numpy",
+        f"shards.lanes {SHARDS} torch numpy",
         "pipeline.reports pipeline.weights",
     ),
     Row(

@@ -82,7 +82,8 @@ def looped() -> float:
 def check() -> None:
     """The same draws for single samples, or no numbers."""
     numbers = RankBatches(0, 64, 8, 1, 2, 4)
-    for batch, samples in zip(plan(Order([1000], OrderPolicy()), DRAW, list(numbers)), numbers, strict=True):
+    batches = [numbers[number] for number in range(len(numbers))]
+    for batch, samples in zip(plan(Order([1000], OrderPolicy()), DRAW, batches), batches, strict=True):
         for i, sample in enumerate(samples):
             for name, value in DRAW(np.array([sample])).items():
                 assert np.array_equal(value[0], batch.draws[name][i]), f"sample {sample}: {name} differs"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from beitforge.shards.decode import conversions, extras, jpeg, jpeg_faults, tiff
+from beitforge.shards.decode import conversions, extras, jpeg, jpeg_faults, regions, tiff
 from beitforge.shards.decode.faults import DAMAGE, MAX_PIXELS, ImageError
 from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
@@ -24,6 +24,7 @@ from beitforge.shards.format.index import (
     FLAG_NOT_RGB,
     FLAG_PNG,
     FLAG_PROGRESSIVE,
+    FLAG_REGIONS,
     FLAG_ROTATED,
     FLAG_WEBP,
 )
@@ -139,6 +140,7 @@ def _header(image: Image.Image, data: bytes) -> Header:
         (FLAG_NOT_RGB, image.mode != "RGB" or bits != 8),
         (FLAG_ROTATED, orientation != 1),
         (FLAG_ANIMATED, animated),
+        (FLAG_REGIONS, kind == "jpg" and regions.fits(data)),
     ):
         flags |= flag if holds else 0
     return Header(kind, image.width, image.height, flags, orientation, bits)
@@ -191,11 +193,29 @@ def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, 
     """
     check_box(box, size)
     fast = jpeg.decoder(decoder)
-    if fast.region and is_plain_jpeg(flags) and box[2] * box[3] < _REGION_SHARE * size[0] * size[1]:
+    exact = fast if is_plain_jpeg(flags) else jpeg.decoder("auto")  # grey is approximated by no decoder
+    small = box[2] * box[3] < _REGION_SHARE * size[0] * size[1]
+    if flags & FLAG_REGIONS and small and (found := _spliced(data, box, size, exact)) is not None:
+        return found
+    # nvImageCodec 0.9 does not smooth the chroma of a single column
+    if fast.region and is_plain_jpeg(flags) and small and box[2] > 1:
         found = fast.region(data, box)
         if found is not None and found.shape == (box[3], box[2], 3):
             return found
     return crop(decode_whole(data, flags, decoder), box)
+
+
+def _spliced(data: bytes, box: list[int], size: tuple[int, int], fast: jpeg.JpegDecoder) -> np.ndarray | None:
+    """A box of an image with fast regions; None where that cannot be had from its MCUs alone."""
+    part = regions.splice(data, box, size)
+    if part is None:
+        return None
+    found, x, y = part
+    pixels = fast.whole(bytes(found)) if fast.whole else None
+    if pixels is None or pixels.ndim != 3:
+        return None
+    cut = pixels[y : y + box[3], x : x + box[2]]
+    return cut if cut.shape == (box[3], box[2], 3) else None
 
 
 def decode_whole(data: bytes, flags: int, decoder: str = "auto") -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from beitforge.shards import counter_rng
+from beitforge.shards.decode.jpegtran import check_tool
 from beitforge.shards.errors import ShardError
 from beitforge.shards.pack.encode import EncodeOptions
 from beitforge.shards.pack.listing.equal_files import first_equals
@@ -27,7 +28,7 @@ FORMAT, FIRST_FORMAT = 2, 1
 _SINCE_FORMAT_1 = ("to_rgb8",)  # options that it did not know
 # Options that format 2 did not know at first: a plan names them where they are not at these values, and is otherwise
 # the plan it was without them.
-_LATER = {"subsampling": "444"}
+_LATER = {"subsampling": "444", "fast_regions": False}
 _ENCODING = tuple(one.name for one in dataclasses.fields(EncodeOptions))
 
 
@@ -236,6 +237,8 @@ def check_options(options: PackOptions) -> None:
             raise ShardError(f"{name} is {value}, it must be at least {least}")
     if not 1 <= encoding.quality <= 100:
         raise ShardError(f"--quality is {encoding.quality}, it must be from 1 to 100")
+    if encoding.fast_regions:
+        check_tool()
     names = [name for name, _ in options.splits]
     for flag, name in [("--name", options.name), *(("--split", name) for name in names)]:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):

@@ -36,7 +36,7 @@ class BatchPlan:
     """The batches of `numbers` that one process builds, in turn; a plan never changes a batch, only what it costs."""
 
     def __init__(self, order: SampleOrder, draw: Draw | None, numbers: BatchSampler, every: int = 1):
-        """every: the process builds each so-manieth batch."""
+        """every: the process builds one batch in `every`."""
         self.order, self.draw, self.numbers, self.every = order, draw, numbers, every
         self._ready: dict[int, PlannedBatch] = {}
 

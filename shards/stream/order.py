@@ -131,7 +131,7 @@ class Order:
             epoch, first = epoch + 1, 0
 
     def _is_sparse(self, world: int) -> bool:
-        """Whether so many ranks share a lane that one's samples of a window leave out some of its chunks."""
+        """Whether enough ranks share a lane for one rank's samples of a window to leave out some of its chunks."""
         return 6 * world > self.policy.chunk * math.gcd(self.policy.lanes, world)
 
     def _covering(self, epoch: int, window: int, rank: int, world: int) -> np.ndarray:

@@ -40,9 +40,10 @@ def stored(image: Image.Image, **how) -> bytes:
 
 
 def boxes(seed: int, count: int) -> list[list[int]]:
-    """All of it, single pixels in the corners, and any."""
+    """All of it, single pixels in the corners, the outermost columns, and any."""
     rng = np.random.default_rng(seed)
     found = [[0, 0, WIDTH, HEIGHT], [0, 0, 1, 1], [WIDTH - 1, HEIGHT - 1, 1, 1]]
+    found += [[0, 0, 1, HEIGHT], [0, HEIGHT - 1, 1, 1], [WIDTH - 1, 0, 1, HEIGHT]]
     for _ in range(count):
         width, height = int(rng.integers(1, WIDTH + 1)), int(rng.integers(1, HEIGHT + 1))
         found.append([int(rng.integers(WIDTH - width + 1)), int(rng.integers(HEIGHT - height + 1)), width, height])
