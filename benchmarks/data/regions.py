@@ -90,13 +90,13 @@ def each(of: list[Crop], does: Callable[[Crop], object]) -> float:
 def batches(stream: Stream, samples: np.ndarray) -> Run:
     """µs of CPU for a sample of the stream: read, checked, decoded, cut and resized into memory that is used again and
     again as a worker's is, masked."""
-    into = tuple(torch.zeros((BATCH, *shape), dtype=torch.uint8) for shape in stream.shapes)
+    one, other = (torch.zeros((BATCH, *shape), dtype=torch.uint8) for shape in stream.shapes)
 
     def run() -> float:
         began = time.process_time()
         for start in range(0, len(samples), BATCH):
             places = stream.samples.located(samples[start : start + BATCH])
-            stream.built(places, [stream.samples.read(place) for place in places], into)
+            stream.built(places, [stream.samples.read(place) for place in places], (one, other))
         return 1e6 * (time.process_time() - began) / len(samples)
 
     return run

@@ -187,8 +187,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, decoder: str = "auto") -> np.ndarray:
     """uint8 [height, width, 3]: `decode` cut to a box x, y, width, height, by the decoder of that name (jpeg.DECODERS),
-    which may decode no more than it needs. size (width, height) and flags: the image's in its index. The crop lies in
-    one piece: torch resizes it a fifth faster than a part of a larger one.
+    which may decode no more than it needs. size (width, height) and flags: the image's in its index.
 
     Raises ImageError as `decode` does, ShardError when the box leaves the image.
     """
@@ -203,7 +202,7 @@ def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, 
         found = fast.region(data, box)
         if found is not None and found.shape == (box[3], box[2], 3):
             return found
-    return np.ascontiguousarray(crop(decode_whole(data, flags, decoder), box))
+    return crop(decode_whole(data, flags, decoder), box)
 
 
 def _spliced(data: bytes, box: list[int], size: tuple[int, int], fast: jpeg.JpegDecoder) -> np.ndarray | None:
@@ -216,7 +215,7 @@ def _spliced(data: bytes, box: list[int], size: tuple[int, int], fast: jpeg.Jpeg
     if pixels is None or pixels.ndim != 3:
         return None
     cut = pixels[y : y + box[3], x : x + box[2]]
-    return np.ascontiguousarray(cut) if cut.shape == (box[3], box[2], 3) else None
+    return cut if cut.shape == (box[3], box[2], 3) else None
 
 
 def decode_whole(data: bytes, flags: int, decoder: str = "auto") -> np.ndarray:
