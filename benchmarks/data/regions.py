@@ -16,10 +16,11 @@ from PIL import Image
 from beitforge.shards.decode import codec, regions
 from beitforge.shards.decode.jpegtran import with_fast_regions
 from beitforge.shards.stream.image_set import ImageSet
-from beitforge.shards.stream.loader import Stream
+from beitforge.shards.stream.loader import Stream, load
+from beitforge.shards.stream.order import RankBatches
 from benchmarks.data import loader_corpus
 from benchmarks.data.decoders import Crop, recorded
-from benchmarks.data.loader import our_stream
+from benchmarks.data.loader_peers.ours import ENDLESS, our_stream
 from benchmarks.results import write
 
 Run = Callable[[], float]
@@ -38,15 +39,14 @@ def main() -> None:
     quick = [made_fast(crop) for crop in slow]
     for one, other in (*zip(kept, spliced, strict=True), *zip(slow, quick, strict=True)):
         assert np.array_equal(codec.decode_view(*one), codec.decode_view(*other)), "fast regions have other pixels"
-    streams = [our_stream(one) for one in (plain, fast)]
-    samples = np.arange(IMAGES)
-    both = (stream.batch(samples).tensors() for stream in streams)
+    streams = [our_stream(one.shards, one.tokens) for one in (plain, fast)]
+    both = (stream.batch(np.arange(IMAGES)).tensors() for stream in streams)
     assert all(torch.equal(one, other) for one, other in zip(*both, strict=True)), "fast regions make another batch"
     paths = {
         "crop": (crops(kept), crops(spliced)),
         "crop, by simplejpeg": (crops(kept, "simplejpeg"), crops(spliced, "simplejpeg")),
         "crop of a progressive one": (crops(slow), crops(quick)),
-        "sample of the stream": (batches(streams[0], samples), batches(streams[1], samples)),
+        "sample of the stream": (batches(streams[0]), batches(streams[1])),
     }
     spent = measure(paths)
     splicing = [each(spliced, lambda crop: regions.splice(*crop[:3])) for _ in range(ROUNDS)]
@@ -87,17 +87,16 @@ def each(of: list[Crop], does: Callable[[Crop], object]) -> float:
     return 1e6 * (time.process_time() - began) / len(of)
 
 
-def batches(stream: Stream, samples: np.ndarray) -> Run:
-    """µs of CPU for a sample of the stream: read, checked, decoded, cut and resized into memory that is used again and
-    again as a worker's is, masked."""
-    one, other = (torch.zeros((BATCH, *shape), dtype=torch.uint8) for shape in stream.shapes)
+def batches(stream: Stream) -> Run:
+    """µs of CPU for a sample of the stream: read, checked, decoded, cut and resized, masked."""
+    numbers = RankBatches(0, BATCH, BATCH, 0, 1, ENDLESS)
+    loaded = load(stream, numbers, workers=0, prefetch=2, pin=False)
 
     def run() -> float:
         began = time.process_time()
-        for start in range(0, len(samples), BATCH):
-            places = stream.samples.located(samples[start : start + BATCH])
-            stream.built(places, [stream.samples.read(place) for place in places], (one, other))
-        return 1e6 * (time.process_time() - began) / len(samples)
+        for _ in range(IMAGES // BATCH):
+            next(loaded)
+        return 1e6 * (time.process_time() - began) / IMAGES
 
     return run
 
