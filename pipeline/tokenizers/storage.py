@@ -114,10 +114,10 @@ def save_tokenizer(folder: Path, weights: dict[str, Tensor], kind: str, shape: d
 def require_filter(name: object, where: str) -> None:
     """Raise ConfigError unless views can be cut with a filter here. where: what states it, in words."""
     if name not in FILTERS:
-        raise ConfigError(f"{where} is {shown(str(name))!r}, expected one of {', '.join(FILTERS)}: {_CURE}")
+        raise ConfigError(f"{where} is {shown(str(name))}, expected one of {', '.join(FILTERS)}: {_CURE}")
     if name == "torch lanczos":
         try:
-            F.interpolate(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), (1, 1), mode="lanczos", antialias=True)
+            F.interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), mode="lanczos", antialias=True)
         except (NotImplementedError, ValueError) as error:
             raise ConfigError(
                 f"{where} is {name}, which torch {torch.__version__} does not have: install torch 2.13 or newer"
