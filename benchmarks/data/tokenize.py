@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from beitforge.pipeline.cli import main as beitforge
 from beitforge.pipeline.config.fields import Size
@@ -25,31 +24,16 @@ from beitforge.pipeline.stages import tokenize
 from beitforge.pipeline.tokenizers.dalle import DalleShape
 from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
 from beitforge.pipeline.tokenizers.storage import save_tokenizer
-from beitforge.pipeline.tokenizers.user_class import TRUSTED
-from beitforge.shards.stream.view_batches import Piece
+from beitforge.shards.stream.view_batches import Piece, ViewBatch, ViewCutter
 from benchmarks.data.loader_corpus import corpus
 from benchmarks.learning.tokenizer_precision import random_dalle
 from benchmarks.results import write
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARDS, PROCESSES = (int(os.environ.get("SH", "1000")), 2000), 2
+SHARDS, PROCESSES = (1_000, 10_000), 2
 IMAGES, PER_SHARD, VIEWS, ROUNDS = 64, 16, 4, 3  # of the own dVAE's rate; DALL-E's encoder takes FEW images
 FEW = 8
-_PATCHES, _VOCABULARY, _NONE = 196, 16, "benchmarks.data.tokenize:NoTokenizer"
-
-
-class NoTokenizer(nn.Module):
-    """Gives token 0 everywhere, at no cost."""
-
-    decodes, stride, fixed_size = False, 8, None
-
-    def __init__(self, vocabulary: int):
-        super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(vocabulary))
-
-    def tokenize(self, pixels_BCHW: Tensor) -> Tensor:
-        """i64 [B, N]."""
-        return torch.zeros((len(pixels_BCHW), _PATCHES), dtype=torch.int64)
+_PATCHES = 196
 
 
 def tiny_shards(folder: Path, count: int) -> Path:
@@ -84,28 +68,37 @@ def process(words: list[str]) -> None:
     events = {"open": "opens", "os.scandir": "listings", "os.listdir": "listings"}
     sys.addaudithook(lambda event, _: calls.update([events[event]] if event in events else []))
     os.stat = counting  # type: ignore[assignment]
-    torch.set_num_threads(1)
+    _cost_nothing()
     begun = time.process_time()
     assert tokenize.run(config) == 0
     print(json.dumps({"CPU s": time.process_time() - begun, **calls}))
 
 
+def _cost_nothing() -> None:
+    """Views that are drawn and cut once and given ever after, and tokens of nothing: what is left is bookkeeping."""
+    cut, made = ViewCutter.cut, []
+
+    def again(cutter: ViewCutter, piece: Piece) -> ViewBatch:
+        if not made:
+            made.append(cut(cutter, piece))
+        return made[0]._replace(piece=piece)
+
+    def nothing(task: tokenize.Task, batch: ViewBatch) -> np.ndarray:
+        return np.zeros((task.cutter.num_views, len(batch.bad), _PATCHES), np.uint16)
+
+    ViewCutter.cut, tokenize.Task.tokens = again, nothing  # type: ignore[method-assign]
+
+
 def bookkeeping(folder: Path, count: int) -> dict:
     """A row: `PROCESSES` processes that share `count` shards; the costs are the mean process's."""
-    save_tokenizer(
-        folder / "none",
-        NoTokenizer(_VOCABULARY).state_dict(),
-        _NONE,
-        {"vocabulary": _VOCABULARY},
-        Size(112, 112),
-        "lanczos",
-    )
+    small = Tokenizer(vocabulary=16, width=4, embedding=4, residual_blocks=0)
+    save_dvae(folder / "small", Dvae(small, seed=0), small)
     words = [str(ROOT / "configs" / "beit_base.yaml"), f"data.images={tiny_shards(folder, count)}"]
-    words += [f"data.tokens={folder}/tokens-{count}", f"data.tokenizer={folder}/none", "data.heldout_images="]
-    words += ["data.heldout_tokens=", f"tokenizer.vocabulary={_VOCABULARY}"]
+    words += [f"data.tokens={folder}/tokens-{count}", f"data.tokenizer={folder}/small", "data.heldout_images="]
+    words += ["data.heldout_tokens=", "tokenizer.vocabulary=16"]
     words += ["view.num_views=1", "loader.workers=0"]
     command = [sys.executable, "-m", "benchmarks.data.tokenize", "--process", *words]
-    places = [{"RANK": str(rank), "WORLD_SIZE": str(PROCESSES), TRUSTED: _NONE} for rank in range(PROCESSES)]
+    places = [{"RANK": str(rank), "WORLD_SIZE": str(PROCESSES)} for rank in range(PROCESSES)]
     running = [
         subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, stdout=subprocess.PIPE, text=True)
         for place in places
@@ -194,11 +187,11 @@ def main() -> None:
         f"tokenize / bare tokenizer, {row['tokenizer']}, {row['filter']}": row["bare / tokenize, CPU s"] for row in rows
     }
     notes = [
-        f"Bookkeeping of {PROCESSES} processes that share the shards, each shard one image of 8 × 8, a tokenizer that "
-        f"costs nothing, the mean process: "
+        f"Bookkeeping of {PROCESSES} processes that share the shards, views and tokens given for nothing, the "
+        "mean process: "
         + "; ".join(
             f"{row['shards']:,} shards {row['CPU s']:.1f} CPU s ({row['CPU ms a shard it made']:.2f} ms a shard that "
-            f"it made, cutting and writing included), {row['stats']:,.0f} stats, {row['opens']:,.0f} opens, "
+            f"it made, its file included), {row['stats']:,.0f} stats, {row['opens']:,.0f} opens, "
             f"{row['listings']:.0f} listings"
             for row in kept
         )
