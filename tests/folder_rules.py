@@ -29,13 +29,17 @@ class Row:
 
 TABLE = (
     Row("kernels*", "torch triton", "shards pipeline deepspeed"),
-    Row("shards.stream.loader shards.stream.view_batches", f"{SHARDS} {NUMPY} torch", "kernels pipeline deepspeed"),
+    Row(
+        "shards.stream.loader shards.stream.view_batches shards.stream.fixed_point shards.stream.on_device",
+        f"{SHARDS} {NUMPY} torch",
+        "kernels pipeline deepspeed",
+    ),
     Row("shards.storage*", f"{NUMPY} fsspec aiohttp", f"pipeline {TORCHLESS}"),
     Row("shards.format*", f"shards.storage {NUMPY} safetensors", f"pipeline {TORCHLESS}"),
     Row(
         "shards.decode*", f"shards.format {NUMPY} PIL simplejpeg nvidia pillow_heif pillow_jxl", f"pipeline {TORCHLESS}"
     ),
-    Row("shards.pack*", f"shards.decode shards.format shards.storage {NUMPY} webdataset", f"pipeline {TORCHLESS}"),
+    Row("shards.pack*", f"shards.decode shards.format shards.storage {NUMPY}", f"pipeline {TORCHLESS}"),
     Row("shards.stream*", f"{SHARDS} {NUMPY}", f"pipeline {TORCHLESS}"),
     Row("shards.inspect*", f"shards.pack {SHARDS} {NUMPY}", f"pipeline {TORCHLESS}"),
     Row("shards*", f"{NUMPY} tqdm", f"pipeline {TORCHLESS}"),

@@ -105,7 +105,7 @@ def _task(
         num_views=config.view.num_views,
         size=(height, width),
         resample=identity["filter"],
-        decoder=config.loader.decoder,
+        decoder=config.loader.exact_decoder,
     )
     folder = TokenFolder(tokens, images, identity, policy_record(policy), cutter.num_views)
     return Task(images, folder, tokenizer, identity, cutter, device)

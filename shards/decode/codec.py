@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from beitforge.shards.decode import conversions, extras, jpeg, jpeg_faults, tiff
+from beitforge.shards.decode import conversions, extras, jpeg, jpeg_faults, regions, tiff
 from beitforge.shards.decode.faults import DAMAGE, MAX_PIXELS, ImageError
 from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
@@ -24,10 +24,13 @@ from beitforge.shards.format.index import (
     FLAG_NOT_RGB,
     FLAG_PNG,
     FLAG_PROGRESSIVE,
+    FLAG_REGIONS,
     FLAG_ROTATED,
     FLAG_WEBP,
 )
 from beitforge.shards.format.levels import tone_table
+
+SUBSAMPLINGS = ("444", "422", "420")  # of JPEG's chroma, by Pillow's numbers
 
 _REGION_SHARE = 0.9  # of an image; a larger crop is cut from the whole
 
@@ -137,6 +140,7 @@ def _header(image: Image.Image, data: bytes) -> Header:
         (FLAG_NOT_RGB, image.mode != "RGB" or bits != 8),
         (FLAG_ROTATED, orientation != 1),
         (FLAG_ANIMATED, animated),
+        (FLAG_REGIONS, kind == "jpg" and regions.fits(data)),
     ):
         flags |= flag if holds else 0
     return Header(kind, image.width, image.height, flags, orientation, bits)
@@ -161,7 +165,12 @@ def _pixels(image: Image.Image) -> np.ndarray:
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ImageError("32-bit pixels have no defined white: convert the image to 8 or 16 bits first")
-    return np.array((image.convert("LA") if image.mode == "La" else image).convert("RGB"))
+    return np.array(image if image.mode == "RGB" else _straight(image).convert("RGB"))
+
+
+def _straight(image: Image.Image) -> Image.Image:
+    """With alpha that is not multiplied in, which Pillow drops from LA alone."""
+    return image.convert("LA") if image.mode == "La" else image
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
@@ -184,21 +193,40 @@ def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, 
     """
     check_box(box, size)
     fast = jpeg.decoder(decoder)
-    if fast.region and _plain_jpeg(flags) and box[2] * box[3] < _REGION_SHARE * size[0] * size[1]:
+    exact = fast if is_plain_jpeg(flags) else jpeg.decoder("auto")  # grey is approximated by no decoder
+    small = box[2] * box[3] < _REGION_SHARE * size[0] * size[1]
+    if flags & FLAG_REGIONS and small and (found := _spliced(data, box, size, exact)) is not None:
+        return found
+    # nvImageCodec 0.9 does not smooth the chroma of a single column
+    if fast.region and is_plain_jpeg(flags) and small and box[2] > 1:
         found = fast.region(data, box)
         if found is not None and found.shape == (box[3], box[2], 3):
             return found
     return crop(decode_whole(data, flags, decoder), box)
 
 
+def _spliced(data: bytes, box: list[int], size: tuple[int, int], fast: jpeg.JpegDecoder) -> np.ndarray | None:
+    """A box of an image with fast regions; None where that cannot be had from its MCUs alone."""
+    part = regions.splice(data, box, size)
+    if part is None:
+        return None
+    found, x, y = part
+    pixels = fast.whole(bytes(found)) if fast.whole else None
+    if pixels is None or pixels.ndim != 3:
+        return None
+    cut = pixels[y : y + box[3], x : x + box[2]]
+    return cut if cut.shape == (box[3], box[2], 3) else None
+
+
 def decode_whole(data: bytes, flags: int, decoder: str = "auto") -> np.ndarray:
     """`decode` by the decoder of that name."""
     fast = jpeg.decoder(decoder)
-    found = fast.whole(data) if fast.whole and _plain_jpeg(flags) else None
+    found = fast.whole(data) if fast.whole and is_plain_jpeg(flags) else None
     return decode(data) if found is None else found
 
 
-def _plain_jpeg(flags: int) -> bool:
+def is_plain_jpeg(flags: int) -> bool:
+    """Whether an image of these flags is a JPEG that decoders other than Pillow may be given."""
     return bool(flags & FLAG_JPEG) and not flags & FLAG_NOT_RGB
 
 
@@ -206,9 +234,10 @@ def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, np.nd
     """`read_header` and `decode` of an image that is in a set: a JPEG whose pixels are damaged is refused, too, though
     it decodes to something."""
     with _opened(data, max_pixels, _kind(data, pack=False)) as image:
-        pixels = _pixels(image)
+        found = _sound(image, data)
+        pixels = _pixels(image) if found is None else found
         header = _header(image, data)
-        if header.format == "jpg" and (fault := jpeg_faults.cleaned(data)[0]):
+        if found is None and header.format == "jpg" and (fault := jpeg_faults.cleaned(data)[0]):
             raise ImageError(f"is damaged: {fault}")
         return header, pixels
 
@@ -221,15 +250,15 @@ def read_source(data: bytes, max_pixels: int = MAX_PIXELS) -> Source:
     """
     kind = _kind(data, pack=True)
     try:
-        source = _source(data, max_pixels, kind)
-        fault, better = jpeg_faults.cleaned(data) if kind == "jpeg" else ("", data)
+        source, sound = _source(data, max_pixels, kind)
+        fault, better = ("", data) if sound or kind != "jpeg" else jpeg_faults.cleaned(data)
     except ImageError:
         fault, better = jpeg_faults.cleaned(data) if kind == "jpeg" else ("", data)
         if fault or better is data:
             raise
-        source = _source(better, max_pixels, kind)
+        source, _ = _source(better, max_pixels, kind)
     if better is not data and not fault:
-        found = _source(better, max_pixels, kind)
+        found, _ = _source(better, max_pixels, kind)
         fault = "" if np.array_equal(found.pixels, source.pixels) else "decoders do not agree on its pixels"
         source = replace(found, left_aside=(*found.left_aside, conversions.CLEANED))
     if fault:
@@ -237,23 +266,52 @@ def read_source(data: bytes, max_pixels: int = MAX_PIXELS) -> Source:
     return source
 
 
-def _source(data: bytes, max_pixels: int, kind: str) -> Source:
+def _source(data: bytes, max_pixels: int, kind: str) -> tuple[Source, bool]:
+    """The image, and whether it is a JPEG that is known to be sound."""
     with _opened(data, max_pixels, kind) as image:
-        pixels = _pixels(image)
+        found = _sound(image, data)
+        pixels = _pixels(image) if found is None else found
         header = _header(image, data)
         lost = conversions.losses(image, header.bits)
-        return Source(data, header, pixels, lost, conversions.left_aside(image, data))
+        return Source(data, header, pixels, lost, conversions.left_aside(image, data)), found is not None
 
 
-def mean_grey(pixels: np.ndarray) -> float:
-    """Mean ITU-R 601 luma (0-255) of uint8 [H, W, 3]: that of Pillow's convert("L"), rounded per pixel as there."""
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    return int(grey.sum(dtype=np.uint64)) / grey.size
+def _sound(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """The pixels of a JPEG against which libjpeg has nothing to say, by one decoding that asks it; None of any other,
+    and where no such decoder gives Pillow's pixels. The image is open, and stays unloaded."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        jpeg.decoder("simplejpeg")
+    except ShardError:
+        return None
+    found = jpeg_faults.sound(data)
+    return found if found is not None and found.shape == (image.height, image.width, 3) else None
 
 
-def tones(pixels: np.ndarray) -> tuple[int, ...]:
-    """The tone table (shards.format.levels) of uint8 [H, W, 3]."""
-    return tone_table(Image.fromarray(pixels).histogram())
+def greys(pixels: np.ndarray) -> tuple[float, tuple[int, ...]]:
+    """Mean grey and tone table (shards.format.levels) of uint8 [H, W, 3]. The mean is that of ITU-R 601's luma (0-255)
+    as Pillow's convert("L") rounds it for each pixel."""
+    image = _image(pixels)
+    grey = np.asarray(image.convert("L"))
+    mean = int(grey.sum(axis=1, dtype=np.uint32).sum(dtype=np.uint64)) / grey.size
+    return mean, tone_table(image.histogram()[: 3 * 256])
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    """Of uint8 [H, W, 3] an RGB image; where these are three of four bytes, an RGBX one that shares them."""
+    height, width, _ = pixels.shape
+    whole = pixels.base
+    if isinstance(whole, np.ndarray) and whole.flags.c_contiguous:
+        same = whole.ctypes.data == pixels.ctypes.data and whole.strides == pixels.strides
+        if same and whole.shape == (height, width, 4):
+            return Image.frombuffer("RGBX", (width, height), whole, "raw", "RGBX", 0, 1)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _rgb(pixels: np.ndarray) -> Image.Image:
+    image = _image(pixels)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _resample(name: str) -> Image.Resampling:
@@ -263,7 +321,7 @@ def _resample(name: str) -> Image.Resampling:
 
 def resize(pixels: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [h, w, 3], size = (h, w); Pillow's antialiased 'bicubic' or 'lanczos'."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image = _rgb(pixels)
     return np.array(image.resize((size[1], size[0]), _resample(resample)))
 
 
@@ -284,17 +342,17 @@ def check_box(box: list[int], size: tuple[int, int]) -> None:
         )
 
 
-def encode(pixels: np.ndarray, format: str, quality: int) -> bytes:
+def encode(pixels: np.ndarray, format: str, quality: int, subsampling: str = "444") -> bytes:
     """Encode uint8 [H, W, 3] as jpg, png (lossless, `quality` unused) or webp. Raises ImageError: too large for it.
 
-    JPEG keeps chroma at full resolution (4:4:4): the image was decoded once already, and halving its chroma again
-    would lose what a shrunk image still has. It costs about a fifth more bytes.
+    subsampling: JPEG's chroma, one of SUBSAMPLINGS. 444 keeps it at full resolution: the image was decoded once
+    already, and halving its chroma again would lose what a shrunk image still has.
     """
     file = io.BytesIO()
-    image = Image.fromarray(pixels)
+    image = _rgb(pixels)
     try:
         if format == "jpg":
-            image.save(file, "JPEG", quality=quality, subsampling=0)
+            image.save(file, "JPEG", quality=quality, subsampling=SUBSAMPLINGS.index(subsampling))
         elif format == "webp":
             image.save(file, "WEBP", quality=quality, method=4)
         else:

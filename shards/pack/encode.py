@@ -1,7 +1,7 @@
 """An image file as it goes into a tar: its own bytes where they will do, encoded anew where they will not."""
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,10 @@ import xxhash
 
 from beitforge.shards.decode import codec
 from beitforge.shards.decode.codec import Header, ImageError
+from beitforge.shards.decode.jpegtran import with_fast_regions
 from beitforge.shards.format.index import FLAG_ANIMATED
-from beitforge.shards.pack.image_files import RAW_EXTENSIONS
-from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts
+from beitforge.shards.pack.listing.image_files import RAW_EXTENSIONS
+from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts, facts_of
 
 _MAX_FILE_BYTES = 2**30
 # The file's own fault; any other error is the disk's, and leaving images out would hide it.
@@ -24,7 +25,8 @@ class EncodeOptions:
 
     `max_side` bounds the longest side, `short_side` the shortest; with both, the smaller result. `reencode` is never,
     or the format (jpg, png, webp) every image is encoded in anew. `quality` is JPEG's and WebP's, 1-100. `to_rgb8`
-    takes images that lose depth or channels as 8-bit RGB.
+    takes images that lose depth or channels as 8-bit RGB. `subsampling` is the chroma's of JPEGs that are encoded anew.
+    `fast_regions` rewrites every JPEG as shards.decode.jpegtran does.
     """
 
     max_side: int = 0
@@ -32,6 +34,8 @@ class EncodeOptions:
     quality: int = 95
     reencode: str = "never"
     to_rgb8: bool = False
+    subsampling: str = "444"
+    fast_regions: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,16 @@ def read_file(path: Path) -> bytes:
 
 
 def encode(data: bytes, options: EncodeOptions) -> Prepared:
+    """`encode_pixels`, and then with fast regions where `options` ask for them."""
+    prepared = encode_pixels(data, options)
+    if not options.fast_regions:
+        return prepared
+    stored, header, kind = with_fast_regions(prepared.data, codec.read_header(prepared.data))
+    facts = replace(prepared.facts, xxh3=xxhash.xxh3_64_intdigest(stored), flags=header.flags)
+    return Prepared(stored, prepared.extension, facts, (*prepared.conversions, kind))
+
+
+def encode_pixels(data: bytes, options: EncodeOptions) -> Prepared:
     """Bytes of an image file to bytes for the tar. Raises ImageError when it cannot be used, or would lose depth or
     channels that `options` do not give up.
 
@@ -78,18 +92,19 @@ def encode(data: bytes, options: EncodeOptions) -> Prepared:
     upright = _turn(pixels, header.orientation)
     size = shrunk_size(upright.shape[1], upright.shape[0], options)
     if _may_stay(header, options) and size == (upright.shape[1], upright.shape[0]):
-        return Prepared(data, header.format, _facts(data, header, pixels), named)
+        return Prepared(data, header.format, facts_of(xxhash.xxh3_64_intdigest(data), header, pixels), named)
     if size != (upright.shape[1], upright.shape[0]):
         upright = codec.resize(upright, (size[1], size[0]), "lanczos")
     extension = _new_format(data, header, options)
-    stored = codec.encode(np.ascontiguousarray(upright), extension, options.quality)
+    stored = codec.encode(upright, extension, options.quality, options.subsampling)
     again = f"{header.format} encoded again as {extension}"
-    return Prepared(stored, extension, _facts(stored, *codec.read_image(stored)), (*named, again))
+    return Prepared(stored, extension, _facts_of_stored(stored, extension, upright), (*named, again))
 
 
-def _facts(data: bytes, header: Header, pixels: np.ndarray) -> Facts:
-    digest = xxhash.xxh3_64_intdigest(data)
-    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags, codec.tones(pixels))
+def _facts_of_stored(stored: bytes, extension: str, pixels: np.ndarray) -> Facts:
+    """Of an image encoded from `pixels`, which lossy formats change."""
+    header, pixels = (codec.read_header(stored), pixels) if extension == "png" else codec.read_image(stored)
+    return facts_of(xxhash.xxh3_64_intdigest(stored), header, pixels)
 
 
 def _may_stay(header: Header, options: EncodeOptions) -> bool:

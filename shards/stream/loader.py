@@ -4,43 +4,46 @@ uses torch.
 A batch is a pure function of the sample numbers asked for. Workers, ranks and restarts therefore never change it.
 """
 
+import contextlib
 import functools
 import math
 import mmap
 import resource
 import signal
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from beitforge.shards import counter_rng
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import COLUMNS, FLAG_BAD, Row
-from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
+from beitforge.shards.format.index import COLUMNS, Row
+from beitforge.shards.format.levels import Greys
+from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.stream.read_ahead import ReadAhead
+from beitforge.shards.stream.samples import BadSample as BadSample
+from beitforge.shards.stream.samples import Found, Place, SampleOrder, Samples
+from beitforge.shards.stream.samples import SequentialOrder as SequentialOrder
 from beitforge.shards.stream.view_sources import Selection, ViewSource
 
-_SUBSTITUTES = 32
 TORCH, TORCH_LANCZOS = "torch bicubic", "torch lanczos"
 _TORCH_MODES = {TORCH: "bicubic", TORCH_LANCZOS: "lanczos"}
+_LENDS = 3  # batches: the one a step computes with, the next, and the one that is received meanwhile
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that was replaced: where it lies, why, and which row of the same shard stood in. known: whether the sets
-    themselves said so, so that it was known before the first sample was read."""
+class Deferred(NamedTuple):
+    """Row `row` of a batch, decoded where the batch is used: its image, and the view of it as cut_into has it."""
 
-    sample: int
-    shard: str
-    key: str
-    reason: str
-    substitute: str
-    known: bool = False
+    row: int
+    data: bytes
+    box: list[int]
+    flip: bool
+    limits: list[int]
 
 
 class Batch(NamedTuple):
@@ -49,7 +52,7 @@ class Batch(NamedTuple):
     samples i64 [B] · pixels u8 [B, 3, H, W], cut and flipped, not yet jittered · tokenizer_pixels u8 [B, 3, h, w], the
     same views at the tokenizer's size (h = w = 0: not asked for) · tokens i64 [B, N] (N = 0: none recorded) · jitters
     f32 [B, 3], orders i64 [B], pivots f32 [B] (shards.format.views, levels) · labels i64 [B] · draws: what the caller's
-    `draw` made of the sample numbers · bad: the substitutions made.
+    `draw` made of the sample numbers · bad: the substitutions made · deferred: rows whose pixels are not made yet.
     """
 
     samples: torch.Tensor
@@ -62,6 +65,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     draws: dict[str, torch.Tensor]
     bad: list[BadSample]
+    deferred: tuple[Deferred, ...] = ()
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""
@@ -81,33 +85,12 @@ class Batch(NamedTuple):
         return self._replace(**there, draws=drawn)
 
 
-class SampleOrder(Protocol):
-    """Where a sample lies: shards.stream.order.Order, shards.stream.label_subset.Subset, or SequentialOrder."""
-
-    samples: int
-
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
-
-
-class SequentialOrder:
-    """Samples in manifest order, epoch 0: for evaluation."""
-
-    def __init__(self, shard_samples: list[int]):
-        self.ends = np.cumsum(shard_samples)
-        self.samples = int(self.ends[-1])
-
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Epoch (zeros), shard and row of the samples numbered `samples`, each < self.samples."""
-        shards = np.searchsorted(self.ends, samples, side="right")
-        starts = np.concatenate([[0], self.ends[:-1]])
-        return np.zeros_like(samples), shards, samples - starts[shards]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """What turns sample numbers into batches. `size` is (H, W), `resample` a filter of `cut_into`; `tokenizer_size` and
     its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of
-    shards.decode.jpeg.DECODERS. `augment` changes the pixels u8 [3, H, W] of a sample in place."""
+    shards.decode.jpeg.DECODERS. `augment` changes the pixels u8 [3, H, W] of a sample in place. `defer`: leave JPEGs to
+    whoever takes the batch (shards.stream.on_device)."""
 
     images: ImageSet
     places: SampleOrder
@@ -120,65 +103,72 @@ class Stream:
     seed: int = 0
     draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
     augment: Callable[[int, torch.Tensor], None] | None = None
+    defer: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of one sample's pixels and tokenizer_pixels."""
         return (3, *self.size), (3, *self.tokenizer_size)
 
-    def batch(self, samples: np.ndarray, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> Batch:
-        """Build the batch of these samples (i64 [B]), its pixels and tokenizer_pixels in the two tensors `into`.
+    @functools.cached_property
+    def samples(self) -> Samples:
+        """What is read for the batches."""
+        return Samples(self.images, self.places, self.source, self.seed)
 
-        Raises ShardError when a shard cannot be read.
-        """
-        places = into or tuple(torch.empty((len(samples), *shape), dtype=torch.uint8) for shape in self.shapes)
-        refused: dict[tuple[int, int], str] = {}
+    def batch(self, samples: np.ndarray) -> Batch:
+        """Build the batch of these samples (i64 [B]). Raises ShardError when a shard cannot be read."""
+        places = self.samples.located(samples)
+        return self.built(places, [self.samples.read(place) for place in places])
+
+    def built(
+        self, places: Sequence[Place], found: list[Found], into: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Batch:
+        """Build the batch of samples that were read, its pixels and tokenizer_pixels in the two tensors `into`. What
+        does not decode is read again, as what stands in for it. Raises as `batch` does."""
+        pixels, second = into or tuple(torch.empty((len(places), *shape), dtype=torch.uint8) for shape in self.shapes)
+        refused: dict[int, dict[int, str]] = {}
+        if self.images.reading is not None:
+            self.images.reading.sample = min(place.sample for place in places)
         while True:
             try:
-                return self._batch(samples, refused, *places)
+                return self._built(places, found, pixels, second)
             except _Undecodable as error:
-                refused[error.place] = str(error)
+                i = error.place
+                refused.setdefault(i, {})[found[i].row] = str(error)
+                found[i] = self.samples.read(places[i], refused[i])
 
-    def _batch(
-        self, samples: np.ndarray, refused: dict[tuple[int, int], str], pixels: torch.Tensor, second: torch.Tensor
-    ) -> Batch:
-        """The batch, where `refused` says which rows cannot stand at which of its places, and why."""
-        epochs, shards, rows = self.places.locate(samples)
-        if self.images.reading is not None:
-            self.images.reading.sample = int(samples.min())
-        bad: list[BadSample] = []
-        encoded, known = [], []
-        for i, sample in enumerate(samples.tolist()):
-            rows[i], facts, data = self._read_usable(i, sample, int(shards[i]), int(rows[i]), refused, bad)
-            encoded.append(data)
-            known.append(facts)
+    def _built(self, places: Sequence[Place], found: list[Found], pixels: torch.Tensor, second: torch.Tensor) -> Batch:
+        samples, epochs, shards = (np.array(column, np.int64) for column in list(zip(*places, strict=True))[:3])
         columns = {
             name: np.array(values, COLUMNS[name])
-            for name, values in zip(Row._fields, zip(*known, strict=True), strict=True)
+            for name, values in zip(Row._fields, zip(*(one.known for one in found), strict=True), strict=True)
         }
         keys, means, sizes = columns["key_hash"], columns["mean_grey"], (columns["width"], columns["height"])
-        greys = functools.partial(self.images.greys, shards, rows, means)
-        views, tokens = self.source.views(Selection(epochs, shards, rows, keys, sizes, means, greys))
+        rows, ready = np.array([one.row for one in found], np.int64), [one.ready for one in found]
+
+        def greys() -> Greys:
+            return Greys(means, np.array(ready, np.uint16))
+
+        views, tokens = self.source.views(Selection(epochs, shards, rows, keys, sizes, means, greys, ready))
         limits = views.levels[:, :2].tolist()
-        records = zip(views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
-        how = zip(
-            encoded,
-            zip(*(side.tolist() for side in sizes), strict=True),
-            columns["flags"].tolist(),
-            records,
-            strict=True,
-        )
-        for i, (data, size, flags, (box, flip, limit)) in enumerate(how):
+        deferred = []
+        records = zip(found, views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
+        for i, (one, box, flip, limit) in enumerate(records):
+            known = one.known
             try:
-                crop = codec.decode_view(data, box, size, flags, self.decoder)
+                if self.defer and codec.is_plain_jpeg(known.flags):
+                    codec.check_box(box, (known.width, known.height))
+                    deferred.append(Deferred(i, one.data, box, bool(flip), limit))
+                    continue
+                crop = codec.decode_view(one.data, box, (known.width, known.height), known.flags, self.decoder)
             except codec.ImageError as error:
-                raise _Undecodable((i, int(rows[i])), str(error)) from error
+                raise _Undecodable(i, str(error)) from error
             except ShardError as error:
-                name, index = self.images.manifest.shards[int(shards[i])].name, self.images.index(int(shards[i]))
-                raise ShardError(f"{name} {index.key(int(rows[i]))}: {error}") from error
+                name, index = self.images.manifest.shards[places[i].shard].name, self.images.index(places[i].shard)
+                raise ShardError(f"{name} {index.key(one.row)}: {error}") from error
             cut_into(pixels[i], crop, bool(flip), limit, self.resample)
             if self.augment is not None:
-                self.augment(int(samples[i]), pixels[i])
+                self.augment(places[i].sample, pixels[i])
             if second.numel():
                 cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
         drawn = self.draw(samples) if self.draw else {}
@@ -192,57 +182,15 @@ class Stream:
             torch.from_numpy(views.levels[:, 2].astype(np.float32)),
             torch.from_numpy(columns["label"]),
             {name: torch.from_numpy(value) for name, value in drawn.items()},
-            bad,
+            [one.bad for one in found if one.bad is not None],
+            tuple(deferred),
         )
-
-    def _read_usable(
-        self, i: int, sample: int, shard: int, row: int, refused: dict[tuple[int, int], str], bad: list[BadSample]
-    ) -> tuple[int, Row, bytes]:
-        """The image at place i, its row and what the index says of that, or those of the first usable substitute: a
-        pure function of the sample."""
-        entry, asked = self.images.manifest.shards[shard], self.images.row(shard, row)
-        first: DamagedSample | None = None
-        for candidate in self._candidates(shard, row, asked):
-            try:
-                if (i, candidate) in refused:
-                    raise DamagedSample(refused[i, candidate])
-                known = asked if candidate == row else self.images.row(shard, candidate)
-                if not known.flags & FLAG_BAD:  # else that is the reason
-                    self.source.check(shard, candidate)
-                data = self.images.read_row(shard, candidate, known)
-                break
-            except DamagedSample as error:
-                first = first or error
-        else:
-            key, tries = self.images.index(shard).key(row), _SUBSTITUTES
-            raise ShardError(f"{entry.name}: {tries} samples tried for {key}, none usable; run `verify`")
-        if candidate != row:
-            index, reason = self.images.index(shard), str(first)
-            is_known = isinstance(first, KnownBad)
-            bad.append(BadSample(sample, entry.name, index.key(row), reason, index.key(candidate), is_known))
-        return candidate, known, data
-
-    def _candidates(self, shard: int, row: int, asked: Row) -> Iterator[int]:
-        """A row, then those that may stand in for it: drawn from all of its shard, at last only from those that are not
-        known to be bad."""
-        samples, good = self.images.manifest.shards[shard].samples, np.empty(0, np.int64)
-        yield row
-        for attempt in range(2 * _SUBSTITUTES - 1):
-            drawn = counter_rng.uniform(counter_rng.SUBSTITUTE, self.seed, asked.key_hash, attempt)[0]
-            if attempt < _SUBSTITUTES - 1:
-                yield int(drawn * samples)
-                continue
-            if attempt == _SUBSTITUTES - 1:
-                good = np.flatnonzero((self.images.index(shard).flags & FLAG_BAD) == 0)
-                if len(good) in (0, samples):
-                    return
-            yield int(good[int(drawn * len(good))])
 
 
 class _Undecodable(Exception):
-    """An image whose bytes are as packed does not decode: its place in the batch and its row."""
+    """An image whose bytes are as packed does not decode: its place in the batch."""
 
-    def __init__(self, place: tuple[int, int], reason: str):
+    def __init__(self, place: int, reason: str):
         super().__init__(reason)
         self.place = place
 
@@ -274,29 +222,54 @@ class BatchSampler(Protocol):
 class _Ring:
     """Memory for the pixels of a few batches, shared with the workers that are forked after it was made.
 
-    A fresh piece of shared memory for every batch would cost more in page faults than a copy of it does. Batch i has
-    slot i mod slots, which is free again: no more than `slots` - 1 batches are asked for before one is received.
+    A fresh piece of shared memory for every batch would cost more in page faults than a copy of it does. A batch that
+    was received is lent to whoever uses it, uncopied, until none of its tensors is left; who keeps more than `lends`
+    gets copies.
     """
 
-    def __init__(self, slots: int, samples: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]):
-        """`samples`: of the largest batch; `shapes`: Stream.shapes."""
-        self.slots, self.shapes, self.sizes = slots, shapes, [samples * math.prod(shape) for shape in shapes]
-        self.memory = torch.frombuffer(mmap.mmap(-1, max(1, slots * sum(self.sizes))), dtype=torch.uint8)
+    def __init__(self, slots: int, lends: int, samples: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]):
+        """slots: beside those lent. `samples`: of the largest batch; `shapes`: Stream.shapes."""
+        self.shapes, self.sizes = shapes, [samples * math.prod(shape) for shape in shapes]
+        self.free, self.lent, self.lends = list(range(slots + lends)), set[int](), lends
+        self.memory = mmap.mmap(-1, max(1, len(self.free) * sum(self.sizes)))
 
-    def places(self, number: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the pixels and tokenizer_pixels of batch `number` go, u8 [samples, *shape] each."""
-        start, found = number % self.slots * sum(self.sizes), []
+    def numbered(self, batches: int) -> Iterator[tuple[int, int]]:
+        """The numbers of batches, each with a slot, which is taken when it is asked for."""
+        for number in range(batches):
+            yield number, self.free.pop()
+
+    def places(self, slot: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the pixels and tokenizer_pixels of a batch go, u8 [samples, *shape] each."""
+        return self._views(np.frombuffer(self.memory, np.uint8, sum(self.sizes), slot * sum(self.sizes)), samples)
+
+    def _views(self, memory: np.ndarray, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rest, found = torch.from_numpy(memory), []
         for size, shape in zip(self.sizes, self.shapes, strict=True):
-            found.append(self.memory[start : start + samples * math.prod(shape)].view(samples, *shape))
-            start += size
+            found.append(rest[: samples * math.prod(shape)].view(samples, *shape))
+            rest = rest[size:]
         return found[0], found[1]
+
+    def received(self, slot: int, samples: int, pin: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was written there, in memory that stays its reader's; pinned where a GPU copies it from."""
+        if pin or len(self.lent) >= self.lends:
+            copies = [place.pin_memory() if pin else place.clone() for place in self.places(slot, samples)]
+            self.free.append(slot)
+            return copies[0], copies[1]
+        self.lent.add(slot)
+        memory = np.frombuffer(self.memory, np.uint8, sum(self.sizes), slot * sum(self.sizes))
+        weakref.finalize(memory, self._back, slot).atexit = False  # the storage of both tensors holds it
+        return self._views(memory, samples)
+
+    def _back(self, slot: int) -> None:
+        self.lent.discard(slot)
+        self.free.append(slot)
 
 
 class _Sent:
     """A batch on its way from a worker: everything but the pixels, which lie in the ring."""
 
-    def __init__(self, number: int, batch: Batch):
-        self.number, self.bad = number, batch.bad
+    def __init__(self, slot: int, batch: Batch):
+        self.slot, self.bad, self.deferred = slot, batch.bad, batch.deferred
         none = torch.empty(0)
         kept = batch._replace(pixels=none, tokenizer_pixels=none, draws={}, bad=[])
         self.arrays = {name: value.numpy() for name, value in kept._asdict().items() if torch.is_tensor(value)}
@@ -306,11 +279,11 @@ class _Sent:
         """The batch in memory of its own, pinned where a GPU copies it from."""
 
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
-        places = ring.places(self.number, len(self.arrays["samples"]))
-        tensors |= {"pixels": places[0], "tokenizer_pixels": places[1]}
         drawn = {name: torch.from_numpy(array) for name, array in self.draws.items()}
-        batch = Batch(**tensors, draws=drawn, bad=self.bad)
-        return batch.pinned() if pin else batch._replace(pixels=places[0].clone(), tokenizer_pixels=places[1].clone())
+        batch = Batch(**tensors, draws=drawn, bad=self.bad, deferred=self.deferred)
+        batch = batch.pinned() if pin else batch
+        pixels, second = ring.received(self.slot, len(batch.samples), pin)
+        return batch._replace(pixels=pixels, tokenizer_pixels=second)
 
 
 class _Batches(Dataset):
@@ -318,17 +291,27 @@ class _Batches(Dataset):
 
     def __init__(self, stream: Stream, numbers: BatchSampler, ring: _Ring):
         self.stream, self.numbers, self.ring = stream, numbers, ring
+        self.ahead: ReadAhead[Place, Found] | None = None  # made by the worker
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> _Sent | str:
-        """The batch, or the one line of its ShardError: raised in a worker it would come back as a traceback."""
+    def __getitem__(self, item: tuple[int, int]) -> _Sent | str:
+        """A batch by its number, with the slot for its pixels; or the one line of its ShardError: raised in a worker it
+        would come back as a traceback."""
+        (i, slot), worker = item, get_worker_info()
+        step = worker.num_workers if worker else 1  # batches go to workers in turn
+        self.ahead = self.ahead or reading_ahead(self.stream, self.numbers)
         try:
-            samples = self.numbers[i]
-            return _Sent(i, self.stream.batch(samples, self.ring.places(i, len(samples))))
+            places, found = self.ahead.batch(i, i + step if i + step < len(self) else None)
+            return _Sent(slot, self.stream.built(places, found, self.ring.places(slot, len(places))))
         except ShardError as error:
             return str(error)
+
+
+def reading_ahead(stream: Stream, numbers: BatchSampler) -> ReadAhead[Place, Found]:
+    """What reads the batches of `numbers`."""
+    return ReadAhead(lambda i: stream.samples.located(numbers[i]), stream.samples.read)
 
 
 def start_worker(_: int) -> None:
@@ -351,15 +334,16 @@ def load(stream: Stream, numbers: BatchSampler, *, workers: int, prefetch: int, 
     pinned memory. Raises ShardError for a shard that cannot be read, whichever process met it.
     """
     if not workers or not len(numbers):
-        for i in range(len(numbers)):
-            batch = stream.batch(numbers[i])
-            yield batch.pinned() if pin else batch
+        with contextlib.closing(reading_ahead(stream, numbers)) as ahead:
+            for i in range(len(numbers)):
+                batch = stream.built(*ahead.batch(i, i + 1 if i + 1 < len(numbers) else None))
+                yield batch.pinned() if pin else batch
         return
-    ring = _Ring(workers * prefetch + 1, len(numbers[0]), stream.shapes)
+    ring = _Ring(workers * prefetch + 1, 0 if pin else _LENDS, len(numbers[0]), stream.shapes)
     loader: DataLoader = DataLoader(
         _Batches(stream, numbers, ring),
         batch_size=None,
-        shuffle=False,
+        sampler=ring.numbered(len(numbers)),
         num_workers=workers,
         prefetch_factor=prefetch,
         collate_fn=_as_it_is,
