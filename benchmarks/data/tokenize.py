@@ -67,7 +67,7 @@ def process(words: list[str]) -> None:
     config = load_config(words[0], words[1:])
     events = {"open": "opens", "os.scandir": "listings", "os.listdir": "listings"}
     sys.addaudithook(lambda event, _: calls.update([events[event]] if event in events else []))
-    os.stat = counting  # type: ignore[assignment]
+    os.stat = counting
     _cost_nothing()
     begun = time.process_time()
     assert tokenize.run(config) == 0
@@ -76,7 +76,8 @@ def process(words: list[str]) -> None:
 
 def _cost_nothing() -> None:
     """Views that are drawn and cut once and given ever after, and tokens of nothing: what is left is bookkeeping."""
-    cut, made = ViewCutter.cut, []
+    made: list[ViewBatch] = []
+    cut = ViewCutter.cut
 
     def again(cutter: ViewCutter, piece: Piece) -> ViewBatch:
         if not made:
@@ -86,7 +87,8 @@ def _cost_nothing() -> None:
     def nothing(task: tokenize.Task, batch: ViewBatch) -> np.ndarray:
         return np.zeros((task.cutter.num_views, len(batch.bad), _PATCHES), np.uint16)
 
-    ViewCutter.cut, tokenize.Task.tokens = again, nothing  # type: ignore[method-assign]
+    setattr(ViewCutter, "cut", again)  # noqa: B010 (a method of a frozen class)
+    setattr(tokenize.Task, "tokens", nothing)  # noqa: B010
 
 
 def bookkeeping(folder: Path, count: int) -> dict:
@@ -167,7 +169,7 @@ def photographs(folder: Path, count: int) -> None:
 
 def main() -> None:
     """Both questions; two tables would be two files, so a row has what it has."""
-    tokenize._provenance = lambda task: {}  # type: ignore[assignment]  # once a set, whatever its size
+    tokenize._provenance = lambda task: {}  # once a set, whatever its size
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         kept = [bookkeeping(folder, count) for count in SHARDS]

@@ -51,12 +51,10 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     text += b" " * (-len(text) % 8)
     state = xxhash.xxh3_128()
     with atomic_path(path) as partial, open(partial, "wb") as file:
-        for part in (
-            struct.pack("<Q", len(text)) + text,
-            *(np.ascontiguousarray(tensor).data for _, tensor in ordered),
-        ):
-            file.write(part)
-            state.update(part)
+        parts = [np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)]
+        for part in parts + [np.ascontiguousarray(tensor) for _, tensor in ordered]:
+            file.write(part.data)
+            state.update(part.data)
     return state.hexdigest()
 
 
