@@ -14,9 +14,9 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import COLUMNS, Row
 from beitforge.shards.format.levels import Greys
+from beitforge.shards.stream.batch_plan import BatchPlan, Draw, PlannedBatch, plan
+from beitforge.shards.stream.batch_plan import BatchSampler as BatchSampler
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.read_ahead import ReadAhead
 from beitforge.shards.stream.samples import BadSample as BadSample
-from beitforge.shards.stream.samples import Found, Place, SampleOrder, Samples
+from beitforge.shards.stream.samples import Found, SampleOrder, Samples
 from beitforge.shards.stream.samples import SequentialOrder as SequentialOrder
 from beitforge.shards.stream.view_sources import Selection, ViewSource
 
@@ -104,7 +106,7 @@ class Stream:
     tokenizer_resample: str = "lanczos"
     decoder: str = "auto"
     seed: int = 0
-    draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+    draw: Draw | None = None
     augment: Callable[[int, torch.Tensor], None] | None = None
     defer: bool = False
 
@@ -116,15 +118,15 @@ class Stream:
     @functools.cached_property
     def samples(self) -> Samples:
         """What is read for the batches."""
-        return Samples(self.images, self.places, self.source, self.seed)
+        return Samples(self.images, self.source, self.seed)
 
     def batch(self, samples: np.ndarray) -> Batch:
         """Build the batch of these samples (i64 [B]). Raises ShardError when a shard cannot be read."""
-        places = self.samples.located(samples)
+        places = plan(self.places, self.draw, [samples])[0]
         return self.built(places, [self.samples.read(place) for place in places])
 
     def built(
-        self, places: Sequence[Place], found: list[Found], into: tuple[torch.Tensor, torch.Tensor] | None = None
+        self, places: PlannedBatch, found: list[Found], into: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> Batch:
         """Build the batch of samples that were read, its pixels and tokenizer_pixels in the two tensors `into`. What
         does not decode is read again, as what stands in for it. Raises as `batch` does."""
@@ -140,7 +142,7 @@ class Stream:
                 refused.setdefault(i, {})[found[i].row] = str(error)
                 found[i] = self.samples.read(places[i], refused[i])
 
-    def _built(self, places: Sequence[Place], found: list[Found], pixels: torch.Tensor, second: torch.Tensor) -> Batch:
+    def _built(self, places: PlannedBatch, found: list[Found], pixels: torch.Tensor, second: torch.Tensor) -> Batch:
         samples, epochs, shards = (np.array(column, np.int64) for column in list(zip(*places, strict=True))[:3])
         columns = {
             name: np.array(values, COLUMNS[name])
@@ -174,7 +176,6 @@ class Stream:
                 self.augment(places[i].sample, pixels[i])
             if second.numel():
                 cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
-        drawn = self.draw(samples) if self.draw else {}
         return Batch(
             torch.from_numpy(samples),
             pixels,
@@ -184,7 +185,7 @@ class Stream:
             torch.from_numpy(views.orders.astype(np.int64)),
             torch.from_numpy(views.levels[:, 2].astype(np.float32)),
             torch.from_numpy(columns["label"]),
-            {name: torch.from_numpy(value) for name, value in drawn.items()},
+            {name: torch.from_numpy(value) for name, value in places.draws.items()},
             [one.bad for one in found if one.bad is not None],
             tuple(deferred),
         )
@@ -212,13 +213,6 @@ def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int],
     else:
         resized = torch.from_numpy(codec.resize(crop, size, resample)).permute(2, 0, 1)
     out.copy_(resized.flip(-1) if flip else resized)
-
-
-class BatchSampler(Protocol):
-    """The sample numbers (i64 [B]) of batch 0, 1, …: a list, or order.RankBatches."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, i: int, /) -> np.ndarray: ...
 
 
 class _Ring:
@@ -293,7 +287,7 @@ class _Batches(Dataset):
 
     def __init__(self, stream: Stream, numbers: BatchSampler, ring: _Ring):
         self.stream, self.numbers, self.ring = stream, numbers, ring
-        self.ahead: ReadAhead[Place, Found] | None = None  # made by the worker
+        self.ahead: ReadAhead[PlannedBatch, Found] | None = None  # made by the worker
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -303,7 +297,7 @@ class _Batches(Dataset):
         would come back as a traceback."""
         (i, slot), worker = item, get_worker_info()
         step = worker.num_workers if worker else 1  # batches go to workers in turn
-        self.ahead = self.ahead or reading_ahead(self.stream, self.numbers)
+        self.ahead = self.ahead or reading_ahead(self.stream, self.numbers, step)
         try:
             places, found = self.ahead.batch(i, i + step if i + step < len(self) else None)
             return _Sent(slot, self.stream.built(places, found, self.ring.places(slot, len(places))))
@@ -311,9 +305,9 @@ class _Batches(Dataset):
             return str(error)
 
 
-def reading_ahead(stream: Stream, numbers: BatchSampler) -> ReadAhead[Place, Found]:
-    """What reads the batches of `numbers`."""
-    return ReadAhead(lambda i: stream.samples.located(numbers[i]), stream.samples.read)
+def reading_ahead(stream: Stream, numbers: BatchSampler, step: int = 1) -> ReadAhead[PlannedBatch, Found]:
+    """What reads one in `step` of the batches of `numbers`."""
+    return ReadAhead(BatchPlan(stream.places, stream.draw, numbers, step).__getitem__, stream.samples.read)
 
 
 def start_worker(_: int) -> None:
