@@ -137,7 +137,7 @@ case $verb in
             words+=("$word") last=$word
         done
         [ ${#names[@]} -gt 0 ] || names=(order lanes draws loader decoders loader_resume loader_memory slow_storage remote faults demo zero_parity
-            elastic masks views view_tokens tokenizer_precision online_tokens view_ablation evaluations train_cpu saving attacks)
+            elastic masks views view_tokens tokenize tokenizer_precision online_tokens view_ablation evaluations train_cpu saving attacks)
         for name in "${names[@]}"; do
             file=$(echo benchmarks/*/"$name".py)
             [ -f "$file" ] || fail "there is no benchmarks/*/$name.py"

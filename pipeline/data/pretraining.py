@@ -16,7 +16,7 @@ from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import ONLINE, Config, Mask, Model, View
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.masking import draw_masks, kept_branches
-from beitforge.pipeline.tokenizers.storage import VisualTokenizer, load_tokenizer, stated_fingerprint
+from beitforge.pipeline.tokenizers.storage import VisualTokenizer, load_tokenizer, require_filter, stated_fingerprint
 from beitforge.shards import counter_rng
 from beitforge.shards.format.manifest import read_token_manifest
 from beitforge.shards.format.views import ARITHMETIC, READ_ARITHMETICS, ViewPolicy
@@ -238,13 +238,14 @@ def refuse_other_tokenizers(config: Config) -> None:
 
 def tokenizer_training(config: Config) -> DataSource:
     """Images under fresh views every epoch, at the tokenizer's size and filter."""
+    require_filter(config.tokenizer.filter, "tokenizer.filter")
     images = image_set(config, config.data.images)
     stream = Stream(
         images=images,
         places=order_of(config, images),
         source=DrawnViews(view_policy(config.view)),
         size=config.tokenizer.input_size,
-        resample="lanczos",
+        resample=config.tokenizer.filter,
         decoder=config.loader.exact_decoder,
         seed=config.data.seed,
     )

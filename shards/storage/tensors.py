@@ -33,8 +33,9 @@ _BLOCK = 4096  # bytes that have a checksum of their own once the file was read 
 _CURE = "make it again with the command that made its folder"
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically; the same tensors and metadata always give the same bytes.
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """Write a safetensors file atomically; the same tensors and metadata always give the same bytes. Returns the
+    xxh3-128 of what was written.
 
     Written here because the library's writer puts the metadata in an order that differs from process to process, which
     would change digests, and reports a full disk as an error of its own that is no OSError.
@@ -48,10 +49,13 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    state = xxhash.xxh3_128()
     with atomic_path(path) as partial, open(partial, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in ordered:
-            file.write(np.ascontiguousarray(tensor).data)
+        parts = [np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)]
+        for part in parts + [np.ascontiguousarray(tensor) for _, tensor in ordered]:
+            file.write(part.data)
+            state.update(part.data)
+    return state.hexdigest()
 
 
 class Checked:
