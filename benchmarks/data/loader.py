@@ -60,7 +60,7 @@ def our_stream(collection: Corpus) -> Stream:
     images = ImageSet(collection.shards)
     return Stream(
         images=images,
-        places=Order([shard.samples for shard in images.manifest.shards], OrderPolicy()),
+        places=Order(images.manifest.counts, OrderPolicy()),
         source=RecordedViews(images, collection.tokens),
         size=(SIZE, SIZE),
         draw=functools.partial(sample_draws, Mask(), Model(), 0),

@@ -76,7 +76,7 @@ def order_of(config: Config, images: ImageSet, multiple: int = 1) -> Order:
     policy = OrderPolicy(
         seed=config.data.seed, chunk=loader.chunk, window=loader.window, lanes=loader.lanes, multiple=multiple
     )
-    return Order([shard.samples for shard in images.manifest.shards], policy)
+    return Order(images.manifest.counts, policy)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def heldout(config: Config) -> DataSource:
     that no training draws, so that images trained on can be held out too."""
     images = image_set(config, config.data.heldout_images)
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
-    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder(images.manifest.counts)
     return _pairs(config, images, config.data.heldout_tokens, places, draw, _untrained_views(config))
 
 
@@ -260,7 +260,7 @@ def tokenizer_training(config: Config) -> DataSource:
 def evaluation(config: Config, where: str, size: Size | None = None, share: float = 0.875) -> DataSource:
     """Images in manifest order, central views of the encoder's size, or of `size`; share: of the largest's sides."""
     images, size = image_set(config, where), size or config.model.input_size
-    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder(images.manifest.counts)
     source = CentralViews(size.width / size.height, share)
     stream = Stream(images=images, places=places, source=source, size=size, decoder=config.loader.decoder)
     return DataSource(stream, images.manifest.fingerprint, "")

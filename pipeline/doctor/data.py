@@ -104,7 +104,7 @@ def _whole(check: str, source: DataSource, seconds: float, local: Local) -> None
         opened += 1
         problems += not _opens(check, source, number, local)
     if not missing and not problems:
-        size = sum(shard.bytes for shard in images.manifest.shards)
+        size = int(images.manifest.column("bytes").sum())
         what = f"{len(numbers)} shards, {len(images)} images, {size / 2**30:.2f} GiB; {opened} opened"
         local.add(OK, check, what, whole_host=True)
         for line in known_lines(source):
@@ -226,7 +226,7 @@ def measure_read(config: Config, source: DataSource, seconds: float, local: Loca
         local.add(STOP, "storage", f"{config.data.images} cannot be read: {error}", _REPACK, whole_host=True)
         return 0.0
     rate = done / max(time.monotonic() - started, 1e-6)
-    mean = sum(shard.bytes for shard in images.manifest.shards) / len(images)
+    mean = int(images.manifest.column("bytes").sum()) / len(images)
     what = f"{_size(rate)}/s from {config.data.images}, {rate / mean:.0f} images a second for all of this host"
     local.add(OK, "storage", what, value=f"{_size(rate)}/s", whole_host=True)
     return rate / mean

@@ -176,17 +176,21 @@ def open_token_shard(source: Path | OpenFile) -> OpenTokenShard:
 
 def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | str) -> None:
     """Refuse token sets of other images: names, counts and image digests must agree shard by shard."""
-    ours, theirs = [shard.name for shard in images.shards], [shard.name for shard in tokens.shards]
-    if ours != theirs:
-        odd = sorted(set(ours) ^ set(theirs)) or ["the same names in another order"]
+    ours, theirs = images.column("name"), tokens.column("name")
+    if not np.array_equal(ours, theirs):
+        odd = [name.decode() for name in np.setxor1d(ours, theirs).tolist()] or ["the same names in another order"]
         raise ShardError(f"{folder} does not list the image set's shards ({len(odd)} differ, first {odd[0]}): {_CURE}")
-    for image, token in zip(images.shards, tokens.shards, strict=True):
-        if image.samples != token.samples:
-            raise ShardError(
-                f"{folder}: {token.name} has {token.samples} samples, its image shard {image.samples}: {_CURE}"
-            )
-        if image.digest != token.image_digest:
-            raise ShardError(f"{folder}: {token.name} was made from other images (image digest differs): {_CURE}")
+    wrong = np.flatnonzero(images.counts != tokens.counts)
+    if len(wrong):
+        number = int(wrong[0])
+        raise ShardError(
+            f"{folder}: {tokens.shards[number].name} has {tokens.shards[number].samples} samples, its image shard "
+            f"{images.shards[number].samples}: {_CURE}"
+        )
+    wrong = np.flatnonzero(images.column("digest") != tokens.column("image_digest"))
+    if len(wrong):
+        name = tokens.shards[int(wrong[0])].name
+        raise ShardError(f"{folder}: {name} was made from other images (image digest differs): {_CURE}")
 
 
 def check_rows(name: str, keys: np.ndarray, image_keys: np.ndarray) -> None:
@@ -202,7 +206,7 @@ class TokenSet:
     def __init__(self, where: Path | str, cache: Cache | None = None):
         """where: a folder or a URL. cache: of this node, for a URL."""
         self.folder: Path | Remote = Remote(str(where)) if is_url(where) else Path(where)
-        self.manifest: TokenManifest = read_token_manifest(where)
+        self.manifest: TokenManifest = read_token_manifest(where, cache)
         self._cache = cache
         self._open: dict[int, OpenTokenShard] = {}
         self._sums: dict[int, array] = {}  # of files that were read through

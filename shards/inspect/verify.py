@@ -59,7 +59,7 @@ def verify_images(folder: Path, decode: bool, num_workers: int, report: Report) 
     """
     manifest = read_image_manifest(folder)
     jobs = [CheckJob(folder, entry, decode) for entry in manifest.shards]
-    megabytes = sum(entry.bytes >> 20 for entry in manifest.shards)
+    megabytes = int((manifest.column("bytes") >> 20).sum())
     known = Verified(manifest, [], LeftOut())
     with (
         Progress("verify", megabytes, "MB") as progress,
