@@ -234,7 +234,8 @@ def refuse_other_tokenizers(config: Config) -> None:
     stated = stated_fingerprint(Path(config.data.tokenizer))
     folders = (config.data.tokens, config.data.heldout_tokens)
     for folder in (folder for folder in folders if folder not in ("", ONLINE)):
-        if stated is not None and stated != read_token_manifest(folder).tokenizer["fingerprint"]:
+        cache = cache_for(folder, config.data.cache, config.data.cache_gb) if stated is not None else None
+        if stated is not None and stated != read_token_manifest(folder, cache).tokenizer["fingerprint"]:
             raise ConfigError(
                 f"{folder} was made by another tokenizer than the one in {config.data.tokenizer}: run `tokenize` with "
                 f"this config, or point data.tokenizer at the tokenizer the set was made with"

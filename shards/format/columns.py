@@ -245,6 +245,8 @@ def _are_counts(values: np.ndarray) -> bool:
 
 def _are_plain(texts: np.ndarray) -> bool:
     """Of u8 [n, width]."""
+    if texts.min() >= 0x20 and texts.max() < 0x7F:
+        return True
     ended = texts == 0
     if ((texts < 0x20) & ~ended).any() or (texts == 0x7F).any() or (ended[:, :-1] & ~ended[:, 1:]).any():
         return False
@@ -257,8 +259,9 @@ def _are_plain(texts: np.ndarray) -> bool:
 
 def _are_file_names(names: np.ndarray) -> bool:
     """Of plain texts: whether they can be those of files, each of another."""
-    raw = names.view(np.uint8)
-    if (raw == ord("/")).any() or np.isin(names, [b"", b".", b".."]).any():
+    raw = names.view(np.uint8).reshape(len(names), -1)
+    odd = names[(raw[:, 0] == 0) | (raw[:, 0] == ord("."))]
+    if (raw == ord("/")).any() or np.isin(odd, [b"", b".", b".."]).any():
         return False
     return bool((names[1:] > names[:-1]).all()) or len(np.unique(names)) == len(names)
 

@@ -107,17 +107,24 @@ class Checked:
 
     def read(self, size: int, start: int) -> bytes:
         """Raises Damaged, EOFError, OSError."""
+        data, within = self.around(size, start)
+        return data if len(data) == size else data[within : within + size]
+
+    def around(self, size: int, start: int) -> tuple[bytes, int]:
+        """Bytes among which those asked for are, and from where on: not copied again. Raises as `read` does."""
         if self.sums is None or not size or start >= self.end:
-            return self.file.read(size, start)
-        first, last = start // _BLOCK, (start + size - 1) // _BLOCK
-        parts = []
-        for block in range(first, last + 1):
-            at = block * _BLOCK
-            if at >= self.end:
-                raise EOFError(f"bytes {start} to {start + size} are asked for, and {self.end} are known")
-            parts.append(twice_read(self.file, min(_BLOCK, self.end - at), at, self.sums[block]))
-        within = start - first * _BLOCK
-        return (parts[0] if first == last else b"".join(parts))[within : within + size]
+            return self.file.read(size, start), 0
+        if start + size > self.end:
+            raise EOFError(f"bytes {start} to {start + size} are asked for, and {self.end} are known")
+        block, stop = start // _BLOCK, min(self.end, start + size + -(start + size) % _BLOCK)
+        known, before = self.sums[block : -(-stop // _BLOCK)], block * _BLOCK
+        data = self.file.read(stop - before, before)
+        if _sums(data) != known:
+            data = b"".join(
+                twice_read(self.file, min(_BLOCK, stop - at), at, sums)
+                for at, sums in zip(range(before, stop, _BLOCK), known, strict=True)
+            )
+        return data, start - before
 
     def certain(self, size: int, start: int) -> bytes:
         """`read`, tried again where it fails. Raises ShardError."""
@@ -154,8 +161,9 @@ class Tensor:
     def some(self, first: int, last: int) -> np.ndarray:
         """From the leading index `first` on to before `last`, read now. Raises as Checked.read does."""
         size = self.rows[1]
-        data = self.source.read((last - first) * size, self.start + first * size)
-        return np.frombuffer(data, self.dtype).reshape(last - first, *self.shape[1:])
+        data, within = self.source.around((last - first) * size, self.start + first * size)
+        found = np.frombuffer(data, self.dtype, (last - first) * size // self.dtype.itemsize, within)
+        return found.reshape(last - first, *self.shape[1:])
 
     def whole(self) -> np.ndarray:
         """All of it, read now. Raises ShardError when that fails."""

@@ -161,7 +161,6 @@ class ImageSet:
     def _anew(self, shard: int, read: Callable[[], Value]) -> Value:
         """The value of `read`, made again where it fails. Raises ShardError."""
 
-
         def forget() -> None:
             self._open.pop(shard, None)
             self._doubted.add(shard)
