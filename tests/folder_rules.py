@@ -35,7 +35,7 @@ TABLE = (
     Row(
         "shards.decode*", f"shards.format {NUMPY} PIL simplejpeg nvidia pillow_heif pillow_jxl", f"pipeline {TORCHLESS}"
     ),
-    Row("shards.pack*", f"shards.decode shards.format shards.storage {NUMPY} webdataset", f"pipeline {TORCHLESS}"),
+    Row("shards.pack*", f"shards.decode shards.format shards.storage {NUMPY}", f"pipeline {TORCHLESS}"),
     Row("shards.stream*", f"{SHARDS} {NUMPY}", f"pipeline {TORCHLESS}"),
     Row("shards.inspect*", f"shards.pack {SHARDS} {NUMPY}", f"pipeline {TORCHLESS}"),
     Row("shards*", f"{NUMPY} tqdm", f"pipeline {TORCHLESS}"),

@@ -45,11 +45,11 @@ def draw_photographs(count: int, names: tuple[str, ...] = ()) -> Iterator[Draw]:
         pixels = codec.decode(path.read_bytes())
         keys = np.full(count, counter_rng.hash_key(path.stem), np.uint64)
         width, height = (np.full(count, side) for side in (pixels.shape[1], pixels.shape[0]))
-        means = np.full(count, codec.mean_grey(pixels), np.float32)
-        greys = Greys(means, np.tile(np.array(codec.tones(pixels), np.uint16), (count, 1)))
+        mean, tones = codec.greys(pixels)
+        greys = Greys(np.full(count, mean, np.float32), np.tile(np.array(tones, np.uint16), (count, 1)))
         views = draw_views(ViewPolicy(), keys, np.arange(count), width, height, greys)
         operations = JITTER_ORDERS[views.orders]
-        before = levels_of_means(np.take_along_axis(views.jitters, operations, axis=-1), operations, means)
+        before = levels_of_means(np.take_along_axis(views.jitters, operations, axis=-1), operations, greys.means)
         for i in range(count):
             box, flip, order = views.boxes[i].tolist(), bool(views.flips[i]), int(views.orders[i])
             yield Draw(path.stem, pixels, box, flip, views.jitters[i], order, views.levels[i], before[i])

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _told(packed: "Packed", listed: Path) -> Iterator[str]:
     """What became of every file, and of the classes. listed: where what was left out is named."""
-    from beitforge.shards.pack.image_files import shown
+    from beitforge.shards.pack.listing.image_files import shown
     from beitforge.shards.pack.plan import FIRST_FORMAT
 
     plan, files = packed.plan, packed.plan.files

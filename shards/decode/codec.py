@@ -161,7 +161,12 @@ def _pixels(image: Image.Image) -> np.ndarray:
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ImageError("32-bit pixels have no defined white: convert the image to 8 or 16 bits first")
-    return np.array((image.convert("LA") if image.mode == "La" else image).convert("RGB"))
+    return np.array(image if image.mode == "RGB" else _straight(image).convert("RGB"))
+
+
+def _straight(image: Image.Image) -> Image.Image:
+    """With alpha that is not multiplied in, which Pillow drops from LA alone."""
+    return image.convert("LA") if image.mode == "La" else image
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
@@ -206,9 +211,10 @@ def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, np.nd
     """`read_header` and `decode` of an image that is in a set: a JPEG whose pixels are damaged is refused, too, though
     it decodes to something."""
     with _opened(data, max_pixels, _kind(data, pack=False)) as image:
-        pixels = _pixels(image)
+        found = _sound(image, data)
+        pixels = _pixels(image) if found is None else found
         header = _header(image, data)
-        if header.format == "jpg" and (fault := jpeg_faults.cleaned(data)[0]):
+        if found is None and header.format == "jpg" and (fault := jpeg_faults.cleaned(data)[0]):
             raise ImageError(f"is damaged: {fault}")
         return header, pixels
 
@@ -221,15 +227,15 @@ def read_source(data: bytes, max_pixels: int = MAX_PIXELS) -> Source:
     """
     kind = _kind(data, pack=True)
     try:
-        source = _source(data, max_pixels, kind)
-        fault, better = jpeg_faults.cleaned(data) if kind == "jpeg" else ("", data)
+        source, sound = _source(data, max_pixels, kind)
+        fault, better = ("", data) if sound or kind != "jpeg" else jpeg_faults.cleaned(data)
     except ImageError:
         fault, better = jpeg_faults.cleaned(data) if kind == "jpeg" else ("", data)
         if fault or better is data:
             raise
-        source = _source(better, max_pixels, kind)
+        source, _ = _source(better, max_pixels, kind)
     if better is not data and not fault:
-        found = _source(better, max_pixels, kind)
+        found, _ = _source(better, max_pixels, kind)
         fault = "" if np.array_equal(found.pixels, source.pixels) else "decoders do not agree on its pixels"
         source = replace(found, left_aside=(*found.left_aside, conversions.CLEANED))
     if fault:
@@ -237,23 +243,52 @@ def read_source(data: bytes, max_pixels: int = MAX_PIXELS) -> Source:
     return source
 
 
-def _source(data: bytes, max_pixels: int, kind: str) -> Source:
+def _source(data: bytes, max_pixels: int, kind: str) -> tuple[Source, bool]:
+    """The image, and whether it is a JPEG that is known to be sound."""
     with _opened(data, max_pixels, kind) as image:
-        pixels = _pixels(image)
+        found = _sound(image, data)
+        pixels = _pixels(image) if found is None else found
         header = _header(image, data)
         lost = conversions.losses(image, header.bits)
-        return Source(data, header, pixels, lost, conversions.left_aside(image, data))
+        return Source(data, header, pixels, lost, conversions.left_aside(image, data)), found is not None
 
 
-def mean_grey(pixels: np.ndarray) -> float:
-    """Mean ITU-R 601 luma (0-255) of uint8 [H, W, 3]: that of Pillow's convert("L"), rounded per pixel as there."""
-    grey = np.asarray(Image.fromarray(pixels).convert("L"))
-    return int(grey.sum(dtype=np.uint64)) / grey.size
+def _sound(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """The pixels of a JPEG against which libjpeg has nothing to say, by one decoding that asks it; None of any other,
+    and where no such decoder gives Pillow's pixels. The image is open, and stays unloaded."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        jpeg.decoder("simplejpeg")
+    except ShardError:
+        return None
+    found = jpeg_faults.sound(data)
+    return found if found is not None and found.shape == (image.height, image.width, 3) else None
 
 
-def tones(pixels: np.ndarray) -> tuple[int, ...]:
-    """The tone table (shards.format.levels) of uint8 [H, W, 3]."""
-    return tone_table(Image.fromarray(pixels).histogram())
+def greys(pixels: np.ndarray) -> tuple[float, tuple[int, ...]]:
+    """Mean grey and tone table (shards.format.levels) of uint8 [H, W, 3]. The mean is that of ITU-R 601's luma (0-255)
+    as Pillow's convert("L") rounds it for each pixel."""
+    image = _image(pixels)
+    grey = np.asarray(image.convert("L"))
+    mean = int(grey.sum(axis=1, dtype=np.uint32).sum(dtype=np.uint64)) / grey.size
+    return mean, tone_table(image.histogram()[: 3 * 256])
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    """Of uint8 [H, W, 3] an RGB image; where these are three of four bytes, an RGBX one that shares them."""
+    height, width, _ = pixels.shape
+    whole = pixels.base
+    if isinstance(whole, np.ndarray) and whole.flags.c_contiguous:
+        same = whole.ctypes.data == pixels.ctypes.data and whole.strides == pixels.strides
+        if same and whole.shape == (height, width, 4):
+            return Image.frombuffer("RGBX", (width, height), whole, "raw", "RGBX", 0, 1)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _rgb(pixels: np.ndarray) -> Image.Image:
+    image = _image(pixels)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _resample(name: str) -> Image.Resampling:
@@ -263,7 +298,7 @@ def _resample(name: str) -> Image.Resampling:
 
 def resize(pixels: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [h, w, 3], size = (h, w); Pillow's antialiased 'bicubic' or 'lanczos'."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image = _rgb(pixels)
     return np.array(image.resize((size[1], size[0]), _resample(resample)))
 
 
@@ -291,7 +326,7 @@ def encode(pixels: np.ndarray, format: str, quality: int) -> bytes:
     would lose what a shrunk image still has. It costs about a fifth more bytes.
     """
     file = io.BytesIO()
-    image = Image.fromarray(pixels)
+    image = _rgb(pixels)
     try:
         if format == "jpg":
             image.save(file, "JPEG", quality=quality, subsampling=0)

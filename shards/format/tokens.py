@@ -20,7 +20,7 @@ from beitforge.shards.format.manifest import ImageManifest, TokenManifest, Token
 from beitforge.shards.format.views import FIELDS, Views
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.files import open_files
-from beitforge.shards.storage.reading import OpenFile, forget
+from beitforge.shards.storage.reading import OpenFile, Turns, forget
 from beitforge.shards.storage.remote import Kept, Remote, is_url
 from beitforge.shards.storage.retry import anew, reread, retry
 from beitforge.shards.storage.tensors import MOST_HEADER, TensorFile, write_tensors
@@ -209,6 +209,7 @@ class TokenSet:
         self.manifest: TokenManifest = read_token_manifest(where, cache)
         self._cache = cache
         self._open: dict[int, OpenTokenShard] = {}
+        self._turns = Turns()
         self._sums: dict[int, array] = {}  # of files that were read through
         if isinstance(self.folder, Remote) and cache is None:
             raise ShardError(f"{where} is a URL, which is read through a cache on this machine only")
@@ -238,12 +239,16 @@ class TokenSet:
 
     def _shard(self, number: int, image_keys: np.ndarray | Callable[[], np.ndarray]) -> OpenTokenShard:
         opened = self._open.get(number)
-        if opened is None:
-            keys = image_keys() if callable(image_keys) else image_keys
-            opened = reread(lambda: self._opened(number, lambda source: self._checked(number, source, keys)))
-            self._open[number] = opened
-            if len(self._open) > open_files(each=4):
-                del self._open[next(iter(self._open))]
+        if opened is not None:
+            return opened
+        with self._turns.of(number):
+            opened = self._open.get(number)
+            if opened is None:
+                keys = image_keys() if callable(image_keys) else image_keys
+                opened = reread(lambda: self._opened(number, lambda source: self._checked(number, source, keys)))
+                self._open[number] = opened
+                if len(self._open) > open_files(each=4):
+                    self._open.pop(next(iter(self._open)), None)
         return opened
 
     def _name(self, number: int) -> str:

@@ -10,8 +10,8 @@ import xxhash
 from beitforge.shards.decode import codec
 from beitforge.shards.decode.codec import Header, ImageError
 from beitforge.shards.format.index import FLAG_ANIMATED
-from beitforge.shards.pack.image_files import RAW_EXTENSIONS
-from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts
+from beitforge.shards.pack.listing.image_files import RAW_EXTENSIONS
+from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts, facts_of
 
 _MAX_FILE_BYTES = 2**30
 # The file's own fault; any other error is the disk's, and leaving images out would hide it.
@@ -78,18 +78,19 @@ def encode(data: bytes, options: EncodeOptions) -> Prepared:
     upright = _turn(pixels, header.orientation)
     size = shrunk_size(upright.shape[1], upright.shape[0], options)
     if _may_stay(header, options) and size == (upright.shape[1], upright.shape[0]):
-        return Prepared(data, header.format, _facts(data, header, pixels), named)
+        return Prepared(data, header.format, facts_of(xxhash.xxh3_64_intdigest(data), header, pixels), named)
     if size != (upright.shape[1], upright.shape[0]):
         upright = codec.resize(upright, (size[1], size[0]), "lanczos")
     extension = _new_format(data, header, options)
-    stored = codec.encode(np.ascontiguousarray(upright), extension, options.quality)
+    stored = codec.encode(upright, extension, options.quality)
     again = f"{header.format} encoded again as {extension}"
-    return Prepared(stored, extension, _facts(stored, *codec.read_image(stored)), (*named, again))
+    return Prepared(stored, extension, _facts_of_stored(stored, extension, upright), (*named, again))
 
 
-def _facts(data: bytes, header: Header, pixels: np.ndarray) -> Facts:
-    digest = xxhash.xxh3_64_intdigest(data)
-    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags, codec.tones(pixels))
+def _facts_of_stored(stored: bytes, extension: str, pixels: np.ndarray) -> Facts:
+    """Of an image encoded from `pixels`, which lossy formats change."""
+    header, pixels = (codec.read_header(stored), pixels) if extension == "png" else codec.read_image(stored)
+    return facts_of(xxhash.xxh3_64_intdigest(stored), header, pixels)
 
 
 def _may_stay(header: Header, options: EncodeOptions) -> bool:

@@ -14,9 +14,9 @@ import xxhash
 from beitforge.shards import counter_rng
 from beitforge.shards.errors import ShardError
 from beitforge.shards.pack.encode import EncodeOptions
-from beitforge.shards.pack.equal_files import first_equals
-from beitforge.shards.pack.image_files import FIRST_EXTENSIONS, ImageFiles, list_images
-from beitforge.shards.pack.labels import Labels, labels_of, labels_of_format_1
+from beitforge.shards.pack.listing.equal_files import first_equals
+from beitforge.shards.pack.listing.image_files import FIRST_EXTENSIONS, ImageFiles, list_images
+from beitforge.shards.pack.listing.labels import Labels, labels_of, labels_of_format_1
 
 REST = "train"
 

@@ -11,13 +11,12 @@ from beitforge.shards.format.index import IndexRow, index_path, open_index, writ
 from beitforge.shards.format.manifest import ImageShard
 from beitforge.shards.pack.encode import encode, read_file
 from beitforge.shards.pack.plan import ShardJob
-from beitforge.shards.pack.tar_scan import Facts, index_row, read_tar
+from beitforge.shards.pack.tar_scan import Sample, index_row
+from beitforge.shards.pack.tar_writing import SampleWriter
 from beitforge.shards.storage.files import atomic_path
-from beitforge.shards.storage.reading import file_digest
 from beitforge.shards.workers import Beat
 
-# Any fixed time will do, but 0 makes GNU tar warn: 2020-01-01.
-_MTIME = 1577836800
+_BUFFER = 1 << 20  # bytes that go to the disk in one call
 _SHOWN = 3
 
 
@@ -63,13 +62,9 @@ def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
     rejected: list[dict] = []
     conversions: Counter[str] = Counter()
     with atomic_path(tar) as partial:
-        facts = _write_tar(partial, job, rejected, conversions, beat)
-        labels = {image.key: image.label for image in job.planned}
-        samples = read_tar(partial).samples
-        rows: list[IndexRow] = [
-            index_row(sample, described, labels[sample.key]) for sample, described in zip(samples, facts, strict=True)
-        ]
-        metadata = {"plan": job.plan, "tar_bytes": str(partial.stat().st_size), "tar_digest": file_digest(partial)}
+        with open(partial, "wb", buffering=_BUFFER) as file, SampleWriter(file) as writer:
+            rows = _write_samples(writer, job, rejected, conversions, beat)
+        metadata = {"plan": job.plan, "tar_bytes": str(writer.size), "tar_digest": writer.digest}
     if not rows:
         tar.unlink()
     metadata |= {"rejected": json.dumps(rejected), "conversions": json.dumps(conversions)}
@@ -79,30 +74,30 @@ def pack_shard(job: ShardJob, beat: Beat) -> PackedShard:
     return shard
 
 
-def _write_tar(path: Path, job: ShardJob, rejected: list[dict], conversions: Counter[str], beat: Beat) -> list[Facts]:
-    """Write the images that can be used, in the job's order; their facts. Their conversions are counted, the other
+def _write_samples(
+    writer: SampleWriter, job: ShardJob, rejected: list[dict], conversions: Counter[str], beat: Beat
+) -> list[IndexRow]:
+    """Write the images that can be used, in the job's order; their rows. Their conversions are counted, the other
     images added to `rejected`."""
-    from webdataset.writer import TarWriter
-
-    facts = []
-    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=_MTIME) as writer:
-        for image in job.planned:
-            try:
-                prepared = encode(read_file(job.images / image.path), job.options)
-            except ImageError as error:
-                rejected.append({"path": image.path, "reason": str(error)})
-                check_rejected(rejected, job.max_rejected)
-                continue
-            finally:
-                beat(1)
-            about = {"source": image.path, "width": prepared.facts.width, "height": prepared.facts.height}
-            sample = {"__key__": image.key, prepared.extension: prepared.data, "json": json.dumps(about).encode()}
-            if image.label >= 0:
-                sample["cls"] = str(image.label).encode()
-            writer.write(sample)
-            facts.append(prepared.facts)
-            conversions.update(prepared.conversions)
-    return facts
+    rows = []
+    for image in job.planned:
+        try:
+            prepared = encode(read_file(job.images / image.path), job.options)
+        except ImageError as error:
+            rejected.append({"path": image.path, "reason": str(error)})
+            check_rejected(rejected, job.max_rejected)
+            continue
+        finally:
+            beat(1)
+        about = {"source": image.path, "width": prepared.facts.width, "height": prepared.facts.height}
+        members = {prepared.extension: prepared.data, "json": json.dumps(about).encode()}
+        if image.label >= 0:
+            members["cls"] = str(image.label).encode()
+        places = writer.write(image.key, members)
+        sample = Sample(image.key, places, places[prepared.extension])
+        rows.append(index_row(sample, prepared.facts, image.label))
+        conversions.update(prepared.conversions)
+    return rows
 
 
 def finished_shard(job: ShardJob) -> PackedShard | None:

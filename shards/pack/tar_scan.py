@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from beitforge.shards.counter_rng import hash_key
@@ -138,7 +139,13 @@ def describe(data: bytes) -> Facts:
         header, pixels = codec.read_image(data)
     except codec.ImageError as error:
         return Facts(digest, 0, 0, 0.0, FLAG_BAD, NO_TONES, str(error))
-    return Facts(digest, header.width, header.height, codec.mean_grey(pixels), header.flags, codec.tones(pixels))
+    return facts_of(digest, header, pixels)
+
+
+def facts_of(digest: int, header: codec.Header, pixels: np.ndarray) -> Facts:
+    """The facts of an image whose bytes have that xxh3-64."""
+    mean_grey, tones = codec.greys(pixels)
+    return Facts(digest, header.width, header.height, mean_grey, header.flags, tones)
 
 
 def index_row(sample: Sample, facts: Facts, label: int | None) -> IndexRow:

@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import xxhash
@@ -80,6 +81,24 @@ class OpenFile:
         """Have what is read next come from the disk, not out of the page cache."""
         with contextlib.suppress(OSError):
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Turns:
+    """Locks by number, so that one thread opens what many ask for. Forks and copies have locks of their own: nobody
+    would open those that other threads held."""
+
+    _LOCKS = 64
+
+    def __init__(self) -> None:
+        self._process, self._locks = os.getpid(), [threading.Lock() for _ in range(self._LOCKS)]
+
+    def __reduce__(self) -> tuple:
+        return Turns, ()
+
+    def of(self, number: int) -> threading.Lock:
+        if self._process != os.getpid():
+            self.__init__()  # type: ignore[misc]
+        return self._locks[number % self._LOCKS]
 
 
 def forget(path: Path) -> None:

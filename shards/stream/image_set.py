@@ -3,6 +3,7 @@
 A set is a folder, or lies behind a URL: then what is read of it comes in chunks of samples, kept in this node's cache.
 """
 
+import contextlib
 import functools
 import logging
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from beitforge.shards.format.levels import NO_TONES, Greys, without_tones
 from beitforge.shards.format.manifest import ImageManifest, read_image_manifest
 from beitforge.shards.storage.cache import ALWAYS, PART, Cache
 from beitforge.shards.storage.files import open_files
-from beitforge.shards.storage.reading import OpenFile, forget, twice_read
+from beitforge.shards.storage.reading import OpenFile, Turns, forget, twice_read
 from beitforge.shards.storage.remote import Kept, Remote, cache_for, is_url
 from beitforge.shards.storage.retry import READS, anew, reread
 from beitforge.shards.storage.tensors import TensorFile
@@ -78,7 +79,8 @@ class Reading:
 
 
 class ImageSet:
-    """The tars and indexes of one set. Keeps the latest used shards open; may be handed to worker processes."""
+    """The tars and indexes of one set. Keeps the latest used shards open. May be handed to worker processes, and
+    be read by many threads at once."""
 
     def __init__(self, where: Path | str, cache: Cache | None = None, chunk: int = 64):
         """where: a folder or a URL. cache: of this node, for a URL. chunk: samples that are fetched together."""
@@ -88,6 +90,7 @@ class ImageSet:
         self.reading: Reading | None = None
         self._cache = cache
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._turns = Turns()
         self._rows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._doubted: set[int] = set()  # whose indexes are read through, for their checksums did not hold
         if isinstance(self.folder, Remote) and cache is None:
@@ -132,12 +135,17 @@ class ImageSet:
         """Of the images at these places, i64 [n] each. means: their mean greys."""
         found = without_tones(means)
         for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-            found.tones[i] = self._anew(shard, functools.partial(self._tones, shard, row))
+            found.tones[i] = self.tones(shard, row)
         return found
 
-    def _tones(self, shard: int, row: int) -> np.ndarray:
-        index = self._shard(shard).index
-        return index.columns[TONES][row] if index.has_tones else np.array(NO_TONES, np.uint16)
+    def tones(self, shard: int, row: int) -> np.ndarray:
+        """The tone table of an image, u16 [KNOTS]; zeros where its index has none."""
+
+        def read() -> np.ndarray:
+            index = self._shard(shard).index
+            return index.columns[TONES][row] if index.has_tones else np.array(NO_TONES, np.uint16)
+
+        return self._anew(shard, read)
 
     def row(self, shard: int, row: int) -> Row:
         """What the index says of a sample. Rows are read some at a time: those beside one come soon."""
@@ -276,10 +284,15 @@ class ImageSet:
     def _shard(self, shard: int) -> _OpenShard:
         opened = self._open.get(shard)
         if opened is None:
-            opened = self._open[shard] = reread(lambda: self._open_shard(shard), lambda: self._forget(shard))
-            if len(self._open) > open_files(each=4):  # a tar and its index, and half for tokens
-                self._open.popitem(last=False)
-        self._open.move_to_end(shard)
+            with self._turns.of(shard):
+                opened = self._open.get(shard)
+                if opened is None:
+                    opened = reread(lambda: self._open_shard(shard), lambda: self._forget(shard))
+                    self._open[shard] = opened
+                    if len(self._open) > open_files(each=4):  # a tar and its index, and half for tokens
+                        self._open.popitem(last=False)
+        with contextlib.suppress(KeyError):  # another thread had it forgotten
+            self._open.move_to_end(shard)
         return opened
 
     def _forget(self, shard: int) -> None:

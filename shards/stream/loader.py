@@ -4,42 +4,33 @@ uses torch.
 A batch is a pure function of the sample numbers asked for. Workers, ranks and restarts therefore never change it.
 """
 
+import contextlib
 import functools
 import math
 import mmap
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from beitforge.shards import counter_rng
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import COLUMNS, FLAG_BAD, Row
-from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
+from beitforge.shards.format.index import COLUMNS, Row
+from beitforge.shards.format.levels import Greys
+from beitforge.shards.stream.image_set import ImageSet
+from beitforge.shards.stream.read_ahead import ReadAhead
+from beitforge.shards.stream.samples import BadSample as BadSample
+from beitforge.shards.stream.samples import Found, Place, SampleOrder, Samples
+from beitforge.shards.stream.samples import SequentialOrder as SequentialOrder
 from beitforge.shards.stream.view_sources import Selection, ViewSource
 
-_SUBSTITUTES = 32
 TORCH = "torch bicubic"
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that was replaced: where it lies, why, and which row of the same shard stood in. known: whether the sets
-    themselves said so, so that it was known before the first sample was read."""
-
-    sample: int
-    shard: str
-    key: str
-    reason: str
-    substitute: str
-    known: bool = False
 
 
 class Batch(NamedTuple):
@@ -80,28 +71,6 @@ class Batch(NamedTuple):
         return self._replace(**there, draws=drawn)
 
 
-class SampleOrder(Protocol):
-    """Where a sample lies: shards.stream.order.Order, shards.stream.label_subset.Subset, or SequentialOrder."""
-
-    samples: int
-
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
-
-
-class SequentialOrder:
-    """Samples in manifest order, epoch 0: for evaluation."""
-
-    def __init__(self, shard_samples: list[int] | np.ndarray):
-        self.ends = np.cumsum(shard_samples)
-        self.samples = int(self.ends[-1])
-
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Epoch (zeros), shard and row of the samples numbered `samples`, each < self.samples."""
-        shards = np.searchsorted(self.ends, samples, side="right")
-        starts = np.concatenate([[0], self.ends[:-1]])
-        return np.zeros_like(samples), shards, samples - starts[shards]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """What turns sample numbers into batches. `size` is (H, W), `resample` a filter of `cut_into`; `tokenizer_size` and
@@ -125,59 +94,60 @@ class Stream:
         """Of one sample's pixels and tokenizer_pixels."""
         return (3, *self.size), (3, *self.tokenizer_size)
 
-    def batch(self, samples: np.ndarray, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> Batch:
-        """Build the batch of these samples (i64 [B]), its pixels and tokenizer_pixels in the two tensors `into`.
+    @functools.cached_property
+    def samples(self) -> Samples:
+        """What is read for the batches."""
+        return Samples(self.images, self.places, self.source, self.seed)
 
-        Raises ShardError when a shard cannot be read.
-        """
-        places = into or tuple(torch.empty((len(samples), *shape), dtype=torch.uint8) for shape in self.shapes)
-        refused: dict[tuple[int, int], str] = {}
+    def batch(self, samples: np.ndarray) -> Batch:
+        """Build the batch of these samples (i64 [B]). Raises ShardError when a shard cannot be read."""
+        places = self.samples.located(samples)
+        return self.built(places, [self.samples.read(place) for place in places])
+
+    def built(
+        self, places: Sequence[Place], found: list[Found], into: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Batch:
+        """Build the batch of samples that were read, its pixels and tokenizer_pixels in the two tensors `into`. What
+        does not decode is read again, as what stands in for it. Raises as `batch` does."""
+        pixels, second = into or tuple(torch.empty((len(places), *shape), dtype=torch.uint8) for shape in self.shapes)
+        refused: dict[int, dict[int, str]] = {}
+        if self.images.reading is not None:
+            self.images.reading.sample = min(place.sample for place in places)
         while True:
             try:
-                return self._batch(samples, refused, *places)
+                return self._built(places, found, pixels, second)
             except _Undecodable as error:
-                refused[error.place] = str(error)
+                i = error.place
+                refused.setdefault(i, {})[found[i].row] = str(error)
+                found[i] = self.samples.read(places[i], refused[i])
 
-    def _batch(
-        self, samples: np.ndarray, refused: dict[tuple[int, int], str], pixels: torch.Tensor, second: torch.Tensor
-    ) -> Batch:
-        """The batch, where `refused` says which rows cannot stand at which of its places, and why."""
-        epochs, shards, rows = self.places.locate(samples)
-        if self.images.reading is not None:
-            self.images.reading.sample = int(samples.min())
-        bad: list[BadSample] = []
-        encoded, known = [], []
-        for i, sample in enumerate(samples.tolist()):
-            rows[i], facts, data = self._read_usable(i, sample, int(shards[i]), int(rows[i]), refused, bad)
-            encoded.append(data)
-            known.append(facts)
+    def _built(self, places: Sequence[Place], found: list[Found], pixels: torch.Tensor, second: torch.Tensor) -> Batch:
+        samples, epochs, shards = (np.array(column, np.int64) for column in list(zip(*places, strict=True))[:3])
         columns = {
             name: np.array(values, COLUMNS[name])
-            for name, values in zip(Row._fields, zip(*known, strict=True), strict=True)
+            for name, values in zip(Row._fields, zip(*(one.known for one in found), strict=True), strict=True)
         }
         keys, means, sizes = columns["key_hash"], columns["mean_grey"], (columns["width"], columns["height"])
-        greys = functools.partial(self.images.greys, shards, rows, means)
-        views, tokens = self.source.views(Selection(epochs, shards, rows, keys, sizes, means, greys))
+        rows, ready = np.array([one.row for one in found], np.int64), [one.ready for one in found]
+
+        def greys() -> Greys:
+            return Greys(means, np.array(ready, np.uint16))
+
+        views, tokens = self.source.views(Selection(epochs, shards, rows, keys, sizes, means, greys, ready))
         limits = views.levels[:, :2].tolist()
-        records = zip(views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
-        how = zip(
-            encoded,
-            zip(*(side.tolist() for side in sizes), strict=True),
-            columns["flags"].tolist(),
-            records,
-            strict=True,
-        )
-        for i, (data, size, flags, (box, flip, limit)) in enumerate(how):
+        records = zip(found, views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
+        for i, (one, box, flip, limit) in enumerate(records):
+            known = one.known
             try:
-                crop = codec.decode_view(data, box, size, flags, self.decoder)
+                crop = codec.decode_view(one.data, box, (known.width, known.height), known.flags, self.decoder)
             except codec.ImageError as error:
-                raise _Undecodable((i, int(rows[i])), str(error)) from error
+                raise _Undecodable(i, str(error)) from error
             except ShardError as error:
-                name, index = self.images.manifest.shards[int(shards[i])].name, self.images.index(int(shards[i]))
-                raise ShardError(f"{name} {index.key(int(rows[i]))}: {error}") from error
+                name, index = self.images.manifest.shards[places[i].shard].name, self.images.index(places[i].shard)
+                raise ShardError(f"{name} {index.key(one.row)}: {error}") from error
             cut_into(pixels[i], crop, bool(flip), limit, self.resample)
             if self.augment is not None:
-                self.augment(int(samples[i]), pixels[i])
+                self.augment(places[i].sample, pixels[i])
             if second.numel():
                 cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
         drawn = self.draw(samples) if self.draw else {}
@@ -191,57 +161,14 @@ class Stream:
             torch.from_numpy(views.levels[:, 2].astype(np.float32)),
             torch.from_numpy(columns["label"]),
             {name: torch.from_numpy(value) for name, value in drawn.items()},
-            bad,
+            [one.bad for one in found if one.bad is not None],
         )
-
-    def _read_usable(
-        self, i: int, sample: int, shard: int, row: int, refused: dict[tuple[int, int], str], bad: list[BadSample]
-    ) -> tuple[int, Row, bytes]:
-        """The image at place i, its row and what the index says of that, or those of the first usable substitute: a
-        pure function of the sample."""
-        entry, asked = self.images.manifest.shards[shard], self.images.row(shard, row)
-        first: DamagedSample | None = None
-        for candidate in self._candidates(shard, row, asked):
-            try:
-                if (i, candidate) in refused:
-                    raise DamagedSample(refused[i, candidate])
-                known = asked if candidate == row else self.images.row(shard, candidate)
-                if not known.flags & FLAG_BAD:  # else that is the reason
-                    self.source.check(shard, candidate)
-                data = self.images.read_row(shard, candidate, known)
-                break
-            except DamagedSample as error:
-                first = first or error
-        else:
-            key, tries = self.images.index(shard).key(row), _SUBSTITUTES
-            raise ShardError(f"{entry.name}: {tries} samples tried for {key}, none usable; run `verify`")
-        if candidate != row:
-            index, reason = self.images.index(shard), str(first)
-            is_known = isinstance(first, KnownBad)
-            bad.append(BadSample(sample, entry.name, index.key(row), reason, index.key(candidate), is_known))
-        return candidate, known, data
-
-    def _candidates(self, shard: int, row: int, asked: Row) -> Iterator[int]:
-        """A row, then those that may stand in for it: drawn from all of its shard, at last only from those that are not
-        known to be bad."""
-        samples, good = self.images.manifest.shards[shard].samples, np.empty(0, np.int64)
-        yield row
-        for attempt in range(2 * _SUBSTITUTES - 1):
-            drawn = counter_rng.uniform(counter_rng.SUBSTITUTE, self.seed, asked.key_hash, attempt)[0]
-            if attempt < _SUBSTITUTES - 1:
-                yield int(drawn * samples)
-                continue
-            if attempt == _SUBSTITUTES - 1:
-                good = np.flatnonzero((self.images.index(shard).flags & FLAG_BAD) == 0)
-                if len(good) in (0, samples):
-                    return
-            yield int(good[int(drawn * len(good))])
 
 
 class _Undecodable(Exception):
-    """An image whose bytes are as packed does not decode: its place in the batch and its row."""
+    """An image whose bytes are as packed does not decode: its place in the batch."""
 
-    def __init__(self, place: tuple[int, int], reason: str):
+    def __init__(self, place: int, reason: str):
         super().__init__(reason)
         self.place = place
 
@@ -316,17 +243,26 @@ class _Batches(Dataset):
 
     def __init__(self, stream: Stream, numbers: BatchSampler, ring: _Ring):
         self.stream, self.numbers, self.ring = stream, numbers, ring
+        self.ahead: ReadAhead[Place, Found] | None = None  # made by the worker
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> _Sent | str:
         """The batch, or the one line of its ShardError: raised in a worker it would come back as a traceback."""
+        worker = get_worker_info()
+        step = worker.num_workers if worker else 1  # batches go to workers in turn
+        self.ahead = self.ahead or reading_ahead(self.stream, self.numbers)
         try:
-            samples = self.numbers[i]
-            return _Sent(i, self.stream.batch(samples, self.ring.places(i, len(samples))))
+            places, found = self.ahead.batch(i, i + step if i + step < len(self) else None)
+            return _Sent(i, self.stream.built(places, found, self.ring.places(i, len(places))))
         except ShardError as error:
             return str(error)
+
+
+def reading_ahead(stream: Stream, numbers: BatchSampler) -> ReadAhead[Place, Found]:
+    """What reads the batches of `numbers`."""
+    return ReadAhead(lambda i: stream.samples.located(numbers[i]), stream.samples.read)
 
 
 def start_worker(_: int) -> None:
@@ -349,9 +285,10 @@ def load(stream: Stream, numbers: BatchSampler, *, workers: int, prefetch: int, 
     pinned memory. Raises ShardError for a shard that cannot be read, whichever process met it.
     """
     if not workers or not len(numbers):
-        for i in range(len(numbers)):
-            batch = stream.batch(numbers[i])
-            yield batch.pinned() if pin else batch
+        with contextlib.closing(reading_ahead(stream, numbers)) as ahead:
+            for i in range(len(numbers)):
+                batch = stream.built(*ahead.batch(i, i + 1 if i + 1 < len(numbers) else None))
+                yield batch.pinned() if pin else batch
         return
     ring = _Ring(workers * prefetch + 1, len(numbers[0]), stream.shapes)
     loader: DataLoader = DataLoader(

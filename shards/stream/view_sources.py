@@ -3,7 +3,7 @@
 Each source answers one question for n images at once: which view of each, and which tokens belong to it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,17 +13,21 @@ import numpy as np
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.levels import Greys, without_tones
 from beitforge.shards.format.manifest import unreadable
-from beitforge.shards.format.tokens import TokenSet, check_pairing
+from beitforge.shards.format.tokens import TokenRow, TokenSet, check_pairing
 from beitforge.shards.format.views import ViewPolicy, Views, central_views, completed, draw_views, impossible
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.remote import cache_for
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 
+_WORD = 2**64 - 1  # sums of hashes are taken modulo 2^64
+
+Ready = TokenRow | np.ndarray | None
+
 
 @dataclass(frozen=True)
 class Selection:
-    """n images by place, with what the index says of them (all [n]; `sizes` are widths and heights); `greys` reads the
-    rest of that."""
+    """n images by place, with what the index says of them (all [n]; `sizes` are widths and heights); `greys` gives the
+    rest of that, `ready` what ViewSource.read gave of each, if it was read."""
 
     epochs: np.ndarray
     shards: np.ndarray
@@ -32,12 +36,16 @@ class Selection:
     sizes: tuple[np.ndarray, np.ndarray]
     mean_greys: np.ndarray
     greys: Callable[[], Greys]
+    ready: Sequence[Ready] = ()
 
 
 class ViewSource(Protocol):
     """Views (leading dimension n) and tokens u16 [n, patches] of n images; tokens are empty where there are none."""
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]: ...
+
+    def read(self, images: ImageSet, shard: int, row: int, key_hash: int, epoch: int) -> Ready:
+        """What `views` reads of one image. May be called by any thread. Raises ShardError."""
 
     def check(self, shard: int, row: int) -> None:
         """Raises DamagedSample where an image has no tokens, KnownBad where that was held against the budget before."""
@@ -49,12 +57,18 @@ class DrawnViews:
 
     policy: ViewPolicy
 
+    @property
+    def _jittered(self) -> bool:
+        """Else the mean greys tell all."""
+        return self.policy.brightness > 0 and self.policy.contrast > 0
+
+    def read(self, images: ImageSet, shard: int, row: int, key_hash: int, epoch: int) -> Ready:
+        return images.tones(shard, row) if self._jittered else None
+
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
         """View number = epoch."""
-        policy = self.policy
-        jittered = policy.brightness > 0 and policy.contrast > 0  # else the mean greys tell all
-        greys = picked.greys() if jittered else without_tones(picked.mean_greys)
-        drawn = draw_views(policy, picked.key_hashes, picked.epochs, *picked.sizes, greys)
+        greys = picked.greys() if self._jittered else without_tones(picked.mean_greys)
+        drawn = draw_views(self.policy, picked.key_hashes, picked.epochs, *picked.sizes, greys)
         return drawn, np.zeros((len(picked.rows), 0), np.uint16)
 
     def check(self, shard: int, row: int) -> None:
@@ -68,6 +82,9 @@ class CentralViews:
 
     aspect: float = 1.0
     share: float = 0.875
+
+    def read(self, images: ImageSet, shard: int, row: int, key_hash: int, epoch: int) -> Ready:
+        return None
 
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
         views = central_views(*picked.sizes, self.aspect, self.share)
@@ -87,20 +104,27 @@ class RecordedViews:
         self.images = images
         check_pairing(images.manifest, self.tokens.manifest, where)
 
+    def read(self, images: ImageSet, shard: int, row: int, key_hash: int, epoch: int) -> TokenRow:
+        """One row."""
+        return self.tokens.row(shard, self._keys(shard), self._view(key_hash, epoch), row)
+
+    def _view(self, key_hash: int, epoch: int) -> int:
+        return ((key_hash + epoch) & _WORD) % self.tokens.manifest.num_views
+
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]:
-        """Reads one row per image."""
-        numbers = (picked.key_hashes + picked.epochs.astype(np.uint64)) % np.uint64(self.tokens.manifest.num_views)
-        places = list(zip(picked.shards.tolist(), numbers.tolist(), picked.rows.tolist(), strict=True))
-        rows = [self.tokens.row(shard, self._keys(shard), view, row) for shard, view, row in places]
+        columns = (picked.shards, picked.rows, picked.key_hashes, picked.epochs)
+        places = list(zip(*(column.tolist() for column in columns), strict=True))
+        rows = picked.ready or [self.read(self.images, *place) for place in places]
         tokens, *records = (np.stack(column) for column in zip(*rows, strict=True))
         views = completed(Views(*records), picked.mean_greys)
         vocabulary = self.tokens.manifest.tokenizer["vocabulary"]
         wrong = np.flatnonzero(impossible(views) | (tokens >= vocabulary).any(axis=-1))
         if len(wrong):
-            shard, view, row = places[wrong[0]]
+            shard, row, key_hash, epoch = places[wrong[0]]
             name = f"{self.tokens.folder}/{self.tokens.manifest.shards[shard].name}"
             raise ShardError(
-                f"{name}: view {view} of row {row} holds what no tokenizer and no view policy gives; `verify` says what"
+                f"{name}: view {self._view(key_hash, epoch)} of row {row} holds what no tokenizer and no view policy "
+                "gives; `verify` says what"
             )
         return views, tokens
 

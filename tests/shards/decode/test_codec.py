@@ -5,9 +5,12 @@ import random
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageStat, JpegImagePlugin
 
-from beitforge.shards.decode import codec
+from beitforge.pipeline.data.demo_images import find_photographs
+from beitforge.shards.decode import codec, jpeg_faults
+from beitforge.shards.decode import jpeg as decoders
 from beitforge.shards.decode.codec import ImageError
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import (
@@ -19,6 +22,7 @@ from beitforge.shards.format.index import (
     FLAG_ROTATED,
     FLAG_WEBP,
 )
+from beitforge.shards.format.levels import tone_table
 from tests.shards.made_images import bomb, encoded, exif, jpeg, photo, png_16_bit
 
 PHOTO = photo()
@@ -195,7 +199,7 @@ def test_mean_grey_is_pillows(seed):
     """Contrast jitter uses this mean; it must be that of the transform it stands for."""
     pixels = photo(seed=seed)
     expected = ImageStat.Stat(Image.fromarray(pixels).convert("L")).mean[0]
-    assert codec.mean_grey(pixels) == pytest.approx(expected, abs=1e-9)
+    assert codec.greys(pixels)[0] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("box", [[0, 0, 49, 32], [0, 1, 48, 32], [-1, 0, 5, 5], [0, 0, 0, 5]])
@@ -235,3 +239,53 @@ def test_a_jpeg_damaged_before_it_comes_is_refused(mode):
             assert "is damaged: " in str(error)
             refused += 1
     assert refused >= 20
+
+
+SOUND = {
+    f"{mode} {subsampling} {'progressive' if progressive else 'baseline'} {width}x{height}": (
+        Image.fromarray(photo(width, height, seed=width)).convert(mode),
+        {"subsampling": subsampling, "progressive": progressive, "quality": 60 + width % 40},
+    )
+    for mode in ("RGB", "L")
+    for subsampling in (0, 1, 2)
+    for progressive in (False, True)
+    for width, height in ((1, 1), (7, 9), (16, 16), (33, 17), (161, 120))
+}
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_one_strict_decoding_gives_pillows_pixels(kind, monkeypatch):
+    """What packs and indexes asks libjpeg for its warnings and for the pixels at once. Those are Pillow's, and so are
+    the greys of the index."""
+    image, how = SOUND[kind]
+    data = encoded(image, "JPEG", **how)
+    expected, header = codec.decode(data), codec.read_header(data)
+    luma = np.asarray(Image.fromarray(expected).convert("L"))
+    greys = int(luma.sum(dtype=np.uint64)) / luma.size, tone_table(Image.fromarray(expected).histogram())
+    calls, inner = [], simplejpeg.decode_jpeg
+    decoders.decoder("simplejpeg")  # which tries itself first
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *words: calls.append(words) or inner(*words))
+    monkeypatch.setattr(codec, "_pixels", lambda image: pytest.fail("Pillow decodes it, too"))
+    source = codec.read_source(data)
+    for found_header, found in (codec.read_image(data), (source.header, source.pixels)):
+        assert np.array_equal(found, expected) and found_header == header
+        assert codec.greys(found) == codec.greys(expected) == greys
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("photograph", find_photographs(), ids=lambda path: path.stem)
+def test_photographs_too(photograph):
+    data = encoded(Image.fromarray(codec.decode(photograph.read_bytes())), "JPEG", quality=90)
+    assert np.array_equal(codec.read_image(data)[1], codec.decode(data))
+
+
+def test_a_decoder_of_other_pixels_is_not_asked(monkeypatch):
+    """Then Pillow's count, as before."""
+
+    def none(name):
+        raise ShardError("gives other pixels than Pillow")
+
+    monkeypatch.setattr(jpeg_faults, "sound", lambda data: pytest.fail("asked"))
+    monkeypatch.setattr(decoders, "decoder", none)
+    data = encoded(photo(), "JPEG")
+    assert np.array_equal(codec.read_image(data)[1], codec.decode(data))

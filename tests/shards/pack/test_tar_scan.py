@@ -75,7 +75,7 @@ def test_rows_say_where_and_what(tmp_path):
         assert raw[row.image_offset : row.image_offset + row.image_size] == data
         assert row.image_xxh3 == xxhash.xxh3_64_intdigest(data)
         assert row.key_hash == hash_key(row.key)
-        assert row.mean_grey == codec.mean_grey(codec.decode(data))
+        assert row.mean_grey == codec.greys(codec.decode(data))[0]
         assert (row.width, row.height) == (48, 32)
     assert raw[first.label_offset : first.label_offset + first.label_size] == b"-7"
     assert raw[first.json_offset : first.json_offset + first.json_size] == b"{}"

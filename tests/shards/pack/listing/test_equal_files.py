@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from beitforge.shards.pack import equal_files
-from beitforge.shards.pack.equal_files import SAMPLE, first_equals
+from beitforge.shards.pack.listing import equal_files
+from beitforge.shards.pack.listing.equal_files import SAMPLE, first_equals
 from tests.shards.made_images import write_folder
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
-from beitforge.shards.pack.short_reads import look_into
-from beitforge.shards.pack.walk import PassedOver, Tally, Walk
+from beitforge.shards.pack.listing.short_reads import look_into
+from beitforge.shards.pack.listing.walk import PassedOver, Tally, Walk
 
 # Until plan format 2 these names alone were images.
 FIRST_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")

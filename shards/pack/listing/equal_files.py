@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from beitforge.shards.pack.short_reads import look_into
+from beitforge.shards.pack.listing.short_reads import look_into
 
 SAMPLE = 4096  # bytes from the middle of a file, where no header and no trailer is
 _BLOCK = 1 << 20

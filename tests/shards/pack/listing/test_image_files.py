@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from beitforge.shards.errors import ShardError
-from beitforge.shards.pack.image_files import RAW_EXTENSIONS, keys_of, list_images, shown
+from beitforge.shards.pack.listing.image_files import RAW_EXTENSIONS, keys_of, list_images, shown
 from tests.shards.made_images import encoded, jpeg, photo, write_folder
 
 
@@ -158,7 +158,7 @@ def test_a_folder_without_images(tmp_path, files, message):
 def test_equal_hashes_are_refused(tmp_path, monkeypatch):
     """Token shards pair by 64-bit hash; two keys sharing one would be mixed up silently."""
     write_folder(tmp_path, {"a.jpg": b"x", "b.jpg": b"x"})
-    monkeypatch.setattr("beitforge.shards.pack.image_files.hash_key", lambda key: 7)
+    monkeypatch.setattr("beitforge.shards.pack.listing.image_files.hash_key", lambda key: 7)
     with pytest.raises(ShardError, match="the keys a and b have the same 64-bit hash"):
         list_images(tmp_path, tmp_path / "out")
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from beitforge.shards.errors import ShardError
-from beitforge.shards.pack.labels import labels_of
+from beitforge.shards.pack.listing.labels import labels_of
 
 
 @pytest.mark.parametrize(
