@@ -29,7 +29,11 @@ class Row:
 
 TABLE = (
     Row("kernels*", "torch triton", "shards pipeline deepspeed"),
-    Row("shards.stream.loader shards.stream.view_batches", f"{SHARDS} {NUMPY} torch", "kernels pipeline deepspeed"),
+    Row(
+        "shards.stream.loader shards.stream.view_batches shards.stream.fixed_point shards.stream.on_device",
+        f"{SHARDS} {NUMPY} torch",
+        "kernels pipeline deepspeed",
+    ),
     Row("shards.storage*", f"{NUMPY} fsspec aiohttp", f"pipeline {TORCHLESS}"),
     Row("shards.format*", f"shards.storage {NUMPY} safetensors", f"pipeline {TORCHLESS}"),
     Row(

@@ -16,6 +16,7 @@ from beitforge.shards.decode import codec
 from beitforge.shards.format.manifest import TokenManifest, write_manifest
 from beitforge.shards.format.tokens import token_path, token_shard_entry, write_token_shard
 from beitforge.shards.format.views import FIELDS, ViewPolicy, Views, draw_views
+from beitforge.shards.pack.encode import EncodeOptions
 from beitforge.shards.pack.pack import pack
 from beitforge.shards.pack.plan import PackOptions
 from beitforge.shards.storage.files import write_text
@@ -58,6 +59,22 @@ class Corpus:
 def corpus(count: int) -> Corpus:
     """The corpus of `count` images, made when it is not there."""
     return _made(FOLDER / f"corpus-{count}", lambda folder: write_images(folder, count), _PER_SHARD)
+
+
+def with_fast_regions(plain: Corpus) -> Corpus:
+    """The same images packed with `--fast-regions`, in the same order, with the same tokens; made when they are not
+    there. Raises ShardError where jpegtran is not installed."""
+    found = Corpus(plain.originals, plain.shards.with_name("shards-regions"), plain.tokens.with_name("tokens-regions"))
+    finished = found.shards.with_name("regions-version")
+    if not finished.exists() or finished.read_text(encoding="utf-8") != _VERSION:
+        for folder in (found.shards, found.tokens):
+            shutil.rmtree(folder, ignore_errors=True)
+        per_shard = ImageSet(plain.shards).manifest.shards[0].samples
+        options = PackOptions(samples_per_shard=per_shard, labels="none", encoding=EncodeOptions(fast_regions=True))
+        pack(found.originals, found.shards, options, "0", 1)
+        write_tokens(found.shards, found.tokens)
+        write_text(finished, _VERSION)
+    return found
 
 
 def tiny_corpus(count: int, per_shard: int) -> Corpus:

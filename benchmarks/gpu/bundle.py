@@ -3,8 +3,8 @@
     ./launch.sh bundle OUT                   # where the package index is
     OUT/run.sh --minutes 8 --out DIR         # there
 
-The machine has Python 3.12, torch and Triton, which are not carried; what else the benchmarks need is, ours as a wheel
-and each library at the version of constraints.txt.
+The machine has Python 3.12, torch, Triton and Pillow, which are not carried; what else the benchmarks need is, ours as
+a wheel and each library at the version of constraints.txt.
 """
 
 import os
@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 from benchmarks.harness import refuse
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGEST = 60 * 10**6  # bytes of the whole folder
+LARGEST = 64 * 10**6  # bytes of the whole folder
 PLATFORMS = tuple(f"manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12", "2010"))
 TARGET = {
     "python_version": "3.12",
@@ -38,12 +38,21 @@ TARGET = {
     "extra": "",
 }
 # what the benchmarks import; peers that constraints.txt does not know have their version here
-ROOTS = ("deepspeed", "timm", "transformers", "numpy", "pyyaml", "safetensors", "xxhash", "pillow")
-PINNED = {"liger-kernel": "0.8.5", "nvidia-cudnn-frontend": "1.14.1", "nvidia-cutlass": "4.2.0.0"}
-# torch and Triton are there; the others are for reading images, downloads and commands of theirs
-LEFT_OUT = {"torch", "triton", "torchvision", "hf-xet", "typer"}
+ROOTS = ("deepspeed", "timm", "transformers", "numpy", "pyyaml", "safetensors", "xxhash", "simplejpeg")
+PINNED = {
+    "liger-kernel": "0.8.5",
+    "nvidia-cudnn-frontend": "1.14.1",
+    "nvidia-cutlass": "4.2.0.0",
+    "nvidia-nvimgcodec-cu13": "0.9.0.20",
+    "nvidia-nvjpeg": "13.3.2.43",
+}
+# torch, Triton and Pillow are there; the others are for reading images, downloads and commands of theirs
+LEFT_OUT = {"torch", "triton", "pillow", "torchvision", "hf-xet", "typer"}
 CUTLASS = "nvidia-cutlass"  # DeepSpeed compiles its attention against these headers; nothing else of it is used
 HEADERS = ("cutlass_library/source/include/", "cutlass_library/source/tools/util/include/")
+# of nvImageCodec's 25 MB what decodes JPEGs under that Python
+CODEC = "nvidia-nvimgcodec-cu13"
+CODEC_PARTS = re.compile(r".*(\.py|dist-info/.*|libnvimgcodec\.so.*|cpython-312-.*|lib(nvjpeg|jpeg_turbo)_ext\.so.*)")
 COPIED = ("__init__.py", "harness.py", "results.py", "kernels", "training", "gpu")
 
 
@@ -92,9 +101,24 @@ def fetch(wheels: Path) -> list[str]:
         carried.append(name)
         if name == CUTLASS:
             headers_of(wheel, wheels.parent / "cutlass.tar.xz")
-        else:
-            wanted += needs(wheel)
+            continue
+        if name == CODEC:
+            slim(wheel, CODEC_PARTS)
+        wanted += needs(wheel)
     return carried
+
+
+def slim(wheel: Path, kept: re.Pattern) -> None:
+    """Leave in a wheel only the files whose names match."""
+    whole = wheel.rename(wheel.with_suffix(".whole"))
+    with (
+        zipfile.ZipFile(whole) as source,
+        zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as slimmed,
+    ):
+        for info in source.infolist():
+            if kept.fullmatch(info.filename):
+                slimmed.writestr(info, source.read(info))
+    whole.unlink()
 
 
 def headers_of(wheel: Path, out: Path) -> None:

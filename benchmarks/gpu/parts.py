@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.gpu import decode
 from benchmarks.harness import Bench, Job, Row
 from benchmarks.kernels import blocks, correctness, fusions, kernels
 from benchmarks.kernels.attention_providers import BRIEF, EVOFORMER, PROVIDERS
@@ -85,7 +86,8 @@ PARTS = {
             _nothing,
             operations.note,
         ),
-        Part("blocks", blocks.QUESTION, 0.12, lambda dry: blocks.jobs(_base(dry)), blocks.ratios, blocks.note),
+        Part("decode", decode.QUESTION, 0.03, lambda _: decode.jobs(), decode.ratios, decode.note),
+        Part("blocks", blocks.QUESTION, 0.09, lambda dry: blocks.jobs(_base(dry)), blocks.ratios, blocks.note),
         Part(
             "evoformer",
             "DeepSpeed's own attention with a bias, once it is compiled",

@@ -14,8 +14,8 @@ python=${PYTHON:-python3}
 site=${SITE:-$here/site}
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null ||
     fail "$python is not Python 3.12, for which the wheels here are; name one: PYTHON=/path/to/python3.12 $0"
-"$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("triton")))' ||
-    fail "$python has no torch and triton, which are not carried; name one that has: PYTHON=/path/to/python3.12 $0"
+"$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "triton", "PIL"))))' ||
+    fail "$python has no torch, triton and Pillow, which are not carried; name one that has: PYTHON=/path/to/python3.12 $0"
 if [ ! -e "$site/installed" ]; then
     "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir --upgrade \
         --target "$site" "$here"/wheels/*.whl

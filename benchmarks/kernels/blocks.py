@@ -29,7 +29,6 @@ _FINDS = ("blocks", "forward µs", "backward µs")
 KERNELS = tuple(field.name for field in dataclasses.fields(Plan) if field.type in (Blocks, "Blocks"))
 CHANGES: dict[str, Callable[[Blocks], Blocks]] = {
     "stages + 1": lambda b: dataclasses.replace(b, stages=b.stages + 1),
-    "stages - 1": lambda b: dataclasses.replace(b, stages=max(1, b.stages - 1)),
     "columns × 2": lambda b: dataclasses.replace(b, columns=2 * b.columns),
     "columns / 2": lambda b: dataclasses.replace(b, columns=max(16, b.columns // 2)),
     "rows × 2": lambda b: dataclasses.replace(b, rows=2 * b.rows, warps=2 * b.warps),

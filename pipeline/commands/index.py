@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         of_set = f", {adopted.num_bad} of them in the set" if adopted.bad_only else ""
         what = f"images that do not decode: {len(adopted.bad)}{of_set}, with reasons in {folder / REJECTED}"
         print(f"{what}; their rows are marked bad, a stream substitutes them")
+    if adopted.regions:
+        print(f"images with fast regions: {adopted.regions}")
     shards, tars = adopted.manifest.shards, adopted.num_tars
     print(f"{folder}: {counted(adopted.manifest.samples, 'sample')} in {counted(len(shards), 'shard')}", end="")
     print(f", {adopted.kept} of {tars} tars were indexed already" if adopted.kept else "")

@@ -39,8 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", type=int, default=95, metavar="Q", help=text)
     text = "encode every image again in this format; never: only those that must change"
     parser.add_argument("--reencode", choices=("never", "jpg", "png", "webp"), default="never", help=text)
+    text = "chroma of the JPEGs that are encoded again: whole (444), half (422) or a quarter (420). Photographs at "
+    text += "--short-side 320: 420 takes 10%% fewer bytes than 444, is read 1.2 times as fast and loses 0.9 dB; with "
+    text += "--quality 90 36%% fewer bytes, 1.4 times as fast, 4.5 dB less (`bench pack`)"
+    parser.add_argument("--subsampling", choices=("444", "422", "420"), default="444", help=text)
     text = "take images of which 8-bit RGB holds only a part (16 bits, CMYK, transparency); else they are left out"
     parser.add_argument("--to-rgb8", action="store_true", help=text)
+    text = "rewrite every JPEG without loss (by jpegtran) so that the stream decodes only the part that a crop needs: "
+    text += "4 %% more bytes, and progressive ones become baseline"
+    parser.add_argument("--fast-regions", action="store_true", help=text)
     text = "stop after this many unusable images; for a share, 10 are always allowed"
     parser.add_argument("--max-rejected", default="1%", metavar="N|N%%", help=text)
     add_workers(parser)

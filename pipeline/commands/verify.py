@@ -83,4 +83,4 @@ def _verify_set(folder: Path, arguments: argparse.Namespace, report: Callable[[s
         print(printable(f"equal images: {line}"))  # no finding: they are as they were packed
     seen = f"{counted(images.samples, 'sample')} in {counted(len(images.shards), 'shard')}"
     known = f", {bad} of them known not to decode since they were indexed ({folder / REJECTED} lists them)"
-    return seen + (known if bad else "")
+    return seen + (known if bad else "") + (f", {verified.regions} with fast regions" if verified.regions else "")

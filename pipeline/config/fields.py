@@ -58,6 +58,7 @@ class Rule:
     hint: str = ""  # ends the message that refuses a value
     identity: bool = True  # a run keeps it: another value is another run
     per_host: bool = False  # each host of a run may have its own value; never part of the identity
+    apart: tuple = ()  # choices of a per-host setting that change results: then it is the whole run's, and kept
     before: tuple[tuple[str, str], ...] = ()  # what earlier versions wrote, and what it is now
 
     def range(self) -> str:
@@ -90,6 +91,7 @@ def setting(
     hint: str = "",
     identity: bool = True,
     per_host: bool = False,
+    apart: tuple = (),
     before: tuple[tuple[str, str], ...] = (),
 ) -> Any:
     """A dataclass field with this default that carries its Rule."""
@@ -105,6 +107,7 @@ def setting(
         hint=hint,
         identity=identity and not per_host,
         per_host=per_host,
+        apart=apart,
         before=before,
     )
     return dataclasses.field(default=default, metadata={"rule": rule})

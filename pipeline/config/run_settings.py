@@ -7,7 +7,8 @@ from beitforge.pipeline.config.fields import Duration, setting
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """The stream. data.seed, chunk, window and lanes fix its order; workers, prefetch and decoder never change it."""
+    """The stream. data.seed, chunk, window and lanes fix its order; workers, prefetch and decoder never change it; a
+    decoder that gives other pixels than Pillow is part of a run's identity."""
 
     workers: int = setting(
         8,
@@ -21,15 +22,27 @@ class Loader:
     )
     decoder: str = setting(
         "auto",
-        choices=("auto", "nvimgcodec", "simplejpeg", "pillow"),
+        choices=("auto", "nvimgcodec", "simplejpeg", "pillow", "approximate", "gpu"),
         per_host=True,
-        doc="JPEG decoder; auto takes the fastest installed, and all give the same pixels.",
+        apart=("approximate", "gpu"),
+        doc="JPEG decoder; auto takes the fastest installed, and all give the same pixels, but for two that are never "
+        "taken by themselves: approximate (fast DCT, plain upsampling) and gpu (pretraining's images by nvJPEG).",
     )
     chunk: int = setting(
         64, at_least=1, unit="samples", doc="Samples read together; 1 is the perfect shuffle, for local NVMe."
     )
     window: int = setting(16, at_least=1, unit="chunks", doc="Window in which the samples of a lane are permuted.")
     lanes: int = setting(256, at_least=1, doc="Number of parallel sequences that the stream interleaves.")
+
+    @property
+    def exact_decoder(self) -> str:
+        """The decoder for what is made once and for all, as tokens are: one that gives Pillow's pixels."""
+        return "auto" if self.decoder in ("approximate", "gpu") else self.decoder
+
+    @property
+    def processor_decoder(self) -> str:
+        """The decoder where no GPU takes part."""
+        return "auto" if self.decoder == "gpu" else self.decoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A rank's batches of a stream: of training from any sample on, and of evaluation, each sample once."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ import numpy as np
 from beitforge.pipeline.cluster.environment import rank_info
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.data.pretraining import DataSource
+from beitforge.pipeline.errors import ConfigError
+from beitforge.shards.decode import jpeg
 from beitforge.shards.storage.remote import Remote
 from beitforge.shards.stream.image_set import Reading
 from beitforge.shards.stream.loader import Batch, BatchSampler, Stream, load
@@ -17,6 +20,8 @@ from beitforge.shards.stream.prefetch import fetched_ahead
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from beitforge.shards.stream.on_device import OnDevice
 
 
 def training_batches(
@@ -100,8 +105,27 @@ def own_images(batch: Batch) -> "Tensor":
     return ~torch.isin(batch.samples, batch.samples.new_tensor([bad.sample for bad in batch.bad]))
 
 
+def decoder_name(stream: Stream) -> str:
+    """What decodes a stream's JPEGs in this process. Raises ShardError where the one asked for does not work here."""
+    return _on_device(stream).describe() if stream.decoder == jpeg.GPU else jpeg.decoder(stream.decoder).name
+
+
+def _on_device(stream: Stream) -> "OnDevice":
+    import torch
+
+    from beitforge.shards.stream.on_device import OnDevice
+
+    if not torch.cuda.is_available():
+        raise ConfigError("loader.decoder is gpu, and this process has no GPU: set loader.decoder=auto")
+    return OnDevice(stream, torch.device("cuda", torch.cuda.current_device()))
+
+
 def _load(config: Config, stream: Stream, numbers: BatchSampler) -> Iterator[Batch]:
     import torch
 
+    finish = None
+    if stream.decoder == jpeg.GPU:
+        finish, stream = _on_device(stream).finish, dataclasses.replace(stream, defer=True)
     pin = torch.cuda.is_available()
-    return load(stream, numbers, workers=config.loader.workers, prefetch=config.loader.prefetch, pin=pin)
+    loaded = load(stream, numbers, workers=config.loader.workers, prefetch=config.loader.prefetch, pin=pin)
+    return map(finish, loaded) if finish else loaded

@@ -47,7 +47,7 @@ def supervised(config: Config) -> DataSource:
         places=_labelled_order(config, images),
         source=DrawnViews(policy),
         size=tune.input_size,
-        decoder=config.loader.decoder,
+        decoder=config.loader.processor_decoder,
         seed=seed,
         draw=functools.partial(supervised_draws, tune, config.model.layers, seed),
         augment=augment,

@@ -251,7 +251,7 @@ def tokenizer_training(config: Config) -> DataSource:
         source=DrawnViews(view_policy(config.view)),
         size=config.tokenizer.input_size,
         resample="lanczos",
-        decoder=config.loader.decoder,
+        decoder=config.loader.exact_decoder,
         seed=config.data.seed,
     )
     drawn = "" if _arithmetic(images) == READ_ARITHMETICS[0] else f"views of arithmetic {ARITHMETIC}"
@@ -263,5 +263,5 @@ def evaluation(config: Config, where: str, size: Size | None = None, share: floa
     images, size = image_set(config, where), size or config.model.input_size
     places = SequentialOrder(images.manifest.counts)
     source = CentralViews(size.width / size.height, share)
-    stream = Stream(images=images, places=places, source=source, size=size, decoder=config.loader.decoder)
+    stream = Stream(images=images, places=places, source=source, size=size, decoder=config.loader.processor_decoder)
     return DataSource(stream, images.manifest.fingerprint, "")

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar, cast
 
 from beitforge.pipeline.cluster.environment import rank_info
 from beitforge.pipeline.cluster.error_reporting import USER_ERRORS, user_message
-from beitforge.pipeline.config.identity import is_per_host
+from beitforge.pipeline.config.identity import shared
 from beitforge.pipeline.config.loading import to_dict
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.distributed.collectives import World, all_gather_lines, broadcast_object
@@ -84,10 +84,10 @@ def _settings(config: Config) -> dict[str, str]:
     tree = to_dict(config)
     free = {"deepspeed": json.dumps(tree.pop("deepspeed"), sort_keys=True)}
     return free | {
-        f"{section}.{name}": str(value)
+        f"{section}.{name}": alike
         for section, values in tree.items()
         for name, value in values.items()
-        if not is_per_host(section, name)
+        if (alike := shared(section, name, value)) is not None
     }
 
 

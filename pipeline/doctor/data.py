@@ -22,7 +22,7 @@ from beitforge.pipeline.doctor.equal import equal_images
 from beitforge.pipeline.doctor.findings import OK, STOP, WARNING, Local
 from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.errors import ShardError
-from beitforge.shards.format.index import index_path
+from beitforge.shards.format.index import count_regions, index_path
 from beitforge.shards.storage.remote import Remote, cache_for, is_url
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.view_sources import RecordedViews
@@ -96,16 +96,20 @@ def _whole(check: str, source: DataSource, seconds: float, local: Local) -> None
         local.add(STOP, check, f"and {len(missing) - 5} more of its files", _REPACK, whole_host=True)
     numbers = list(range(len(images.manifest.shards)))
     random.Random(local.host).shuffle(numbers)
-    opened, problems = 0, 0
+    opened = problems = regions = 0
     bad = {problem.partition(": ")[0] for problem in missing}
     for number in (n for n in numbers if images.manifest.shards[n].name not in bad):
         if time.monotonic() > until or problems >= 3:
             break
         opened += 1
-        problems += not _opens(check, source, number, local)
+        if _opens(check, source, number, local):
+            regions += count_regions(images.index(number).flags)
+        else:
+            problems += 1
     if not missing and not problems:
         size = int(images.manifest.column("bytes").sum())
         what = f"{len(numbers)} shards, {len(images)} images, {size / 2**30:.2f} GiB; {opened} opened"
+        what += f", {regions} of their images with fast regions" if regions else ""
         local.add(OK, check, what, whole_host=True)
         for line in known_lines(source):
             local.add(OK, check, line, whole_host=True)

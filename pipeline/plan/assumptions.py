@@ -45,6 +45,12 @@ class Assumptions:
     loader_images_per_second_per_core: float = _assumed(
         707.0, "images/s", "benchmarks, loader: ours, one core, JPEGs of 94 kB"
     )
+    undecoded_images_per_second_per_core: float = _assumed(
+        8000.0, "images/s", "loader.decoder=gpu: what a worker does beside decoding and resizing, 120 of 1,120 µs"
+    )
+    gpu_images_per_second: float = _assumed(
+        3000.0, "images/s", "one GPU decodes with loader.decoder=gpu: assumed (bench gpu, decode, measures it)"
+    )
     image_bytes: float = _assumed(110e3, "bytes", "an ImageNet-1k JPEG in the mean (benchmarks, loader)")
     loader_cv: float = _assumed(0.10, "", "deviation of a batch's loading time over its mean; assumed")
     straggler_cv: float = _assumed(0.01, "", "deviation of a rank's time for a step over its mean; assumed")
@@ -165,6 +171,10 @@ def _of_benchmark(content: dict, path: Path, flops_per_image: float) -> dict[str
     if name == "loader":
         found = [row for row in rows if row.get("path") == "ours" and row.get("runs on") == "one core"]
         return {"loader_images_per_second_per_core": float(found[0]["images/s"])} if found else {}
+    if name == "decode":
+        rates = [str(row.get("images/s", "")) for row in rows if str(row.get("decoded by", "")).startswith("nvJPEG")]
+        measured = [float(rate.replace(",", "")) for rate in rates if rate[:1].isdigit()]  # "not begun: …"
+        return {"gpu_images_per_second": measured[0]} if measured else {}
     if name == "train":
         ours = [row for row in rows if str(row.get("step", "")).startswith("ours") and row["images/s"]]  # "": failed
         speeds = [float(row["images/s"]) * _flops_of(row["model"], flops_per_image) for row in ours]
@@ -175,7 +185,7 @@ def _of_benchmark(content: dict, path: Path, flops_per_image: float) -> dict[str
         copy, product = (float(words[words.index(word) + 1]) * 1e12 for word in ("copy", "product"))
         return {"memory_bandwidth": copy, "matrix_flops": product}
     raise ConfigError(
-        f"--from {path}: nothing of benchmark {shown(name)} is an assumption; give kernels, train or loader"
+        f"--from {path}: nothing of benchmark {shown(name)} is an assumption; give kernels, train, loader or decode"
     )
 
 

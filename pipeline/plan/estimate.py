@@ -295,23 +295,35 @@ def loading_of(config: Config, machine: Machine, gpus: int, images_per_second: f
     row = config.model.num_patches * 2 + TOKEN_ROW
     read = images_per_second * (assumed.image_bytes + (0 if config.data.tokens == ONLINE else row))
     height, width = config.model.input_size
-    pixels = 3 * height * width
-    if config.data.tokens == ONLINE:
+    pixels: float = 3 * height * width
+    if config.loader.decoder == "gpu":
+        pixels = assumed.image_bytes
+    elif config.data.tokens == ONLINE:
         pixels += 3 * config.tokenizer.input_size.height * config.tokenizer.input_size.width
     return Loading(
         images=images_per_second,
         bytes_read=read,
         bytes_to_gpus=images_per_second * pixels,
-        cores_per_node=images_per_second / nodes / assumed.loader_images_per_second_per_core,
+        cores_per_node=images_per_second / nodes / _rate_of_a_core(config, machine),
         node_read=read / nodes,
     )
 
 
+def _rate_of_a_core(config: Config, machine: Machine) -> float:
+    """Images a second that a worker makes ready."""
+    assumed = machine.assumed
+    on_gpu = config.loader.decoder == "gpu"
+    return assumed.undecoded_images_per_second_per_core if on_gpu else assumed.loader_images_per_second_per_core
+
+
 def loader_seconds(config: Config, machine: Machine, gpus: int) -> float:
-    """Of one image in the loader of one process: its cores decode, its share of the node's storage brings bytes."""
+    """Of one image in the loader of one process: its cores or its GPU decode, its share of the node's storage brings
+    bytes."""
     here = min(gpus, machine.chip.per_node)
     cores = min(max(1, config.loader.workers), machine.chip.cores_per_node / machine.chip.per_node)
-    decoding = 1 / (cores * machine.assumed.loader_images_per_second_per_core)
+    decoding = 1 / (cores * _rate_of_a_core(config, machine))
+    if config.loader.decoder == "gpu":
+        decoding = max(decoding, 1 / machine.assumed.gpu_images_per_second)
     return max(decoding, machine.assumed.image_bytes * here / machine.read(gpus))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from beitforge.pipeline.config.identity import identity
+from beitforge.pipeline.config.identity import differences
 from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
@@ -70,14 +70,8 @@ def _first(result: Replayed) -> str:
 
 def _changed(config: Config, folder: Path, job: Job) -> list[str]:
     """Settings that the run's numbers depend on and that are other ones here."""
-    before = identity(load_config(str(folder / "config.yaml"), []), job.sections)
-    found = []
-    for section, values in identity(config, job.sections).items():
-        found += [
-            f"{section}.{n} is {v}, the run had {before[section][n]}"
-            for n, v in values.items()
-            if v != before[section][n]
-        ]
+    before = load_config(str(folder / "config.yaml"), [])
+    found = [f"{name} is {new}, the run had {old}" for name, old, new in differences(before, config, job.sections)]
     return [f"other settings than the run's: {'; '.join(found)}"] if found else []
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from beitforge.pipeline.config.derived import allowed_bad
-from beitforge.pipeline.config.identity import identity
+from beitforge.pipeline.config.identity import differences
 from beitforge.pipeline.config.loading import load_config, to_yaml
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.errors import ConfigError
@@ -42,15 +42,11 @@ def claim(run: Path, config: Config, sections: tuple[str, ...], world: int, job:
     path = run / "config.yaml"
     if path.exists():
         # read as a config, so that a setting that came later has its default
-        before = identity(load_config(str(path), []), sections)
-        for section, values in identity(config, sections).items():
-            for name, value in values.items():
-                old = before[section][name]
-                if old != value:
-                    raise ConfigError(
-                        f"{run} holds a run with {section}.{name}={old}, this config says {section}.{name}={value}; "
-                        f"choose another run folder, or set it back"
-                    )
+        for name, old, new in differences(load_config(str(path), []), config, sections):
+            raise ConfigError(
+                f"{run} holds a run with {name}={old}, this config says {name}={new}; choose another run folder, or "
+                f"set it back"
+            )
     else:
         _refuse_strangers(run)
     run.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def _tasks(config: Config) -> list[Task]:
             config.view.num_views,
             config.tokenizer.precision,
             device,
-            config.loader.decoder,
+            config.loader.exact_decoder,
         )
         for images, tokens in pairs
     ]

@@ -20,7 +20,7 @@ from beitforge.pipeline.config.fields import Duration
 from beitforge.pipeline.config.identity import identity_digest
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
-from beitforge.pipeline.data.batches import training_batches
+from beitforge.pipeline.data.batches import decoder_name, training_batches
 from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, barrier, broadcast_object
@@ -38,7 +38,6 @@ from beitforge.pipeline.training.monitor import Monitor
 from beitforge.pipeline.training.optim import cosine, learning_rate
 from beitforge.pipeline.training.recovery import Recovery, resume_step, usable
 from beitforge.pipeline.training.sample_log import SampleLog
-from beitforge.shards.decode import jpeg
 from beitforge.shards.progress import Progress, Silent
 from beitforge.shards.stream.order import ARITHMETIC
 
@@ -230,7 +229,7 @@ def _train(config: Config, job: Job, engine: Engine, schedule: Schedule, compone
     )
     if world.first:
         micro = f"{setup.micro_batch} × {world.size} processes × {setup.accumulation} accumulation"
-        decoder = jpeg.decoder(config.loader.decoder).name
+        decoder = decoder_name(job.source.stream)
         line = f"{job.label}: {schedule.steps} steps of {setup.global_batch} ({micro}), from step {first}, in {job.run}"
         say(f"{line}; JPEGs by {decoder}")
     return train(engine, batches, schedule, components)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from beitforge.shards.decode import conversions, extras, jpeg, jpeg_faults, tiff
+from beitforge.shards.decode import conversions, extras, jpeg, jpeg_faults, regions, tiff
 from beitforge.shards.decode.faults import DAMAGE, MAX_PIXELS, ImageError
 from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
@@ -24,10 +24,13 @@ from beitforge.shards.format.index import (
     FLAG_NOT_RGB,
     FLAG_PNG,
     FLAG_PROGRESSIVE,
+    FLAG_REGIONS,
     FLAG_ROTATED,
     FLAG_WEBP,
 )
 from beitforge.shards.format.levels import tone_table
+
+SUBSAMPLINGS = ("444", "422", "420")  # of JPEG's chroma, by Pillow's numbers
 
 _REGION_SHARE = 0.9  # of an image; a larger crop is cut from the whole
 
@@ -137,6 +140,7 @@ def _header(image: Image.Image, data: bytes) -> Header:
         (FLAG_NOT_RGB, image.mode != "RGB" or bits != 8),
         (FLAG_ROTATED, orientation != 1),
         (FLAG_ANIMATED, animated),
+        (FLAG_REGIONS, kind == "jpg" and regions.fits(data)),
     ):
         flags |= flag if holds else 0
     return Header(kind, image.width, image.height, flags, orientation, bits)
@@ -189,21 +193,40 @@ def decode_view(data: bytes, box: list[int], size: tuple[int, int], flags: int, 
     """
     check_box(box, size)
     fast = jpeg.decoder(decoder)
-    if fast.region and _plain_jpeg(flags) and box[2] * box[3] < _REGION_SHARE * size[0] * size[1]:
+    exact = fast if is_plain_jpeg(flags) else jpeg.decoder("auto")  # grey is approximated by no decoder
+    small = box[2] * box[3] < _REGION_SHARE * size[0] * size[1]
+    if flags & FLAG_REGIONS and small and (found := _spliced(data, box, size, exact)) is not None:
+        return found
+    # nvImageCodec 0.9 does not smooth the chroma of a single column
+    if fast.region and is_plain_jpeg(flags) and small and box[2] > 1:
         found = fast.region(data, box)
         if found is not None and found.shape == (box[3], box[2], 3):
             return found
     return crop(decode_whole(data, flags, decoder), box)
 
 
+def _spliced(data: bytes, box: list[int], size: tuple[int, int], fast: jpeg.JpegDecoder) -> np.ndarray | None:
+    """A box of an image with fast regions; None where that cannot be had from its MCUs alone."""
+    part = regions.splice(data, box, size)
+    if part is None:
+        return None
+    found, x, y = part
+    pixels = fast.whole(bytes(found)) if fast.whole else None
+    if pixels is None or pixels.ndim != 3:
+        return None
+    cut = pixels[y : y + box[3], x : x + box[2]]
+    return cut if cut.shape == (box[3], box[2], 3) else None
+
+
 def decode_whole(data: bytes, flags: int, decoder: str = "auto") -> np.ndarray:
     """`decode` by the decoder of that name."""
     fast = jpeg.decoder(decoder)
-    found = fast.whole(data) if fast.whole and _plain_jpeg(flags) else None
+    found = fast.whole(data) if fast.whole and is_plain_jpeg(flags) else None
     return decode(data) if found is None else found
 
 
-def _plain_jpeg(flags: int) -> bool:
+def is_plain_jpeg(flags: int) -> bool:
+    """Whether an image of these flags is a JPEG that decoders other than Pillow may be given."""
     return bool(flags & FLAG_JPEG) and not flags & FLAG_NOT_RGB
 
 
@@ -319,17 +342,17 @@ def check_box(box: list[int], size: tuple[int, int]) -> None:
         )
 
 
-def encode(pixels: np.ndarray, format: str, quality: int) -> bytes:
+def encode(pixels: np.ndarray, format: str, quality: int, subsampling: str = "444") -> bytes:
     """Encode uint8 [H, W, 3] as jpg, png (lossless, `quality` unused) or webp. Raises ImageError: too large for it.
 
-    JPEG keeps chroma at full resolution (4:4:4): the image was decoded once already, and halving its chroma again
-    would lose what a shrunk image still has. It costs about a fifth more bytes.
+    subsampling: JPEG's chroma, one of SUBSAMPLINGS. 444 keeps it at full resolution: the image was decoded once
+    already, and halving its chroma again would lose what a shrunk image still has.
     """
     file = io.BytesIO()
     image = _rgb(pixels)
     try:
         if format == "jpg":
-            image.save(file, "JPEG", quality=quality, subsampling=0)
+            image.save(file, "JPEG", quality=quality, subsampling=SUBSAMPLINGS.index(subsampling))
         elif format == "webp":
             image.save(file, "WEBP", quality=quality, method=4)
         else:

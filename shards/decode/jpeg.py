@@ -2,6 +2,9 @@
 
 All are libjpeg-turbo inside. nvImageCodec decodes no more than the rows and blocks a crop needs, on the CPU. A decoder
 is taken only after it gave Pillow's pixels for a test image on this machine; what it will not decode, Pillow does.
+
+Two give other pixels, and are taken by name alone: APPROXIMATE is libjpeg-turbo's fast DCT with plain upsampling of
+chroma, and GPU (shards.decode.gpu) nvJPEG, whose worker processes decode as auto does what the GPU will not.
 """
 
 import contextlib
@@ -22,10 +25,12 @@ from PIL import Image
 
 from beitforge.shards.errors import ShardError
 
-DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
+EXACT, APPROXIMATE, GPU = ("auto", "nvimgcodec", "simplejpeg", "pillow"), "approximate", "gpu"
+DECODERS = (*EXACT, APPROXIMATE, GPU)
 
 _PACKAGES = {"nvimgcodec": ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"), "simplejpeg": ("simplejpeg",)}
 _TEST_BOX = [5, 3, 41, 30]
+_FAST = ":fast_idct=1 :fancy_upsampling=0"  # of nvImageCodec
 
 Box = list[int]
 
@@ -45,11 +50,13 @@ def decoder(wanted: str) -> JpegDecoder:
 
     Raises ShardError when the one named does not work here.
     """
-    return _decoder(wanted, os.getpid())
+    return _decoder("auto" if wanted == GPU else wanted, os.getpid())
 
 
 @functools.lru_cache(maxsize=8)
 def _decoder(wanted: str, _: int) -> JpegDecoder:
+    if wanted == APPROXIMATE:
+        return _approximate()
     tried = []
     for name, make in (("nvimgcodec", _nvimgcodec), ("simplejpeg", _simplejpeg)):
         if wanted not in ("auto", name):
@@ -59,7 +66,7 @@ def _decoder(wanted: str, _: int) -> JpegDecoder:
         except (ImportError, RuntimeError, OSError) as error:
             tried.append(f"{name} does not start ({(str(error).splitlines() or [type(error).__name__])[0]})")
             continue
-        if _same_pixels(made):
+        if _same_pixels(made, _by_pillow):
             return _with_faster_whole(made) if wanted == "auto" else made
         tried.append(f"{name} gives other pixels than Pillow")
     if wanted not in ("auto", "pillow"):
@@ -79,45 +86,73 @@ def _with_faster_whole(made: JpegDecoder) -> JpegDecoder:
     return made
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """Name and version of what decodes."""
     for package in _PACKAGES[name]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return f"{name} {metadata.version(package)}"
     return name
 
 
-def _same_pixels(made: JpegDecoder) -> bool:
-    """Whether it decodes an image of noise, with halved chroma, as Pillow does, whole and in part."""
+def _approximate() -> JpegDecoder:
+    """Fast DCT and plain upsampling: simplejpeg, for regions nvImageCodec where it works and gives the same pixels."""
+    made = _simplejpeg(fast=True)
+    with contextlib.suppress(ImportError, RuntimeError, OSError):
+        other = _nvimgcodec(_FAST)
+        if made.whole and _same_pixels(other, made.whole):
+            return JpegDecoder(f"{APPROXIMATE}, {other.name}, whole ones {made.name}", made.whole, other.region)
+    return JpegDecoder(f"{APPROXIMATE}, {made.name}", made.whole)
+
+
+def sample_jpeg() -> bytes:
+    """An image of noise, 64 × 48, with halved chroma."""
     noise = (np.arange(64 * 48 * 3, dtype=np.uint32) * 2654435761 >> 24).astype(np.uint8).reshape(48, 64, 3)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "JPEG", quality=80, subsampling=2)
-    with Image.open(io.BytesIO(file.getvalue())) as image:
-        expected = np.array(image)
+    return file.getvalue()
+
+
+def _by_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image)
+
+
+def _same_pixels(made: JpegDecoder, reference: Callable[[bytes], np.ndarray | None]) -> bool:
+    """Whether it decodes the test image as the reference does, whole and in part."""
+    data = sample_jpeg()
+    expected = reference(data)
+    if expected is None:
+        return False
     x, y, width, height = _TEST_BOX
-    pairs = [(made.whole(file.getvalue()) if made.whole else None, expected)]
+    pairs = [(made.whole(data) if made.whole else None, expected)]
     if made.region:
-        pairs.append((made.region(file.getvalue(), _TEST_BOX), expected[y : y + height, x : x + width]))
+        pairs.append((made.region(data, _TEST_BOX), expected[y : y + height, x : x + width]))
     return all(found is not None and np.array_equal(found, wanted) for found, wanted in pairs)
 
 
-def _simplejpeg() -> JpegDecoder:
+def _simplejpeg(fast: bool = False) -> JpegDecoder:
     def whole(data: bytes) -> np.ndarray | None:
         try:
-            return simplejpeg.decode_jpeg(data, "RGB")
+            return simplejpeg.decode_jpeg(data, "RGB", fastdct=fast, fastupsample=fast)
         except ValueError:  # it refuses what libjpeg only warns of
             return None
 
-    return JpegDecoder(_version("simplejpeg"), whole)
+    return JpegDecoder(version_of("simplejpeg"), whole)
 
 
-def _nvimgcodec() -> JpegDecoder:
-    """On the CPU alone; EXIF turns and colour profiles stay unapplied, as everywhere here."""
+def nvimgcodec() -> Any:
+    """The library. Raises ImportError, OSError."""
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-    with _silent():  # it names every GPU library that it does not find
-        library = importlib.import_module("nvidia.nvimgcodec")
+    return importlib.import_module("nvidia.nvimgcodec")
+
+
+def _nvimgcodec(options: str = "") -> JpegDecoder:
+    """On the CPU alone; EXIF turns and colour profiles stay unapplied, as everywhere here."""
+    with silent():  # it names every GPU library that it does not find
+        library = nvimgcodec()
         backend = library.Backend(library.BackendKind.CPU_ONLY)
         device = library.NVIMGCODEC_DEVICE_CPU_ONLY
-        decode = library.Decoder(backends=[backend], max_num_cpu_threads=1, device_id=device).decode
+        decode = library.Decoder(device, 1, [backend], options).decode
     params = library.DecodeParams(apply_exif_orientation=False, color_spec=library.ColorSpec.SRGB)
     buffer = _Buffer()
 
@@ -132,7 +167,7 @@ def _nvimgcodec() -> JpegDecoder:
         part = library.Region(y, x, y + height, x + width)
         return pixels(library.CodeStream(data).get_sub_code_stream(region=part))
 
-    return JpegDecoder(_version("nvimgcodec"), whole, region)
+    return JpegDecoder(version_of("nvimgcodec"), whole, region)
 
 
 class _Buffer:
@@ -159,7 +194,7 @@ class _Buffer:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Nothing reaches the process's stderr, not from C either."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

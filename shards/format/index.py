@@ -36,6 +36,7 @@ _MOST_KEY = 4096  # bytes of a key, on average
 FLAG_JPEG, FLAG_PNG, FLAG_WEBP = 1, 2, 4
 FLAG_PROGRESSIVE, FLAG_NOT_RGB, FLAG_ROTATED, FLAG_ANIMATED = 8, 16, 32, 64  # ROTATED: an EXIF turn not yet applied
 FLAG_LABELLED, FLAG_BAD = 128, 256  # BAD: the bytes are as packed but do not decode
+FLAG_REGIONS = 512  # a JPEG of which a crop is decoded alone (shards.decode.regions)
 
 COLUMNS = {
     "key_hash": np.uint64,
@@ -218,6 +219,11 @@ class Index:
                 f"{self.path}: the image of row {first + beyond[0]}, {sizes[beyond[0]]} bytes from "
                 f"{offsets[beyond[0]]} on, cannot lie in a tar of {tar_bytes} bytes: make the index again with `index`"
             )
+
+
+def count_regions(flags: np.ndarray) -> int:
+    """How many images of these flags are decoded crop by crop."""
+    return int(np.count_nonzero(flags & FLAG_REGIONS))
 
 
 def most_bytes(samples: int) -> int:

@@ -15,6 +15,7 @@ from beitforge.shards.format.index import (
     FLAG_NOT_RGB,
     FLAG_PNG,
     FLAG_PROGRESSIVE,
+    FLAG_REGIONS,
     FLAG_ROTATED,
     FLAG_WEBP,
     index_path,
@@ -30,6 +31,7 @@ _FLAGS = {
     "not 8-bit RGB": FLAG_NOT_RGB,
     "EXIF turn": FLAG_ROTATED,
     "animated": FLAG_ANIMATED,
+    "fast regions": FLAG_REGIONS,
     "labelled": FLAG_LABELLED,
     "bad": FLAG_BAD,
 }

@@ -11,7 +11,7 @@ import xxhash
 from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.bad_rows import bad_rows
-from beitforge.shards.format.index import COLUMNS, FLAG_LABELLED, Index, Row, index_path, open_index
+from beitforge.shards.format.index import COLUMNS, FLAG_LABELLED, Index, Row, count_regions, index_path, open_index
 from beitforge.shards.format.manifest import ImageManifest, ImageShard, read_image_manifest
 from beitforge.shards.pack.adopt import find_twins, holds_nothing, tars_in
 from beitforge.shards.pack.tar_members import TarMember
@@ -35,11 +35,12 @@ class CheckJob:
 @dataclass(frozen=True)
 class Checked:
     """What a check of one tar, or of all, found: what is not as it was indexed, and what was known then: a line for
-    each image that does not decode, and what the tars hold beside samples."""
+    each image that does not decode, what the tars hold beside samples, and how many images have fast regions."""
 
     findings: list[str]
     bad: list[str]
     left_out: LeftOut
+    regions: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Verified:
     manifest: ImageManifest
     bad: list[str]
     left_out: LeftOut
+    regions: int
 
 
 def verify_images(folder: Path, decode: bool, num_workers: int, report: Report) -> Verified:
@@ -60,7 +62,8 @@ def verify_images(folder: Path, decode: bool, num_workers: int, report: Report) 
     manifest = read_image_manifest(folder)
     jobs = [CheckJob(folder, entry, decode) for entry in manifest.shards]
     megabytes = int((manifest.column("bytes") >> 20).sum())
-    known = Verified(manifest, [], LeftOut())
+    bad: list[str] = []
+    left_out, regions = LeftOut(), 0
     with (
         Progress("verify", megabytes, "MB") as progress,
         contextlib.closing(each_shard(check_shard, jobs, min(num_workers, len(jobs)), progress)) as results,
@@ -68,12 +71,12 @@ def verify_images(folder: Path, decode: bool, num_workers: int, report: Report) 
         for checked in results:
             for finding in checked.findings:
                 report(finding)
-            known.bad.extend(checked.bad)
-            known.left_out.add_all(checked.left_out)
+            bad += checked.bad
+            left_out.add_all(checked.left_out)
+            regions += checked.regions
     for finding in _check_set(folder, manifest):
         report(finding)
-    known.bad.sort()
-    return known
+    return Verified(manifest, sorted(bad), left_out, regions)
 
 
 def _check_set(folder: Path, manifest: ImageManifest) -> Iterator[str]:
@@ -124,7 +127,7 @@ def check_shard(job: CheckJob, beat: Beat) -> Checked:
         if tar.is_file():
             findings += _check_layout(tar, index)
             findings += _check_images(tar, index, job.decode, tell)
-    return Checked(findings, known, left_out)
+    return Checked(findings, known, left_out, count_regions(index.flags))
 
 
 def _check_layout(tar: Path, index: Index) -> list[str]:

@@ -16,6 +16,7 @@ from beitforge.shards.format.index import (
     FLAG_LABELLED,
     SUFFIX,
     Index,
+    count_regions,
     index_path,
     open_index,
     read_columns,
@@ -73,14 +74,16 @@ class Indexed:
 @dataclass(frozen=True)
 class Adopted:
     """What `adopt` found. `kept` counts tars whose index was already right, `empty` names tars without any sample, and
-    `bad_only` those none of whose images decodes. bad: every image that does not, {shard, key, reason}. left_out: what
-    of the tars belongs to no sample; passed_over: what of the folder is no tar that can be read, in words."""
+    `bad_only` those none of whose images decodes. bad: every image that does not, {shard, key, reason}. regions: how
+    many have fast regions. left_out: what of the tars belongs to no sample; passed_over: what of the folder is no tar
+    that can be read, in words."""
 
     manifest: ImageManifest
     kept: int
     empty: list[str]
     bad_only: list[str]
     bad: list[dict[str, str]]
+    regions: int
     left_out: LeftOut
     passed_over: list[str]
 
@@ -138,6 +141,7 @@ def adopt(folder: Path, num_workers: int, again: bool = False) -> Adopted:
         empty=[entry.name for entry in entries if not entry.samples],
         bad_only=sorted(bad_only),
         bad=bad,
+        regions=count_regions(flags),
         left_out=left_out,
         passed_over=_passed_over(folder),
     )

@@ -1,7 +1,7 @@
 """An image file as it goes into a tar: its own bytes where they will do, encoded anew where they will not."""
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import xxhash
 
 from beitforge.shards.decode import codec
 from beitforge.shards.decode.codec import Header, ImageError
+from beitforge.shards.decode.jpegtran import with_fast_regions
 from beitforge.shards.format.index import FLAG_ANIMATED
 from beitforge.shards.pack.listing.image_files import RAW_EXTENSIONS
 from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts, facts_of
@@ -24,7 +25,8 @@ class EncodeOptions:
 
     `max_side` bounds the longest side, `short_side` the shortest; with both, the smaller result. `reencode` is never,
     or the format (jpg, png, webp) every image is encoded in anew. `quality` is JPEG's and WebP's, 1-100. `to_rgb8`
-    takes images that lose depth or channels as 8-bit RGB.
+    takes images that lose depth or channels as 8-bit RGB. `subsampling` is the chroma's of JPEGs that are encoded anew.
+    `fast_regions` rewrites every JPEG as shards.decode.jpegtran does.
     """
 
     max_side: int = 0
@@ -32,6 +34,8 @@ class EncodeOptions:
     quality: int = 95
     reencode: str = "never"
     to_rgb8: bool = False
+    subsampling: str = "444"
+    fast_regions: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,16 @@ def read_file(path: Path) -> bytes:
 
 
 def encode(data: bytes, options: EncodeOptions) -> Prepared:
+    """`encode_pixels`, and then with fast regions where `options` ask for them."""
+    prepared = encode_pixels(data, options)
+    if not options.fast_regions:
+        return prepared
+    stored, header, kind = with_fast_regions(prepared.data, codec.read_header(prepared.data))
+    facts = replace(prepared.facts, xxh3=xxhash.xxh3_64_intdigest(stored), flags=header.flags)
+    return Prepared(stored, prepared.extension, facts, (*prepared.conversions, kind))
+
+
+def encode_pixels(data: bytes, options: EncodeOptions) -> Prepared:
     """Bytes of an image file to bytes for the tar. Raises ImageError when it cannot be used, or would lose depth or
     channels that `options` do not give up.
 
@@ -82,7 +96,7 @@ def encode(data: bytes, options: EncodeOptions) -> Prepared:
     if size != (upright.shape[1], upright.shape[0]):
         upright = codec.resize(upright, (size[1], size[0]), "lanczos")
     extension = _new_format(data, header, options)
-    stored = codec.encode(upright, extension, options.quality)
+    stored = codec.encode(upright, extension, options.quality, options.subsampling)
     again = f"{header.format} encoded again as {extension}"
     return Prepared(stored, extension, _facts_of_stored(stored, extension, upright), (*named, again))
 

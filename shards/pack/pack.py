@@ -18,7 +18,7 @@ from beitforge.shards.format.manifest import (
     refuse_other_manifest,
     write_manifest,
 )
-from beitforge.shards.pack.plan import FIRST_FORMAT, PackOptions, Plan, make_plan
+from beitforge.shards.pack.plan import FIRST_FORMAT, PackOptions, Plan, flat, make_plan
 from beitforge.shards.pack.shard import PackedShard, TooManyRejected, check_rejected, finished_shard, pack_shard
 from beitforge.shards.progress import Progress
 from beitforge.shards.storage.files import sweep_partials, write_text
@@ -202,7 +202,7 @@ def _difference(plan: Plan, made_by: dict) -> str:
     theirs, ours = made_by.get("options"), json.loads(json.dumps(plan.describe()["options"]))
     if not isinstance(theirs, dict):
         return f"{'other options or images' if 'plan' in made_by else 'it was not made by `pack`'}; {cure}"
-    flat_theirs, flat_ours = {**theirs, **theirs.get("picture", {})}, {**ours, **ours["picture"]}
+    flat_theirs, flat_ours = flat(theirs), flat(ours)
     differing = [
         f"{name} was {flat_theirs.get(name)}, is {value}"
         for name, value in flat_ours.items()

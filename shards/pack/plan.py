@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from beitforge.shards import counter_rng
+from beitforge.shards.decode.jpegtran import check_tool
 from beitforge.shards.errors import ShardError
 from beitforge.shards.pack.encode import EncodeOptions
 from beitforge.shards.pack.listing.equal_files import first_equals
@@ -25,6 +26,10 @@ REST = "train"
 # begun by it ends by it.
 FORMAT, FIRST_FORMAT = 2, 1
 _SINCE_FORMAT_1 = ("to_rgb8",)  # options that it did not know
+# Options that format 2 did not know at first: a plan names them where they are not at these values, and is otherwise
+# the plan it was without them.
+_LATER = {"subsampling": "444", "fast_regions": False}
+_ENCODING = tuple(one.name for one in dataclasses.fields(EncodeOptions))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,7 @@ class PackOptions:
     def recorded(self) -> dict:
         """The options as manifests name them."""
         values = dataclasses.asdict(self)
-        values["picture"] = values.pop("encoding")
+        values["picture"] = {name: value for name, value in values.pop("encoding").items() if value != _LATER.get(name)}
         return values
 
 
@@ -162,6 +167,11 @@ def _split(order: np.ndarray, hashes: np.ndarray, options: PackOptions) -> dict[
     return orders
 
 
+def flat(recorded: dict) -> dict:
+    """Every option by its name, of what `PackOptions.recorded` gave."""
+    return {**_LATER, **recorded, **recorded.get("picture", {})}
+
+
 def _recorded(options: PackOptions, format: int) -> dict:
     recorded = options.recorded()
     if format == FIRST_FORMAT:
@@ -193,7 +203,7 @@ def check_folders(images: Path, target: Path) -> None:
 
 def options_of(arguments: argparse.Namespace) -> PackOptions:
     """What the command line of `pack` says. Raises ShardError for a --split that is no NAME=FRACTION."""
-    chosen = {name: getattr(arguments, name) for name in ("max_side", "short_side", "quality", "reencode", "to_rgb8")}
+    chosen = {name: getattr(arguments, name) for name in _ENCODING}
     return PackOptions(
         name=arguments.name,
         samples_per_shard=arguments.samples_per_shard,
@@ -227,6 +237,8 @@ def check_options(options: PackOptions) -> None:
             raise ShardError(f"{name} is {value}, it must be at least {least}")
     if not 1 <= encoding.quality <= 100:
         raise ShardError(f"--quality is {encoding.quality}, it must be from 1 to 100")
+    if encoding.fast_regions:
+        check_tool()
     names = [name for name, _ in options.splits]
     for flag, name in [("--name", options.name), *(("--split", name) for name in names)]:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):

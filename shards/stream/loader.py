@@ -33,13 +33,23 @@ from beitforge.shards.stream.view_sources import Selection, ViewSource
 TORCH = "torch bicubic"
 
 
+class Deferred(NamedTuple):
+    """Row `row` of a batch, decoded where the batch is used: its image, and the view of it as cut_into has it."""
+
+    row: int
+    data: bytes
+    box: list[int]
+    flip: bool
+    limits: list[int]
+
+
 class Batch(NamedTuple):
     """One micro batch, B samples.
 
     samples i64 [B] · pixels u8 [B, 3, H, W], cut and flipped, not yet jittered · tokenizer_pixels u8 [B, 3, h, w], the
     same views at the tokenizer's size (h = w = 0: not asked for) · tokens i64 [B, N] (N = 0: none recorded) · jitters
     f32 [B, 3], orders i64 [B], pivots f32 [B] (shards.format.views, levels) · labels i64 [B] · draws: what the caller's
-    `draw` made of the sample numbers · bad: the substitutions made.
+    `draw` made of the sample numbers · bad: the substitutions made · deferred: rows whose pixels are not made yet.
     """
 
     samples: torch.Tensor
@@ -52,6 +62,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     draws: dict[str, torch.Tensor]
     bad: list[BadSample]
+    deferred: tuple[Deferred, ...] = ()
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""
@@ -75,7 +86,8 @@ class Batch(NamedTuple):
 class Stream:
     """What turns sample numbers into batches. `size` is (H, W), `resample` a filter of `cut_into`; `tokenizer_size` and
     its filter ask for the same views once more, as a tokenizer sees them. `decoder`: one of
-    shards.decode.jpeg.DECODERS. `augment` changes the pixels u8 [3, H, W] of a sample in place."""
+    shards.decode.jpeg.DECODERS. `augment` changes the pixels u8 [3, H, W] of a sample in place. `defer`: leave JPEGs to
+    whoever takes the batch (shards.stream.on_device)."""
 
     images: ImageSet
     places: SampleOrder
@@ -88,6 +100,7 @@ class Stream:
     seed: int = 0
     draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
     augment: Callable[[int, torch.Tensor], None] | None = None
+    defer: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -135,10 +148,15 @@ class Stream:
 
         views, tokens = self.source.views(Selection(epochs, shards, rows, keys, sizes, means, greys, ready))
         limits = views.levels[:, :2].tolist()
+        deferred = []
         records = zip(found, views.boxes.tolist(), views.flips.tolist(), limits, strict=True)
         for i, (one, box, flip, limit) in enumerate(records):
             known = one.known
             try:
+                if self.defer and codec.is_plain_jpeg(known.flags):
+                    codec.check_box(box, (known.width, known.height))
+                    deferred.append(Deferred(i, one.data, box, bool(flip), limit))
+                    continue
                 crop = codec.decode_view(one.data, box, (known.width, known.height), known.flags, self.decoder)
             except codec.ImageError as error:
                 raise _Undecodable(i, str(error)) from error
@@ -162,6 +180,7 @@ class Stream:
             torch.from_numpy(columns["label"]),
             {name: torch.from_numpy(value) for name, value in drawn.items()},
             [one.bad for one in found if one.bad is not None],
+            tuple(deferred),
         )
 
 
@@ -221,7 +240,7 @@ class _Sent:
     """A batch on its way from a worker: everything but the pixels, which lie in the ring."""
 
     def __init__(self, number: int, batch: Batch):
-        self.number, self.bad = number, batch.bad
+        self.number, self.bad, self.deferred = number, batch.bad, batch.deferred
         none = torch.empty(0)
         kept = batch._replace(pixels=none, tokenizer_pixels=none, draws={}, bad=[])
         self.arrays = {name: value.numpy() for name, value in kept._asdict().items() if torch.is_tensor(value)}
@@ -234,7 +253,7 @@ class _Sent:
         places = ring.places(self.number, len(self.arrays["samples"]))
         tensors |= {"pixels": places[0], "tokenizer_pixels": places[1]}
         drawn = {name: torch.from_numpy(array) for name, array in self.draws.items()}
-        batch = Batch(**tensors, draws=drawn, bad=self.bad)
+        batch = Batch(**tensors, draws=drawn, bad=self.bad, deferred=self.deferred)
         return batch.pinned() if pin else batch._replace(pixels=places[0].clone(), tokenizer_pixels=places[1].clone())
 
 

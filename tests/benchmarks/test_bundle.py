@@ -104,7 +104,7 @@ def test_the_whole_folder(tmp_path):
     wheels = list((tmp_path / "out" / "wheels").iterdir())
     carried = {parse_wheel_filename(path.name)[0] for path in wheels}
     wanted = {need for path in wheels for need in bundle.needs(path)}
-    unused_of_ours = {"simplejpeg", "webdataset"}  # readers of images
+    unused_of_ours = {"webdataset"}  # readers of images
     assert wanted - carried <= bundle.LEFT_OUT | unused_of_ours
     assert {"beitforge", "deepspeed", "timm", "transformers", "numpy", "liger-kernel"} <= carried
     assert all("none-any" in path.name or "x86_64" in path.name for path in wheels)

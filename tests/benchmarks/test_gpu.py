@@ -14,7 +14,7 @@ from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.harness import Job
 from tests.conftest import ROOT
 
-ORDER = ["correctness", "kernels", "cross_entropy", "fusions", "train", "operations", "blocks", "evoformer"]
+ORDER = ["correctness", "kernels", "cross_entropy", "fusions", "train", "operations", "decode", "blocks", "evoformer"]
 # in the place of benchmarks.gpu.child: rows by number, which end well, hang, or take their process with them
 CHILD = """
     import json, os, sys, time

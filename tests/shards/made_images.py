@@ -35,6 +35,17 @@ def jpeg(seed: int = 0, width: int = 48, height: int = 32, **options) -> bytes:
     return encoded(photo(width, height, seed), "JPEG", quality=90, **options)
 
 
+def resampled_jpeg(sampling: int, width: int, height: int, seed: int = 0, **options) -> bytes:
+    """A JPEG of sampling factors that Pillow does not write, 0x12 (4:4:0) or 0x41 (4:1:1): an image of others whose
+    MCUs have the same blocks, read as one of these."""
+    was, sides = {0x12: (0x21, (2 * width, -(-height // 2))), 0x41: (0x22, (-(-width // 2), 2 * height))}[sampling]
+    data = jpeg(seed, *sides, subsampling=1 if was == 0x21 else 2, **options)
+    frame = data.index(b"\xff\xc0")
+    assert data[frame + 11] == was
+    told = (height << 16 | width).to_bytes(4, "big")
+    return data[: frame + 5] + told + data[frame + 9 : frame + 11] + bytes([sampling]) + data[frame + 12 :]
+
+
 def exif(orientation: int) -> Image.Exif:
     block = Image.Exif()
     block[ORIENTATION] = orientation

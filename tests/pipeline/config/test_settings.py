@@ -9,7 +9,7 @@ import pytest
 
 from beitforge.pipeline.cli import main
 from beitforge.pipeline.config.fields import Duration, Rule, Size
-from beitforge.pipeline.config.identity import identity, is_per_host
+from beitforge.pipeline.config.identity import differences, identity, is_per_host, shared
 from beitforge.pipeline.config.loading import from_dict, to_dict
 from beitforge.pipeline.config.reference import markdown, text
 from beitforge.pipeline.config.settings import Config
@@ -56,6 +56,21 @@ def test_the_identity_of_a_run_is_what_it_was():
     assert [list(values) for values in found.values()] == [list(values) for values in expected.values()]
     assert identity(config, ("data.seed",)) == {"data": {"seed": 0}}
     assert {(s, n) for s, n, _, _ in FIELDS if is_per_host(s, n)} == {(s, n) for s in PER_HOST for n in PER_HOST[s]}
+
+
+def test_a_decoder_of_other_pixels_is_the_whole_runs():
+    """Exact ones are each host's own and leave the identity as it was; another is kept, told apart and compared."""
+    auto, pillow, other = (
+        from_dict({"loader": {"decoder": name}}, "test") for name in ("auto", "pillow", "approximate")
+    )
+    assert identity(auto, ("loader",)) == identity(pillow, ("loader",))
+    assert identity(other, ("loader",))["loader"] == {**identity(auto, ("loader",))["loader"], "decoder": "approximate"}
+    assert differences(auto, pillow, ("loader",)) == []
+    assert differences(auto, other, ("loader",)) == [("loader.decoder", "auto", "approximate")]
+    assert differences(other, pillow, ("loader",)) == [("loader.decoder", "approximate", "pillow")]
+    words = [shared("loader", "decoder", name) for name in ("auto", "pillow", "approximate", "gpu")]
+    assert words == ["none of approximate, gpu"] * 2 + ["approximate", "gpu"]
+    assert shared("loader", "workers", 3) is None and shared("loader", "lanes", 256) == "256"
 
 
 @pytest.mark.parametrize(("section", "name", "default", "rule"), FIELDS, ids=IDS)

@@ -102,6 +102,21 @@ def test_nothing_fits():
     assert cheapest(config, machine, [8], images=10**6, days=1.0) == (None, None)
 
 
+def test_decoding_on_the_gpu_takes_the_load_off_the_cores():
+    """As many GPUs need a share of the cores, get bytes in place of pixels, and wait for a GPU that decodes slowly."""
+    found = {}
+    for name, rate in (("auto", 3000), ("gpu", 3000), ("gpu", 5)):
+        machine = Machine(
+            CHIPS[0], NETWORKS[0], STORAGES[0], load_assumptions([], [f"gpu_images_per_second={rate}"], 1.0)
+        )
+        config = load_config(BASE, [f"loader.decoder={name}", "train.micro_batch=64"])
+        found[name, rate] = estimate(config, machine, 8, 2, images=10**6)
+    auto, gpu, slow = found.values()
+    assert gpu.loading.cores_per_node < auto.loading.cores_per_node / 5
+    assert gpu.loading.bytes_to_gpus / gpu.loading.images == 110e3
+    assert slow.life.starved > gpu.life.starved
+
+
 def test_measured_numbers_replace_assumed_ones(tmp_path):
     """A run folder, benchmarks, doctor's report and a plain object, each named as the origin."""
     run = tmp_path / "run"
@@ -124,6 +139,8 @@ def test_measured_numbers_replace_assumed_ones(tmp_path):
     failed = {"model": "base", "step": "ours", "images/s": ""}
     train = {"name": "train", "rows": [{"model": "base", "step": "ours, compiled", "images/s": "4000"}, failed]}
     assert load_assumptions([file(train)], [], 1.0).achieved_flops == pytest.approx(4000 * 108.2e9)
+    decode = {"name": "decode", "rows": [{"decoded by": "nvJPEG, resized on the GPU", "images/s": "5,000"}]}
+    assert load_assumptions([file(decode)], [], 1.0).gpu_images_per_second == 5000
     kernels = {"name": "kernels", "rows": [], "notes": ["this chip reached: copy 4.30 TB/s, product 788 TFLOP/s."]}
     found = load_assumptions([file(kernels)], [], 1.0)
     assert (found.memory_bandwidth, found.matrix_flops) == (4.3e12, 788e12)

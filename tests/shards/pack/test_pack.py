@@ -1,6 +1,7 @@
 """Packing: nothing lost, nothing twice, the same bytes however it was interrupted or spread over processes."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, JpegImagePlugin
 
 from beitforge.shards import counter_rng
 from beitforge.shards.errors import ShardError
@@ -335,6 +337,78 @@ def test_a_plan_of_the_first_format_is_still_made(tmp_path):
     assert "format" not in plan.describe()
     now = make_plan(images, tmp_path / "out", options)
     assert now.fingerprint != plan.fingerprint and len(now.files) == 5 and now.classes == []
+
+
+def awkward_folder(folder: Path) -> Path:
+    """Names, links and files of every kind that listing tells apart, with fixed times. The images are in `in`."""
+    names = ["n1/a.jpg", "n1/a.png", "n1/b.c.jpg", "n1/b", "n2/ü 猫.webp", f"n2/{'k' * 120}.jpg", "n2/100%.jpg"]
+    names += [
+        "__x__/a.jpg",
+        "n3/x.jpg.bak",
+        "n3/notes.txt",
+        "n3/.hidden.jpg",
+        "n2/A.JPG",
+        os.fsdecode(b"n2/caf\xe9.jpg"),
+    ]
+    for i, name in enumerate([*names, "n4/README"]):
+        head = b"" if name.endswith("README") else b"\xff\xd8\xff"
+        write_folder(folder / "in", {name: head + b"x" * i if i % 3 else b"\xff\xd8\xff\xe0 same"})
+        os.utime(folder / "in" / name, ns=(10**18 + i, 10**18 + i))
+    write_folder(folder, {"far/y.jpg": b"yy"})
+    os.utime(folder / "far/y.jpg", ns=(10**18, 10**18))
+    (folder / "in/n4/link.jpg").symlink_to(folder / "far/y.jpg")
+    (folder / "in/n4/again.jpg").symlink_to(folder / "in/n1/a.jpg")
+    (folder / "in/n4/gone.png").symlink_to("nowhere")
+    (folder / "in/n5").symlink_to("n1")
+    return folder / "in"
+
+
+BY_FOLDER = PackOptions(
+    samples_per_shard=3,
+    splits=(("heldout", 0.3),),
+    seed=5,
+    labels="folder",
+    encoding=EncodeOptions(short_side=320, quality=90),
+)
+GOLDEN = [  # format, options, fingerprint, number of images, the first of the order
+    (2, PackOptions(samples_per_shard=4), "daeabaa8d289e6e43eb01fdc4bea371d", 14, [6, 10, 4, 11]),
+    (2, BY_FOLDER, "c597ce5db27f359909383b0311a3808f", 14, [11, 0, 2, 12, 9]),
+    (1, PackOptions(samples_per_shard=4), "07c064db6379e1fc61161ee7fe6e3054", 11, [5, 3, 2, 7]),
+    (1, BY_FOLDER, "8a749e6ee5426fc8e493d9595e4be84d", 11, [0, 2, 9, 8]),
+]
+
+
+@pytest.mark.parametrize(("format", "options", "fingerprint", "images", "first"), GOLDEN)
+def test_a_plan_is_what_earlier_versions_made_of_it(tmp_path, format, options, fingerprint, images, first):
+    """Golden: what commit 841ce6c planned. A packing that it began goes on."""
+    plan = make_plan(awkward_folder(tmp_path), tmp_path / "out", options, format)
+    order = next(iter(plan.orders.values())).tolist()
+    assert (plan.fingerprint, len(plan.files), order[: len(first)]) == (fingerprint, images, first)
+    assert plan.files.links == [("n4/again.jpg", "n1/a.jpg"), ("n5", "n1")]
+    job = next(plan.jobs(0))
+    assert [(one.path, one.key) for one in job.planned] == [
+        (plan.files.paths[i], plan.files.keys[i]) for i in order[: options.samples_per_shard]
+    ]
+    assert [plan.classes[one.label] for one in job.planned] == [
+        one.path.split("/")[0] for one in job.planned
+    ] or not plan.classes
+
+
+def test_an_option_of_later_is_part_of_the_plan_where_it_is_asked_for(tmp_path):
+    """And refused, by name, in a packing that was begun without it, and the other way round."""
+    images = write_folder(tmp_path / "in", {"a.jpg": jpeg(1, 60, 40), "b.jpg": jpeg(2, 60, 40)})
+    plain, other = (PackOptions(encoding=EncodeOptions(max_side=50, subsampling=one)) for one in ("444", "420"))
+    assert "subsampling" not in json.dumps(plain.recorded()) and "subsampling" in json.dumps(other.recorded())
+    for ours, theirs, message in (
+        (plain, other, "subsampling was 444, is 420"),
+        (other, plain, "subsampling was 420, is 444"),
+    ):
+        target = tmp_path / ours.encoding.subsampling
+        run(images, target, ours)
+        with pytest.raises(ShardError, match=message):
+            run(images, target, theirs)
+    stored = [sample["jpg"] for name in ("444", "420") for sample in samples_of(tmp_path / name)]
+    assert [JpegImagePlugin.get_sampling(Image.open(io.BytesIO(data))) for data in stored] == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("what", ["a marker", "shards alone", "all of it"])

@@ -16,7 +16,7 @@ from beitforge.pipeline.data.batches import training_batches
 from beitforge.pipeline.data.pretraining import DataSource, pretraining, refuse_other_tokenizers
 from beitforge.pipeline.model.pixels import jitter
 from beitforge.pipeline.tokenizers.storage import load_tokenizer
-from beitforge.shards.decode.jpeg import DECODERS
+from beitforge.shards.decode.jpeg import EXACT
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.manifest import read_image_manifest, read_token_manifest
 from beitforge.shards.stream.image_set import ImageSet
@@ -68,7 +68,7 @@ def test_same_sequence_for_any_ranks_and_workers(tiny, ranks, workers):
     assert stream_rows(config, source, 0, steps, ranks, workers) == alone
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", EXACT)
 def test_same_batches_by_any_decoder(tiny, decoder):
     config = tiny_config(tiny, f"loader.decoder={decoder}")
     samples = np.arange(20, dtype=np.int64)
