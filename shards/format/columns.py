@@ -30,6 +30,7 @@ MOST_NAME = 200  # bytes of a shard's name, and of any text here
 _MOST_REST = 1 << 23  # bytes: the header holds them
 _MOST_COUNT = 2**53
 MOST_BYTES = 1 << 28  # of a file of columns
+_SLICE = 1 << 14  # shards whose columns are looked at together, which takes little memory
 _KEPT = 1024  # entries that are made together, and those made one by one that are kept
 _ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -114,9 +115,10 @@ class Shards(Sequence[Entry], Generic[Entry]):
         """Samples of each shard, i64 [shards]."""
         return self._rows("samples", 0, self.columns["samples"].shape[0])
 
-    def column(self, name: str) -> np.ndarray:
-        """A field of every shard: i64 [shards], or bytes of a text each, read now."""
-        found = self._rows(name, 0, len(self))
+    def column(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """A field of every shard, or of those from `first` on to before `last`: i64 [shards], or bytes of a text each,
+        read now."""
+        found = self._rows(name, first, len(self) if last is None else min(last, len(self)))
         return found if found.ndim == 1 else as_texts(found)
 
     def _one(self, number: int) -> Entry:
@@ -150,6 +152,21 @@ def column_of(shards: Sequence[Any], name: str) -> np.ndarray:
     if values and isinstance(values[0], str):
         return np.array([value.encode("utf-8", "surrogatepass") for value in values])
     return np.array(values, np.int64)
+
+
+def first_difference(ours: Sequence[Any], field: str, theirs: Sequence[Any], other: str) -> int | None:
+    """The first of as many shards whose `field` is not the `other` of theirs."""
+    for first in range(0, len(ours), _SLICE):
+        parts = []
+        for shards, name in ((ours, field), (theirs, other)):
+            parts.append(
+                shards.column(name, first, first + _SLICE)
+                if isinstance(shards, Shards)
+                else column_of(shards[first : first + _SLICE], name)
+            )
+        if (wrong := np.flatnonzero(parts[0] != parts[1])).size:
+            return first + int(wrong[0])
+    return None
 
 
 def columns_of(kind: type, shards: Sequence[Any]) -> dict[str, np.ndarray] | None:
@@ -228,13 +245,13 @@ def checked_columns(kind: type, file: TensorFile) -> Columns:
         if not whole or not column.shape[0] or column.shape[0] != next(iter(columns.values()), column).shape[0]:
             raise Damaged(f"its column {field.name} is of another form")
         columns[field.name] = column
-        found = column.some(0, column.shape[0])
-        if not (_are_counts(found) if field.type is int else _are_plain(found)):
-            raise Damaged(f"its column {field.name} holds what no shard has")
+        for first in range(0, len(column), _SLICE):
+            found = column.some(first, min(first + _SLICE, len(column)))
+            if not (_are_counts(found) if field.type is int else _are_plain(found)):
+                raise Damaged(f"its column {field.name} holds what no shard has")
     names = file.tensors["name"]
-    if not _are_file_names(as_texts(names.some(0, len(names)))):
-        raise Damaged("its shards have names that are no file's, or one that is another's")
-    if file.tensors["samples"].some(0, len(names)).astype(np.float64).sum() >= _MOST_COUNT / 2:
+    _check_names(names)
+    if columns["samples"].some(0, names.shape[0]).sum(dtype=np.float64) >= _MOST_COUNT / 2:
         raise Damaged("it has more samples than can be counted")
     return columns
 
@@ -257,15 +274,21 @@ def _are_plain(texts: np.ndarray) -> bool:
         return False
 
 
-def _are_file_names(names: np.ndarray) -> bool:
-    """Of plain texts: whether they can be those of files, each of another."""
-    raw = names.view(np.uint8).reshape(len(names), -1)
-    odd = names[(raw[:, 0] == 0) | (raw[:, 0] == ord("."))]
-    if (raw == ord("/")).any() or np.isin(odd, [b"", b".", b".."]).any():
-        return False
-    return bool((names[1:] > names[:-1]).all()) or len(np.unique(names)) == len(names)
+def _check_names(column: Tensor) -> None:
+    """Raises Damaged unless these plain texts can be the names of files, each of another."""
+    rising = True
+    for first in range(0, len(column), _SLICE):
+        before = max(0, first - 1)
+        raw = column.some(before, min(first + _SLICE, len(column)))
+        names = as_texts(raw)
+        odd = names[(raw[:, 0] == 0) | (raw[:, 0] == ord("."))]
+        if (raw == ord("/")).any() or np.isin(odd, [b"", b".", b".."]).any():
+            raise Damaged("its shards have names that are no file's")
+        rising = rising and bool((names[1:] > names[:-1]).all())
+    if not rising and len(np.unique(as_texts(column.some(0, len(column))))) < len(column):
+        raise Damaged("two of its shards have one name")
 
 
 def unusable(folder: Path | str, error: Exception) -> str:
     """The line about a file of columns that is not believed."""
-    return f"{folder}/{NAME} is left aside, and all of manifest.json read ({error}): close the set again to renew it"
+    return f"{folder}/{NAME} is left aside, and all of manifest.json read ({error}): fetch it anew, or remove it"

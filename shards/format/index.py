@@ -129,6 +129,11 @@ class Index:
         self._check_greys(self.columns["mean_grey"].whole())
 
     @property
+    def checks_hold(self) -> bool:
+        """Whether the checksums in the file are those of the file, where it has some."""
+        return self._file.checks_hold
+
+    @property
     def checks_digest(self) -> str:
         """What the manifest lists of the checksums in the file; empty in those of earlier versions, without any."""
         return self._file.checks_digest
@@ -164,11 +169,11 @@ class Index:
 
     @property
     def whole(self) -> bool:
-        """Whether it is as it was written, by its own digest; those of earlier versions carry none, and are not."""
+        """Whether it is as it was written, by its own digest and checksums; one of an earlier version without a digest
+        is not."""
         others = {name: value for name, value in self.metadata.items() if name != DIGEST}
-        return self.metadata.get(DIGEST) == _digest(
-            {name: column.whole() for name, column in self.columns.items() if name != BLOCK_SUMS}, others
-        )
+        columns = {name: column.whole() for name, column in self.columns.items() if name != BLOCK_SUMS}
+        return self.metadata.get(DIGEST) == _digest(columns, others) and self._file.checks_hold
 
     def row(self, row: int) -> Row:
         """What the columns say of a row. Raises IndexError, and as `rows` does."""

@@ -265,6 +265,22 @@ def _columns(
     return rest, shards
 
 
+def check_columns(folder: Path, kind: str) -> list[str]:
+    """What is wrong with the columns of a set whose manifest.json is right, if there are any: whether they say the
+    same, and the fingerprint is the one that follows."""
+    path = folder / columnar.NAME
+    if not path.exists():
+        return []
+    content, found = _read(folder, kind, _CHANGED, []), _columns(folder, kind, None, [])
+    if found is None:
+        return [f"{path} does not belong to its manifest.json, which is read in its place: remove it"]
+    listed = _entries(_ENTRIES[kind], content["shards"])
+    same = list(found[1]) == listed and found[0] == {name: content[name] for name in found[0]}
+    made: Any = ImageManifest if kind == "images" else TokenManifest
+    stated, true = (made(**found[0], shards=shards).fingerprint for shards in (found[1], listed))
+    return [] if same and stated == true else [f"{path} says what its manifest.json does not say: remove it"]
+
+
 def _named(folder: Path | str, fetched: list[bytes]) -> tuple[str, str]:
     """The digest that a manifest.json names of its columns, and its own; empty where it names none."""
     if is_url(folder):
@@ -382,9 +398,9 @@ def read_image_manifest(folder: Path | str, cache: Cache | None = None) -> Image
 
     def make(content: dict, shards: Sequence[ImageShard]) -> ImageManifest:
         found = ImageManifest(shards=shards, classes=content["classes"], made_by=content["made_by"])
-        crowded = np.flatnonzero(found.counts > found.column("bytes") // _LEAST_BYTES)
-        if len(crowded):
-            shard = shards[int(crowded[0])]
+        crowded = found.counts > found.column("bytes") // _LEAST_BYTES
+        if crowded.any():
+            shard = shards[int(crowded.argmax())]
             _demand(False, f"{shard.name}: samples", shard.samples)
         classes = found.classes
         _demand(isinstance(classes, list) and all(isinstance(name, str) for name in classes), "classes", classes)

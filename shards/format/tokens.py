@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from beitforge.shards.errors import Damaged, ShardError
+from beitforge.shards.format.columns import first_difference
 from beitforge.shards.format.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
 from beitforge.shards.format.views import FIELDS, Views
 from beitforge.shards.storage.cache import Cache
@@ -176,8 +177,9 @@ def open_token_shard(source: Path | OpenFile) -> OpenTokenShard:
 
 def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | str) -> None:
     """Refuse token sets of other images: names, counts and image digests must agree shard by shard."""
-    ours, theirs = images.column("name"), tokens.column("name")
-    if not np.array_equal(ours, theirs):
+    count = len(images.shards)
+    if len(tokens.shards) != count or first_difference(images.shards, "name", tokens.shards, "name") is not None:
+        ours, theirs = images.column("name"), tokens.column("name")
         odd = [name.decode() for name in np.setxor1d(ours, theirs).tolist()] or ["the same names in another order"]
         raise ShardError(f"{folder} does not list the image set's shards ({len(odd)} differ, first {odd[0]}): {_CURE}")
     wrong = np.flatnonzero(images.counts != tokens.counts)
@@ -187,10 +189,11 @@ def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | s
             f"{folder}: {tokens.shards[number].name} has {tokens.shards[number].samples} samples, its image shard "
             f"{images.shards[number].samples}: {_CURE}"
         )
-    wrong = np.flatnonzero(images.column("digest") != tokens.column("image_digest"))
-    if len(wrong):
-        name = tokens.shards[int(wrong[0])].name
-        raise ShardError(f"{folder}: {name} was made from other images (image digest differs): {_CURE}")
+    other = first_difference(images.shards, "digest", tokens.shards, "image_digest")
+    if other is not None:
+        raise ShardError(
+            f"{folder}: {tokens.shards[other].name} was made from other images (image digest differs): {_CURE}"
+        )
 
 
 def check_rows(name: str, keys: np.ndarray, image_keys: np.ndarray) -> None:

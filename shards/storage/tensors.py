@@ -202,6 +202,12 @@ class TensorFile:
         sums = self._checksums()
         return xxhash.xxh3_128_hexdigest(sums.tobytes()) if sums is not None else ""
 
+    @property
+    def checks_hold(self) -> bool:
+        """Whether all of the file is what its own checksums say, where it has some. Raises ShardError."""
+        sums = self._checksums()
+        return sums is None or _sums(self.bytes.certain(self.tensors[BLOCK_SUMS].start, 0)).tobytes() == sums.tobytes()
+
     def vouched(self, checks_digest: str) -> bool:
         """Whether the file's own checksums are those that `checks_digest` vouches for. If so every read is checked by
         them from now on, the header too, and nothing else was read. Raises Damaged, EOFError, OSError."""
