@@ -35,7 +35,7 @@ _IDENTITY = {"fingerprint": "f" * 32, "vocabulary": 8192, "grid": [14, 14]}
 
 
 def listed(count: int) -> tuple[ImageManifest, TokenManifest]:
-    """An image set and a token set that list so many shards of about 10,000 samples; digests drawn by a fixed seed."""
+    """An image set and a token set that list `count` shards of about 10,000 samples; digests drawn by a fixed seed."""
     digits = np.random.default_rng(0).bytes(16 * 5 * count).hex()
     drawn = (digits[at : at + 32] for at in range(0, len(digits), 32))
     images, tokens = [], []
@@ -115,7 +115,7 @@ def by_shards(folder: Path, rounds: int) -> tuple[list[dict], dict[str, float]]:
 
 
 def an_index(folder: Path, count: int) -> tuple[Path, str]:
-    """An index of so many rows, and what a manifest lists of its checksums."""
+    """An index of `count` rows, and what a manifest lists of its checksums."""
     row = IndexRow(
         key="", key_hash=1, image_offset=0, image_size=512, image_xxh3=7, width=9, height=9, mean_grey=1.0, flags=1
     )
