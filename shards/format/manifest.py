@@ -269,7 +269,7 @@ def check_columns(folder: Path, kind: str) -> list[str]:
     """What is wrong with the columns of a set whose manifest.json is right, if there are any: whether they say the
     same, and the fingerprint is the one that follows."""
     path = folder / columnar.NAME
-    if not path.exists():
+    if not path.exists() or not _named(folder, [])[0]:
         return []
     content, found = _read(folder, kind, _CHANGED, []), _columns(folder, kind, None, [])
     if found is None:

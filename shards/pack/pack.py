@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.format.equal_images import contents, told
 from beitforge.shards.format.index import SUFFIX, open_index
@@ -64,7 +66,7 @@ def pack(images: Path, target: Path, options: PackOptions, max_rejected: str, nu
     plan = _as_begun(make_plan(images, target, options))
     limit = rejection_limit(max_rejected, len(plan.files))
     _refuse_others(plan)
-    finished = [shard for job in plan.jobs(limit) if (shard := finished_shard(job))]
+    finished = [shard for place, _ in plan.places() if (shard := finished_shard(place))]
     kept = len(finished)
     rejected = [row for shard in finished for row in shard.rejected]
     if kept == plan.num_shards and (manifests := _closed(plan)):
@@ -96,7 +98,7 @@ def _packed(plan: Plan, manifests: dict[str, ImageManifest], finished: list[Pack
     """What is told of a finished packing."""
     rejected = [row for shard in finished for row in shard.rejected]
     lost = Counter(row["path"].split("/", 1)[0] for row in rejected)
-    listed = Counter(plan.labels)
+    listed = np.bincount(plan.labels, minlength=len(plan.classes))
     emptied = [name for number, name in enumerate(plan.classes) if lost[name] == listed[number]]
     sets = {split or plan.target.name: contents(plan.folder(split), manifests[split]) for split in plan.orders}
     counts = kept, len(finished)
@@ -121,7 +123,7 @@ def rejection_limit(text: str, num_images: int) -> int:
 def _run(plan: Plan, limit: int, num_workers: int, finished: list[PackedShard]) -> None:
     """Pack the shards that are not in `finished`, adding them to it."""
     known = {(shard.folder, shard.entry.name) for shard in finished}
-    jobs = (job for job in plan.jobs(limit) if (job.folder, job.name) not in known)
+    jobs = plan.jobs(limit, known)
     done = sum(shard.entry.samples + len(shard.rejected) for shard in finished)
     rejected = [row for shard in finished for row in shard.rejected]
     if done == len(plan.files):

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,16 +59,22 @@ class PlannedImage:
     label: int
 
 
-@dataclass(frozen=True)
-class ShardJob:
+@dataclass(frozen=True, kw_only=True)
+class ShardPlace:
+    """Where a shard of a plan goes, by which it is known when it is finished."""
+
+    folder: Path
+    name: str
+    plan: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob(ShardPlace):
     """All a worker needs to pack one shard. At most `max_rejected` of its images may be unreadable."""
 
     images: Path
-    folder: Path
-    name: str
     planned: list[PlannedImage]
     options: EncodeOptions
-    plan: str
     max_rejected: int
 
 
@@ -85,7 +91,7 @@ class Plan:
     options: PackOptions
     files: ImageFiles
     classes: list[str]
-    labels: list[int]
+    labels: np.ndarray
     orders: dict[str, np.ndarray]
     fingerprint: str
     why_labels: str
@@ -104,26 +110,37 @@ class Plan:
         told = {"verb": "pack", "plan": self.fingerprint, "options": options, "pictures": len(self.files)}
         return told if self.format == FIRST_FORMAT else {**told, "format": self.format}
 
-    def jobs(self, max_rejected: int) -> Iterator[ShardJob]:
-        """Every shard of every split, in order."""
-        step, encoding = self.options.samples_per_shard, self.options.encoding
-        if self.format == FIRST_FORMAT:
-            encoding = dataclasses.replace(encoding, to_rgb8=True)
+    def places(self) -> Iterator[tuple[ShardPlace, np.ndarray]]:
+        """Every shard of every split, in order, with the numbers of its images."""
+        step = self.options.samples_per_shard
         for split, order in self.orders.items():
             for number, start in enumerate(range(0, len(order), step)):
+                name = f"{self.options.name}-{number:06d}"
+                yield (
+                    ShardPlace(folder=self.folder(split), name=name, plan=self.fingerprint),
+                    order[start : start + step],
+                )
+
+    def jobs(self, max_rejected: int, finished: Container[tuple[Path, str]] = ()) -> Iterator[ShardJob]:
+        """The shards that are not finished, by folder and name, in order."""
+        encoding = self.options.encoding
+        if self.format == FIRST_FORMAT:
+            encoding = dataclasses.replace(encoding, to_rgb8=True)
+        for place, numbers in self.places():
+            if (place.folder, place.name) not in finished:
                 yield ShardJob(
+                    folder=place.folder,
+                    name=place.name,
+                    plan=place.plan,
                     images=self.images,
-                    folder=self.folder(split),
-                    name=f"{self.options.name}-{number:06d}",
-                    planned=[self._planned(i) for i in order[start : start + step].tolist()],
+                    planned=[self._planned(i) for i in numbers.tolist()],
                     options=encoding,
-                    plan=self.fingerprint,
                     max_rejected=max_rejected,
                 )
 
     def _planned(self, i: int) -> PlannedImage:
-        label = self.labels[i] if self.labels else -1
-        return PlannedImage(self.files.paths[i], self.files.keys[i], label)
+        label = int(self.labels[i]) if len(self.labels) else -1
+        return PlannedImage(self.files.paths[i], self.files.key(i), label)
 
 
 def make_plan(images: Path, target: Path, options: PackOptions, format: int = FORMAT) -> Plan:
@@ -132,7 +149,7 @@ def make_plan(images: Path, target: Path, options: PackOptions, format: int = FO
     check_folders(images, target)
     first = format == FIRST_FORMAT
     files = list_images(images, target, FIRST_EXTENSIONS if first else ())
-    labels: Labels = (labels_of_format_1 if first else labels_of)(files.paths, options.labels)
+    labels: Labels = (labels_of_format_1 if first else labels_of)(files.paths, files.folders, options.labels)
     alone = first or not options.splits
     like = np.arange(len(files)) if alone else first_equals(images, files.paths, files.sizes)
     order = np.argsort(counter_rng.bits(counter_rng.PACK_ORDER, options.seed, files.hashes), kind="stable")
@@ -181,12 +198,11 @@ def _recorded(options: PackOptions, format: int) -> dict:
 
 def _fingerprint(files: ImageFiles, options: PackOptions, like: np.ndarray, format: int) -> str:
     state = xxhash.xxh3_128(json.dumps([format, _recorded(options, format)], sort_keys=True).encode())
-    for path in files.paths:
-        state.update(path.encode("utf-8", "surrogateescape") + b"\0")
-    state.update(files.sizes.tobytes())
-    state.update(files.times.tobytes())
+    state.update(files.paths.blob)  # a NUL behind each
+    state.update(files.sizes.data)
+    state.update(files.times.data)
     if format != FIRST_FORMAT:
-        state.update(like.astype(np.int64).tobytes())
+        state.update(like.data)
     return state.hexdigest()
 
 

@@ -10,7 +10,7 @@ from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import IndexRow, index_path, open_index, write_index
 from beitforge.shards.format.manifest import ImageShard
 from beitforge.shards.pack.encode import encode, read_file
-from beitforge.shards.pack.plan import ShardJob
+from beitforge.shards.pack.plan import ShardJob, ShardPlace
 from beitforge.shards.pack.tar_scan import Sample, index_row
 from beitforge.shards.pack.tar_writing import SampleWriter
 from beitforge.shards.storage.files import atomic_path
@@ -100,7 +100,7 @@ def _write_samples(
     return rows
 
 
-def finished_shard(job: ShardJob) -> PackedShard | None:
+def finished_shard(job: ShardPlace) -> PackedShard | None:
     """The shard as this or an earlier run of the same plan finished it, or None."""
     path, tar = index_path(job.folder, job.name), job.folder / f"{job.name}.tar"
     try:

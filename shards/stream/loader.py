@@ -10,6 +10,7 @@ import math
 import mmap
 import resource
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +32,7 @@ from beitforge.shards.stream.samples import SequentialOrder as SequentialOrder
 from beitforge.shards.stream.view_sources import Selection, ViewSource
 
 TORCH = "torch bicubic"
+_LENDS = 3  # batches: the one a step computes with, the next, and the one that is received meanwhile
 
 
 class Deferred(NamedTuple):
@@ -218,29 +220,54 @@ class BatchSampler(Protocol):
 class _Ring:
     """Memory for the pixels of a few batches, shared with the workers that are forked after it was made.
 
-    A fresh piece of shared memory for every batch would cost more in page faults than a copy of it does. Batch i has
-    slot i mod slots, which is free again: no more than `slots` - 1 batches are asked for before one is received.
+    A fresh piece of shared memory for every batch would cost more in page faults than a copy of it does. A batch that
+    was received is lent to whoever uses it, uncopied, until none of its tensors is left; who keeps more than `lends`
+    gets copies.
     """
 
-    def __init__(self, slots: int, samples: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]):
-        """`samples`: of the largest batch; `shapes`: Stream.shapes."""
-        self.slots, self.shapes, self.sizes = slots, shapes, [samples * math.prod(shape) for shape in shapes]
-        self.memory = torch.frombuffer(mmap.mmap(-1, max(1, slots * sum(self.sizes))), dtype=torch.uint8)
+    def __init__(self, slots: int, lends: int, samples: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]):
+        """slots: beside those lent. `samples`: of the largest batch; `shapes`: Stream.shapes."""
+        self.shapes, self.sizes = shapes, [samples * math.prod(shape) for shape in shapes]
+        self.free, self.lent, self.lends = list(range(slots + lends)), set[int](), lends
+        self.memory = mmap.mmap(-1, max(1, len(self.free) * sum(self.sizes)))
 
-    def places(self, number: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the pixels and tokenizer_pixels of batch `number` go, u8 [samples, *shape] each."""
-        start, found = number % self.slots * sum(self.sizes), []
+    def numbered(self, batches: int) -> Iterator[tuple[int, int]]:
+        """The numbers of batches, each with a slot, which is taken when it is asked for."""
+        for number in range(batches):
+            yield number, self.free.pop()
+
+    def places(self, slot: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the pixels and tokenizer_pixels of a batch go, u8 [samples, *shape] each."""
+        return self._views(np.frombuffer(self.memory, np.uint8, sum(self.sizes), slot * sum(self.sizes)), samples)
+
+    def _views(self, memory: np.ndarray, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rest, found = torch.from_numpy(memory), []
         for size, shape in zip(self.sizes, self.shapes, strict=True):
-            found.append(self.memory[start : start + samples * math.prod(shape)].view(samples, *shape))
-            start += size
+            found.append(rest[: samples * math.prod(shape)].view(samples, *shape))
+            rest = rest[size:]
         return found[0], found[1]
+
+    def received(self, slot: int, samples: int, pin: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was written there, in memory that stays its reader's; pinned where a GPU copies it from."""
+        if pin or len(self.lent) >= self.lends:
+            copies = [place.pin_memory() if pin else place.clone() for place in self.places(slot, samples)]
+            self.free.append(slot)
+            return copies[0], copies[1]
+        self.lent.add(slot)
+        memory = np.frombuffer(self.memory, np.uint8, sum(self.sizes), slot * sum(self.sizes))
+        weakref.finalize(memory, self._back, slot).atexit = False  # the storage of both tensors holds it
+        return self._views(memory, samples)
+
+    def _back(self, slot: int) -> None:
+        self.lent.discard(slot)
+        self.free.append(slot)
 
 
 class _Sent:
     """A batch on its way from a worker: everything but the pixels, which lie in the ring."""
 
-    def __init__(self, number: int, batch: Batch):
-        self.number, self.bad, self.deferred = number, batch.bad, batch.deferred
+    def __init__(self, slot: int, batch: Batch):
+        self.slot, self.bad, self.deferred = slot, batch.bad, batch.deferred
         none = torch.empty(0)
         kept = batch._replace(pixels=none, tokenizer_pixels=none, draws={}, bad=[])
         self.arrays = {name: value.numpy() for name, value in kept._asdict().items() if torch.is_tensor(value)}
@@ -250,11 +277,11 @@ class _Sent:
         """The batch in memory of its own, pinned where a GPU copies it from."""
 
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
-        places = ring.places(self.number, len(self.arrays["samples"]))
-        tensors |= {"pixels": places[0], "tokenizer_pixels": places[1]}
         drawn = {name: torch.from_numpy(array) for name, array in self.draws.items()}
         batch = Batch(**tensors, draws=drawn, bad=self.bad, deferred=self.deferred)
-        return batch.pinned() if pin else batch._replace(pixels=places[0].clone(), tokenizer_pixels=places[1].clone())
+        batch = batch.pinned() if pin else batch
+        pixels, second = ring.received(self.slot, len(batch.samples), pin)
+        return batch._replace(pixels=pixels, tokenizer_pixels=second)
 
 
 class _Batches(Dataset):
@@ -267,14 +294,15 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> _Sent | str:
-        """The batch, or the one line of its ShardError: raised in a worker it would come back as a traceback."""
-        worker = get_worker_info()
+    def __getitem__(self, item: tuple[int, int]) -> _Sent | str:
+        """A batch by its number, with the slot for its pixels; or the one line of its ShardError: raised in a worker it
+        would come back as a traceback."""
+        (i, slot), worker = item, get_worker_info()
         step = worker.num_workers if worker else 1  # batches go to workers in turn
         self.ahead = self.ahead or reading_ahead(self.stream, self.numbers)
         try:
             places, found = self.ahead.batch(i, i + step if i + step < len(self) else None)
-            return _Sent(i, self.stream.built(places, found, self.ring.places(i, len(places))))
+            return _Sent(slot, self.stream.built(places, found, self.ring.places(slot, len(places))))
         except ShardError as error:
             return str(error)
 
@@ -309,11 +337,11 @@ def load(stream: Stream, numbers: BatchSampler, *, workers: int, prefetch: int, 
                 batch = stream.built(*ahead.batch(i, i + 1 if i + 1 < len(numbers) else None))
                 yield batch.pinned() if pin else batch
         return
-    ring = _Ring(workers * prefetch + 1, len(numbers[0]), stream.shapes)
+    ring = _Ring(workers * prefetch + 1, 0 if pin else _LENDS, len(numbers[0]), stream.shapes)
     loader: DataLoader = DataLoader(
         _Batches(stream, numbers, ring),
         batch_size=None,
-        shuffle=False,
+        sampler=ring.numbered(len(numbers)),
         num_workers=workers,
         prefetch_factor=prefetch,
         collate_fn=_as_it_is,

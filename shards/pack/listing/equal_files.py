@@ -1,6 +1,7 @@
 """Which files of a folder hold the same bytes, without reading all of each."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ SAMPLE = 4096  # bytes from the middle of a file, where no header and no trailer
 _BLOCK = 1 << 20
 
 
-def first_equals(folder: Path, paths: list[str], sizes: np.ndarray) -> np.ndarray:
+def first_equals(folder: Path, paths: Sequence[str], sizes: np.ndarray) -> np.ndarray:
     """i64 [n]: for each path the number of the first one with the same bytes, its own where there is none before.
 
     Only files of equal sizes are opened; of those 4 KiB from the middle are read, and files that agree in these are

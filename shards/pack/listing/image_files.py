@@ -1,16 +1,18 @@
-"""The image files of a folder, by their content, and the keys they get."""
+"""The image files of a folder, by their names or their content, and the keys they get."""
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
-from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.decode.kinds import HEAD_BYTES, kind_of
 from beitforge.shards.errors import ShardError
+from beitforge.shards.pack.listing.folders import Folders
+from beitforge.shards.pack.listing.keys import key_of, keys_of
 from beitforge.shards.pack.listing.short_reads import look_into
+from beitforge.shards.pack.listing.texts import Texts
 from beitforge.shards.pack.listing.walk import PassedOver, Tally, Walk
 
 # Until plan format 2 these names alone were images.
@@ -33,15 +35,18 @@ _LONGEST_KIND = 12  # characters of an extension that counts as a kind
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """n image files, sorted by key. `paths` are relative to the folder, with "/"; `sizes` bytes, `times` mtime in ns.
+    """n image files, sorted by key. `paths` are relative to the folder, with "/"; `folders` are where they lie;
+    `whole` bool [n], whether the key has the path's extension; `hashes` u64 [n], of the keys; `sizes` i64 [n] bytes;
+    `times` i64 [n] mtime in ns.
 
     `others` are the files that are no images, by kind: their extension, or that they are hidden. `links` are the links
     and folders left out because what they lead to is taken already, each with the name it is taken by. `bare` are the
     folders at the top that hold no image.
     """
 
-    paths: list[str]
-    keys: list[str]
+    paths: Texts
+    folders: Folders
+    whole: np.ndarray
     hashes: np.ndarray
     sizes: np.ndarray
     times: np.ndarray
@@ -52,6 +57,10 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def key(self, number: int) -> str:
+        """Of an image by its number."""
+        return key_of(self.paths[number], bool(self.whole[number]))
+
 
 def list_images(folder: Path, leave_out: Path, by_name: tuple[str, ...] = ()) -> ImageFiles:
     """Every image below `folder`, hidden files and the folder `leave_out` excepted: a file whose name promises one, or
@@ -59,43 +68,41 @@ def list_images(folder: Path, leave_out: Path, by_name: tuple[str, ...] = ()) ->
 
     Raises ShardError when there is no image, a sub-folder cannot be read, or two keys share a hash.
     """
-    walk = Walk(folder, leave_out.resolve())
-    found: list[tuple[str, int, int]] = []
-    unknown: list[tuple[str, int, int]] = []
-    for path, status in walk.files():
-        facts = (path, status.st_size, status.st_mtime_ns) if status else (path, 0, 0)
-        if path.lower().endswith(by_name or _EXTENSIONS):
-            found.append(facts)
-        elif status is None:
-            walk.passed.add("a link that leads nowhere", path)
-        else:
-            unknown.append(facts)
-    names = [] if by_name else [path for path, _, _ in unknown]
-    images = {
-        path
-        for path, is_image in zip(names, look_into(folder, names, _is_image, _no_image, "first bytes"), strict=True)
-        if is_image
-    }
-    for facts in unknown:
-        if facts[0] in images:
-            found.append(facts)
-        else:
-            walk.passed.add(_kind(facts[0].lower()), facts[0])
-    if not found:
+    extensions = frozenset(by_name or _EXTENSIONS)
+    walk = Walk(folder, leave_out, lambda extension: extension.lower() in extensions)
+    _take_by_content(folder, walk, not by_name)
+    found = walk.found
+    if not found.sizes:
         raise ShardError(f"{folder} holds no image{_instead(walk.passed)}")
-    keys = keys_of([path for path, _, _ in found])
-    by_key = sorted(range(len(found)), key=lambda i: keys[i])
-    sorted_keys = [keys[i] for i in by_key]
+    paths, found.paths = Texts(found.paths), bytearray()
+    keys = keys_of(paths)
+    paths = paths.taken(keys.order)
+    folders = Folders.of_runs(found.folders, np.frombuffer(found.counts, np.int64))
     return ImageFiles(
-        paths=[found[i][0] for i in by_key],
-        keys=sorted_keys,
-        hashes=_distinct_hashes(sorted_keys),
-        sizes=np.array([found[i][1] for i in by_key], dtype=np.int64),
-        times=np.array([found[i][2] for i in by_key], dtype=np.int64),
+        paths=paths,
+        folders=Folders(folders.names, folders.within[keys.order]),
+        whole=keys.whole[keys.order],
+        hashes=keys.hashes[keys.order],
+        sizes=np.frombuffer(found.sizes, np.int64)[keys.order],
+        times=np.frombuffer(found.times, np.int64)[keys.order],
         others=walk.passed.kinds(),
         links=walk.left_out,
-        bare=sorted({*walk.top} - {path.split("/", 1)[0] for path, _, _ in found if "/" in path}),
+        bare=sorted({*walk.top} - {name.split("/", 1)[0] for name in folders.names}),
     )
+
+
+def _take_by_content(folder: Path, walk: Walk, look: bool) -> None:
+    """Of the files that no name tells about, take those whose first bytes do, if they are looked at; count the rest."""
+    unknown = walk.unknown
+    paths = Texts(unknown.paths)
+    found = look_into(folder, paths, _is_image, _no_image, "first bytes") if look else repeat(False)
+    for i, is_image in zip(range(len(paths)), found, strict=False):
+        path = paths[i]
+        if is_image:
+            within, slash, name = path.rpartition("/")
+            walk.found.add(within + slash, [name], [unknown.sizes[i]], [unknown.times[i]])
+        else:
+            walk.passed.add(_kind(path.lower()), path)
 
 
 def _is_image(descriptor: int) -> bool:
@@ -127,54 +134,3 @@ def shown(kinds: list[PassedOver], most: int = 5) -> str:
     """The commonest kinds with their counts: `.txt 12, hidden 3, …`."""
     more = f", and {len(kinds) - most} more kinds" if len(kinds) > most else ""
     return ", ".join(f"{one.kind} {one.files}" for one in kinds[:most]) + more
-
-
-def _escape(text: str, dots: bool) -> str:
-    """Percent-encode what WebDataset, a tar or a terminal would trip over; spaces and letters of any script stay.
-
-    WebDataset ends a key at the first dot of the file's name, so dots go; undecodable bytes arrive as surrogates.
-    """
-    out = []
-    for character in text:
-        code = ord(character)
-        if 0xDC80 <= code <= 0xDCFF:
-            out.append(f"%{code - 0xDC00:02X}")
-        elif code < 32 or 127 <= code < 160 or character == "%" or (dots and character == "."):
-            out.extend(f"%{byte:02X}" for byte in character.encode())
-        else:
-            out.append(character)
-    return "".join(out)
-
-
-def _key(path: str, with_extension: bool) -> str:
-    dot = path.rfind(".", path.rfind("/") + 1)
-    key = _escape(path if with_extension or dot < 0 else path[:dot], dots=True)
-    # webdataset skips members whose first folder looks like __this__
-    return f"%5F{key[1:]}" if key.startswith("__") else key
-
-
-def keys_of(paths: list[str]) -> list[str]:
-    """The key of each relative path: the path without extension, escaped; all distinct.
-
-    Where several files of a folder share a stem, each of those keys keeps its extension (`a%2Ejpg`, `a%2Epng`).
-    """
-    whole = [False] * len(paths)
-    keys = [_key(path, False) for path in paths]
-    while True:
-        counts = Counter(keys)
-        shared = [i for i, key in enumerate(keys) if counts[key] > 1 and not whole[i]]
-        if not shared:
-            return keys
-        for i in shared:
-            whole[i] = True
-            keys[i] = _key(paths[i], True)
-
-
-def _distinct_hashes(keys: list[str]) -> np.ndarray:
-    hashes = np.array([hash_key(key) for key in keys], dtype=np.uint64)
-    order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    if len(same):
-        first, second = keys[order[same[0]]], keys[order[same[0] + 1]]
-        raise ShardError(f"the keys {first} and {second} have the same 64-bit hash: rename one of the two images")
-    return hashes

@@ -1,9 +1,13 @@
 """The classes that the sub-folders of a folder of images name."""
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from beitforge.shards.errors import ShardError
+from beitforge.shards.pack.listing.folders import Folders
 
 _MONTH = "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|(sept?|oct|nov|dec)((t?em|o)ber)?"
 _NUMBER = re.compile(  # not: 3d-models, 1950s cars, Volvo 240 Sedan 1993
@@ -24,29 +28,29 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Labels:
-    """Class names, sorted, and the number of the class of each path; both empty when the images are not labelled.
+    """Class names, sorted, and the number of each image's class, i32 [n]; both empty when they are not labelled.
 
     `why` says how that was decided, for people.
     """
 
     classes: list[str] = field(default_factory=list)
-    of: list[int] = field(default_factory=list)
+    of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     why: str = ""
 
 
-def labels_of(paths: list[str], labels: str) -> Labels:
+def labels_of(paths: Sequence[str], folders: Folders, labels: str) -> Labels:
     """labels: `folder` makes the first folder of each path its class, `none` never. `auto` does so where the folders
     look like classes: each image lies in one folder, that folder at the top, two of them at least, and none with a
     number or a date for a name, or those of parts of a set. Raises ShardError when `folder` is asked for and an image
     lies in none."""
     if labels == "none":
         return Labels(why="none, by --labels none")
-    stray = next((path for path in paths if "/" not in path), None)
-    if stray is not None and labels == "folder":
+    stray = _first(paths, folders, lambda name: not name)
+    if stray and labels == "folder":
         raise ShardError(f"{stray} lies in no sub-folder, so it has no class: move it, or use --labels none")
-    if labels == "auto" and (doubt := _doubt(paths, stray)):
+    if labels == "auto" and (doubt := _doubt(paths, folders, stray)):
         return Labels(why=f"none: {doubt}")
-    found = _by_folder(paths)
+    found = _by_folder(folders)
     how = (
         "the sub-folder of each image" if labels == "auto" else "the first sub-folder of each image, by --labels folder"
     )
@@ -54,27 +58,36 @@ def labels_of(paths: list[str], labels: str) -> Labels:
     return Labels(found.classes, found.of, f"{len(found.classes)} classes, {how} ({_some(found.classes)}){undo}")
 
 
-def labels_of_format_1(paths: list[str], labels: str) -> Labels:
+def labels_of_format_1(paths: Sequence[str], folders: Folders, labels: str) -> Labels:
     """As plans of format 1 had them: `auto` takes any first folders, if each image has one and there are two."""
-    found = _by_folder(paths) if labels != "none" and all("/" in path for path in paths) else Labels()
+    found = _by_folder(folders) if labels != "none" and all(folders.names) else Labels()
     return found if labels == "folder" or len(found.classes) > 1 else Labels()
 
 
-def _by_folder(paths: list[str]) -> Labels:
-    folders = [path.split("/", 1)[0] for path in paths]
-    names = sorted(set(folders))
+def _first(paths: Sequence[str], folders: Folders, holds: Callable[[str], bool]) -> str:
+    """The first of the paths of whose folder that holds, or ""."""
+    found = np.flatnonzero(np.array([holds(name) for name in folders.names])[folders.within])
+    return paths[int(found[0])] if len(found) else ""
+
+
+def _top(folder: str) -> str:
+    return folder.split("/", 1)[0]
+
+
+def _by_folder(folders: Folders) -> Labels:
+    names = sorted({_top(folder) for folder in folders.names})
     number = {name: i for i, name in enumerate(names)}
-    return Labels(names, [number[folder] for folder in folders])
+    return Labels(names, np.array([number[_top(folder)] for folder in folders.names], np.int32)[folders.within])
 
 
-def _doubt(paths: list[str], stray: str | None) -> str:
+def _doubt(paths: Sequence[str], folders: Folders, stray: str) -> str:
     """Why the first folders of these paths need not be classes, and the cure; "" where they look like it."""
     cure = "--labels folder takes the first sub-folder as the class"
-    if stray is not None:
-        return f"{stray} lies in no sub-folder" if any("/" in path for path in paths) else "there are no sub-folders"
-    if deep := next((path for path in paths if path.count("/") > 1), ""):
+    if stray:
+        return f"{stray} lies in no sub-folder" if any(folders.names) else "there are no sub-folders"
+    if deep := _first(paths, folders, lambda name: name.count("/") > 1):
         return f"there are folders in folders ({deep}), and which of them names a class cannot be known; {cure}"
-    names = sorted({path.split("/", 1)[0] for path in paths})
+    names = sorted({_top(folder) for folder in folders.names})
     if len(names) < 2:
         return f"all images lie in one sub-folder, {names[0]}; {cure}"
     if numbers := [name for name in names if _NUMBER.fullmatch(name)]:

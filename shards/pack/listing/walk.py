@@ -1,16 +1,25 @@
 """Every file below a folder, each by one name, whatever links lead there."""
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from beitforge.shards.errors import ShardError
 
 _MOST_KINDS = 50
 _DEEPEST = 200  # folders in one another
+_BATCH = 1 << 14  # files of a folder whose names wait
+_GONE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR)
+_NUL = "\0"
+
+Facts = tuple[int, int]  # bytes, and the time of change in ns
+Entry = tuple[str, str, Facts | None]  # name, and whether it is a link, folder, file or other
 
 
 @dataclass
@@ -38,38 +47,58 @@ class Tally:
         return sorted(self._kinds.values(), key=lambda one: (-one.files, one.kind))
 
 
+class Found:
+    """Files as they are met: `paths`, a NUL behind each, `sizes` in bytes, `times` of change in ns, and the folder of
+    each, as the number of files that each folder of `folders` brought in turn."""
+
+    def __init__(self) -> None:
+        self.paths = bytearray()
+        self.sizes, self.times, self.counts = array("q"), array("q"), array("q")
+        self.folders: list[str] = []
+
+    def add(self, folder: str, names: list[str], sizes: list[int], times: list[int]) -> None:
+        """Files of one folder ("a/b/", "" for the root)."""
+        if names:
+            self.paths += f"{folder}{f'{_NUL}{folder}'.join(names)}{_NUL}".encode("utf-8", "surrogateescape")
+            self.sizes.extend(sizes)
+            self.times.extend(times)
+            self.counts.append(len(names))
+            self.folders.append(folder)
+
+
 class Walk:
     """Every file below a folder, each by one name: its own where it lies in the folder, else that of the first link.
 
-    `left_out` are the links, and the folders met again behind links, whose files have such a name already, each with
-    that name. `passed` counts what is hidden, and what is neither file nor folder. `top` are the folders, links to
-    folders among them, that lie in the root itself.
+    wanted: of an extension with its dot ("" for none), as it stands in a name, whether files of it are wanted. These
+    are `found`, in any order, the others `unknown`. `left_out` are the links, and the folders met again behind links,
+    whose files have such a name already, each with that name. `passed` counts what is hidden, links that lead nowhere,
+    and what is neither file nor folder. `top` are the folders, links to folders among them, that lie in the root.
     """
 
-    def __init__(self, root: Path, leave_out: Path):
-        self.root, self.leave_out = root, leave_out
+    def __init__(self, root: Path, leave_out: Path, wanted: Callable[[str], bool]):
+        self.root, self.wanted = root, wanted
+        self.found, self.unknown = Found(), Found()
         self.left_out: list[tuple[str, str]] = []
         self.passed = Tally()
         self.top: list[str] = []
         self._folders: dict[tuple[int, int], str] = {}  # device and inode: relative path
         self._linked: dict[tuple[int, int], str] = {}  # of files that links led to
-
-    def files(self) -> Iterator[tuple[str, os.stat_result | None]]:
-        """Relative path and status of each; None for a link that leads nowhere."""
+        out = _status(leave_out)
+        self._leave = (out.st_dev, out.st_ino) if out else None
         links: list[str] = []
-        yield from self._below("", links)
+        self._below("", links)
         for path in links:  # after all that lies in the folder, so that a link never takes the place of it
-            yield from self._link(path)
+            self._link(path)
         self.left_out.sort()
 
-    def _below(self, prefix: str, links: list[str]) -> Iterator[tuple[str, os.stat_result | None]]:
-        """Files of a folder and those below. Links are added to `links`."""
+    def _below(self, prefix: str, links: list[str]) -> None:
+        """Take the files of a folder and of those below. Links are added to `links`."""
         folder = self.root / prefix
         if prefix.count("/") > _DEEPEST:
             raise ShardError(f"{folder} lies more than {_DEEPEST} folders deep: move what is in it")
-        status = folder.stat()
+        status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
-        if folder.resolve() == self.leave_out:
+        if here == self._leave:
             return
         if here in self._folders:
             self._leave_out(prefix, self._folders[here])
@@ -77,34 +106,73 @@ class Walk:
         self._folders[here] = prefix
         if prefix.count("/") == 1:
             self.top.append(prefix[:-1])
-        for entry in _listed(folder):
-            path = f"{prefix}{entry.name}"
-            if entry.name.startswith("."):
+        for name, kind, facts in self._take_wanted(folder, prefix):
+            path = f"{prefix}{name}"
+            if name.startswith("."):
                 self.passed.add("hidden", path)
-            elif entry.is_symlink():
+            elif kind == "link":
                 links.append(path)
-            elif entry.is_dir():
-                yield from self._below(f"{path}/", links)
-            elif entry.is_file():
-                yield path, _status(folder / entry.name)
+            elif kind == "folder":
+                self._below(f"{path}/", links)
+            elif kind == "file":
+                self._file(path, facts)
             else:
                 self.passed.add("neither file nor folder", path)
 
-    def _link(self, path: str) -> Iterator[tuple[str, os.stat_result | None]]:
-        """What a link leads to, unless it is taken already; links behind it likewise."""
+    def _take_wanted(self, folder: Path, prefix: str) -> list[Entry]:
+        """Take the files of a folder that are wanted by name. The rest of what it holds, in order."""
+        rest: list[Entry] = []
+        names: list[str] = []
+        sizes: list[int] = []
+        times: list[int] = []
+        last = "/"  # the extension met last; at first what no name ends with
+        with _opened(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name[0] == "." or not entry.is_file(follow_symlinks=False):
+                    rest.append((name, _kind(entry), None))
+                    continue
+                if not name.endswith(last):
+                    extension = os.path.splitext(name)[1]
+                    if not self.wanted(extension):
+                        rest.append((name, "file", _facts(entry)))
+                        continue
+                    last = extension
+                size, time = _facts(entry) or (0, 0)
+                names.append(name)
+                sizes.append(size)
+                times.append(time)
+                if len(names) == _BATCH:
+                    self.found.add(prefix, names, sizes, times)
+                    names, sizes, times = [], [], []
+        self.found.add(prefix, names, sizes, times)
+        return sorted(rest, key=itemgetter(0))
+
+    def _file(self, path: str, facts: Facts | None) -> None:
+        """Take a file, or a link to one, of these facts; None where it leads nowhere."""
+        folder, slash, name = path.rpartition("/")
+        wanted = self.wanted(os.path.splitext(name)[1])
+        if facts is None and not wanted:
+            self.passed.add("a link that leads nowhere", path)
+            return
+        size, time = facts or (0, 0)
+        (self.found if wanted else self.unknown).add(folder + slash, [name], [size], [time])
+
+    def _link(self, path: str) -> None:
+        """Take what a link leads to, unless it is taken already; links behind it likewise."""
         target, status = self.root / path, _status(self.root / path)
         if status is None:
-            yield path, None
+            self._file(path, None)
         elif stat.S_ISDIR(status.st_mode):
             links: list[str] = []
-            yield from self._below(f"{path}/", links)
+            self._below(f"{path}/", links)
             for inner in links:
-                yield from self._link(inner)
+                self._link(inner)
         elif taken := self._taken(target, status):
             self._leave_out(path, taken)
         elif stat.S_ISREG(status.st_mode):
             self._linked[status.st_dev, status.st_ino] = path
-            yield path, status
+            self._file(path, (status.st_size, status.st_mtime_ns))
         else:
             self.passed.add("neither file nor folder", path)
 
@@ -122,19 +190,41 @@ class Walk:
         self.left_out.append((path.rstrip("/"), taken.rstrip("/") or "."))
 
 
-def _listed(folder: Path) -> list[os.DirEntry]:
-    """What a folder holds, in order."""
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """What a folder holds, which is looked at by the folder's descriptor: without the way to it each time."""
     try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError as error:
         raise ShardError(f"{folder} cannot be listed ({error.strerror}): make it readable, or move it away") from error
+    try:
+        with os.scandir(descriptor) as entries:
+            yield entries
+    finally:
+        os.close(descriptor)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_symlink():
+        return "link"
+    return "folder" if entry.is_dir(follow_symlinks=False) else "other"
+
+
+def _facts(entry: os.DirEntry[str]) -> Facts | None:
+    """Of a file that is no link; None where it is gone, or cannot be looked at."""
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise
+    return status.st_size, status.st_mtime_ns
 
 
 def _status(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR):
+        if error.errno in _GONE:
             return None
         raise

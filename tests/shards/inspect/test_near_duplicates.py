@@ -103,7 +103,7 @@ def sets(tmp_path_factory):
     packed = pack(folder / "in", folder / "out", options, "1%", 1)
     write_folder(folder / "in2", {"x.webp": encoded(scene(11).resize((200, 150)), "WEBP"), "y.png": files["10.png"]})
     pack(folder / "in2", folder / "other", PackOptions(), "1%", 1)
-    keys = {name: [packed.plan.files.keys[i] for i in order] for name, order in packed.plan.orders.items()}
+    keys = {name: [packed.plan.files.key(i) for i in order] for name, order in packed.plan.orders.items()}
     return folder, keys
 
 

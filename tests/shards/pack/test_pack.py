@@ -331,8 +331,8 @@ def test_a_plan_of_the_first_format_is_still_made(tmp_path):
     options = PackOptions(samples_per_shard=2, splits=(("heldout", 0.4),), seed=3)
     plan = make_plan(images, tmp_path / "out", options, FIRST_FORMAT)
     assert plan.fingerprint == "5b8ecac2f0d49214218db99ea0df45b6"
-    assert plan.files.paths == ["2018/a.jpg", "2018/b.PNG", "2019/d.jpg", "2019/deep/c.tif"]
-    assert (plan.classes, plan.labels) == (["2018", "2019"], [0, 0, 1, 1])
+    assert list(plan.files.paths) == ["2018/a.jpg", "2018/b.PNG", "2019/d.jpg", "2019/deep/c.tif"]
+    assert (plan.classes, plan.labels.tolist()) == (["2018", "2019"], [0, 0, 1, 1])
     assert {name: order.tolist() for name, order in plan.orders.items()} == {"heldout": [3, 0], "train": [2, 1]}
     assert "format" not in plan.describe()
     now = make_plan(images, tmp_path / "out", options)
@@ -387,7 +387,7 @@ def test_a_plan_is_what_earlier_versions_made_of_it(tmp_path, format, options, f
     assert plan.files.links == [("n4/again.jpg", "n1/a.jpg"), ("n5", "n1")]
     job = next(plan.jobs(0))
     assert [(one.path, one.key) for one in job.planned] == [
-        (plan.files.paths[i], plan.files.keys[i]) for i in order[: options.samples_per_shard]
+        (plan.files.paths[i], plan.files.key(i)) for i in order[: options.samples_per_shard]
     ]
     assert [plan.classes[one.label] for one in job.planned] == [
         one.path.split("/")[0] for one in job.planned

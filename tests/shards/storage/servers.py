@@ -53,11 +53,17 @@ class Faults:
     shorten: float = 0.0  # half of what was asked for, and the headers agree: only the asker can tell
     corrupt: float = 0.0  # one byte of the body is another; of the same bytes of a path not twice running
     pause_seconds: float = 0.3
+    latency: tuple[float, float] = (0.0, 0.0)  # seconds before any answer: their mean, and how far from it they may be
 
     def __post_init__(self) -> None:
         total = self.error + sum(getattr(self, kind) for kind in _BODY_FAULTS)
         if total > 1 + 1e-9:
             raise ValueError(f"{self}: the probabilities sum to {total:g}; at most 1")
+
+    def late(self, chance: random.Random) -> float:
+        """Seconds that a request waits."""
+        mean, spread = self.latency
+        return chance.uniform(mean - spread, mean + spread) if mean else 0.0
 
     def drawn(self, chance: random.Random) -> str:
         """The fault a request meets, or ''."""
@@ -208,6 +214,7 @@ class _Forward(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         chance = random.Random(f"{self.server.faults.seed} {self.server.count('requests')}")
         fault = self.server.faults.drawn(chance)
+        time.sleep(self.server.faults.late(chance))
         if fault == "corrupt" and not self.server.corrupts(f"{self.path} {self.headers.get('Range')}"):
             fault = ""
         with contextlib.suppress(ConnectionError):  # the client has had enough

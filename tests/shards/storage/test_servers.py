@@ -1,7 +1,9 @@
 """The servers that other tests read from: they serve, and the proxy does the harm it says, no other, and counts it."""
 
 import contextlib
+import dataclasses
 import http.client
+import json
 import os
 import random
 import signal
@@ -200,3 +202,12 @@ def test_a_server_ends_with_its_test(folder):
             return probe.connect_ex(("127.0.0.1", port)) != 0
 
     until(refused, 20)
+
+
+def test_answers_are_late_as_asked_and_faults_stay_the_same():
+    chances, plain, late = range(200), Faults(seed=1, error=0.3), Faults(seed=1, error=0.3, latency=(0.05, 0.02))
+    assert [plain.drawn(random.Random(n)) for n in chances] == [late.drawn(random.Random(n)) for n in chances]
+    waits = [late.late(random.Random(n)) for n in chances]
+    assert 0.03 <= min(waits) < 0.04 < 0.06 < max(waits) <= 0.07
+    assert plain.late(random.Random(0)) == 0
+    assert Faults(**json.loads(json.dumps(dataclasses.asdict(late)))).late(random.Random(0)) == waits[0]
