@@ -214,6 +214,7 @@ class TokenSet:
         self._open: dict[int, OpenTokenShard] = {}
         self._turns = Turns()
         self._sums: dict[int, array] = {}  # of files that were read through
+        self._doubted: set[int] = set()  # whose files could not be read, or not as they were written
         if isinstance(self.folder, Remote) and cache is None:
             raise ShardError(f"{where} is a URL, which is read through a cache on this machine only")
 
@@ -237,6 +238,7 @@ class TokenSet:
         def forget() -> None:
             self._open.pop(number, None)
             self._sums.pop(number, None)
+            self._doubted.add(number)
 
         return anew(read, forget, f"{self.folder}/{self._name(number)}")
 
@@ -259,7 +261,13 @@ class TokenSet:
 
     def opened(self, number: int) -> OpenTokenShard:
         """The file of shard `number`, checked against the manifest alone; a remote one is fetched."""
-        return self._anew(number, lambda: self._opened(number, lambda source: self._fitting(number, source)))
+
+        def fitting(source: Path | OpenFile) -> OpenTokenShard:
+            opened = self._fitting(number, source)
+            self._check_contents(number, opened)
+            return opened
+
+        return self._anew(number, lambda: self._opened(number, fitting))
 
     def _opened(self, number: int, open_: Callable[[Path | OpenFile], OpenTokenShard]) -> OpenTokenShard:
         if not isinstance(self.folder, Remote):
@@ -288,11 +296,13 @@ class TokenSet:
 
     def _check_contents(self, number: int, opened: OpenTokenShard) -> None:
         """The manifest vouches for the rows' checksums, and they for each row that is read. Files of earlier versions
-        are read through, once a process, and every row has to be part of that: a wrong token looks like any other."""
+        are read through, once a process, and every row has to be part of that: a wrong token looks like any other. So
+        are those in a cache, which are fetched again, once they were doubted."""
         entry, contents = self.manifest.shards[number], opened.file.bytes
-        if entry.checks_digest:
+        doubted = number in self._doubted and isinstance(self.folder, Remote)
+        if entry.checks_digest and not doubted:
             whole = opened.checks_digest == entry.checks_digest
-        elif number in self._sums and contents.fits(self._sums[number]):
+        elif not doubted and number in self._sums and contents.fits(self._sums[number]):
             contents.sums, whole = self._sums[number], True
         else:
             whole = opened.file.digest == entry.digest

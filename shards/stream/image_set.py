@@ -19,7 +19,7 @@ from beitforge.shards.decode import codec
 from beitforge.shards.errors import Damaged, ShardError, printable
 from beitforge.shards.format.index import FLAG_BAD, TONES, Index, Row, index_path, most_bytes
 from beitforge.shards.format.levels import NO_TONES, Greys, without_tones
-from beitforge.shards.format.manifest import ImageManifest, read_image_manifest
+from beitforge.shards.format.manifest import ImageManifest, ImageShard, read_image_manifest
 from beitforge.shards.storage.cache import ALWAYS, PART, Cache
 from beitforge.shards.storage.files import open_files
 from beitforge.shards.storage.reading import OpenFile, Turns, forget, twice_read
@@ -303,16 +303,13 @@ class ImageSet:
     def _open_shard(self, shard: int) -> _OpenShard:
         """Raises ShardError, Damaged where another look may find otherwise, OSError."""
         entry, tar = self.manifest.shards[shard], None
-        indexed = functools.partial(_indexed, "" if shard in self._doubted else entry.checks_digest)
+        indexed = functools.partial(self._indexed, entry, shard in self._doubted)
         if isinstance(self.folder, Remote):
             name, uses = index_path(Path(), entry.name).name, self._uses if self.reading else None
             kept, most = Kept(self.folder, self._kept(), self._owner), most_bytes(entry.samples)
             index = kept.open(name, entry.index_digest, most, indexed, uses)
         else:
-            path = index_path(self.folder, entry.name)
-            index = indexed(path)
-            if not index.vouched and index.digest != entry.index_digest:
-                raise Damaged(f"{path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
+            index = indexed(index_path(self.folder, entry.name))
             tar = OpenFile(self.folder / f"{entry.name}.tar")
         size = tar.size if tar else entry.bytes
         if size != entry.bytes or len(index) != entry.samples:
@@ -323,9 +320,11 @@ class ImageSet:
         index.check_places(size)
         return _OpenShard(tar, index)
 
-
-def _indexed(checks_digest: str, source: Path | OpenFile) -> Index:
-    return Index(TensorFile(source), checks_digest)
+    def _indexed(self, entry: ImageShard, doubted: bool, source: Path | OpenFile) -> Index:
+        index = Index(TensorFile(source), "" if doubted else entry.checks_digest)
+        if not index.vouched and index.digest != entry.index_digest:
+            raise Damaged(f"{index.path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
+        return index
 
 
 def open_images(where: Path | str, *, cache: Path | str = "", cache_gb: float = 100.0) -> ImageSet:
