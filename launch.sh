@@ -4,7 +4,9 @@
 #   test [pytest options] · check    the project's tests and static checks
 #   bench [NAME … [OPTIONS]]         its benchmarks; `bench gpu --minutes 8 --out DIR`: all that needs a GPU, in one call
 #   bundle OUT                       a folder that runs `bench gpu` on a machine that has a GPU and no network
-#   setup [peers]     only make the environment; peers: with transformers, timm and DALL-E for `export --to` and parity
+#   setup [peers|loader_peers]
+#                     only make the environment; peers: with transformers, timm and DALL-E for `export --to` and parity;
+#                     loader_peers: the loaders that `bench loader` measures, each in .venv-NAME (1 GB of downloads)
 #
 # Environment:
 #   BEITFORGE_PYTHON  a Python that already has everything installed; otherwise .venv is made from constraints.txt
@@ -19,7 +21,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH}
 export BEITFORGE_COMMAND=${BEITFORGE_COMMAND:-./launch.sh}
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 # .venv holds the pinned versions; its stamp is the digest of what it was made from, so a changed pin makes it anew.
 setup() {
@@ -67,6 +69,28 @@ peers() {
     echo "$made_from" >"$stamp"
 }
 
+# The loaders that `bench loader` measures, each in .venv-NAME from its pins; over the project's environment where it has
+# our decode. One that does not install here is said and left out; `setup loader_peers` tries it again.
+loader_peers() {
+    local pins name folder made_from where='import sysconfig; print(sysconfig.get_paths()["purelib"])'
+    for pins in "$root"/benchmarks/data/loader_peers/pins/*.txt; do
+        name=$(basename "$pins" .txt) folder=$root/.venv-$(basename "$pins" .txt)
+        made_from=$("$python" -c 'import sys; print(sys.executable, sys.version)' | cat "$pins" - | sha256sum | cut -d' ' -f1)
+        [ "$(cat "$folder/made-from" "$folder/failed" 2>/dev/null)" != "$made_from" ] || continue
+        echo "making .venv-$name (once) …" >&2
+        "$python" -m venv --clear "$folder"
+        if grep -q '^# over' "$pins"; then
+            "$python" -c "$where" >"$("$folder/bin/python" -c "$where")/project.pth"
+        fi
+        if "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps -r "$pins" >"$folder/log" 2>&1; then
+            echo "$made_from" >"$folder/made-from"
+        else
+            echo "$made_from" >"$folder/failed"
+            echo "$name does not install here, and \`bench loader\` goes without it: $(tail -n 1 "$folder/log")" >&2
+        fi
+    done
+}
+
 # timm, whose RandAugment `finetune` uses, likewise without torchvision. With BEITFORGE_PYTHON, `finetune` itself says what
 # is missing.
 augment() {
@@ -81,9 +105,10 @@ verb=${1:-}
 [ $# -eq 0 ] || shift
 case $verb in
     setup)
-        [ $# -eq 0 ] || [ "$*" = peers ] || fail "setup takes nothing, or peers; not: $*"
+        case $* in "" | peers | loader_peers) ;; *) fail "setup takes nothing, peers or loader_peers; not: $*" ;; esac
         setup
-        [ $# -eq 0 ] || peers ;;
+        [ "$*" != peers ] || peers
+        if [ "$*" = loader_peers ]; then rm -f "$root"/.venv-*/failed; loader_peers; fi ;;
     test)
         setup
         cd "$root"
@@ -111,11 +136,12 @@ case $verb in
             if [ "$last" = --out ]; then word=$(cd "$from" && realpath -m -- "$word"); fi
             words+=("$word") last=$word
         done
-        [ ${#names[@]} -gt 0 ] || names=(order loader decoders loader_resume loader_memory opening slow_storage remote faults demo
-            zero_parity elastic masks views view_tokens tokenizer_precision online_tokens view_ablation evaluations train_cpu saving attacks)
+        [ ${#names[@]} -gt 0 ] || names=(order lanes draws loader decoders loader_resume loader_memory opening slow_storage remote faults demo
+            zero_parity elastic masks views view_tokens tokenize tokenizer_precision online_tokens view_ablation evaluations train_cpu saving attacks)
         for name in "${names[@]}"; do
             file=$(echo benchmarks/*/"$name".py)
             [ -f "$file" ] || fail "there is no benchmarks/*/$name.py"
+            [ "$name" != loader ] || loader_peers
             echo "== $name" >&2
             "$python" -m "$(echo "${file%.py}" | tr / .)" "${words[@]}"
         done ;;

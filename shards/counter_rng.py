@@ -18,37 +18,64 @@ AUGMENT, ERASE, MIX, LABEL_SHARE, DROPOUT = range(12, 17)  # of fine-tuning
 
 _INCREMENT = 0x9E3779B97F4A7C15
 _WORD = 0xFFFFFFFFFFFFFFFF
+_FACTORS = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
+_HALF = np.uint64(33)
 _ROUNDS = 8
 
 
-def _as_words(value: Words) -> np.ndarray:
-    if isinstance(value, (int, np.integer)):
-        return np.array([int(value) & _WORD], dtype=np.uint64)
-    return value.astype(np.uint64, copy=False)
+def _mix_int(word: int) -> int:
+    word = ((word ^ (word >> 33)) * _FACTORS[0]) & _WORD
+    word = ((word ^ (word >> 33)) * _FACTORS[1]) & _WORD
+    return word ^ (word >> 33)
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    words = (words ^ (words >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    words = (words ^ (words >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return words ^ (words >> np.uint64(33))
+    """The mixing function, in place."""
+    for factor in _FACTORS:
+        words ^= words >> _HALF
+        words *= np.uint64(factor)
+    words ^= words >> _HALF
+    return words
 
 
 def bits(*words: Words) -> np.ndarray:
-    """64 random bits for each element of the broadcast words; uint64, at least one-dimensional."""
-    state = np.array([len(words)], dtype=np.uint64)
-    for word in words:
-        state = _mix((state ^ _as_words(word)) + np.uint64(_INCREMENT))
+    """64 random bits for each element of the broadcast words; uint64, at least one-dimensional.
+
+    What the leading words have in common is hashed once: name arrays last.
+    """
+    plain = next((i for i, word in enumerate(words) if isinstance(word, np.ndarray)), len(words))
+    start = len(words)
+    for word in words[:plain]:
+        start = _mix_int(((start ^ (int(word) & _WORD)) + _INCREMENT) & _WORD)
+    state = np.array([start], dtype=np.uint64)
+    for each in words[plain:]:
+        state = state ^ (each.astype(np.uint64, copy=False) if isinstance(each, np.ndarray) else _as_word(each))
+        state += np.uint64(_INCREMENT)
+        _mix(state)
     return _mix(state)
+
+
+def _as_word(value: int) -> np.uint64:
+    return np.uint64(int(value) & _WORD)
 
 
 def uniform(*words: Words) -> np.ndarray:
     """float64 in [0, 1): the upper 53 bits."""
-    return (bits(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    drawn = bits(*words)
+    drawn >>= np.uint64(11)
+    found = drawn.astype(np.float64)
+    found *= 2.0**-53
+    return found
 
 
 def permutation(count: int, *words: Words) -> np.ndarray:
     """A permutation of 0 … count - 1 (int64): the positions sorted by their bits."""
-    return np.argsort(bits(*words, np.arange(count, dtype=np.uint64)), kind="stable")
+    positions = np.arange(count, dtype=np.uint64)
+    drawn, low = bits(*words, positions), np.uint64((1 << count.bit_length()) - 1)
+    together = np.sort((drawn & ~low) | positions)  # numbers sort in half the time that places take
+    if (np.diff(together & ~low) > 0).all():
+        return (together & low).astype(np.int64)
+    return np.argsort(drawn, kind="stable")
 
 
 def hash_key(key: str) -> int:

@@ -6,7 +6,9 @@ everything in pipeline its `errors`, `console`, `config`, `plain_text` and `read
 
 from dataclasses import dataclass
 
-SHARDS_ROOT = "shards.counter_rng shards.errors shards.options shards.progress shards.wording shards.workers"
+SHARDS_ROOT = (
+    "shards.counter_rng shards.errors shards.lanes shards.options shards.progress shards.wording shards.workers"
+)
 PIPELINE_ROOT = "pipeline.config pipeline.console pipeline.errors pipeline.plain_text pipeline.reading shards.errors"
 SHARDS = "shards.storage shards.format shards.decode shards.stream"
 TORCHLESS = "torch kernels deepspeed"
@@ -55,11 +57,11 @@ TABLE = (
     Row("pipeline.tokenizers*", "pipeline.model torch safetensors", "pipeline.model.beit shards.stream deepspeed"),
     Row(
         "pipeline.data*",
-        f"pipeline.tokenizers pipeline.model pipeline.cluster pipeline.torchvision_stub shards.counter_rng {SHARDS} "
-        "torch numpy scipy PIL timm",
+        f"pipeline.tokenizers pipeline.model pipeline.cluster pipeline.torchvision_stub shards.counter_rng "
+        f"shards.lanes {SHARDS} torch numpy scipy PIL timm",
         "pipeline.model.beit deepspeed",
     ),
-    Row("pipeline.plan*", "pipeline.runs shards.counter_rng numpy", TORCHLESS),
+    Row("pipeline.plan*", "pipeline.runs shards.counter_rng shards.lanes numpy", TORCHLESS),
     Row(
         "pipeline.distributed*", "pipeline.cluster pipeline.runs torch deepspeed xxhash", "pipeline.model shards.stream"
     ),
@@ -90,7 +92,7 @@ TABLE = (
     Row(
         "pipeline.doctor*",
         f"pipeline.training pipeline.distributed pipeline.data pipeline.plan pipeline.cluster pipeline.model kernels "
-        f"{SHARDS} torch numpy",
+        f"shards.lanes {SHARDS} torch numpy",
         "pipeline.reports pipeline.weights",
     ),
     Row(

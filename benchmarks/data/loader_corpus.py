@@ -151,22 +151,22 @@ def pink_noise(side: int) -> np.ndarray:
     return (field / field.std()).astype(np.float32)
 
 
-def write_tokens(shards: Path, folder: Path) -> None:
-    """A token set of `NUM_VIEWS` views as `tokenize` writes it, but of arbitrary tokens."""
+def write_tokens(shards: Path, folder: Path, num_views: int = NUM_VIEWS) -> None:
+    """A token set of `num_views` views as `tokenize` writes it, but of arbitrary tokens."""
     images, policy, entries = ImageSet(shards), ViewPolicy(), []
     for number, shard in enumerate(images.manifest.shards):
         index = images.index(number)
         drawn = [
-            draw_views(policy, index.key_hash, k, index.width, index.height, index.greys) for k in range(NUM_VIEWS)
+            draw_views(policy, index.key_hash, k, index.width, index.height, index.greys) for k in range(num_views)
         ]
         views = Views(*(np.stack([getattr(view, name) for view in drawn]) for name in FIELDS))
-        places = np.arange(NUM_VIEWS * len(index) * PATCHES).reshape(NUM_VIEWS, len(index), PATCHES)
+        places = np.arange(num_views * len(index) * PATCHES).reshape(num_views, len(index), PATCHES)
         tokens = (counter_rng.uniform(_SEED, number, places) * VOCABULARY).astype(np.uint16)
         bad = np.zeros(len(index), np.uint8)
         write_token_shard(token_path(folder, shard.name), tokens, views, index.key_hash, bad, {})
         entries.append(token_shard_entry(folder, shard.name, shard.digest))
     tokenizer = {"fingerprint": "arbitrary", "vocabulary": VOCABULARY, "grid": GRID, "input_size": [112, 112]}
     made = TokenManifest(
-        shards=entries, tokenizer=tokenizer, policy=policy_record(policy), num_views=NUM_VIEWS, provenance={}
+        shards=entries, tokenizer=tokenizer, policy=policy_record(policy), num_views=num_views, provenance={}
     )
     write_manifest(folder, made)

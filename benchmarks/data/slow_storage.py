@@ -18,8 +18,9 @@ import torch
 from beitforge.shards.stream import read_ahead
 from beitforge.shards.stream.loader import Stream, load
 from beitforge.shards.stream.order import RankBatches
-from benchmarks.data.loader import BATCH, IMAGES, IMAGES_DRY, PREFETCH, our_stream
+from benchmarks.data.loader import BATCH, IMAGES, IMAGES_DRY, PREFETCH
 from benchmarks.data.loader_corpus import corpus
+from benchmarks.data.loader_peers.ours import our_stream
 from benchmarks.results import write
 
 DELAYS = (0, 1, 5, 20)  # ms
@@ -83,7 +84,8 @@ def check(stream: Stream) -> None:
 
 def main(dry: bool) -> None:
     torch.set_num_threads(1)
-    stream = our_stream(corpus(IMAGES_DRY if dry else IMAGES))
+    collection = corpus(IMAGES_DRY if dry else IMAGES)
+    stream = our_stream(collection.shards, collection.tokens)
     rounds, timed = (1, 2) if dry else (ROUNDS, TIMED)
     check(stream)
     kinds = [(cached, delay) for cached in (True, False) for delay in DELAYS]

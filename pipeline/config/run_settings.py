@@ -32,7 +32,12 @@ class Loader:
         64, at_least=1, unit="samples", doc="Samples read together; 1 is the perfect shuffle, for local NVMe."
     )
     window: int = setting(16, at_least=1, unit="chunks", doc="Window in which the samples of a lane are permuted.")
-    lanes: int = setting(256, at_least=1, doc="Number of parallel sequences that the stream interleaves.")
+    lanes: int = setting(
+        256,
+        at_least=1,
+        doc="Number of parallel sequences that the stream interleaves; a multiple of the number of processes has every "
+        "image read by one node, and `plan` and `simulate` say which one suits.",
+    )
 
     @property
     def exact_decoder(self) -> str:

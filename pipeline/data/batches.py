@@ -12,6 +12,7 @@ from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.decode import jpeg
+from beitforge.shards.lanes import advice
 from beitforge.shards.storage.remote import Remote
 from beitforge.shards.stream.image_set import Reading
 from beitforge.shards.stream.loader import Batch, BatchSampler, Stream, load
@@ -61,6 +62,13 @@ def _load_ahead(config: Config, stream: Stream, numbers: RankBatches) -> Iterato
         for batch in _load(config, stream, numbers):
             tell(int(batch.samples[0]))
             yield batch
+
+
+def lanes_advice(config: Config, source: DataSource, world: int) -> tuple[str, str]:
+    """What to say of a training whose nodes fetch a remote set several times together, and the cure; else empty."""
+    if not isinstance(source.stream.images.folder, Remote) or not isinstance(source.stream.places, Order):
+        return "", ""
+    return advice(config.loader.lanes, world, rank_info(os.environ).local_size)
 
 
 def evaluation_batches(

@@ -6,10 +6,9 @@ from (seed, s). Must not know model, deepspeed or any stage.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,22 +16,17 @@ from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import ONLINE, Config, Mask, Model, View
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.masking import draw_masks, kept_branches
-from beitforge.pipeline.tokenizers.storage import VisualTokenizer, load_tokenizer, stated_fingerprint
+from beitforge.pipeline.tokenizers.storage import VisualTokenizer, load_tokenizer, require_filter, stated_fingerprint
 from beitforge.shards import counter_rng
 from beitforge.shards.format.manifest import read_token_manifest
 from beitforge.shards.format.views import ARITHMETIC, READ_ARITHMETICS, ViewPolicy
 from beitforge.shards.storage.remote import cache_for
+from beitforge.shards.stream.batch_plan import Draw
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.loader import SampleOrder, SequentialOrder, Stream
 from beitforge.shards.stream.order import ARITHMETIC as ORDER_ARITHMETIC
 from beitforge.shards.stream.order import Order, OrderPolicy
 from beitforge.shards.stream.view_sources import CentralViews, DrawnViews, RecordedViews, ViewSource
-
-if TYPE_CHECKING:
-    pass
-
-
-Draw = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def view_policy(view: View) -> ViewPolicy:
@@ -49,11 +43,12 @@ def policy_record(policy: ViewPolicy) -> dict:
 def sample_draws(mask: Mask, model: Model, seed: int, samples: np.ndarray) -> dict[str, np.ndarray]:
     """What a pretraining sample draws: mask bool [B, N] and, with drop path, keep bool [B, L, 2]."""
 
-    def uniform(attempt: int) -> np.ndarray:
-        return counter_rng.uniform(counter_rng.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
+    def uniform(which: np.ndarray, tries: range) -> np.ndarray:
+        attempts, numbers = np.arange(tries.start, tries.stop)[:, None], np.arange(4)
+        return counter_rng.uniform(counter_rng.MASK, seed, samples[which, None, None], 0, attempts, numbers)
 
-    def fill() -> np.ndarray:
-        return counter_rng.uniform(counter_rng.MASK, seed, samples[:, None], 1, 0, np.arange(model.num_patches))
+    def fill(which: np.ndarray) -> np.ndarray:
+        return counter_rng.uniform(counter_rng.MASK, seed, samples[which, None], 1, 0, np.arange(model.num_patches))
 
     def branch(number: np.ndarray) -> np.ndarray:
         return counter_rng.uniform(counter_rng.DROP_PATH, seed, samples[:, None, None], number)
@@ -244,13 +239,14 @@ def refuse_other_tokenizers(config: Config) -> None:
 
 def tokenizer_training(config: Config) -> DataSource:
     """Images under fresh views every epoch, at the tokenizer's size and filter."""
+    require_filter(config.tokenizer.filter, "tokenizer.filter")
     images = image_set(config, config.data.images)
     stream = Stream(
         images=images,
         places=order_of(config, images),
         source=DrawnViews(view_policy(config.view)),
         size=config.tokenizer.input_size,
-        resample="lanczos",
+        resample=config.tokenizer.filter,
         decoder=config.loader.exact_decoder,
         seed=config.data.seed,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from beitforge.pipeline.cluster.environment import RankInfo
 from beitforge.pipeline.config.settings import Config
-from beitforge.pipeline.data.batches import training_batches
+from beitforge.pipeline.data.batches import lanes_advice, training_batches
 from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.labelled import labelled
 from beitforge.pipeline.data.pretraining import DataSource, heldout, image_set, pretraining, refuse_other_tokenizers
@@ -23,6 +23,7 @@ from beitforge.pipeline.doctor.findings import OK, STOP, WARNING, Local
 from beitforge.pipeline.errors import ConfigError
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import count_regions, index_path
+from beitforge.shards.lanes import window_samples
 from beitforge.shards.storage.remote import Remote, cache_for, is_url
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.view_sources import RecordedViews
@@ -215,6 +216,21 @@ def _cache_room(config: Config, where: str, local: Local) -> None:
     cure = "" if enough else "give it another disk (data.cache), or less (data.cache_gb)"
     what = f"{_size(cache.limit)} for the cache in {cache.folder}, of data.cache_gb {config.data.cache_gb:g}"
     local.add(OK if enough else WARNING, "cache", what, cure, whole_host=True)
+
+
+def check_lanes(config: Config, source: DataSource, place: RankInfo, local: Local) -> None:
+    """How often all nodes together read a remote set, and whether the cache holds what a node reads at a time."""
+    images, loader = source.stream.images, config.loader
+    if not isinstance(images.folder, Remote):
+        return
+    if all(advice := lanes_advice(config, source, place.size)):
+        local.add(WARNING, "lanes", *advice, whole_host=True)
+    kept = window_samples(len(images), loader.chunk, loader.window, loader.lanes, place.size, place.local_size)
+    needed = 2 * kept * int(images.manifest.column("bytes").sum()) // len(images)
+    if needed > (room := int(config.data.cache_gb * 1e9)):
+        what = f"two windows of this node's lanes are {_size(needed)}, and data.cache_gb is {_size(room)}"
+        cure = f"set data.cache_gb={-(-needed // 10**9)}, or a smaller loader.window in a run that has not begun"
+        local.add(WARNING, "cache", f"{what}: less is fetched ahead", cure, whole_host=True)
 
 
 def measure_read(config: Config, source: DataSource, seconds: float, local: Local) -> float:

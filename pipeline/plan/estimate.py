@@ -47,6 +47,7 @@ from beitforge.pipeline.plan.zero_model import (
     zero_settings,
 )
 from beitforge.pipeline.runs.checkpoints import checkpoint_bytes
+from beitforge.shards.lanes import suiting_lanes, times_read
 
 TOKEN_ROW = 16 + 1 + 12 + 1 + 8  # bytes of a stored view beside its tokens: box, flip, jitter, order, check
 LARGEST_MICRO = 4096
@@ -124,13 +125,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Loading:
-    """What must come in. Rates over all GPUs, cores of one node."""
+    """What must come in. Rates over all GPUs, cores of one node; times_read: the set in an epoch by all nodes together,
+    which on suiting_lanes of loader.lanes is about once."""
 
     images: float
     bytes_read: float
     bytes_to_gpus: float
     cores_per_node: float
     node_read: float
+    times_read: float
+    suiting_lanes: int
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,9 @@ def loading_of(config: Config, machine: Machine, gpus: int, images_per_second: f
     """Rates at which images and tokens must come in, and what decodes them."""
     assumed, nodes = machine.assumed, machine.nodes(gpus)
     row = config.model.num_patches * 2 + TOKEN_ROW
-    read = images_per_second * (assumed.image_bytes + (0 if config.data.tokens == ONLINE else row))
+    shared = config.loader.lanes, gpus, machine.chip.per_node
+    times = times_read(*shared)
+    read = times * images_per_second * (assumed.image_bytes + (0 if config.data.tokens == ONLINE else row))
     height, width = config.model.input_size
     pixels: float = 3 * height * width
     if config.loader.decoder == "gpu":
@@ -306,6 +312,8 @@ def loading_of(config: Config, machine: Machine, gpus: int, images_per_second: f
         bytes_to_gpus=images_per_second * pixels,
         cores_per_node=images_per_second / nodes / _rate_of_a_core(config, machine),
         node_read=read / nodes,
+        times_read=times,
+        suiting_lanes=suiting_lanes(*shared),
     )
 
 
@@ -324,7 +332,8 @@ def loader_seconds(config: Config, machine: Machine, gpus: int) -> float:
     decoding = 1 / (cores * _rate_of_a_core(config, machine))
     if config.loader.decoder == "gpu":
         decoding = max(decoding, 1 / machine.assumed.gpu_images_per_second)
-    return max(decoding, machine.assumed.image_bytes * here / machine.read(gpus))
+    times = times_read(config.loader.lanes, gpus, machine.chip.per_node)
+    return max(decoding, times * machine.assumed.image_bytes * here / machine.read(gpus))
 
 
 def cluster_of(config: Config, machine: Machine, sharding: Sharding, one: Step, images: int) -> Cluster:

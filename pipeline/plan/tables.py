@@ -16,6 +16,7 @@ from beitforge.pipeline.plan.estimate import (
 )
 from beitforge.pipeline.plan.tokenization import tokenizations
 from beitforge.pipeline.plan.zero_model import zero_settings
+from beitforge.shards.lanes import MUCH, advice
 
 _SOURCES = """Formulas
   parameters, operations   those of pipeline.model.beit; MFU with the last block whole (docs/recipe.md, "Cost")
@@ -153,6 +154,7 @@ def _needs(config: Config, machine: Machine, rows: list[Estimate]) -> str:
         "GPUs",
         "ZeRO",
         "images/s",
+        "times the set",
         "read GB/s",
         "a node GB/s",
         "it has",
@@ -168,6 +170,7 @@ def _needs(config: Config, machine: Machine, rows: list[Estimate]) -> str:
                 str(row.gpus),
                 str(row.stage),
                 f"{load.images:,.0f}",
+                f"{load.times_read:.1f}",
                 f"{load.bytes_read / 1e9:.2f}",
                 f"{load.node_read / 1e9:.2f}",
                 f"{machine.read(row.gpus) / 1e9:.2f}",
@@ -233,6 +236,8 @@ def _deadline(best: tuple[Estimate | None, Estimate | None], days: float) -> str
 def _setting(row: Estimate) -> str:
     words = f"train.zero_stage={row.stage} train.micro_batch={row.micro}"
     words += f" train.activation_checkpointing={row.checkpointing}"
+    if row.loading.times_read > MUCH:
+        words += f" loader.lanes={row.loading.suiting_lanes}"
     return f"{row.gpus} GPUs, {row.days:.2f} days, {row.gpu_hours:,.0f} GPU-hours, {row.kwh:,.0f} kWh\n  {words}"
 
 
@@ -257,6 +262,9 @@ def _advice(config: Config, machine: Machine, rows: list[Estimate]) -> str:
         for row in _one_each(rows)
         if row.life.survived < row.life.best_survived - 0.01 and math.isfinite(row.life.best_every)
     ]
+    counts = dict.fromkeys(row.gpus for row in rows)
+    found = [advice(config.loader.lanes, gpus, machine.chip.per_node) for gpus in counts]
+    lines += [": ".join(each) for each in found if all(each)]
     starved = [row for row in rows if row.life.starved > 0.05 * row.life.step]
     if starved:
         lines.append(f"on {starved[0].gpus} GPUs the loader is the slower side: more loader.workers or smaller images")

@@ -202,6 +202,8 @@ def _host(me: _Me, device: torch.device) -> None:
 
 def _data(me: _Me) -> None:
     me.source = data.sets(me.config, me.share(0.12), me.local)
+    if me.source is not None:
+        data.check_lanes(me.config, me.source, me.place, me.local)
 
 
 def _open(me: _Me) -> None:

@@ -12,15 +12,16 @@ from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.console import say
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.tokenizers.published import Published
-from beitforge.pipeline.tokenizers.storage import KINDS, load_kind, load_tokenizer, save_tokenizer
+from beitforge.pipeline.tokenizers.storage import KINDS, load_kind, load_tokenizer, require_filter, save_tokenizer
 from beitforge.shards.storage.staging import refuse_strangers, staged_folder
 
 _OURS = "tokenizer.json"
 _TAKES = "give encoder.pkl, a FLAVA folder, a VQ-KD .pth, or one of ours"
 
 
-def run(source: Path, out: Path, size: Size | None) -> int:
-    """Write OUT whole or not at all; returns the exit code. size: of the views it will take, None: as published.
+def run(source: Path, out: Path, size: Size | None, resample: str | None = None) -> int:
+    """Write OUT whole or not at all; returns the exit code. size, resample: of the views it will take, and the filter
+    that cuts them; None: as published.
 
     Raises ConfigError for a source that no kind reads, or a size that it cannot take.
     """
@@ -28,7 +29,8 @@ def run(source: Path, out: Path, size: Size | None) -> int:
     if not source.exists():
         raise ConfigError(f"{source} does not exist: {_TAKES}")
     kind, published = _read(source)
-    size = size or published.input_size
+    size, resample = size or published.input_size, resample or published.resample
+    require_filter(resample, "--filter")
     tokenizer = load_kind(kind).build(published.shape)
     stride, fixed_size = tokenizer.stride, tokenizer.fixed_size
     if any(side % stride or not side for side in size):
@@ -38,11 +40,12 @@ def run(source: Path, out: Path, size: Size | None) -> int:
     if fixed_size is not None and size != fixed_size:
         raise ConfigError(f"--input-size {size}: this {kind} tokenizer takes {fixed_size} alone; leave the option out")
     with staged_folder(out, "import-tokenizer", replace=False) as folder:
-        save_tokenizer(folder, published.weights, kind, published.shape, size, published.resample)
+        save_tokenizer(folder, published.weights, kind, published.shape, size, resample)
         _, identity = load_tokenizer(folder)
     rows, columns = identity["grid"]
     say(
-        f"imported a {kind} tokenizer of {identity['vocabulary']} tokens on a grid of {rows}×{columns} to {out}; "
+        f"imported a {kind} tokenizer of {identity['vocabulary']} tokens on a grid of {rows}×{columns} to {out}, "
+        f"which sees views cut by {resample}; "
         f"fingerprint {identity['fingerprint']}"
     )
     if published.assumed:

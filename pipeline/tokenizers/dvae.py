@@ -104,4 +104,4 @@ def read_published(source: Path) -> Published | None:
 def save_dvae(folder: Path, dvae: Dvae, settings: Tokenizer) -> str:
     """Write a trained tokenizer; returns its fingerprint."""
     shape = {name: getattr(settings, name) for name in _SHAPE}
-    return save_tokenizer(folder, dvae.state_dict(), "dvae", shape, settings.input_size, "lanczos")
+    return save_tokenizer(folder, dvae.state_dict(), "dvae", shape, settings.input_size, settings.filter)

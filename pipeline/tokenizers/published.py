@@ -20,8 +20,8 @@ Names = Callable[[str], str]  # our name of a weight to its publisher's
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """A published tokenizer as it was read: the shape that `build` of its kind takes, our names of its weights, the
-    size of the views it was trained on in pixels, and the filter (bicubic or lanczos) that resized them. assumed: what
-    the file does not say and no weight shows, in words."""
+    size of the views it was trained on in pixels, and the filter (pipeline.config.settings.FILTERS) that resized them.
+    assumed: what the file does not say and no weight shows, in words."""
 
     shape: dict
     weights: dict[str, Tensor]

@@ -14,8 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn import functional as F
 
 from beitforge.pipeline.config.fields import Size
+from beitforge.pipeline.config.settings import FILTERS
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.plain_text import shown
 from beitforge.pipeline.reading import read_object, require_regular
@@ -92,8 +94,9 @@ def save_tokenizer(folder: Path, weights: dict[str, Tensor], kind: str, shape: d
     """Write weights, then tokenizer.json with their fingerprint; returns the fingerprint.
 
     kind: a key of KINDS or what user_kind returns; shape: what its module is built from. size: of the views it takes,
-    in pixels, resized with the filter `resample` (bicubic or lanczos).
+    in pixels, resized with the filter `resample` (pipeline.config.settings.FILTERS). Raises ConfigError for another.
     """
+    require_filter(resample, "the filter")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _WEIGHTS
     partial = path.with_suffix(".partial")
@@ -106,6 +109,19 @@ def save_tokenizer(folder: Path, weights: dict[str, Tensor], kind: str, shape: d
     partial.write_text(json.dumps({**content, "fingerprint": fingerprint}, indent=1) + "\n")
     partial.replace(folder / _CONFIG)
     return fingerprint
+
+
+def require_filter(name: object, where: str) -> None:
+    """Raise ConfigError unless views can be cut with a filter here. where: what states it, in words."""
+    if name not in FILTERS:
+        raise ConfigError(f"{where} is {shown(str(name))}, expected one of {', '.join(FILTERS)}: {_CURE}")
+    if name == "torch lanczos":
+        try:
+            F.interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), mode="lanczos", antialias=True)
+        except (NotImplementedError, ValueError) as error:
+            raise ConfigError(
+                f"{where} is {name}, which torch {torch.__version__} does not have: install torch 2.13 or newer"
+            ) from error
 
 
 def _fingerprint(weights: Path, content: dict) -> str:
@@ -151,6 +167,7 @@ def load_tokenizer(folder: Path) -> tuple[VisualTokenizer, dict]:
     except (SafetensorError, RuntimeError) as error:
         said = shown(" ".join(str(error).split()))
         raise ConfigError(f"{folder / _WEIGHTS} is damaged or of another shape ({said}): {_CURE}") from error
+    require_filter(content["filter"], f"the filter of {folder / _CONFIG}")
     identity = {"kind": kind, "fingerprint": fingerprint, "vocabulary": shape["vocabulary"]}
     identity |= {"grid": list(size.grid(tokenizer.stride)), "input_size": list(size), "filter": content["filter"]}
     return tokenizer.eval(), identity

@@ -20,7 +20,7 @@ from beitforge.pipeline.config.fields import Duration
 from beitforge.pipeline.config.identity import identity_digest
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
-from beitforge.pipeline.data.batches import decoder_name, training_batches
+from beitforge.pipeline.data.batches import decoder_name, lanes_advice, training_batches
 from beitforge.pipeline.data.known_bad import known_lines
 from beitforge.pipeline.data.pretraining import DataSource
 from beitforge.pipeline.distributed.collectives import World, all_gather_objects, barrier, broadcast_object
@@ -139,6 +139,8 @@ def _claim(config: Config, job: Job, world: World, stack: contextlib.ExitStack) 
     sets = (job.source, *job.judged)
     for line in dict.fromkeys(line for source in sets for line in known_lines(source)):
         say(line)
+    if all(advice := lanes_advice(config, job.source, world.size)):
+        say(": ".join(advice))
     return bad_samples
 
 

@@ -145,26 +145,35 @@ class TokenRow(NamedTuple):
     orders: np.ndarray
     levels: np.ndarray
 
-    def check(self, bad: np.ndarray) -> int:
-        """xxh3-64 of all of it, and of whether the image could be read."""
-        return xxhash.xxh3_64_intdigest(b"".join([*(part.tobytes() for part in self), bad.tobytes()]))
-
 
 def token_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+class Digests(NamedTuple):
+    """xxh3-128 of a token file as it was written, and of its rows' checksums."""
+
+    file: str
+    checks: str
+
+
 def write_token_shard(
     path: Path, tokens: np.ndarray, views: Views, keys: np.ndarray, bad: np.ndarray, metadata: dict[str, str]
-) -> None:
+) -> Digests:
     """Write one token file by rename. tokens u16 [views, samples, patches]; keys u64 [samples]; bad u8 [samples]."""
     given = {"tokens": tokens, "keys": keys, "bad": bad, **{name: getattr(views, name) for name in FIELDS}}
     tensors = {name: given[name].astype(dtype) for name, dtype in {**_DTYPES, LEVELS: np.uint8}.items()}
     checks = np.zeros(tokens.shape[:2], np.uint64)
-    for view, row in np.ndindex(*checks.shape):
-        found = TokenRow(tensors["tokens"][view, row], *(tensors[name][view, row] for name in FIELDS))
-        checks[view, row] = found.check(tensors["bad"][row])
-    write_tensors(path, {**tensors, "checks": checks}, metadata)
+    for view in range(len(checks)):
+        checks[view] = _checks(tensors["bad"], *(tensors[name][view] for name in ("tokens", *FIELDS)))
+    digest = write_tensors(path, {**tensors, CHECKS: checks}, metadata)
+    return Digests(digest, xxhash.xxh3_128_hexdigest(checks.tobytes()))
+
+
+def _checks(bad: np.ndarray, *parts: np.ndarray) -> list[int]:
+    """TokenRow.check of every row of one view, whose tokens and record are `parts` [samples, …]."""
+    rows = [np.ascontiguousarray(part).view(np.uint8).reshape(len(bad), -1) for part in (*parts, bad)]
+    return [xxhash.xxh3_64_intdigest(row) for row in np.concatenate(rows, axis=1)]
 
 
 def open_token_shard(source: Path | OpenFile) -> OpenTokenShard:

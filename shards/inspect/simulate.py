@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from beitforge.shards.errors import ShardError
+from beitforge.shards.lanes import suiting_lanes, times_read
 from beitforge.shards.progress import Progress, Silent
 from beitforge.shards.stream.order import Order, OrderPolicy
 
@@ -18,7 +19,8 @@ WALKED = 10**8  # samples of an epoch that are all walked unless told otherwise
 
 _BATCHES = 16  # looked at for mixing
 _WINDOWS = 4  # looked at for what a node reads
-_STRETCHES = 8  # windows of all lanes that are walked where the epoch is not
+_STRETCHES = 8  # of an epoch that are walked where all of it is not
+_STRETCH = 2**18  # samples, at most: what is in memory at once does not grow with the lanes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +94,15 @@ def _cost(asked: Simulated) -> dict:
 
 def _walk(asked: Simulated, order: Order, whole: bool, quiet: bool) -> dict:
     """Every sample of an epoch once, or of stretches spread over it no sample twice."""
-    step = asked.order.chunk * asked.order.window * asked.order.lanes
+    step = min(_STRETCH, asked.order.chunk * asked.order.window * asked.order.lanes)
     starts = np.arange(0, asked.samples, step)
     if not whole:
         starts = starts[np.unique(np.linspace(0, len(starts) - 1, _STRETCHES).astype(np.int64))]
-    first_row = np.cumsum([0, *asked.shard_samples])
+    sizes = np.array(asked.shard_samples)
+    first_row = np.cumsum(sizes) - sizes
     seen = np.zeros(asked.samples if whole else 0, dtype=bool)
     found = []
-    with Silent() if quiet else Progress("walk", len(starts), "window") as progress:
+    with Silent() if quiet else Progress("walk", len(starts), "stretch") as progress:
         for start in starts.tolist():
             positions = asked.epoch * asked.samples + np.arange(start, min(start + step, asked.samples))
             _, shards, rows = order.locate(positions)
@@ -107,16 +110,20 @@ def _walk(asked: Simulated, order: Order, whole: bool, quiet: bool) -> dict:
             if whole:
                 seen[numbers] = True
             else:
-                found.append(np.unique(numbers))
-            if len(np.unique(numbers)) != len(positions) or (rows >= np.diff(first_row)[shards]).any():
+                found.append(numbers)
+            if _repeats(numbers) or (rows >= sizes[shards]).any():
                 raise ShardError(f"samples are repeated between positions {start} and {start + step}: a defect")
             progress.advance(1)
-    walked = int(seen.sum()) if whole else len(np.unique(np.concatenate(found)))
-    expected = asked.samples if whole else sum(len(numbers) for numbers in found)
-    if walked != expected:
-        raise ShardError(f"{expected - walked} of {expected} positions repeat a sample: a defect")
+    walked = asked.samples if whole else sum(len(numbers) for numbers in found)
+    if not (seen.all() if whole else not _repeats(np.concatenate(found))):
+        raise ShardError(f"some of {walked} positions repeat a sample: a defect")
     said = "all of an epoch, each sample once" if whole else "no sample twice; --all walks the whole epoch"
-    return {"positions walked": expected, "found": said}
+    return {"positions walked": walked, "found": said}
+
+
+def _repeats(numbers: np.ndarray) -> bool:
+    in_order = np.sort(numbers)
+    return bool((in_order[1:] == in_order[:-1]).any())
 
 
 def _mixing(asked: Simulated, order: Order) -> dict:
@@ -139,29 +146,36 @@ def _mixing(asked: Simulated, order: Order) -> dict:
 
 
 def _reading(asked: Simulated, order: Order) -> dict:
-    """What the first node fetches and keeps open, from the first windows of an epoch."""
+    """What the first node fetches and keeps open, from the first windows of an epoch: a chunk that two windows touch is
+    fetched once."""
     policy, node = asked.order, range(min(asked.ranks, asked.ranks_per_node))
     classes = math.gcd(policy.lanes, asked.ranks)  # of ranks that read the same lanes
-    walks = [order.ahead(asked.epoch * asked.samples, rank, asked.ranks) for rank in node[:classes]]
-    sizes = np.array(asked.shard_samples)
-    fetched, parts, shards_of_rank = [], [], []
-    windows = -(-asked.samples // (policy.chunk * policy.window * policy.lanes))
-    for _ in range(min(_WINDOWS, windows)):
+    walks = [order.ahead(asked.epoch * asked.samples, rank, asked.ranks) for rank in node]
+    sizes, before = np.array(asked.shard_samples), np.zeros(0, np.int64)
+    kept, fetched, parts, shards_of_rank = [], [], [], []
+    windows = asked.samples / (policy.chunk * policy.window * policy.lanes)
+    for _ in range(min(_WINDOWS, math.ceil(windows))):
         steps = [next(walk)[1] for walk in walks]
-        places = np.unique(np.concatenate([np.stack(step) for step in steps], axis=1), axis=1)
-        samples = np.minimum(policy.chunk, sizes[places[0]] - places[1] * policy.chunk)
-        fetched.append(int(samples.sum()) * asked.bytes_per_sample)
-        parts.append(places.shape[1])
+        named = np.unique(np.concatenate([step.shards << 32 | step.numbers for step in steps]))
+        samples = np.minimum(policy.chunk, sizes[named >> 32] - (named & 0xFFFFFFFF) * policy.chunk)
+        kept.append(int(samples.sum()) * asked.bytes_per_sample)
+        fetched.append(int(samples[~np.isin(named, before)].sum()) * asked.bytes_per_sample)
+        parts.append(len(named))
         shards_of_rank.append(len(np.unique(steps[0].shards)))
-    nodes, total = -(-asked.ranks // asked.ranks_per_node), asked.samples * asked.bytes_per_sample
-    epoch_bytes = float(np.mean(fetched)) * windows
+        before = named
+    epoch_bytes = float(sum(fetched))
+    if windows > _WINDOWS:  # all that were looked at are whole
+        epoch_bytes = fetched[0] + float(np.mean(fetched[1:])) * (windows - 1)
+    share = epoch_bytes / (asked.samples * asked.bytes_per_sample) / (min(len(node), classes) / classes)
+    times = times_read(policy.lanes, asked.ranks, asked.ranks_per_node)
     return {
         "lanes of a rank": policy.lanes // classes,
         "ranks that share them": asked.ranks // classes,
         "bytes a node reads in an epoch": int(epoch_bytes),
-        "read by all nodes, times the set": round(epoch_bytes * nodes / total, 2),
-        "bytes of a window on a node": max(fetched),
-        "cache that a node needs, bytes": 2 * max(fetched),
+        "read by all nodes, times the set": round(share * times, 2),
+        "lanes that suit these ranks": suiting_lanes(policy.lanes, asked.ranks, asked.ranks_per_node),
+        "bytes of a window on a node": max(kept),
+        "cache that a node needs, bytes": 2 * max(kept),
         "requests of a node for a window": max(parts),
         "shards open in a process": max(shards_of_rank),
     }

@@ -34,16 +34,19 @@ _BLOCK = 4096  # bytes that have a checksum of their own
 _CURE = "make it again with the command that made its folder"
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str], last: str = "") -> None:
-    """Write a safetensors file atomically; the same tensors and metadata always give the same bytes. last: the tensor
-    that ends the file, where the order matters.
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str], last: str = "") -> str:
+    """Write a safetensors file atomically; the same tensors and metadata always give the same bytes. Returns the
+    xxh3-128 of what was written. last: the tensor that ends the file, where the order matters.
 
     Written here because the library's writer puts the metadata in an order that differs from process to process, which
     would change digests, and reports a full disk as an error of its own that is no OSError.
     """
+    state = xxhash.xxh3_128()
     with atomic_path(path) as partial, open(partial, "wb") as file:
         for part in laid_out(tensors, metadata, last):
             file.write(part)
+            state.update(part)
+    return state.hexdigest()
 
 
 def laid_out(tensors: dict[str, np.ndarray], metadata: dict[str, str], last: str = "") -> list[bytes | memoryview]:

@@ -17,7 +17,7 @@ import torch
 
 from beitforge.shards.decode import codec
 
-TORCH = "torch bicubic"
+TORCH, TORCH_LANCZOS = "torch bicubic", "torch lanczos"
 
 _PILLOW_BITS = 22
 _MOST_TORCH_BITS, _TORCH_LIMIT = 22, 1 << 15
@@ -53,6 +53,7 @@ def _lanczos(x: float) -> float:
 
 _KERNELS: dict[str, tuple[Callable[[float], float], float]] = {
     TORCH: (_cubic, 2.0),
+    TORCH_LANCZOS: (_lanczos, 3.0),
     "bicubic": (_cubic, 2.0),
     "lanczos": (_lanczos, 3.0),
 }
@@ -75,7 +76,7 @@ def _taps(source: int, target: int, resample: str) -> _Taps:
         firsts.append(first)
         rows.append([value / total for value in row])
     bits = _PILLOW_BITS
-    if resample == TORCH:
+    if resample in (TORCH, TORCH_LANCZOS):
         largest = max(max(row) for row in rows)
         fits = (bits for bits in range(_MOST_TORCH_BITS) if int(0.5 + largest * (2 << bits)) >= _TORCH_LIMIT)
         bits = next(fits, _MOST_TORCH_BITS)
@@ -101,7 +102,7 @@ def resize(images: list[torch.Tensor], size: tuple[int, int], resample: str) -> 
     """
     out = torch.empty((len(images), 3, *size), dtype=torch.uint8, device=images[0].device)
     boxes = [(image.shape[0], image.shape[1]) for image in images]
-    turned = [resample != TORCH and _columns_first(box, size) for box in boxes]
+    turned = [resample not in (TORCH, TORCH_LANCZOS) and _columns_first(box, size) for box in boxes]
     for turn in (False, True):
         mine = [i for i in range(len(images)) if turned[i] == turn]
         for group in _groups([boxes[i] for i in mine]) if mine else ():

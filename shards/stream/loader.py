@@ -8,12 +8,15 @@ import contextlib
 import functools
 import math
 import mmap
+import os
 import resource
 import signal
+import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +27,18 @@ from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import COLUMNS, Row
 from beitforge.shards.format.levels import Greys
+from beitforge.shards.stream.batch_plan import BatchPlan, Draw, PlannedBatch, plan
+from beitforge.shards.stream.batch_plan import BatchSampler as BatchSampler
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.read_ahead import ReadAhead
 from beitforge.shards.stream.samples import BadSample as BadSample
-from beitforge.shards.stream.samples import Found, Place, SampleOrder, Samples
+from beitforge.shards.stream.samples import Found, SampleOrder, Samples
 from beitforge.shards.stream.samples import SequentialOrder as SequentialOrder
 from beitforge.shards.stream.view_sources import Selection, ViewSource
 
-TORCH = "torch bicubic"
+TORCH, TORCH_LANCZOS = "torch bicubic", "torch lanczos"
+_TORCH_MODES = {TORCH: "bicubic", TORCH_LANCZOS: "lanczos"}
+_WATCH_SECONDS = 2.0
 _LENDS = 3  # batches: the one a step computes with, the next, and the one that is received meanwhile
 
 
@@ -100,7 +107,7 @@ class Stream:
     tokenizer_resample: str = "lanczos"
     decoder: str = "auto"
     seed: int = 0
-    draw: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+    draw: Draw | None = None
     augment: Callable[[int, torch.Tensor], None] | None = None
     defer: bool = False
 
@@ -112,15 +119,15 @@ class Stream:
     @functools.cached_property
     def samples(self) -> Samples:
         """What is read for the batches."""
-        return Samples(self.images, self.places, self.source, self.seed)
+        return Samples(self.images, self.source, self.seed)
 
     def batch(self, samples: np.ndarray) -> Batch:
         """Build the batch of these samples (i64 [B]). Raises ShardError when a shard cannot be read."""
-        places = self.samples.located(samples)
+        places = plan(self.places, self.draw, [samples])[0]
         return self.built(places, [self.samples.read(place) for place in places])
 
     def built(
-        self, places: Sequence[Place], found: list[Found], into: tuple[torch.Tensor, torch.Tensor] | None = None
+        self, places: PlannedBatch, found: list[Found], into: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> Batch:
         """Build the batch of samples that were read, its pixels and tokenizer_pixels in the two tensors `into`. What
         does not decode is read again, as what stands in for it. Raises as `batch` does."""
@@ -136,7 +143,7 @@ class Stream:
                 refused.setdefault(i, {})[found[i].row] = str(error)
                 found[i] = self.samples.read(places[i], refused[i])
 
-    def _built(self, places: Sequence[Place], found: list[Found], pixels: torch.Tensor, second: torch.Tensor) -> Batch:
+    def _built(self, places: PlannedBatch, found: list[Found], pixels: torch.Tensor, second: torch.Tensor) -> Batch:
         samples, epochs, shards = (np.array(column, np.int64) for column in list(zip(*places, strict=True))[:3])
         columns = {
             name: np.array(values, COLUMNS[name])
@@ -170,7 +177,6 @@ class Stream:
                 self.augment(places[i].sample, pixels[i])
             if second.numel():
                 cut_into(second[i], crop, bool(flip), limit, self.tokenizer_resample)
-        drawn = self.draw(samples) if self.draw else {}
         return Batch(
             torch.from_numpy(samples),
             pixels,
@@ -180,7 +186,7 @@ class Stream:
             torch.from_numpy(views.orders.astype(np.int64)),
             torch.from_numpy(views.levels[:, 2].astype(np.float32)),
             torch.from_numpy(columns["label"]),
-            {name: torch.from_numpy(value) for name, value in drawn.items()},
+            {name: torch.from_numpy(value) for name, value in places.draws.items()},
             [one.bad for one in found if one.bad is not None],
             tuple(deferred),
         )
@@ -198,23 +204,17 @@ def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int],
     """Write one view into `out` u8 [3, H, W] from its crop u8 [h, w, 3]: clamp, antialiased resize, flip.
 
     limits: lowest and highest value (shards.format.levels). resample: TORCH is torch's bicubic, four
-    times Pillow's speed, for the encoder; bicubic and lanczos are Pillow's.
+    times Pillow's speed, for the encoder; TORCH_LANCZOS torch's Lanczos, of torch 2.13, six times Pillow's speed;
+    bicubic and lanczos are Pillow's.
     """
     size = (out.shape[1], out.shape[2])
     if limits != [0, 255]:
         crop = torch.from_numpy(crop).clamp(limits[0], limits[1]).numpy()
-    if resample == TORCH:
-        resized = interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0]
+    if mode := _TORCH_MODES.get(resample):
+        resized = interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], size, mode=mode, antialias=True)[0]
     else:
         resized = torch.from_numpy(codec.resize(crop, size, resample)).permute(2, 0, 1)
     out.copy_(resized.flip(-1) if flip else resized)
-
-
-class BatchSampler(Protocol):
-    """The sample numbers (i64 [B]) of batch 0, 1, …: a list, or order.RankBatches."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, i: int, /) -> np.ndarray: ...
 
 
 class _Ring:
@@ -289,7 +289,7 @@ class _Batches(Dataset):
 
     def __init__(self, stream: Stream, numbers: BatchSampler, ring: _Ring):
         self.stream, self.numbers, self.ring = stream, numbers, ring
-        self.ahead: ReadAhead[Place, Found] | None = None  # made by the worker
+        self.ahead: ReadAhead[PlannedBatch, Found] | None = None  # made by the worker
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -299,7 +299,7 @@ class _Batches(Dataset):
         would come back as a traceback."""
         (i, slot), worker = item, get_worker_info()
         step = worker.num_workers if worker else 1  # batches go to workers in turn
-        self.ahead = self.ahead or reading_ahead(self.stream, self.numbers)
+        self.ahead = self.ahead or reading_ahead(self.stream, self.numbers, step)
         try:
             places, found = self.ahead.batch(i, i + step if i + step < len(self) else None)
             return _Sent(slot, self.stream.built(places, found, self.ring.places(slot, len(places))))
@@ -307,18 +307,26 @@ class _Batches(Dataset):
             return str(error)
 
 
-def reading_ahead(stream: Stream, numbers: BatchSampler) -> ReadAhead[Place, Found]:
-    """What reads the batches of `numbers`."""
-    return ReadAhead(lambda i: stream.samples.located(numbers[i]), stream.samples.read)
+def reading_ahead(stream: Stream, numbers: BatchSampler, step: int = 1) -> ReadAhead[PlannedBatch, Found]:
+    """What reads one in `step` of the batches of `numbers`."""
+    return ReadAhead(BatchPlan(stream.places, stream.draw, numbers, step).__getitem__, stream.samples.read)
 
 
 def start_worker(_: int) -> None:
     """In a worker process: more open files; and signals are the training process's business, which still needs batches
-    to finish its step."""
+    to finish its step. A worker ends with it, though, however that ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16384)), hard))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """torch's own watch only has the worker end by itself, which first waits for somebody to take its last batches."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
 
 
 def _as_it_is(sent: Any) -> Any:

@@ -75,9 +75,10 @@ class Order:
         return _Epoch(shuffle, self.policy.chunk, self._short_chunk, self._short_by)
 
     def _permute_window(self, epoch: int, lane: int, window: int) -> np.ndarray:
-        """The permutation within a window; shorter at the end of a lane."""
+        """The permutation within a window, in as few bytes as hold it; shorter at the end of a lane."""
         start, stop = self._window_ends(lane, window)
-        return counter_rng.permutation(stop - start, counter_rng.WINDOW_ORDER, self.policy.seed, epoch, lane, window)
+        drawn = counter_rng.permutation(stop - start, counter_rng.WINDOW_ORDER, self.policy.seed, epoch, lane, window)
+        return drawn.astype(np.min_scalar_type(stop - start))
 
     def _window_ends(self, lane: int, window: int) -> tuple[int, int]:
         """Where a window of a lane begins and ends in the epoch's sequence; empty behind the lane's end."""
@@ -108,7 +109,8 @@ class Order:
         ends = np.cumsum(np.bincount(which, minlength=len(places)))
         for place, turn in zip(places.tolist(), np.split(turns, ends[:-1]), strict=True):
             window, lane = divmod(place, self.policy.lanes)
-            sequence[turn] = self._window_ends(lane, window)[0] + self._window(epoch, lane, window)[within[turn]]
+            sequence[turn] = self._window(epoch, lane, window)[within[turn]]
+            sequence[turn] += self._window_ends(lane, window)[0]
         return sequence
 
     def _place(self, chunks: np.ndarray) -> Chunks:
@@ -122,14 +124,29 @@ class Order:
         common divisor, so that with lanes a multiple of the world they are its own."""
         step = self.policy.chunk * self.policy.window * self.policy.lanes
         epoch, position = divmod(sample, self.samples)
-        first = position // step
+        first, chunks = position // step, self._read_by if self._is_sparse(world) else self._covering
         while True:
             for window in range(first, -(-self.samples // step)):
-                ends = [self._window_ends(lane, window) for lane in self._lanes_of(rank, world, epoch)]
-                spans = [(start, stop) for start, stop in ends if stop > start]
-                chunks = self._epoch(epoch).covering(spans) if spans else np.zeros(0, np.int64)
-                yield epoch * self.samples + window * step, self._place(chunks)
+                yield epoch * self.samples + window * step, self._place(chunks(epoch, window, rank, world))
             epoch, first = epoch + 1, 0
+
+    def _is_sparse(self, world: int) -> bool:
+        """Whether enough ranks share a lane for one rank's samples of a window to leave out some of its chunks."""
+        return 6 * world > self.policy.chunk * math.gcd(self.policy.lanes, world)
+
+    def _covering(self, epoch: int, window: int, rank: int, world: int) -> np.ndarray:
+        """All chunks of a rank's lanes in a window."""
+        ends = [self._window_ends(lane, window) for lane in self._lanes_of(rank, world, epoch)]
+        spans = [(start, stop) for start, stop in ends if stop > start]
+        return self._epoch(epoch).covering(spans) if spans else np.zeros(0, np.int64)
+
+    def _read_by(self, epoch: int, window: int, rank: int, world: int) -> np.ndarray:
+        """The chunks that a rank's samples of a window lie in, from these themselves."""
+        step = self.policy.chunk * self.policy.window * self.policy.lanes
+        first, end = epoch * self.samples + window * step, (epoch + 1) * self.samples
+        samples = np.arange(first + (rank - first) % world, min(first + step, end), world)
+        _, shards, rows = self.locate(samples)
+        return np.unique(self._first_chunk[shards] + rows // self.policy.chunk)
 
     def _lanes_of(self, rank: int, world: int, epoch: int) -> range:
         """The lanes that a rank reads in an epoch. Ranks take samples by their number in the run, lanes go by that in
@@ -143,13 +160,15 @@ class Order:
         numbers = self._first_chunk[chunks.shards] + chunks.numbers
         found = np.full(len(numbers), 2**62)
         classes = math.gcd(self.policy.lanes, world)
-        reading = np.unique(np.arange(ranks.start, ranks.stop) % classes)
+        reading = np.zeros(classes, bool)
+        reading[np.arange(ranks.start, ranks.stop) % classes] = True
         first = sample // self.samples
         for epoch in (first, first + 1):
-            for start, end, lanes in self._uses(epoch, numbers):
-                read = np.isin((lanes + epoch * self.samples) % classes, reading)
-                counts = read & (end > np.maximum(start, sample))
-                found[counts] = np.minimum(found, np.maximum(start, sample))[counts]
+            unknown = np.flatnonzero(found == 2**62)  # the next epoch's uses come after all of this one's
+            for start, end, lanes in self._uses(epoch, numbers[unknown]) if unknown.size else ():
+                begin = np.maximum(start, sample)
+                counts = reading[(lanes + epoch * self.samples) % classes] & (end > begin)
+                found[unknown] = np.where(counts, np.minimum(found[unknown], begin), found[unknown])
         return found
 
     def _uses(self, epoch: int, chunks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-Place = TypeVar("Place")
+Places = TypeVar("Places", bound=Sequence)
 Found = TypeVar("Found")
 
 MOST_THREADS = 64  # of a process
@@ -63,19 +63,19 @@ class Rule:
         self.tries = waited < other and self._since >= self._gap
 
 
-class ReadAhead(Generic[Place, Found]):
+class ReadAhead(Generic[Places, Found]):
     """Reads batches by number, each in order; of one process, which may not be forked while batches are read."""
 
-    def __init__(self, places: Callable[[int], Sequence[Place]], read: Callable[[Place], Found]):
+    def __init__(self, places: Callable[[int], Places], read: Callable[[Any], Found]):
         """places: of a batch's samples. read: may be called by any thread."""
         self.rule = Rule()
         self._places, self._read = places, read
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running = 0
-        self._ready: tuple[int, Sequence[Place], list[Future[tuple[Found, float]]]] | None = None
+        self._ready: tuple[int, Places, list[Future[tuple[Found, float]]]] | None = None
         self._left: float | None = None
 
-    def batch(self, number: int, coming: int | None) -> tuple[Sequence[Place], list[Found]]:
+    def batch(self, number: int, coming: int | None) -> tuple[Places, list[Found]]:
         """The places of a batch and what is found there; the batch that is asked for next is `coming`. Raises what
         `read` raises for the first place that it fails at."""
         entered, (ready, self._ready) = time.perf_counter(), (self._ready, None)
@@ -110,7 +110,7 @@ class ReadAhead(Generic[Place, Found]):
         for _ in range(self._running):
             self._jobs.put(None)
 
-    def _read_here(self, places: Sequence[Place], found: list[Found], other: float) -> float:
+    def _read_here(self, places: Sequence, found: list[Found], other: float) -> float:
         """Read as many as shows whether threads pay, or all; the seconds waited."""
         waited = 0.0
         for place in places:
@@ -123,7 +123,7 @@ class ReadAhead(Generic[Place, Found]):
                     break
         return waited
 
-    def _later(self, place: Place) -> "Future[tuple[Found, float]]":
+    def _later(self, place: Any) -> "Future[tuple[Found, float]]":
         future: Future[tuple[Found, float]] = Future()
 
         def job() -> None:
@@ -139,7 +139,7 @@ class ReadAhead(Generic[Place, Found]):
         return future
 
 
-def _timed(read: Callable[[Place], Found], place: Place) -> tuple[Found, float]:
+def _timed(read: Callable[[Any], Found], place: Any) -> tuple[Found, float]:
     """What is read, and for how many seconds this thread had nothing to do meanwhile."""
     began, worked = time.perf_counter(), time.thread_time()
     found = read(place)

@@ -71,19 +71,19 @@ class SequentialOrder:
         return np.zeros_like(samples), shards, samples - starts[shards]
 
 
+def placed(order: SampleOrder, samples: np.ndarray) -> list[Place]:
+    """The places of the samples numbered `samples` (i64 [n])."""
+    columns = (samples, *order.locate(samples))
+    return [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a set in an order. seed: of the substitutes."""
+    """The samples of a set. seed: of the substitutes."""
 
     images: ImageSet
-    places: SampleOrder
     source: ViewSource
     seed: int
-
-    def located(self, samples: np.ndarray) -> list[Place]:
-        """The places of the samples numbered `samples` (i64 [B])."""
-        columns = (samples, *self.places.locate(samples))
-        return [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def read(self, place: Place, refused: Mapping[int, str] | None = None) -> Found:
         """The sample at a place, or the first usable substitute; `refused` says which rows cannot stand there, and why.

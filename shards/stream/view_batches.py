@@ -1,75 +1,152 @@
-"""Many views of each image of a shard, built in the worker: for `tokenize`. Uses torch, as shards.stream.loader
-does."""
+"""Many views of each image, built in workers that live across shards: for `tokenize`. Uses torch, as
+shards.stream.loader does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from beitforge.shards.decode import codec
-from beitforge.shards.format.views import Views
+from beitforge.shards.errors import ShardError
+from beitforge.shards.format.index import COLUMNS, Row
+from beitforge.shards.format.levels import Greys
+from beitforge.shards.format.views import FIELDS, ViewPolicy, Views, draw_views
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.loader import cut_into, start_worker
 
 
-class ViewBatch(NamedTuple):
-    """K views of n images of one shard: rows i64 [n] · pixels u8 [n, K, 3, H, W] · bad u8 [n] (1: unreadable) · reasons
-    of those that were not known to be, by row."""
+class Piece(NamedTuple):
+    """Rows `first` to `stop` of a shard."""
 
-    rows: torch.Tensor
+    shard: int
+    first: int
+    stop: int
+
+
+class ViewBatch(NamedTuple):
+    """K views of the n images of a piece: keys u64 [n] · views with leading [K, n], as drawn and cut · pixels u8 [n, K,
+    3, H, W] · bad u8 [n] (1: unreadable) · key and reason of those that were not known to be, by row."""
+
+    piece: Piece
+    keys: np.ndarray
+    views: Views
     pixels: torch.Tensor
-    bad: torch.Tensor
-    reasons: dict[int, str]
+    bad: np.ndarray
+    reasons: dict[int, tuple[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardViews(Dataset):
-    """Item i is `per_item` images of a shard from row i · per_item on, each decoded once and cut by K records.
+class ViewCutter(Dataset):
+    """Each image of a piece decoded once and cut by views 0 to K - 1 of the policy, which are drawn with it: nobody
+    holds the views of more than is in hand.
 
-    `views` are those of the whole shard, with leading [K, samples]; `resample` is the tokenizer's filter.
+    `resample` is the tokenizer's filter (shards.stream.loader.cut_into).
     """
 
     images: ImageSet
-    shard: int
-    views: Views
+    policy: ViewPolicy
+    num_views: int
     size: tuple[int, int]
     resample: str
-    per_item: int
     decoder: str = "auto"
 
-    def __len__(self) -> int:
-        return -(-self.views.flips.shape[1] // self.per_item)
-
-    def __getitem__(self, i: int) -> ViewBatch:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        views = self.views
-        rows = np.arange(i * self.per_item, min((i + 1) * self.per_item, views.flips.shape[1]), dtype=np.int64)
-        pixels = torch.zeros((len(rows), len(views.flips), 3, *self.size), dtype=torch.uint8)
+    def cut(self, piece: Piece) -> ViewBatch:
+        """The batch of a piece. Raises ShardError when its shard cannot be read."""
+        rows = range(piece.first, piece.stop)
+        known = [self.images.row(piece.shard, row) for row in rows]
+        columns = {
+            name: np.array(values, COLUMNS[name])
+            for name, values in zip(Row._fields, zip(*known, strict=True), strict=True)
+        }
+        views = self._draw(piece, columns)
+        pixels = torch.zeros((len(rows), self.num_views, 3, *self.size), dtype=torch.uint8)
         bad, reasons = np.zeros(len(rows), dtype=np.uint8), {}
-        for n, row in enumerate(rows.tolist()):
+        for n, (row, facts) in enumerate(zip(rows, known, strict=True)):
             try:
-                known = self.images.row(self.shard, row)
-                data = self.images.read_row(self.shard, row, known)
-                image = codec.decode_whole(data, known.flags, self.decoder)
+                data = self.images.read_row(piece.shard, row, facts)
+                image = codec.decode_whole(data, facts.flags, self.decoder)
             except (DamagedSample, codec.ImageError) as error:
                 bad[n] = 1
                 if not isinstance(error, KnownBad):
-                    reasons[row] = str(error)
+                    reasons[row] = self.images.index(piece.shard).key(row), str(error)
                 continue
-            for k, box in enumerate(views.boxes[:, row].tolist()):
-                how = bool(views.flips[k, row]), views.levels[k, row, :2].tolist()
+            for k, box in enumerate(views.boxes[:, n].tolist()):
+                how = bool(views.flips[k, n]), views.levels[k, n, :2].tolist()
                 cut_into(pixels[n, k], codec.crop(image, box), *how, self.resample)
-        return ViewBatch(torch.from_numpy(rows), pixels, torch.from_numpy(bad), reasons)
+        return ViewBatch(piece, columns["key_hash"], views, pixels, bad, reasons)
+
+    def _draw(self, piece: Piece, columns: dict[str, np.ndarray]) -> Views:
+        """Views with leading [K, n]; an unreadable image (0 × 0) gets the box of a single pixel."""
+        rows, count = np.arange(piece.first, piece.stop), self.num_views
+        greys = self.images.greys(np.full(len(rows), piece.shard), rows, columns["mean_grey"])
+        keys, widths, heights = (np.tile(columns[name], count) for name in ("key_hash", "width", "height"))
+        drawn = draw_views(
+            self.policy,
+            keys,
+            np.repeat(np.arange(count), len(rows)),
+            widths.clip(1),
+            heights.clip(1),
+            Greys(np.tile(greys.means, count), np.tile(greys.tones, (count, 1))),
+        )
+        parts = (getattr(drawn, name) for name in FIELDS)
+        return Views(*(part.reshape(count, len(rows), *part.shape[1:]) for part in parts))
+
+    def __getitem__(self, piece: Piece) -> ViewBatch | str:
+        """The batch, or the one line of its ShardError: raised in a worker it would come back as a traceback."""
+        try:
+            return self.cut(piece)
+        except ShardError as error:
+            return str(error)
 
 
-def load_view_batches(cuts: ShardViews, *, workers: int, prefetch: int) -> Iterator[ViewBatch]:
-    """Iterate over the items in row order, decoded by `workers` processes (0: here)."""
-    prefetched = prefetch if workers else None
-    loader = DataLoader(
-        cuts, batch_size=None, num_workers=workers, prefetch_factor=prefetched, worker_init_fn=start_worker
-    )
-    return iter(loader)
+def _as_it_is(found: Any) -> Any:
+    return found
+
+
+class _Pieces:
+    """What DataLoader takes for its sampler: the pieces that are asked for at the time."""
+
+    def __init__(self) -> None:
+        self.now: Iterable[Piece] = ()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self.now)
+
+
+class ViewLoader:
+    """Batches cut by `workers` processes (0: by this one), which live as long as the loader, a context, is open."""
+
+    def __init__(self, cutter: ViewCutter, *, workers: int, prefetch: int):
+        """prefetch: pieces that each worker has in hand."""
+        self._pieces = _Pieces()
+        self._loader: DataLoader = DataLoader(
+            cutter,
+            batch_size=None,
+            sampler=self._pieces,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            collate_fn=_as_it_is,
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=start_worker,
+        )
+
+    def __enter__(self) -> "ViewLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._loader  # ends them: they obey no signal
+
+    def load(self, pieces: Iterable[Piece]) -> Iterator[ViewBatch]:
+        """The batches of pieces, in order; may be called again. The pieces are asked for one by one, no earlier than a
+        worker has room for them, and after the workers were started, which inherit no lock that is taken then.
+
+        Raises ShardError for a shard that cannot be read, whichever process met it."""
+        self._pieces.now = pieces
+        for found in self._loader:
+            if isinstance(found, str):
+                raise ShardError(found)
+            yield found

@@ -73,9 +73,9 @@ def stream(
     ranks, in the order of the manifest; the last batch may be short.
 
     size: H, W in pixels. Views are those recorded with the tokens; else drawn from `views` anew in every epoch; else,
-    without shuffle, the central part of each image. resample: "torch bicubic", "bicubic" or "lanczos" (Pillow's).
-    workers: processes that build batches, each `prefetch` ahead; 0 builds them here. Raises ShardError for a shard that
-    cannot be read.
+    without shuffle, the central part of each image. resample: "torch bicubic", "torch lanczos", or Pillow's "bicubic",
+    "lanczos". workers: processes that build batches, each `prefetch` ahead; 0 builds them here. Raises ShardError for a
+    shard that cannot be read.
     """
     if tokens is not None and views is not None:
         raise ValueError("tokens come with the views they were made from: give tokens or views, not both")

@@ -144,7 +144,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import beitforge.shards as shards
 for module in pkgutil.walk_packages(shards.__path__, "beitforge.shards."):
-    if module.name.rpartition(".")[2] not in ("loader", "view_batches"):
+    if module.name.rpartition(".")[2] not in ("loader", "view_batches", "fixed_point", "on_device"):
         importlib.import_module(module.name)
 from webdataset.writer import TarWriter
 print(len(sys.modules) > 50)

@@ -179,6 +179,7 @@ def changed() -> Config:
         "activation_checkpointing": "full",
         "positions": "absolute",
         "precision": "fp16",
+        "filter": "torch lanczos",
         "kernels": "reference",
         "decoder": "pillow",
         "compile_mode": "reduce-overhead",

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import xxhash
 from torch.nn import functional as F
 
 from beitforge.pipeline.config.fields import Size
@@ -157,6 +158,21 @@ def test_draws_follow_the_sample_not_the_batch():
     assert len(set(whole["share"].tolist())) == 4
     nothing = Finetune(drop_path=0, erase=0, mixup=0, cutmix=0)
     assert supervised_draws(nothing, Model().layers, 7, np.arange(8)) == {}
+
+
+def test_golden_draws():
+    """xxh3 of what a thousand samples draw, 500 from 0 on and their partners far away."""
+    samples = np.concatenate([np.arange(500), 2**40 + 3 * np.arange(500)])
+    drawn = supervised_draws(Finetune(erase=1.0, dropout=0.1), 12, 5, samples)
+    assert {name: xxhash.xxh3_64_hexdigest(value.tobytes()) for name, value in drawn.items()} == {
+        "keep": "2c9118f2862e99aa",
+        "dropout": "973c7b411ba267d4",
+        "erase": "93f5d6ce8da8a270",
+        "noise": "4d1ea08e016b6648",
+        "share": "8746cd0c0f028908",
+        "blend": "0384fc86f15610ab",
+        "box": "a800bf3338af4608",
+    }
 
 
 def test_a_padded_sample_counts_nothing():

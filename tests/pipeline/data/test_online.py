@@ -11,7 +11,7 @@ from beitforge.pipeline.config.loading import load_config
 from beitforge.pipeline.data.pretraining import fitting_tokenizer, heldout, pretraining
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.runs.jsonl import read_metrics
-from beitforge.pipeline.stages import tokenize
+from beitforge.pipeline.stages import import_tokenizer, tokenize
 from beitforge.pipeline.training.objectives import online_tokens
 from beitforge.shards.format.levels import without_tones
 from beitforge.shards.format.views import draw_views
@@ -69,6 +69,30 @@ def test_both_networks_see_one_view(tiny):
     crossed = (batch.pixels.float() - batch.tokenizer_pixels.roll(1, 0).float()).abs().mean(dim=(1, 2, 3))
     assert (apart < 0.5 * crossed).all(), "bicubic and Lanczos of one view are nearer than views of two images"
     assert apart.max() > 0, "two filters"
+
+
+def test_a_tokenizers_filter_cuts_its_views_on_every_path(tiny, tmp_path):
+    """Imported with another filter it is another tokenizer: `tokenize` and online tokens cut by that, their sets say
+    so, and neither takes the other's tokens."""
+    folder = tmp_path / "tokenizer"
+    assert import_tokenizer.run(tiny.folder / "tokenizer", folder, None, "torch lanczos") == 0
+    words = [f"data.tokenizer={folder}", "view.num_views=1", "data.heldout_images=", "data.heldout_tokens="]
+    config = load_config(str(tiny.config), [*words, f"data.tokens={tmp_path / 'tokens'}"])
+    assert tokenize.run(config) == 0
+    recorded = pretraining(config)
+    assert recorded.stream.source.tokens.manifest.tokenizer["filter"] == "torch lanczos"
+    numbers = np.arange(recorded.samples, dtype=np.int64)
+    cut = [
+        pretraining(load_config(str(tiny.config), [*words, ONLINE, *more])).stream.batch(numbers)
+        for more in ([], [f"data.tokenizer={tiny.folder / 'tokenizer'}"])
+    ]
+    tokenizer, _ = fitting_tokenizer(config)
+    assert torch.equal(online_tokens(tokenizer.tokenize, cut[0]), recorded.stream.batch(numbers).tokens)
+    apart = (cut[0].tokenizer_pixels.int() - cut[1].tokenizer_pixels.int()).abs()
+    assert torch.equal(cut[0].pixels, cut[1].pixels)
+    assert 0 < apart.double().square().mean() < 0.3, "two arithmetics of one filter"
+    with pytest.raises(ConfigError, match="choose another folder"):
+        tokenize.run(load_config(str(tiny.config), [*words[1:], f"data.tokens={tmp_path / 'tokens'}"]))
 
 
 def test_a_run_does_not_change_from_recorded_to_online(tiny, tmp_path):

@@ -36,6 +36,8 @@ from beitforge.pipeline.doctor.findings import (
 )
 from beitforge.pipeline.doctor.network import Pair, Speeds
 from beitforge.pipeline.model.beit import Beit
+from beitforge.shards.lanes import suiting_lanes
+from beitforge.shards.storage.remote import Remote
 from tests.conftest import ROOT, TinySet
 from tests.ranks import free_port, run_ranks
 
@@ -223,6 +225,30 @@ def test_room_for_checkpoints(tiny, tmp_path, monkeypatch):
         local = Local("here")
         checks_data.check_disk_space(config, 1_000_000, local)
         assert "a checkpoint takes" in found(local, "disk", level)
+
+
+def test_what_nodes_read_of_a_remote_set(tiny, monkeypatch):
+    """Three nodes of eight on lanes that they share read it three times; the number that cures it is the plan's, and
+    the cache is what the simulation says."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for lanes, cache, lines in ((256, 100, ["lanes"]), (384, 100, []), (384, 1e-5, ["cache"])):
+        config = load_config(str(tiny.config), [f"loader.lanes={lanes}", f"data.cache_gb={cache}"])
+        source, place = (
+            pretraining.pretraining(config),
+            RankInfo(rank=0, size=24, local_rank=0, local_size=8, threads=0),
+        )
+        for folder, expected in ((source.stream.images.folder, []), (Remote("https://example.org/set"), lines)):
+            local = Local("here")
+            source.stream.images.folder = folder
+            checks_data.check_lanes(config, source, place, local)
+            assert [finding.check for finding in local.found] == expected
+            if expected == ["lanes"]:
+                assert "24 ranks, 8 a node, together read the set 3.0 times" in found(local, "lanes", WARNING)
+                assert (
+                    local.found[0].cure == f"set loader.lanes={suiting_lanes(256, 24, 8)} in a run that has not begun"
+                )
+            if expected == ["cache"]:
+                assert "set data.cache_gb=1," in local.found[0].cure
 
 
 def test_a_small_shm(monkeypatch):

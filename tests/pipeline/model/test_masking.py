@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import xxhash
 
+from beitforge.pipeline.config.fields import Size
 from beitforge.pipeline.config.settings import Mask, Model
 from beitforge.pipeline.data.pretraining import sample_draws
 from beitforge.pipeline.model.masking import draw_masks
@@ -20,8 +22,17 @@ def masks_of(mask: Mask, samples: np.ndarray, seed: int = 0) -> np.ndarray:
     return sample_draws(mask, MODEL, seed, samples)["mask"].reshape(-1, 14, 14)
 
 
-def uniforms(seed: int, samples: np.ndarray) -> Callable[[int], np.ndarray]:
-    return lambda attempt: counter_rng.uniform(counter_rng.MASK, seed, samples[:, None], 0, attempt, np.arange(4))
+def uniforms(seed: int, samples: np.ndarray) -> Callable[[np.ndarray, range], np.ndarray]:
+    def uniform(which: np.ndarray, tries: range) -> np.ndarray:
+        attempts = np.arange(tries.start, tries.stop)[:, None]
+        return counter_rng.uniform(counter_rng.MASK, seed, samples[which, None, None], 0, attempts, np.arange(4))
+
+    return uniform
+
+
+def first_tries(seed: int, samples: int, tries: int) -> np.ndarray:
+    """The uniforms of samples 0 … samples - 1, [samples, tries, 4]."""
+    return uniforms(seed, np.arange(samples))(np.arange(samples), range(tries))
 
 
 def plain_mask(mask: Mask, rows: int, columns: int, numbers: Iterator[np.ndarray]) -> tuple[np.ndarray, int]:
@@ -70,11 +81,10 @@ def plain_mask(mask: Mask, rows: int, columns: int, numbers: Iterator[np.ndarray
 def test_equals_the_released_algorithm(mask, grid):
     """Driven by the same uniform numbers, each sample's mask is that of the plain algorithm."""
     samples = np.arange(300)
-    uniform = uniforms(5, samples)
-    found = draw_masks(mask, grid, len(samples), uniform, lambda: np.zeros(0))
-    tries = np.stack([uniform(attempt) for attempt in range(120)])
+    found = draw_masks(mask, grid, len(samples), uniforms(5, samples), lambda which: np.zeros(0))
+    tries = first_tries(5, 300, 120)
     for sample in samples:
-        expected, _ = plain_mask(mask, *grid, iter(tries[:, sample]))
+        expected, _ = plain_mask(mask, *grid, iter(tries[sample]))
         assert np.array_equal(found[sample].reshape(grid), expected), f"sample {sample}"
 
 
@@ -107,16 +117,16 @@ def test_published_places(many):
 
 def test_published_blocks():
     """docs/recipe.md: 4.1 blocks a mask, as the plain algorithm counts them."""
-    tries = np.stack([uniforms(0, np.arange(2000))(attempt) for attempt in range(120)])
-    blocks = [plain_mask(PUBLISHED, 14, 14, iter(tries[:, sample]))[1] for sample in range(2000)]
+    tries = first_tries(0, 2000, 120)
+    blocks = [plain_mask(PUBLISHED, 14, 14, iter(tries[sample]))[1] for sample in range(2000)]
     assert np.mean(blocks) == pytest.approx(4.1, abs=0.1)
 
 
 def test_no_block_is_larger_than_its_limit():
     """More and smaller blocks, each of at most max_block new patches; the default is no limit of its own."""
-    tries = np.stack([uniforms(0, np.arange(400))(attempt) for attempt in range(240)])
+    tries = first_tries(0, 400, 240)
     small = Mask(exact=False, max_block=20)
-    counts = [plain_mask(small, 14, 14, iter(tries[:, sample])) for sample in range(400)]
+    counts = [plain_mask(small, 14, 14, iter(tries[sample])) for sample in range(400)]
     assert np.mean([blocks for _, blocks in counts]) > 6 > 4.1
     assert all(masked.sum() <= 20 * blocks for masked, blocks in counts)
     same = [masks_of(Mask(exact=False, max_block=limit), np.arange(400)) for limit in (0, 75, 196)]
@@ -162,18 +172,48 @@ def test_golden_masks():
     ]
 
 
-def test_completion_is_not_drawn_where_it_is_not_needed():
-    """fill() is asked once, and only when masks are to be exact."""
-    asked = []
+@pytest.mark.parametrize(
+    ("mask", "model", "golden"),
+    [
+        (EXACT, Model(), "4e3d11c8b52c2040"),
+        (PUBLISHED, Model(), "b4e42ae5497375d2"),
+        (Mask(num_patches=300, max_block=40), Model(input_size=Size(128, 1280)), "09e0ebdc13610aa2"),
+    ],
+    ids=["exact", "published", "wide"],
+)
+def test_golden_draws_of_a_thousand(mask, model, golden):
+    """xxh3 of the packed masks, and of the branches kept, of 500 samples from 0 on and 500 far away."""
+    samples = np.concatenate([np.arange(500), 2**40 + 3 * np.arange(500)])
+    drawn = sample_draws(mask, model, 5, samples)
+    assert xxhash.xxh3_64_hexdigest(np.packbits(drawn["mask"]).tobytes()) == golden
+    assert xxhash.xxh3_64_hexdigest(np.packbits(drawn["keep"]).tobytes()) == "ee6b9456a169b95e"
 
-    def fill() -> np.ndarray:
-        asked.append(1)
-        return np.zeros((3, 196))
 
-    draw_masks(PUBLISHED, (14, 14), 3, uniforms(0, np.arange(3)), fill)
+def test_completion_is_drawn_where_it_is_needed():
+    """fill() is asked once, for the samples whose blocks left patches open, and only when masks are to be exact."""
+    asked: list[int] = []
+
+    def fill(which: np.ndarray) -> np.ndarray:
+        asked.extend(which.tolist())
+        return np.zeros((len(which), 196))
+
+    published = draw_masks(PUBLISHED, (14, 14), 30, uniforms(0, np.arange(30)), fill)
     assert not asked
-    draw_masks(EXACT, (14, 14), 3, uniforms(0, np.arange(3)), fill)
-    assert asked == [1]
+    draw_masks(EXACT, (14, 14), 30, uniforms(0, np.arange(30)), fill)
+    assert asked == np.flatnonzero(published.sum(axis=1) < 75).tolist() != []
+
+
+def test_no_more_tries_are_drawn_than_are_made():
+    """Of samples that are complete nothing more is drawn: on average some ten tries, where the slowest makes thirty."""
+    drawn = []
+
+    def uniform(which: np.ndarray, tries: range) -> np.ndarray:
+        drawn.append(len(which) * len(tries))
+        return uniforms(0, np.arange(1000))(which, tries)
+
+    draw_masks(EXACT, (14, 14), 1000, uniform, lambda which: np.zeros((len(which), 196)))
+    assert len(drawn) > 3
+    assert sum(drawn) < 0.6 * 1000 * 8 * len(drawn)
 
 
 def test_held_out_masks_are_apart_from_those_of_training():

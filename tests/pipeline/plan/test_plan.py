@@ -67,6 +67,22 @@ def test_the_parts_add_up(tree):
     assert tree["cheapest"]["days"] <= 2
 
 
+def test_shared_lanes_are_read_more_than_once():
+    """By 24 ranks on three nodes, each of which reads every lane: the bytes, the advice and the cheapest setting."""
+    words = (BASE, "--gpus", "24", "--stages", "2", "--images", "1281167", "train.global_batch=6144", "--days", "30")
+    shared, suiting = planned(*words), planned(*words, "loader.lanes=384")
+    loads = [tree["rows"][0]["loading"] for tree in (shared, suiting)]
+    assert [load["times_read"] for load in loads] == [3.0, 1.0]
+    assert [load["suiting_lanes"] for load in loads] == [384, 384]
+    rates = [load["bytes_read"] / load["images"] for load in loads]
+    assert rates[0] == pytest.approx(3 * rates[1])
+    assert loads[0]["node_read"] == pytest.approx(loads[0]["bytes_read"] / 3)
+    page = command("beitforge", "plan", *words).stdout
+    assert "together read the set 3.0 times an epoch: set loader.lanes=384 in a run that has not begun" in page
+    assert "train.activation_checkpointing=full loader.lanes=384" in page or "=none loader.lanes=384" in page
+    assert "loader.lanes" not in command("beitforge", "plan", *words, "loader.lanes=384").stdout
+
+
 def test_more_stages_hold_less_and_one_gpu_sends_nothing(tree):
     of = {(row["gpus"], row["stage"]): row for row in tree["rows"]}
     for gpus in (8, 512):

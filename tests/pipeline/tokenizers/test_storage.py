@@ -13,7 +13,7 @@ from beitforge.pipeline.config.settings import Config, Tokenizer
 from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.model.pixels import from_tokenizer, tokenizer_input
 from beitforge.pipeline.tokenizers.dvae import Dvae, save_dvae
-from beitforge.pipeline.tokenizers.storage import load_tokenizer
+from beitforge.pipeline.tokenizers.storage import _fingerprint, load_tokenizer
 
 SETTINGS = Tokenizer(input_size=Size(32, 32), vocabulary=20, width=8, embedding=6, residual_blocks=1)
 
@@ -206,3 +206,32 @@ def test_the_default_grid_is_recipes():
     config = Config()
     assert config.tokenizer.grid == config.model.grid == (14, 14)
     assert config.tokenizer.vocabulary == 8192
+
+
+def test_the_filter_is_part_of_a_tokenizer(tmp_path):
+    """Another filter is another tokenizer; one that is not known here is refused, when it is saved and when it is
+    read."""
+    other = dataclasses.replace(SETTINGS, filter="torch lanczos")
+    prints = {save_dvae(tmp_path / settings.filter, Dvae(settings, seed=4), settings) for settings in (SETTINGS, other)}
+    assert len(prints) == 2
+    assert load_tokenizer(tmp_path / "torch lanczos")[1]["filter"] == "torch lanczos"
+    with pytest.raises(ConfigError, match="the filter is 'magic', expected one of lanczos, bicubic, torch"):
+        save_dvae(tmp_path / "c", Dvae(SETTINGS, seed=4), dataclasses.replace(SETTINGS, filter="magic"))
+    path = tmp_path / "torch lanczos" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    del content["fingerprint"]
+    content["filter"] = ["magic"]
+    fingerprint = _fingerprint(path.with_suffix(".safetensors"), content)
+    path.write_text(json.dumps({**content, "fingerprint": fingerprint}))
+    assert "expected one of" in message(path.parent)
+
+
+def test_a_torch_without_the_filter_is_named(tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, filter="torch lanczos")
+    save_dvae(tmp_path, Dvae(settings, seed=4), settings)
+
+    def older(*_: object, **options: object) -> None:
+        raise NotImplementedError(f"Input Error: Only 4D input Tensors supported (got mode {options['mode']})")
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", older)
+    assert "install torch 2.13 or newer" in message(tmp_path)

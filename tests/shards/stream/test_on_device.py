@@ -31,7 +31,7 @@ def gpu_config(tiny, monkeypatch):
     return tiny_config(tiny, "loader.decoder=gpu")
 
 
-@pytest.mark.parametrize("resample", [fixed_point.TORCH, "bicubic", "lanczos"])
+@pytest.mark.parametrize("resample", [fixed_point.TORCH, fixed_point.TORCH_LANCZOS, "bicubic", "lanczos"])
 def test_many_are_resized_to_the_bits_of_one(resample):
     """Of photographs and of black and white noise, where sums overshoot; wide, tall, enlarged and shrunk."""
     rng = np.random.default_rng(5)

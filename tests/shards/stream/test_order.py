@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -245,8 +246,8 @@ def test_an_empty_set_is_refused(shard_samples):
     ],
 )
 def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world):
-    """What a rank is told to fetch, window by window, is what its samples of that window lie in, and no more than what
-    it shares lanes for: with as many others as there are in its class."""
+    """What a rank is told to fetch, window by window, is what its samples of that window lie in; where it shares lanes
+    with few others of its class, no more than what theirs do."""
     classes = math.gcd(policy.lanes, world)
     order = Order(shard_samples, policy)
     total, shortened = order.samples, order.samples < sum(shard_samples)
@@ -256,7 +257,9 @@ def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world
         told = order.ahead(first, rank, world)
         begin, chunks = next(told)
         samples = np.arange(begin, 4 * total)
-        samples = samples[samples % classes == rank % classes]  # as RankBatches has it
+        sparse = 6 * world > policy.chunk * classes
+        of = world if sparse else classes
+        samples = samples[samples % of == rank % of]  # as RankBatches has it
         while begin < 3 * total:
             then, following = next(told)
             here = samples[(samples >= begin) & (samples < then)]
@@ -266,6 +269,68 @@ def test_ahead_names_every_chunk_before_its_samples(shard_samples, policy, world
             assert named == read or (shortened and named > read)  # of a window that an epoch does not take whole
             assert begin <= first or begin % total % size == 0
             begin, chunks = then, following
+
+
+def chunks_of(order: Order, shards: np.ndarray, numbers: np.ndarray) -> set[int]:
+    return set((shards * 10**6 + numbers).tolist())
+
+
+def fetched_and_read(order: Order, sample: int, rank: int, world: int, windows: int) -> tuple[int, int]:
+    """Chunks that a rank is told to fetch and chunks that its samples lie in, over some windows from a sample on; what
+    the window before had, too, is there. Refuses an order that does not name what is read."""
+    told = order.ahead(sample, rank, world)
+    fetched = read = 0
+    named_before: set[int] = set()
+    read_before: set[int] = set()
+    begin, chunks = next(told)
+    for _ in range(windows):
+        then, following = next(told)
+        mine = np.arange(begin + (rank - begin) % world, then, world)
+        _, shards, rows = order.locate(mine)
+        needed, named = chunks_of(order, shards, rows // order.policy.chunk), chunks_of(order, *chunks)
+        assert needed <= named
+        fetched, read = fetched + len(named - named_before), read + len(needed - read_before)
+        begin, chunks, named_before, read_before = then, following, named, needed
+    return fetched, read
+
+
+@pytest.mark.parametrize("lanes", [1, 48, 96, 250, 256, 384])
+def test_what_is_fetched_is_what_is_read(lanes):
+    """By any number of ranks, of lanes and of epochs: at most a tenth more."""
+    order = Order([997] * 20 + [5] * 9, OrderPolicy(chunk=16, window=4, lanes=lanes))
+    for world in (1, 3, 8, 24, 40, 48, 96, 127, 250, 257, 384, 512, 1000, 4096, 8191):
+        for epoch in (0, 6):
+            ranks = sorted({0, 1, 2 * world // 3, world - 1}) if world > 8 else [world // 2]
+            counts = [fetched_and_read(order, epoch * order.samples, rank, world, 2) for rank in ranks]
+            fetched, read = np.sum(counts, axis=0).tolist()
+            assert read <= fetched <= 1.1 * read, (world, epoch)
+            assert read or lanes == 1, "of so short a window not every rank reads"
+
+
+@pytest.mark.parametrize("world", [8, 24, 48, 96, 384, 512, 4096])
+def test_what_is_fetched_is_what_is_read_by_default(world):
+    """With ImageNet-1k's shards and the settings that a config without a word has."""
+    order = Order([1000] * 1281, OrderPolicy())
+    for sample in (0, 3 * order.samples + 2 * 64 * 16 * 256):
+        fetched, read = fetched_and_read(order, sample, world // 2, world, 1)
+        assert 0 < read <= fetched <= 1.1 * read
+
+
+@pytest.mark.parametrize(
+    ("lanes", "golden"), [(256, "96e2a0b80bf2b707"), (384, "45730a53d0238bdc"), (96, "ef79bc39a4341ed8")]
+)
+def test_golden_samples_of_ranks(lanes, golden):
+    """xxh3 of epoch, shard and row (i64) of 20 steps' micro batches of four of 96 ranks, over the end of an epoch."""
+    order = Order([1000 + i % 7 for i in range(300)], OrderPolicy(seed=5, lanes=lanes, multiple=96))
+    found = xxhash.xxh3_64()
+    for rank in range(0, 96, 31):
+        batches = rank_batches(
+            first_sample=3 * order.samples - 9600, global_batch=960, micro_batch=5, rank=rank, world=96, steps=20
+        )
+        for batch in batches:
+            for column in order.locate(batch):
+                found.update(column.astype("<i8").tobytes())
+    assert found.hexdigest() == golden
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
@@ -291,6 +356,19 @@ def test_next_use_is_the_next_window_that_reads_a_chunk(shard_samples, multiple,
                 reads = mine & (shards == shard) & (rows // SMALL.chunk == number) & (ends > now)
                 reads &= samples < (now // total + 2) * total
                 assert use == (max(now, int(starts[reads].min())) if reads.any() else 2**62)
+
+
+def test_the_next_use_asks_an_epoch_once():
+    """A chunk that this epoch uses is not looked for in the next one."""
+    order, asked = Order([1000] * 40, OrderPolicy(chunk=8, window=2, lanes=4)), []
+    uses = order._uses
+    order._uses = lambda epoch, chunks: asked.append((epoch, len(chunks))) or uses(epoch, chunks)  # type: ignore
+    every = Chunks(*(column.ravel() for column in np.indices((40, 125))))
+    order.next_use(every, 3 * order.samples, range(0, 4), 4)
+    assert asked == [(3, 5000)]
+    asked.clear()
+    order.next_use(every, 3 * order.samples + order.samples // 2, range(0, 4), 4)
+    assert asked[0] == (3, 5000) and asked[1][0] == 4 and 2000 < asked[1][1] < 3000
 
 
 def test_a_billion_samples_need_little_memory():
