@@ -11,9 +11,11 @@ from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.format.index import Index, IndexRow, index_path, open_index, write_index
 from beitforge.shards.format.manifest import ImageManifest, ImageShard, read_image_manifest, write_manifest
 from beitforge.shards.inspect.verify import verify_images
+from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.reading import OpenFile, file_digest
 from beitforge.shards.storage.tensors import BLOCK_SUMS, TensorFile, laid_out, open_tensors, with_checks, write_tensors
 from beitforge.shards.stream.image_set import ImageSet
+from tests.shards.storage.servers import http_server
 
 ROWS = 2000
 ROW = IndexRow(
@@ -236,3 +238,23 @@ def test_verify_compares_the_columns(tmp_path):
     path.unlink()
     verify_images(tmp_path / "set", False, 1, found.append)
     assert not [line for line in found if "manifest.columns" in line]
+
+
+def test_behind_a_url_neither(tmp_path, read_bytes):
+    """The index in the node's cache is hashed by whoever fetched it; once it is damaged there, it is fetched again."""
+    make_set(tmp_path / "set", rows(20_000))
+    size = index_path(tmp_path / "set", "a").stat().st_size
+    cache = Cache(tmp_path / "cache", 10**9)
+    with http_server(tmp_path) as root:
+        assert ImageSet(f"{root}/set", cache).row(0, 5).label == 5
+        images = ImageSet(f"{root}/set", cache)
+        read_bytes.clear()
+        assert images.row(0, 700).label == 700
+        assert sum(read_bytes) < size / 20
+        (kept,) = (tmp_path / "cache").glob("*/a.index.safetensors")
+        kept.write_bytes(bytes(size - 4096) + kept.read_bytes()[-4096:])
+        assert ImageSet(f"{root}/set", cache).row(0, 9).label == 9
+        with open(kept, "r+b") as file:
+            file.seek(TensorFile(kept).tensors["label"].start + 8 * 9000)
+            file.write(b"\x01\x02")
+        assert images.row(0, 9000).label == 9000 and ImageSet(f"{root}/set", cache).row(0, 9000).label == 9000
