@@ -249,7 +249,7 @@ class TokenSet:
             self._sums.pop(number, None)
             self._doubted.add(number)
 
-        return anew(read, forget, f"{self.folder}/{self._name(number)}")
+        return anew(read, forget, lambda: f"{self.folder}/{self._name(number)}")
 
     def _shard(self, number: int, image_keys: np.ndarray | Callable[[], np.ndarray]) -> OpenTokenShard:
         opened = self._open.get(number)

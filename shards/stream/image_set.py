@@ -169,11 +169,14 @@ class ImageSet:
     def _anew(self, shard: int, read: Callable[[], Value]) -> Value:
         """The value of `read`, made again where it fails. Raises ShardError."""
 
+        def where() -> str:
+            return f"{self.manifest.shards[shard].name} in {self.folder}"
+
         def forget() -> None:
             self._open.pop(shard, None)
             self._doubted.add(shard)
 
-        return anew(read, forget, f"{self.manifest.shards[shard].name} in {self.folder}")
+        return anew(read, forget, where)
 
     def _read(self, shard: int, row: int, known: Row) -> bytes:
         opened, name = self._shard(shard), self.manifest.shards[shard].name
