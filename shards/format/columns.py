@@ -132,7 +132,7 @@ class Shards(Sequence[Entry], Generic[Entry]):
         return [self._kind(**dict(zip(self.columns, row, strict=True))) for row in zip(*values, strict=True)]
 
     def _rows(self, name: str, first: int, last: int) -> np.ndarray:
-        return anew(lambda: self.columns[name].some(first, last), self._reopen, self._where)
+        return anew(lambda: self.columns[name].some(first, last), self._reopen, lambda: self._where)
 
     def _reopen(self) -> None:
         if self.again is not None:
