@@ -148,10 +148,10 @@ def with_table(data: bytes) -> bytes | None:
 
 def fits(data: bytes) -> bool:
     """Whether the JPEG has a table, and it is true."""
-    if _NAME not in data:
-        return False
     layout = _layout(data)
-    told, found = (_told(data, layout), _scanned(data, layout)) if layout else (None, None)
+    if layout is None or not layout.table:
+        return False
+    told, found = _told(data, layout), _scanned(data, layout)
     return told is not None and found is not None and np.array_equal(told, found)
 
 
