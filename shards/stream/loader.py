@@ -8,8 +8,11 @@ import contextlib
 import functools
 import math
 import mmap
+import os
 import resource
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ from beitforge.shards.stream.view_sources import Selection, ViewSource
 
 TORCH, TORCH_LANCZOS = "torch bicubic", "torch lanczos"
 _TORCH_MODES = {TORCH: "bicubic", TORCH_LANCZOS: "lanczos"}
+_WATCH_SECONDS = 2.0
 _LENDS = 3  # batches: the one a step computes with, the next, and the one that is received meanwhile
 
 
@@ -310,11 +314,19 @@ def reading_ahead(stream: Stream, numbers: BatchSampler, step: int = 1) -> ReadA
 
 def start_worker(_: int) -> None:
     """In a worker process: more open files; and signals are the training process's business, which still needs batches
-    to finish its step."""
+    to finish its step. A worker ends with it, though, however that ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16384)), hard))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """torch's own watch only has the worker end by itself, which first waits for somebody to take its last batches."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
 
 
 def _as_it_is(sent: Any) -> Any:

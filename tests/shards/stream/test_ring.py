@@ -1,8 +1,15 @@
 """Pixels come out of the workers' memory uncopied, and stay their reader's for as long as anything holds them."""
 
+import contextlib
+import dataclasses
 import mmap
+import multiprocessing
+import os
+import signal
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -69,3 +76,30 @@ def test_what_is_let_go_is_lent_again():
     assert ring.free == [taken[2]], "no more are lent than two: the third is a copy"
     del part, others
     assert sorted(ring.free) == [0, 1, 2] and not ring.lent
+
+
+def test_a_worker_ends_with_a_killed_parent(tiny, monkeypatch):
+    """Also one that has more to say than a pipe holds, to nobody."""
+    monkeypatch.setattr(loader, "_WATCH_SECONDS", 0.1)
+    stream = pretraining(tiny_config(tiny)).stream
+    large = dataclasses.replace(stream, draw=lambda samples: {"much": np.zeros((len(samples), 1 << 16), np.uint8)})
+    context = multiprocessing.get_context("fork")
+    told, tell = context.Pipe(duplex=False)
+
+    def run() -> None:
+        batches = load(large, NUMBERS, workers=1, prefetch=4, pin=False)
+        next(batches)
+        tell.send(multiprocessing.active_children()[0].pid)
+        signal.pause()
+
+    parent = context.Process(target=run)
+    parent.start()
+    assert told.poll(60)
+    worker = psutil.Process(told.recv())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    ends = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < ends, "the worker lives on"
+            time.sleep(0.1)
