@@ -8,6 +8,8 @@ import numpy as np
 
 from beitforge.pipeline.config.settings import Mask, Model
 from beitforge.pipeline.data.pretraining import sample_draws
+from beitforge.shards.format.levels import without_tones
+from beitforge.shards.format.views import ViewPolicy, draw_views
 from beitforge.shards.stream.batch_plan import BatchPlan, Draw, plan
 from beitforge.shards.stream.order import Order, OrderPolicy, RankBatches
 from benchmarks.data.masks import SEED, published_mask
@@ -39,6 +41,7 @@ def main() -> None:
                 "drawn for each batch alone": each,
                 "the released generator, masks alone": released,
                 "places in the order, µs a sample": located,
+                "a view drawn afresh": statistics.median(view(micro) for _ in range(TURNS)),
             }
         )
     ratios = {"a sample at a micro batch of 4 against 256": rows[0][OURS] / rows[-1][OURS]}
@@ -48,7 +51,10 @@ def main() -> None:
     note += (
         "completed, and 24 branches; their bits are those of draws for single samples. The generator of the released "
     )
-    note += "code in Python, given its random numbers, which are not counted."
+    note += (
+        "code in Python, given its random numbers, which are not counted. Views are drawn in fine-tuning, tokenizer "
+    )
+    note += "training and with online tokens; recorded ones are read."
     write("draws", "what do masks and drop path cost, by the micro batch?", rows, ratios, [note])
 
 
@@ -68,6 +74,16 @@ def alone(numbers: RankBatches) -> float:
     for samples in batches:
         DRAW(samples)
     return 1e6 * (time.process_time() - started) / sum(map(len, batches))
+
+
+def view(micro: int) -> float:
+    """µs a sample of the views of batches, drawn batch by batch: they take what the index says of each image."""
+    keys, sides = np.arange(micro, dtype=np.uint64), np.full(micro, 500)
+    greys = without_tones(np.full(micro, 100, np.float32))
+    started = time.process_time()
+    for number in range(1024 // micro):
+        draw_views(ViewPolicy(), keys, number, sides, sides, greys)
+    return 1e6 * (time.process_time() - started) / 1024
 
 
 def looped() -> float:

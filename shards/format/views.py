@@ -73,34 +73,40 @@ def draw_views(
     crop within the aspect limits. `exp` and `sqrt` may differ by an ulp between machines, so the record is what counts.
     """
 
-    def uniform(what: int, attempt: int = 0) -> np.ndarray:
-        return counter_rng.uniform(counter_rng.VIEW, policy.seed, key_hashes, numbers, what, attempt)
+    def uniform(which: np.ndarray, whats: range, attempt: int = 0) -> np.ndarray:
+        """f64 [n, len(whats)] of the views numbered `which`."""
+        number = numbers[which, None] if isinstance(numbers, np.ndarray) else numbers
+        names = key_hashes[which, None], number, np.arange(whats.start, whats.stop)
+        return counter_rng.uniform(counter_rng.VIEW, policy.seed, *names, attempt)
 
     widths, heights = widths.astype(np.int64), heights.astype(np.int64)
-    boxes = _central_boxes(policy, widths, heights)
-    settled = np.zeros(len(widths), dtype=bool)
+    boxes, every = _central_boxes(policy, widths, heights), np.arange(len(widths))
     log_min, log_max = math.log(policy.aspect_min), math.log(policy.aspect_max)
-    for attempt in range(_TRIES):
-        area = widths * heights * (policy.area_min + (policy.area_max - policy.area_min) * uniform(0, attempt))
-        aspect = np.exp(log_min + (log_max - log_min) * uniform(1, attempt))
+    unsettled, attempt = every, 0
+    while unsettled.size and attempt < _TRIES:
+        u, wide, tall = uniform(unsettled, range(4), attempt), widths[unsettled], heights[unsettled]
+        attempt += 1
+        area = wide * tall * (policy.area_min + (policy.area_max - policy.area_min) * u[:, 0])
+        aspect = np.exp(log_min + (log_max - log_min) * u[:, 1])
         crop_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         crop_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-        fits = ~settled & (crop_w > 0) & (crop_w <= widths) & (crop_h > 0) & (crop_h <= heights)
-        x = (uniform(2, attempt) * (widths - crop_w + 1)).astype(np.int64)
-        y = (uniform(3, attempt) * (heights - crop_h + 1)).astype(np.int64)
-        boxes[fits] = np.stack([x, y, crop_w, crop_h], axis=-1)[fits]
-        settled |= fits
+        fits = (crop_w > 0) & (crop_w <= wide) & (crop_h > 0) & (crop_h <= tall)
+        x = (u[:, 2] * (wide - crop_w + 1)).astype(np.int64)
+        y = (u[:, 3] * (tall - crop_h + 1)).astype(np.int64)
+        boxes[unsettled[fits]] = np.stack([x, y, crop_w, crop_h], axis=-1)[fits]
+        unsettled = unsettled[~fits]
+    flips, orders, *factors = uniform(every, range(4, 9)).T
     spread = np.array([policy.brightness, policy.contrast, policy.saturation])
     lowest = np.maximum(0.0, 1.0 - spread)
-    spans = [lowest[op] + (1.0 + spread[op] - lowest[op]) * uniform(6 + op) for op in range(3)]
+    spans = [lowest[op] + (1.0 + spread[op] - lowest[op]) * factors[op] for op in range(3)]
     jitters = np.stack(spans, axis=-1).astype(np.float32)
-    orders = (uniform(5) * len(JITTER_ORDERS)).astype(np.uint8)
+    turns = (orders * len(JITTER_ORDERS)).astype(np.uint8)
     return Views(
         boxes.astype(np.uint32),
-        (uniform(4) < policy.flip).astype(np.uint8),
+        (flips < policy.flip).astype(np.uint8),
         jitters,
-        orders,
-        view_levels(*_applied(jitters, orders), greys),
+        turns,
+        view_levels(*_applied(jitters, turns), greys),
     )
 
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import xxhash
 
 from beitforge.shards import counter_rng
 from beitforge.shards.format.levels import Greys, tone_table, without_tones
@@ -39,6 +40,37 @@ def test_golden_record():
         [1.195036768913269, 1.0348559617996216, 1.072420597076416],
     ]
     assert views.jitters.tolist() == golden
+
+
+def thousand() -> Views:
+    """Of a thousand images whose crops often need several tries, some all ten."""
+    keys = counter_rng.bits(99, np.arange(1000))
+    sides = 300 + (keys % np.uint64(300)).astype(np.int64), 200 + (keys >> np.uint64(9)).astype(np.int64) % 500
+    policy = ViewPolicy(seed=5, area_min=0.5, aspect_max=2.0)
+    return draw_views(policy, keys, np.arange(1000), *sides, greys(1000))
+
+
+def test_golden_records_of_a_thousand():
+    """xxh3 of each field."""
+    views = thousand()
+    assert {name: xxhash.xxh3_64_hexdigest(getattr(views, name).tobytes()) for name in FIELDS} == {
+        "boxes": "80d707552e6c0cad",
+        "flips": "f8650dea8be5b555",
+        "jitters": "a0177fe3143ae69a",
+        "orders": "7ee337a97781aeec",
+        "levels": "7750655b5948adc0",
+    }
+
+
+def test_what_is_settled_is_drawn_no_more(monkeypatch):
+    """One call a try, for the crops that did not fit before, and one for everything else."""
+    asked, uniform = [], counter_rng.uniform
+    monkeypatch.setattr(counter_rng, "uniform", lambda *words: asked.append((found := uniform(*words)).shape) or found)
+    thousand()
+    rows = [shape[0] for shape in asked[:-1]]
+    assert asked[-1] == (1000, 5) and len(rows) == 10
+    assert rows[0] == 1000 and all(following <= before for before, following in itertools.pairwise(rows))
+    assert 0 < rows[-1] < 400
 
 
 def test_types_are_those_of_the_record():
