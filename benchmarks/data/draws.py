@@ -20,7 +20,7 @@ MICRO = 4, 16, 64, 256
 NOTE = (
     f"A worker of {WORKERS} draws for a thousand samples of its next batches at once. Masks of 75 of 196 patches, "
     "completed, and 24 branches; their bits are those of draws for single samples. The generator of the released code "
-    "in Python, given its random numbers, which are not counted. Views are drawn in fine-tuning, tokenizer training and "
+    "in Python, given its random numbers, not counted. Views are drawn by fine-tuning, tokenizer training and "
     "with online tokens; recorded ones are read."
 )
 OURS = "masks and drop path, µs a sample"
