@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "encode every image again in this format; never: only those that must change"
     parser.add_argument("--reencode", choices=("never", "jpg", "png", "webp"), default="never", help=text)
     text = "chroma of the JPEGs that are encoded again: whole (444), half (422) or a quarter (420). Photographs at "
-    text += "--short-side 320: 420 takes 10%% fewer bytes than 444, is read 1.2 times as fast and loses 0.9 dB; with "
-    text += "--quality 90 36%% fewer bytes, 1.4 times as fast, 4.5 dB less (`bench pack`)"
+    text += "--short-side 320: 420 takes 10%% fewer bytes than 444, is read 1.2 times as fast and loses 1 dB; with "
+    text += "--quality 90 36%% fewer bytes, 1.4 times as fast, 4.7 dB less (`bench pack`)"
     parser.add_argument("--subsampling", choices=("444", "422", "420"), default="444", help=text)
     text = "take images of which 8-bit RGB holds only a part (16 bits, CMYK, transparency); else they are left out"
     parser.add_argument("--to-rgb8", action="store_true", help=text)

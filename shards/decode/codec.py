@@ -292,26 +292,23 @@ def _sound(image: Image.Image, data: bytes) -> np.ndarray | None:
 def greys(pixels: np.ndarray) -> tuple[float, tuple[int, ...]]:
     """Mean grey and tone table (shards.format.levels) of uint8 [H, W, 3]. The mean is that of ITU-R 601's luma (0-255)
     as Pillow's convert("L") rounds it for each pixel."""
-    image = _image(pixels)
+    image = _image(pixels, shared=True)
     grey = np.asarray(image.convert("L"))
     mean = int(grey.sum(axis=1, dtype=np.uint32).sum(dtype=np.uint64)) / grey.size
     return mean, tone_table(image.histogram()[: 3 * 256])
 
 
-def _image(pixels: np.ndarray) -> Image.Image:
-    """Of uint8 [H, W, 3] an RGB image; where these are three of four bytes, an RGBX one that shares them."""
+def _image(pixels: np.ndarray, shared: bool = False) -> Image.Image:
+    """Of uint8 [H, W, 3] an RGB image; or, if its memory may be shared and these are three of four bytes, RGBX."""
     height, width, _ = pixels.shape
     whole = pixels.base
     if isinstance(whole, np.ndarray) and whole.flags.c_contiguous:
         same = whole.ctypes.data == pixels.ctypes.data and whole.strides == pixels.strides
         if same and whole.shape == (height, width, 4):
-            return Image.frombuffer("RGBX", (width, height), whole, "raw", "RGBX", 0, 1)
+            if shared:
+                return Image.frombuffer("RGBX", (width, height), whole, "raw", "RGBX", 0, 1)
+            return Image.frombytes("RGB", (width, height), whole, "raw", "RGBX", 0, 1)
     return Image.fromarray(np.ascontiguousarray(pixels))
-
-
-def _rgb(pixels: np.ndarray) -> Image.Image:
-    image = _image(pixels)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _resample(name: str) -> Image.Resampling:
@@ -321,7 +318,7 @@ def _resample(name: str) -> Image.Resampling:
 
 def resize(pixels: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [h, w, 3], size = (h, w); Pillow's antialiased 'bicubic' or 'lanczos'."""
-    image = _rgb(pixels)
+    image = _image(pixels)
     return np.array(image.resize((size[1], size[0]), _resample(resample)))
 
 
@@ -349,7 +346,7 @@ def encode(pixels: np.ndarray, format: str, quality: int, subsampling: str = "44
     already, and halving its chroma again would lose what a shrunk image still has.
     """
     file = io.BytesIO()
-    image = _rgb(pixels)
+    image = _image(pixels)
     try:
         if format == "jpg":
             image.save(file, "JPEG", quality=quality, subsampling=SUBSAMPLINGS.index(subsampling))

@@ -148,10 +148,10 @@ def with_table(data: bytes) -> bytes | None:
 
 def fits(data: bytes) -> bool:
     """Whether the JPEG has a table, and it is true."""
-    if _NAME not in data:
-        return False
     layout = _layout(data)
-    told, found = (_told(data, layout), _scanned(data, layout)) if layout else (None, None)
+    if layout is None or not layout.table:
+        return False
+    told, found = _told(data, layout), _scanned(data, layout)
     return told is not None and found is not None and np.array_equal(told, found)
 
 
@@ -167,8 +167,10 @@ def splice(data: bytes, box: list[int], size: tuple[int, int]) -> tuple[bytearra
     high, wide, columns = 8 * layout.vertical, 8 * layout.horizontal, layout.columns
     x0, x1 = _span(box[0], box[2], size[0], wide)
     y0, y1 = _span(box[1], box[3], size[1], high)
-    if x0 and wide > 8 and size[0] - x0 * wide <= _FANCY:
-        x0 -= 1
+    right, below = _end(box[0], box[2], size[0], wide), _end(box[1], box[3], size[1], high)
+    if wide > 8 and right - x0 * wide <= _FANCY:
+        right = min(x0 * wide + _FANCY + 1, size[0])
+        x0 -= bool(x0) and right - x0 * wide <= _FANCY
     starts, stops = (places[y0 * columns + x : (y1 - 1) * columns + x + 1 : columns] for x in (x0, x1))
     before = starts[int(x0 == y0 == 0) :] - 2  # of each row's first MCU, where a marker has to be
     if not (np.frombuffer(data, np.uint8)[before] == 0xFF).all():
@@ -182,12 +184,16 @@ def splice(data: bytes, box: list[int], size: tuple[int, int]) -> tuple[bytearra
         return None
     coded[ends] = _CYCLE[: len(ends)] if len(ends) <= len(_CYCLE) else np.resize(_CYCLE, len(ends))
     found[-2:] = _EOI
-    sides = min(y1 * high, size[1]) - y0 * high << 16 | min(x1 * wide, size[0]) - x0 * wide
+    sides = below - y0 * high << 16 | right - x0 * wide
     found[layout.frame_at + 5 : layout.frame_at + 9] = sides.to_bytes(4, "big")
     return found, box[0] - x0 * wide, box[1] - y0 * high
 
 
 def _span(start: int, length: int, side: int, unit: int) -> tuple[int, int]:
     """The first MCU, of `unit` pixels, that decides those pixels of a side, and the one behind the last."""
-    more = int(unit > 8)
-    return max(start - more, 0) // unit, -(-min(start + length + more, side) // unit)
+    return max(start - (unit > 8), 0) // unit, -(-_end(start, length, side, unit) // unit)
+
+
+def _end(start: int, length: int, side: int, unit: int) -> int:
+    """Behind the last pixel that decides those, so that no more are made of the last MCUs than are needed."""
+    return min(start + length + (unit > 8), side)

@@ -240,7 +240,7 @@ class TokenSet:
             self._open.pop(number, None)
             self._sums.pop(number, None)
 
-        return anew(read, forget, f"{self.folder}/{self._name(number)}")
+        return anew(read, forget, lambda: f"{self.folder}/{self._name(number)}")
 
     def _shard(self, number: int, image_keys: np.ndarray | Callable[[], np.ndarray]) -> OpenTokenShard:
         opened = self._open.get(number)

@@ -59,9 +59,10 @@ def retry(
     raise AssertionError("unreachable")
 
 
-def anew(read: Callable[[], Value], forget: Callable[[], object], what: str) -> Value:
+def anew(read: Callable[[], Value], forget: Callable[[], object], what: Callable[[], str]) -> Value:
     """The value of `read`, tried again where it fails and where it finds what it reads Damaged, after `forget`, which
-    has it open its files anew: they may have been replaced. Raises ShardError, which names this host."""
+    has it open its files anew: they may have been replaced. Raises ShardError, which names this host and `what`, asked
+    for only then."""
 
     try:
         return read()
@@ -76,7 +77,7 @@ def anew(read: Callable[[], Value], forget: Callable[[], object], what: str) -> 
             raise
 
     try:
-        return retry(lambda: reread(once), what)
+        return retry(lambda: reread(once), what())
     except Damaged as error:
         raise Damaged(f"{error} (seen on host {socket.gethostname()})") from error
 

@@ -167,7 +167,10 @@ class ImageSet:
 
     def _anew(self, shard: int, read: Callable[[], Value]) -> Value:
         """The value of `read`, made again where it fails. Raises ShardError."""
-        where = f"{self.manifest.shards[shard].name} in {self.folder}"
+
+        def where() -> str:
+            return f"{self.manifest.shards[shard].name} in {self.folder}"
+
         return anew(read, lambda: self._open.pop(shard, None), where)
 
     def _read(self, shard: int, row: int, known: Row) -> bytes:

@@ -289,7 +289,7 @@ class _Batches(Dataset):
 
     def __init__(self, stream: Stream, numbers: BatchSampler, ring: _Ring):
         self.stream, self.numbers, self.ring = stream, numbers, ring
-        self.ahead: ReadAhead[PlannedBatch, Found] | None = None  # made by the worker
+        self.ahead: ReadAhead[int, PlannedBatch, Found] | None = None  # made by the worker
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -307,7 +307,7 @@ class _Batches(Dataset):
             return str(error)
 
 
-def reading_ahead(stream: Stream, numbers: BatchSampler, step: int = 1) -> ReadAhead[PlannedBatch, Found]:
+def reading_ahead(stream: Stream, numbers: BatchSampler, step: int = 1) -> ReadAhead[int, PlannedBatch, Found]:
     """What reads one in `step` of the batches of `numbers`."""
     return ReadAhead(BatchPlan(stream.places, stream.draw, numbers, step).__getitem__, stream.samples.read)
 

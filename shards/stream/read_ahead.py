@@ -5,6 +5,7 @@ they save, so what is waited for is measured, and the rule below says whether th
 read, in which order it is given and what it raises do not depend on that.
 """
 
+import os
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+Name = TypeVar("Name")
 Places = TypeVar("Places", bound=Sequence)
 Found = TypeVar("Found")
 
@@ -63,26 +65,29 @@ class Rule:
         self.tries = waited < other and self._since >= self._gap
 
 
-class ReadAhead(Generic[Places, Found]):
-    """Reads batches by number, each in order; of one process, which may not be forked while batches are read."""
+class ReadAhead(Generic[Name, Places, Found]):
+    """Reads batches by number or other name, each in order. A fork's begins anew: it has none of these threads."""
 
-    def __init__(self, places: Callable[[int], Places], read: Callable[[Any], Found]):
+    def __init__(self, places: Callable[[Name], Places], read: Callable[[Any], Found]):
         """places: of a batch's samples. read: may be called by any thread."""
         self.rule = Rule()
         self._places, self._read = places, read
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running = 0
-        self._ready: tuple[int, Places, list[Future[tuple[Found, float]]]] | None = None
+        self._ready: tuple[Name, Places, list[Future[tuple[Found, float]]]] | None = None
         self._left: float | None = None
+        self._process = os.getpid()
 
-    def batch(self, number: int, coming: int | None) -> tuple[Places, list[Found]]:
+    def batch(self, name: Name, coming: Name | None) -> tuple[Places, list[Found]]:
         """The places of a batch and what is found there; the batch that is asked for next is `coming`. Raises what
         `read` raises for the first place that it fails at."""
+        if self._process != os.getpid():
+            self.__init__(self._places, self._read)  # type: ignore[misc]
         entered, (ready, self._ready) = time.perf_counter(), (self._ready, None)
-        if ready is not None and ready[0] == number:
+        if ready is not None and ready[0] == name:
             _, places, futures = ready
         else:
-            places, futures = self._places(number), []
+            places, futures = self._places(name), []
         each = max(1, len(places))
         other = _UNKNOWN if self._left is None else (entered - self._left) / each
         found: list[Found] = []

@@ -1,13 +1,14 @@
 """Many views of each image, built in workers that live across shards: for `tokenize`. Uses torch, as
 shards.stream.loader does."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from beitforge.shards.decode import codec
 from beitforge.shards.errors import ShardError
@@ -16,6 +17,7 @@ from beitforge.shards.format.levels import Greys
 from beitforge.shards.format.views import FIELDS, ViewPolicy, Views, draw_views
 from beitforge.shards.stream.image_set import DamagedSample, ImageSet, KnownBad
 from beitforge.shards.stream.loader import cut_into, start_worker
+from beitforge.shards.stream.read_ahead import ReadAhead
 
 
 class Piece(NamedTuple):
@@ -38,6 +40,14 @@ class ViewBatch(NamedTuple):
     reasons: dict[int, tuple[str, str]]
 
 
+class _Found(NamedTuple):
+    """What was read of an image, or why it cannot be used."""
+
+    known: Row
+    tones: np.ndarray
+    data: bytes | DamagedSample
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewCutter(Dataset):
     """Each image of a piece decoded once and cut by views 0 to K - 1 of the policy, which are drawn with it: nobody
@@ -55,19 +65,19 @@ class ViewCutter(Dataset):
 
     def cut(self, piece: Piece) -> ViewBatch:
         """The batch of a piece. Raises ShardError when its shard cannot be read."""
-        rows = range(piece.first, piece.stop)
-        known = [self.images.row(piece.shard, row) for row in rows]
+        rows, found = self._ahead.batch(piece, self._coming(piece))
         columns = {
             name: np.array(values, COLUMNS[name])
-            for name, values in zip(Row._fields, zip(*known, strict=True), strict=True)
+            for name, values in zip(Row._fields, zip(*(one.known for one in found), strict=True), strict=True)
         }
-        views = self._draw(piece, columns)
+        views = self._draw(piece, columns, np.array([one.tones for one in found], np.uint16))
         pixels = torch.zeros((len(rows), self.num_views, 3, *self.size), dtype=torch.uint8)
         bad, reasons = np.zeros(len(rows), dtype=np.uint8), {}
-        for n, (row, facts) in enumerate(zip(rows, known, strict=True)):
+        for n, ((_, row), one) in enumerate(zip(rows, found, strict=True)):
             try:
-                data = self.images.read_row(piece.shard, row, facts)
-                image = codec.decode_whole(data, facts.flags, self.decoder)
+                if isinstance(one.data, DamagedSample):
+                    raise one.data
+                image = codec.decode_whole(one.data, one.known.flags, self.decoder)
             except (DamagedSample, codec.ImageError) as error:
                 bad[n] = 1
                 if not isinstance(error, KnownBad):
@@ -78,10 +88,30 @@ class ViewCutter(Dataset):
                 cut_into(pixels[n, k], codec.crop(image, box), *how, self.resample)
         return ViewBatch(piece, columns["key_hash"], views, pixels, bad, reasons)
 
-    def _draw(self, piece: Piece, columns: dict[str, np.ndarray]) -> Views:
+    @functools.cached_property
+    def _ahead(self) -> ReadAhead[Piece, list[tuple[int, int]], _Found]:
+        return ReadAhead(lambda piece: [(piece.shard, row) for row in range(piece.first, piece.stop)], self._read)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_ahead"}
+
+    def _coming(self, piece: Piece) -> Piece | None:
+        """What this worker is asked for next, where it is of the same shard."""
+        worker, size = get_worker_info(), piece.stop - piece.first
+        first = piece.first + size * (worker.num_workers if worker else 1)
+        samples = self.images.manifest.shards[piece.shard].samples
+        return Piece(piece.shard, first, min(first + size, samples)) if first < samples else None
+
+    def _read(self, place: tuple[int, int]) -> _Found:
+        known, tones = self.images.row(*place), self.images.tones(*place)
+        try:
+            return _Found(known, tones, self.images.read_row(*place, known))
+        except DamagedSample as error:
+            return _Found(known, tones, error)
+
+    def _draw(self, piece: Piece, columns: dict[str, np.ndarray], tones: np.ndarray) -> Views:
         """Views with leading [K, n]; an unreadable image (0 × 0) gets the box of a single pixel."""
         rows, count = np.arange(piece.first, piece.stop), self.num_views
-        greys = self.images.greys(np.full(len(rows), piece.shard), rows, columns["mean_grey"])
         keys, widths, heights = (np.tile(columns[name], count) for name in ("key_hash", "width", "height"))
         drawn = draw_views(
             self.policy,
@@ -89,7 +119,7 @@ class ViewCutter(Dataset):
             np.repeat(np.arange(count), len(rows)),
             widths.clip(1),
             heights.clip(1),
-            Greys(np.tile(greys.means, count), np.tile(greys.tones, (count, 1))),
+            Greys(np.tile(columns["mean_grey"], count), np.tile(tones, (count, 1))),
         )
         parts = (getattr(drawn, name) for name in FIELDS)
         return Views(*(part.reshape(count, len(rows), *part.shape[1:]) for part in parts))

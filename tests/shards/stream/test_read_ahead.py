@@ -6,15 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from beitforge.pipeline.data.pretraining import pretraining
 from beitforge.shards.errors import ShardError
+from beitforge.shards.format.views import ViewPolicy
 from beitforge.shards.storage import retry
 from beitforge.shards.storage.reading import Turns
 from beitforge.shards.stream import read_ahead
 from beitforge.shards.stream.image_set import ImageSet
 from beitforge.shards.stream.loader import load
 from beitforge.shards.stream.read_ahead import MOST_THREADS, ReadAhead, Rule
+from beitforge.shards.stream.view_batches import Piece, ViewCutter, ViewLoader
 from tests.shards.stream.test_stream import copied, damage, moved, split, tiny_config
 
 SAMPLES, BATCH = 50, 10
@@ -187,3 +190,35 @@ def test_a_fork_waits_for_no_thread_of_its_parent():
         child.start()
         child.join()
     assert child.exitcode == 0
+
+
+def test_a_forks_batches_are_read_by_threads_of_its_own(monkeypatch):
+    ahead, _ = readers(monkeypatch, 1.0)
+    ahead.batch(0, 1)
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    child = context.Process(target=lambda: [found.put(ahead.batch(number, number + 1)[1]) for number in (0, 1)])
+    child.start()
+    assert [found.get(timeout=60) for _ in range(2)] == [[-place for place in range(n, n + 8)] for n in (0, 8)]
+    child.join()
+    ahead.close()
+
+
+def test_the_cuts_of_tokenize_are_the_same(tiny, tmp_path, disk):
+    """Bad images, too; and no piece but those asked for."""
+    folder = copied(tiny, tmp_path)
+    key = damage(folder, shard=1, row=3)
+    images = ImageSet(folder / "shards" / "train")
+    pieces = [
+        Piece(shard, first, min(first + 10, entry.samples))
+        for shard, entry in enumerate(images.manifest.shards)
+        for first in range(0, entry.samples, 10)
+    ]
+    how = {"policy": ViewPolicy(), "num_views": 2, "size": (8, 8), "resample": "bicubic"}
+    expected = [ViewCutter(images=images, **how).cut(piece) for piece in pieces]  # each with threads of its own at most
+    with ViewLoader(ViewCutter(images=images, **how), workers=1, prefetch=2) as cutter:
+        found = list(cutter.load(pieces))
+    for one, other in zip(found, expected, strict=True):
+        assert one.piece == other.piece and torch.equal(one.pixels, other.pixels) and one.reasons == other.reasons
+        assert np.array_equal(one.bad, other.bad) and np.array_equal(one.views.levels, other.views.levels)
+    assert [named for batch in found for named, _ in batch.reasons.values()] == [key]

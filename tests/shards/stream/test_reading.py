@@ -237,3 +237,23 @@ def test_a_cut_token_file_ends_a_run_with_its_line(tiny, tmp_path):
     command = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(command, cwd=ROOT / "src", capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout.count("\n") == 1 and "safetensors" in done.stdout, done.stderr
+
+
+def test_what_is_read_is_named_where_it_fails_and_not_otherwise():
+    named: list[str] = []
+
+    def name() -> str:
+        named.append("it")
+        return "it"
+
+    assert retry.anew(lambda: 7, named.clear, name) == 7
+    assert named == []
+    gone = [OSError("gone"), OSError("gone"), OSError("gone")]
+
+    def read() -> int:
+        if gone:
+            raise gone.pop()
+        return 7
+
+    assert retry.anew(read, list, name) == 7
+    assert named == ["it"]
