@@ -66,7 +66,7 @@ class Rule:
 
 
 class ReadAhead(Generic[Name, Places, Found]):
-    """Reads batches by number or other name, each in order. A fork's begins anew: it has none of these threads."""
+    """Reads batches by number or other name, each in order. A fork starts without: it has none of these threads."""
 
     def __init__(self, places: Callable[[Name], Places], read: Callable[[Any], Found]):
         """places: of a batch's samples. read: may be called by any thread."""
