@@ -63,7 +63,7 @@ def row(name: str, tokenizer: VisualTokenizer, pixels: Tensor) -> dict:
 def views(size: tuple[int, int], resample: str) -> Tensor:
     """Jittered views f32 [IMAGES, 3, H, W] in [0, 1], cut by a tokenizer's filter."""
     images = ImageSet(DEMO / "shards" / "test")
-    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder(images.manifest.counts)
     policy = view_policy(load_config(str(ROOT / "configs" / "demo.yaml"), []).view)
     stream = Stream(images=images, places=places, source=DrawnViews(policy), size=size, resample=resample)
     batch = stream.batch(np.linspace(0, places.samples - 1, IMAGES).astype(np.int64))

@@ -91,7 +91,7 @@ def _told(packed: "Packed", listed: Path) -> Iterator[str]:
     if packed.conversions:
         yield "converted: " + ", ".join(f"{kind} {count}" for kind, count in packed.conversions.items())
     for split, manifest in packed.manifests.items():
-        size = sum(shard.bytes for shard in manifest.shards) / 1e6
+        size = manifest.column("bytes").sum() / 1e6
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
         counts = f"{counted(manifest.samples, 'sample')} in {counted(len(manifest.shards), 'shard')}"
         yield f"{plan.folder(split)}: {counts}, {size:.1f} MB{classes}"
