@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -228,6 +229,7 @@ def workers(file: Path, given: Given, rounds: int, count: int) -> dict[str, floa
 def main(dry: bool) -> None:
     """All paths on the last core in turn, then one and two workers on all cores."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # children are ended by whoever started them
     for draw in draw_photographs(1):
         official_path.check(draw)
     rounds = 1 if dry else ROUNDS
