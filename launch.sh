@@ -136,8 +136,8 @@ case $verb in
             if [ "$last" = --out ]; then word=$(cd "$from" && realpath -m -- "$word"); fi
             words+=("$word") last=$word
         done
-        [ ${#names[@]} -gt 0 ] || names=(order pack lanes draws loader decoders regions loader_resume loader_memory slow_storage remote faults demo zero_parity
-            elastic masks views view_tokens tokenize tokenizer_precision online_tokens view_ablation evaluations train_cpu saving attacks)
+        [ ${#names[@]} -gt 0 ] || names=(order pack lanes draws loader decoders regions loader_resume loader_memory opening slow_storage remote faults demo
+            zero_parity elastic masks views view_tokens tokenize tokenizer_precision online_tokens view_ablation evaluations train_cpu saving attacks)
         for name in "${names[@]}"; do
             file=$(echo benchmarks/*/"$name".py)
             [ -f "$file" ] || fail "there is no benchmarks/*/$name.py"

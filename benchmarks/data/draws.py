@@ -17,6 +17,12 @@ from benchmarks.results import write
 
 SAMPLES, WORLD, WORKERS, TURNS, LOOPED = 4096, 8, 8, 5, 500
 MICRO = 4, 16, 64, 256
+NOTE = (
+    f"A worker of {WORKERS} draws for a thousand samples of its next batches at once. Masks of 75 of 196 patches, "
+    "completed, and 24 branches; their bits are those of draws for single samples. The generator of the released code "
+    "in Python, given its random numbers, not counted. Views are drawn by fine-tuning, tokenizer training and "
+    "with online tokens; recorded ones are read."
+)
 OURS = "masks and drop path, µs a sample"
 DRAW = functools.partial(sample_draws, Mask(), Model(drop_path=0.1), SEED)
 
@@ -45,17 +51,7 @@ def main() -> None:
             }
         )
     ratios = {"a sample at a micro batch of 4 against 256": rows[0][OURS] / rows[-1][OURS]}
-    note = (
-        f"A worker of {WORKERS} draws for a thousand samples of its next batches at once. Masks of 75 of 196 patches, "
-    )
-    note += (
-        "completed, and 24 branches; their bits are those of draws for single samples. The generator of the released "
-    )
-    note += (
-        "code in Python, given its random numbers, which are not counted. Views are drawn in fine-tuning, tokenizer "
-    )
-    note += "training and with online tokens; recorded ones are read."
-    write("draws", "what do masks and drop path cost, by the micro batch?", rows, ratios, [note])
+    write("draws", "what do masks and drop path cost, by the micro batch?", rows, ratios, [NOTE])
 
 
 def planned(order: Order, draw: Draw | None, numbers: RankBatches) -> float:

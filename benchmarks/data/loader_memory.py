@@ -29,7 +29,7 @@ def small_stream() -> Stream:
     images = ImageSet(collection.shards)
     return Stream(
         images=images,
-        places=Order([shard.samples for shard in images.manifest.shards], OrderPolicy()),
+        places=Order(images.manifest.counts, OrderPolicy()),
         source=RecordedViews(images, collection.tokens),
         size=(224, 224),
         draw=functools.partial(sample_draws, Mask(), Model(), 0),

@@ -44,7 +44,7 @@ def large_set() -> Path:
 def large_stream(folder: Path) -> Stream:
     """Views are drawn: the tokens of 14.2 M samples would not fit beside a benchmark."""
     images = ImageSet(folder)
-    order = Order([shard.samples for shard in images.manifest.shards], OrderPolicy())
+    order = Order(images.manifest.counts, OrderPolicy())
     return Stream(images=images, places=order, source=DrawnViews(ViewPolicy()), size=(224, 224))
 
 

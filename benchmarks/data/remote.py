@@ -51,7 +51,9 @@ def repeated(source: Corpus) -> Path:
     folder = FOLDER / f"remote-{TIMES}-{source.shards.parent.name}"
     images, tokens = read_image_manifest(source.shards), read_token_manifest(source.tokens)
     names = [f"shard-{number:06d}" for number in range(TIMES * len(images.shards))]
-    listed = replace(images, shards=[replace(s, name=n) for s, n in zip(TIMES * images.shards, names, strict=True)])
+    listed = replace(
+        images, shards=[replace(s, name=n) for s, n in zip(TIMES * list(images.shards), names, strict=True)]
+    )
     if not folder.exists() or read_image_manifest(folder / "shards") != listed:
         shutil.rmtree(folder, ignore_errors=True)
         for where in ("shards", "tokens"):
@@ -60,7 +62,7 @@ def repeated(source: Corpus) -> Path:
             os.link(source.shards / f"{old}.tar", folder / "shards" / f"{new}.tar")
             os.link(index_path(source.shards, old), index_path(folder / "shards", new))
             os.link(token_path(source.tokens, old), token_path(folder / "tokens", new))
-        entries = [replace(s, name=n) for s, n in zip(TIMES * tokens.shards, names, strict=True)]
+        entries = [replace(s, name=n) for s, n in zip(TIMES * list(tokens.shards), names, strict=True)]
         write_manifest(folder / "tokens", replace(tokens, shards=entries))
         write_manifest(folder / "shards", listed)
     return folder
@@ -70,7 +72,7 @@ def stream_of(root: str, cache: Cache | None) -> Stream:
     images = ImageSet(f"{root}/shards", cache, ORDER.chunk)
     return Stream(
         images=images,
-        places=Order([shard.samples for shard in images.manifest.shards], ORDER),
+        places=Order(images.manifest.counts, ORDER),
         source=RecordedViews(images, f"{root}/tokens", cache),
         size=(224, 224),
         draw=functools.partial(sample_draws, Mask(), Model(), 0),

@@ -32,8 +32,8 @@ def main() -> None:
         sys.exit("error: run ./launch.sh demo first; this tokenizes its images with its tokenizer")
     trained, identity = load_tokenizer(DEMO / "tokenizer")
     rows = [
-        row("dVAE trained by the demo", trained, views(tuple(identity["input_size"]))),
-        row("DALL-E encoder, random weights", random_dalle(), views((112, 112))[: IMAGES // 4]),
+        row("dVAE trained by the demo", trained, views(tuple(identity["input_size"]), identity["filter"])),
+        row("DALL-E encoder, random weights", random_dalle(), views((112, 112), "lanczos")[: IMAGES // 4]),
     ]
     notes = [
         f"Share of tokens that differ from float32's, views of {IMAGES} tiles ({IMAGES // 4} for DALL-E). bf16 and "
@@ -60,12 +60,12 @@ def row(name: str, tokenizer: VisualTokenizer, pixels: Tensor) -> dict:
     return {"tokenizer": name, "tokens": exact.numel(), **shares}
 
 
-def views(size: tuple[int, int]) -> Tensor:
-    """Jittered views f32 [IMAGES, 3, H, W] in [0, 1]."""
+def views(size: tuple[int, int], resample: str) -> Tensor:
+    """Jittered views f32 [IMAGES, 3, H, W] in [0, 1], cut by a tokenizer's filter."""
     images = ImageSet(DEMO / "shards" / "test")
-    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder(images.manifest.counts)
     policy = view_policy(load_config(str(ROOT / "configs" / "demo.yaml"), []).view)
-    stream = Stream(images=images, places=places, source=DrawnViews(policy), size=size, resample="lanczos")
+    stream = Stream(images=images, places=places, source=DrawnViews(policy), size=size, resample=resample)
     batch = stream.batch(np.linspace(0, places.samples - 1, IMAGES).astype(np.int64))
     return jitter(batch.pixels, batch.jitters, batch.orders, batch.pivots)
 

@@ -31,10 +31,13 @@ def main() -> None:
         assert isinstance(module, Dvae), (
             f"{given} holds a {identity['kind']}: only the own dVAE's logits are known here"
         )
-        assert identity["filter"] == "lanczos", f"{given} sees images by {identity['filter']}, BEiT's by lanczos"
+        resample = identity["filter"]
+        assert resample.endswith("lanczos"), f"{given} sees images by {resample}, BEiT's by lanczos"
         size = identity["input_size"][0]
         name = f"trained dVAE, {identity['vocabulary']} tokens"
-        rows += rows_of(name, module, size, TRAINED_DRAWS)
+        for used in dict.fromkeys((resample, "torch lanczos")):
+            label = name if used == "lanczos" else f"{name}, {used}"
+            rows += rows_of(label, module, size, TRAINED_DRAWS, used)
     note = "Tokens of our view against those of the official pipeline on the same draw, both cut to the tokenizer's "
     note += "size. Gap: the official view's best logit minus its second, over the standard deviation of that place's "
     note += "logits; the median over the tokens that differ, and over all. "
@@ -62,23 +65,23 @@ def tokens_of(tokenizer: Dvae | Encoder, pixels01_BCHW: Tensor) -> Tensor:
     return logits_of(tokenizer, pixels01_BCHW).argmax(dim=1).flatten(1)
 
 
-def view_pairs(draw: views.Draw, size: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def view_pairs(draw: views.Draw, size: int, resample: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """What is compared, our view and the official one, [size, size, 3] in 0-255."""
     lanczos = Image.Resampling.LANCZOS
-    plain = views.our_cut(draw.pixels, draw, size, "lanczos", np.array([0, 255]))
+    plain = views.our_cut(draw.pixels, draw, size, resample, np.array([0, 255]))
     yield _NO_JITTER, plain, views.official_cut(draw.pixels, draw, size, lanczos)
-    ours = views.our_jitter(views.our_cut(draw.pixels, draw, size, "lanczos"), draw)
+    ours = views.our_jitter(views.our_cut(draw.pixels, draw, size, resample), draw)
     yield _FULL, ours, views.official_cut(views.official_jitter(draw), draw, size, lanczos)
 
 
-def rows_of(name: str, tokenizer: Dvae | Encoder, size: int, count: int) -> list[dict]:
-    """One row for each of view_pairs, over `count` draws of every photograph."""
+def rows_of(name: str, tokenizer: Dvae | Encoder, size: int, count: int, resample: str = "lanczos") -> list[dict]:
+    """One row for each of view_pairs, over `count` draws of every photograph, cut by a filter of the loader."""
     compared: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     total, errors = 0, dict.fromkeys((_NO_JITTER, _FULL), 0.0)
     for draw in views.draw_photographs(count):
         views.check(draw)
         total += 1
-        for what, ours, official in view_pairs(draw, size):
+        for what, ours, official in view_pairs(draw, size, resample):
             errors[what] += float(np.mean((ours.astype(np.float64) - official) ** 2))
             logits = logits_of(tokenizer, _batch(official))
             tokens = logits.argmax(dim=1).flatten(1)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "size in pixels of the views it is given (default: as published)"
     parser.add_argument("--input-size", metavar="PIXELS", help=text)
     text = "filter that cuts its views (default: as published, Pillow's); torch lanczos is 72 dB from lanczos, at a "
-    text += "sixth of the time"
+    text += "fifth of the time"
     parser.add_argument("--filter", choices=FILTERS, help=text)
 
 

@@ -102,7 +102,7 @@ class Tokenizer:
         "lanczos",
         choices=FILTERS,
         doc="Filter that cuts the views of a tokenizer trained here, which then carries it: Pillow's, or torch's, "
-        "another arithmetic at a sixth of the time (torch lanczos: of torch 2.13 or newer).",
+        "another arithmetic at a fifth of the time (torch lanczos: of torch 2.13 or newer).",
     )
     width: int = setting(256, at_least=1, at_most=65536, doc="Channels of the convolutions; a multiple of 4.")
     embedding: int = setting(512, at_least=1, at_most=65536, doc="Size of a codebook entry.")

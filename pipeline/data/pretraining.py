@@ -71,7 +71,7 @@ def order_of(config: Config, images: ImageSet, multiple: int = 1) -> Order:
     policy = OrderPolicy(
         seed=config.data.seed, chunk=loader.chunk, window=loader.window, lanes=loader.lanes, multiple=multiple
     )
-    return Order([shard.samples for shard in images.manifest.shards], policy)
+    return Order(images.manifest.counts, policy)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def heldout(config: Config) -> DataSource:
     that no training draws, so that images trained on can be held out too."""
     images = image_set(config, config.data.heldout_images)
     draw = functools.partial(_heldout_draws, config.mask, config.model, config.data.seed)
-    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder(images.manifest.counts)
     return _pairs(config, images, config.data.heldout_tokens, places, draw, _untrained_views(config))
 
 
@@ -229,7 +229,8 @@ def refuse_other_tokenizers(config: Config) -> None:
     stated = stated_fingerprint(Path(config.data.tokenizer))
     folders = (config.data.tokens, config.data.heldout_tokens)
     for folder in (folder for folder in folders if folder not in ("", ONLINE)):
-        if stated is not None and stated != read_token_manifest(folder).tokenizer["fingerprint"]:
+        cache = cache_for(folder, config.data.cache, config.data.cache_gb) if stated is not None else None
+        if stated is not None and stated != read_token_manifest(folder, cache).tokenizer["fingerprint"]:
             raise ConfigError(
                 f"{folder} was made by another tokenizer than the one in {config.data.tokenizer}: run `tokenize` with "
                 f"this config, or point data.tokenizer at the tokenizer the set was made with"
@@ -256,7 +257,7 @@ def tokenizer_training(config: Config) -> DataSource:
 def evaluation(config: Config, where: str, size: Size | None = None, share: float = 0.875) -> DataSource:
     """Images in manifest order, central views of the encoder's size, or of `size`; share: of the largest's sides."""
     images, size = image_set(config, where), size or config.model.input_size
-    places = SequentialOrder([shard.samples for shard in images.manifest.shards])
+    places = SequentialOrder(images.manifest.counts)
     source = CentralViews(size.width / size.height, share)
     stream = Stream(images=images, places=places, source=source, size=size, decoder=config.loader.processor_decoder)
     return DataSource(stream, images.manifest.fingerprint, "")

@@ -108,7 +108,7 @@ def _whole(check: str, source: DataSource, seconds: float, local: Local) -> None
         else:
             problems += 1
     if not missing and not problems:
-        size = sum(shard.bytes for shard in images.manifest.shards)
+        size = int(images.manifest.column("bytes").sum())
         what = f"{len(numbers)} shards, {len(images)} images, {size / 2**30:.2f} GiB; {opened} opened"
         what += f", {regions} of their images with fast regions" if regions else ""
         local.add(OK, check, what, whole_host=True)
@@ -226,7 +226,7 @@ def check_lanes(config: Config, source: DataSource, place: RankInfo, local: Loca
     if all(advice := lanes_advice(config, source, place.size)):
         local.add(WARNING, "lanes", *advice, whole_host=True)
     kept = window_samples(len(images), loader.chunk, loader.window, loader.lanes, place.size, place.local_size)
-    needed = 2 * kept * sum(shard.bytes for shard in images.manifest.shards) // len(images)
+    needed = 2 * kept * int(images.manifest.column("bytes").sum()) // len(images)
     if needed > (room := int(config.data.cache_gb * 1e9)):
         what = f"two windows of this node's lanes are {_size(needed)}, and data.cache_gb is {_size(room)}"
         cure = f"set data.cache_gb={-(-needed // 10**9)}, or a smaller loader.window in a run that has not begun"
@@ -246,7 +246,7 @@ def measure_read(config: Config, source: DataSource, seconds: float, local: Loca
         local.add(STOP, "storage", f"{config.data.images} cannot be read: {error}", _REPACK, whole_host=True)
         return 0.0
     rate = done / max(time.monotonic() - started, 1e-6)
-    mean = sum(shard.bytes for shard in images.manifest.shards) / len(images)
+    mean = int(images.manifest.column("bytes").sum()) / len(images)
     what = f"{_size(rate)}/s from {config.data.images}, {rate / mean:.0f} images a second for all of this host"
     local.add(OK, "storage", what, value=f"{_size(rate)}/s", whole_host=True)
     return rate / mean

@@ -52,7 +52,7 @@ def with_fast_regions(data: bytes, header: Header) -> tuple[bytes, Header, str]:
         return data, header, f"{ASIDE} ({error})"
     if found is None:
         return data, header, f"{ASIDE} (JPEG of another kind or sampling)"
-    again = _if_equal(found, data)
+    again = _if_equal(found, data, header.flags)
     if again is None or again.flags != header.flags & ~FLAG_PROGRESSIVE | FLAG_REGIONS:
         return data, header, f"{ASIDE} (not the same image when rewritten)"
     return found, again, FROM_PROGRESSIVE if header.flags & FLAG_PROGRESSIVE else REWRITTEN
@@ -70,12 +70,12 @@ def _rewritten(data: bytes) -> bytes:
     return done.stdout
 
 
-def _if_equal(found: bytes, data: bytes) -> Header | None:
+def _if_equal(found: bytes, data: bytes, flags: int) -> Header | None:
     """The header of what was rewritten, if libjpeg has nothing against it and decoders give the pixels of `data`."""
     try:
-        header, pixels = codec.read_header(found), codec.decode(data)
-        others = codec.decode(found), codec.decode_whole(found, header.flags)
+        header, wanted = codec.read_header(found), codec.decode_whole(data, flags)
+        both = codec.decode_whole(found, header.flags), codec.decode(found)
     except ImageError:
         return None
-    equal = all(np.array_equal(pixels, other) for other in others)
+    equal = all(np.array_equal(wanted, pixels) for pixels in both)
     return header if equal and not jpeg_faults.warning(found) else None

@@ -9,7 +9,8 @@
     tones u16 [n, 32], the image's tone table (shards.format.levels), which indexes of earlier versions lack
 
 The metadata says how the tar was made, and under `digest` has the xxh3-128 of its other entries and all columns: where
-no manifest lists an index, nothing else tells a damaged one from a whole one.
+no manifest lists an index, nothing else tells a damaged one from a whole one. The file ends with the checksums of its
+blocks (shards.storage.tensors.BLOCK_SUMS), whose digest the manifest lists: an index is then never read through.
 """
 
 import json
@@ -24,7 +25,7 @@ from beitforge.shards.errors import Damaged
 from beitforge.shards.format.levels import KNOTS, NO_TONES, Greys, without_tones
 from beitforge.shards.storage.reading import OpenFile, forget
 from beitforge.shards.storage.retry import reread, retry
-from beitforge.shards.storage.tensors import MOST_HEADER, TensorFile, write_tensors
+from beitforge.shards.storage.tensors import BLOCK_SUMS, MOST_HEADER, TensorFile, with_checks, write_tensors
 
 SUFFIX = ".index.safetensors"
 DIGEST = "digest"
@@ -94,15 +95,19 @@ _RECORD = np.dtype([(name, COLUMNS[name]) for name in Row._fields])
 
 class Index:
     """The index of one shard, open: a row is read when it is asked for, and has to be part of what `digest`, the
-    xxh3-128 of the whole file, was made of. Row i is sample i of the tar.
+    xxh3-128 of the whole file, was made of; or, where the checksums in the file itself are `vouched` for, what these
+    are of: then the file was not read through, and has no `digest`. Row i is sample i of the tar.
 
     `columns` are read row by row; an attribute of a column's name is the whole column, read anew each time.
     """
 
-    def __init__(self, file: TensorFile):
-        """Raises Damaged where the file is no index."""
-        self.path, self.columns, self.metadata, self.digest = file.path, file.tensors, file.metadata, file.digest
-        self._bytes, self._read = file.bytes, file.bytes.read
+    def __init__(self, file: TensorFile, checks_digest: str = ""):
+        """checks_digest: of the file's own checksums, from a manifest. Raises Damaged where the file is no index."""
+        self.path, self.columns, self.metadata = file.path, file.tensors, file.metadata
+        self._file, self._bytes, self._read = file, file.bytes, file.bytes.read
+        self._tar_bytes = 2**63
+        self.vouched = bool(checks_digest) and file.vouched(checks_digest)
+        self.digest = "" if self.vouched else file.digest
         cure = "make it again with `index`"
         for name, dtype in {**COLUMNS, "key_end": np.uint64, "key_text": np.uint8}.items():
             column = self.columns.get(name)
@@ -113,21 +118,43 @@ class Index:
         tones = self.columns.get(TONES)
         if tones is not None and (tones.dtype != np.uint16 or tones.shape != (len(self), KNOTS)):
             raise Damaged(f"{self.path} has tone tables of type {tones.dtype} and shape {tones.shape}: {cure}")
+        if not self.vouched:
+            self._check_contents()
+
+    def _check_contents(self) -> None:
+        """What is asked of the rows that are read, of all."""
         ends = self.columns["key_end"].whole()
         if np.any(ends[1:] < ends[:-1]) or int(ends[-1] if len(ends) else 0) != len(self.columns["key_text"]):
-            raise Damaged(f"{self.path}: where its keys end cannot be: {cure}")
+            raise self._no_keys()
+        self._check_greys(self.columns["mean_grey"].whole())
 
-        greys = self.columns["mean_grey"].whole()
-        if not np.all((greys >= 0) & (greys <= 255)):
-            raise Damaged(f"{self.path} has a mean grey that no image has: {cure}")
+    @property
+    def checks_hold(self) -> bool:
+        """Whether the checksums in the file are those of the file, where it has some."""
+        return self._file.checks_hold
+
+    @property
+    def checks_digest(self) -> str:
+        """What the manifest lists of the checksums in the file; empty in those of earlier versions, without any."""
+        return self._file.checks_digest
 
     def __len__(self) -> int:
         return len(self.columns["key_hash"])
 
     def __getattr__(self, name: str) -> np.ndarray:
-        if name in COLUMNS:
-            return self.columns[name].whole()
-        raise AttributeError(name)
+        if name not in COLUMNS:
+            raise AttributeError(name)
+        found = self.columns[name].whole()
+        if name == "mean_grey":
+            self._check_greys(found)
+        return found
+
+    def _check_greys(self, greys: np.ndarray) -> None:
+        if not np.all((greys >= 0) & (greys <= 255)):
+            raise Damaged(f"{self.path} has a mean grey that no image has: make it again with `index`")
+
+    def _no_keys(self) -> Damaged:
+        return Damaged(f"{self.path}: where its keys end cannot be: make it again with `index`")
 
     @property
     def greys(self) -> Greys:
@@ -142,11 +169,11 @@ class Index:
 
     @property
     def whole(self) -> bool:
-        """Whether it is as it was written, by its own digest; those of earlier versions carry none, and are not."""
+        """Whether it is as it was written, by its own digest and checksums; one of an earlier version without a digest
+        is not."""
         others = {name: value for name, value in self.metadata.items() if name != DIGEST}
-        return self.metadata.get(DIGEST) == _digest(
-            {name: column.whole() for name, column in self.columns.items()}, others
-        )
+        columns = {name: column.whole() for name, column in self.columns.items() if name != BLOCK_SUMS}
+        return self.metadata.get(DIGEST) == _digest(columns, others) and self._file.checks_hold
 
     def row(self, row: int) -> Row:
         """What the columns say of a row. Raises IndexError, and as `rows` does."""
@@ -162,6 +189,9 @@ class Index:
             column = self.columns[name]
             size = column.dtype.itemsize
             found[name] = np.frombuffer(self._read(len(found) * size, column.start + first * size), column.dtype)
+        if self.vouched:
+            self._check_greys(found["mean_grey"])
+            self._check_places(found["image_offset"], found["image_size"], first)
         return found
 
     def key(self, row: int) -> str:
@@ -170,20 +200,29 @@ class Index:
         first, last = max(0, row - 1), row  # of the ends that say where it is
         found = np.frombuffer(self._bytes.certain(8 * (last - first + 1), ends + 8 * first), np.uint64).tolist()
         start = found[0] if row else 0
+        if not start <= found[-1] <= len(self.columns["key_text"]):
+            raise self._no_keys()
         key = self._bytes.certain(found[-1] - start, text + start)
         return key.decode("utf-8", "surrogateescape")
 
     def check_places(self, tar_bytes: int) -> None:
-        """Raises Damaged unless the images lie one behind the other within a tar of `tar_bytes`."""
-        offsets, sizes = self.image_offset, self.image_size
+        """Raises Damaged unless the images lie one behind the other within a tar of `tar_bytes`: all of them, now, or
+        where the index is vouched for those that are read, when they are."""
+        self._tar_bytes = tar_bytes
+        if not self.vouched:
+            self._check_places(self.image_offset, self.image_size, 0)
+
+    def _check_places(self, offsets: np.ndarray, sizes: np.ndarray, first: int) -> None:
+        """Of the rows from `first` on."""
+        tar_bytes = self._tar_bytes
         beyond = np.flatnonzero((sizes > min(tar_bytes, MOST_IMAGE)) | (offsets > tar_bytes))
         if not len(beyond):
             ends = offsets + sizes
             beyond = np.flatnonzero((ends > tar_bytes) | (ends > np.append(offsets[1:], np.uint64(tar_bytes))))
         if len(beyond):
             raise Damaged(
-                f"{self.path}: the image of row {beyond[0]}, {sizes[beyond[0]]} bytes from {offsets[beyond[0]]} on, "
-                f"cannot lie in a tar of {tar_bytes} bytes: make the index again with `index`"
+                f"{self.path}: the image of row {first + beyond[0]}, {sizes[beyond[0]]} bytes from "
+                f"{offsets[beyond[0]]} on, cannot lie in a tar of {tar_bytes} bytes: make the index again with `index`"
             )
 
 
@@ -211,7 +250,8 @@ def write_index(path: Path, rows: list[IndexRow], metadata: dict[str, str]) -> N
     columns["key_text"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
     columns[TONES] = np.array([row.tones for row in rows], dtype=np.uint16).reshape(len(rows), KNOTS)
     columns["key_end"] = np.cumsum([len(text) for text in texts], dtype=np.uint64).reshape(len(rows))
-    write_tensors(path, columns, {**metadata, DIGEST: _digest(columns, metadata)})
+    metadata = {**metadata, DIGEST: _digest(columns, metadata)}
+    write_tensors(path, with_checks(columns, metadata), metadata, BLOCK_SUMS)
 
 
 def _digest(columns: dict[str, np.ndarray], metadata: dict[str, str]) -> str:

@@ -1,26 +1,36 @@
 """manifest.json: what closes a shard set. Written last, by rename; a folder without one is unfinished.
 
 Schema 1. An image set lists its tars and their indexes; a token set lists its safetensors files and, for each, the
-digest of the image shard it was made from.
+digest of the image shard it was made from. Beside it lies the same as columns (shards.format.columns), which are read
+instead wherever the two prove that they belong together.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import logging
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
+import numpy as np
 import xxhash
 
 from beitforge.shards.errors import Damaged, ShardError
-from beitforge.shards.storage.files import write_text
-from beitforge.shards.storage.reading import forget, parse_json, read_whole
-from beitforge.shards.storage.remote import Missing, Remote, is_url
+from beitforge.shards.format import columns as columnar
+from beitforge.shards.format.columns import Shards, column_of, is_file_name, is_plain
+from beitforge.shards.storage.cache import Cache
+from beitforge.shards.storage.files import atomic_path, write_text
+from beitforge.shards.storage.reading import OpenFile, forget, parse_json, read_whole
+from beitforge.shards.storage.remote import Kept, Missing, Remote, is_url
 from beitforge.shards.storage.retry import reread, retry
 from beitforge.shards.storage.staging import refuse_other_file
+from beitforge.shards.storage.tensors import TensorFile
 from beitforge.shards.wording import with_article
 
 SCHEMA = 1
@@ -30,42 +40,73 @@ UNREADABLE = "unreadable"  # in provenance: how many images `tokenize` could not
 PACKING = "packing.json"  # marks a folder that `pack` has not finished
 
 _MOST_BYTES = 1 << 26  # of a manifest: over 300,000 shards
-_MOST_NAME = 200  # bytes of a shard's name
 _MOST_VOCABULARY = 1 << 16  # tokens are u16
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl", ".jfif")
 _MOST_LOOKED = 10_000  # files of a folder that is no shard set
 _SHOWN = 5
 _LEAST_BYTES = 512  # of a sample in a tar: the header of its image
+_FIRST_LINE = re.compile(rb'\{\n "columns": "([0-9a-f]{32})",\n')
+_FIRST_LINES = re.compile(_FIRST_LINE.pattern + rb' "schema": 1,\n "kind": "(images|tokens)",\n')
+_CHANGED = "start again"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageShard:
-    """One tar. `samples` counts rows of its index, `bytes` is the tar's size, digests are xxh3-128 of whole files."""
+    """One tar. `samples` counts rows of its index, `bytes` is the tar's size, digests are xxh3-128 of whole files;
+    checks_digest: of the checksums at its index's end, empty in sets of earlier versions, which have none."""
 
     name: str
     samples: int
     bytes: int
     digest: str
     index_digest: str
+    checks_digest: str = ""
+
+
+Entry = TypeVar("Entry", ImageShard, "TokenShard")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageManifest:
-    """An image shard set: tars `NAME.tar` with `NAME.index.safetensors` beside them."""
+class _Listed(Generic[Entry]):
+    """What manifests have in common: their shards, a list or shards.format.columns.Shards."""
 
-    shards: list[ImageShard]
-    classes: list[str]
-    made_by: dict
+    shards: Sequence[Entry]
 
-    @property
+    def column(self, name: str) -> np.ndarray:
+        """A field of every shard: i64 [shards], or a text in bytes each."""
+        return column_of(self.shards, name)
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard, i64 [shards]."""
+        return self.column("samples")
+
+    @functools.cached_property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return int(self.counts.sum())
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Names, order, counts and contents of the set in 32 hex digits."""
-        text = "\n".join(f"{shard.name} {shard.samples} {shard.digest}" for shard in self.shards)
-        return xxhash.xxh3_128_hexdigest(text.encode())
+        if isinstance(self.shards, Shards) and (known := self.shards.fingerprint(self.beside)):
+            return known
+        lines = [self.beside] if self.beside else []
+        lines += [f"{shard.name} {shard.samples} {shard.digest}" for shard in self.shards]
+        return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+    @property
+    def beside(self) -> str:
+        """What the fingerprint is of beside the shards."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageManifest(_Listed[ImageShard]):
+    """An image shard set: tars `NAME.tar` with `NAME.index.safetensors` beside them."""
+
+    classes: list[str]
+    made_by: dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,35 +121,26 @@ class TokenShard:
     checks_digest: str = ""
 
 
-_ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-Entry = TypeVar("Entry", ImageShard, TokenShard)
-
-
 @dataclass(frozen=True, kw_only=True)
-class TokenManifest:
+class TokenManifest(_Listed[TokenShard]):
     """A token shard set: `NAME.safetensors` per image shard.
 
     `tokenizer` holds fingerprint, vocabulary, grid and input_size; `policy` is the view policy as drawn; `provenance`
     is for people (versions, decoder, precision).
     """
 
-    shards: list[TokenShard]
     tokenizer: dict
     policy: dict
     num_views: int
     provenance: dict
 
     @property
-    def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+    def beside(self) -> str:
+        return json.dumps([self.tokenizer, self.policy, self.num_views], sort_keys=True)
 
-    @property
-    def fingerprint(self) -> str:
-        """Tokenizer, view policy and contents of the set in 32 hex digits."""
-        head = json.dumps([self.tokenizer, self.policy, self.num_views], sort_keys=True)
-        text = "\n".join([head, *(f"{shard.name} {shard.samples} {shard.digest}" for shard in self.shards)])
-        return xxhash.xxh3_128_hexdigest(text.encode())
+
+_ENTRIES: dict[str, type] = {"images": ImageShard, "tokens": TokenShard}
+Made = TypeVar("Made", ImageManifest, TokenManifest)
 
 
 def known_bad(manifest: ImageManifest) -> int | None:
@@ -126,16 +158,34 @@ def unreadable(manifest: TokenManifest) -> int | None:
 
 
 def write_manifest(folder: Path, manifest: ImageManifest | TokenManifest) -> None:
-    """Close a folder: write its manifest by rename."""
+    """Close a folder: write the columns of its manifest, then the manifest, each by rename."""
     kind = "images" if isinstance(manifest, ImageManifest) else "tokens"
-    content = {"schema": SCHEMA, "kind": kind, **dataclasses.asdict(manifest)}
-    content["digest"] = _digest(content)
-    write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
+    rest = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    shards = list(rest.pop("shards"))
+    content = {"schema": SCHEMA, "kind": kind, "shards": [vars(shard) for shard in shards], **rest}
+    told, columns = columnar.rest_text(rest), columnar.columns_of(_ENTRIES[kind], shards)
+    if told is None or columns is None or not shards:
+        write_text(folder / NAME, _text(content))
+        (folder / columnar.NAME).unlink(missing_ok=True)
+        return
+    told_of = {"kind": kind, "rest": told, "fingerprint": manifest.fingerprint, "beside": manifest.beside}
+    parts = columnar.file_parts(columns, told_of)[:-1]
+    text = _text({"columns": columnar.digest_of(parts), **content})
+    seal = xxhash.xxh3_128_digest(text.encode())
+    with atomic_path(folder / columnar.NAME) as partial, open(partial, "wb") as file:
+        for part in (*parts, seal):
+            file.write(part)
+    write_text(folder / NAME, text)
+
+
+def _text(content: dict) -> str:
+    return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
 
 
 def refuse_other_manifest(folder: Path) -> None:
     """Raise ShardError when the folder has a manifest.json of another program, which would be replaced."""
     refuse_other_file(folder / NAME, b'"schema": ', b'"made_by": ', b'"tokenizer": ')
+    refuse_other_file(folder / columnar.NAME, b'"fingerprint":')
 
 
 def _entries(kind: type[Entry], content: object) -> list[Entry]:
@@ -153,16 +203,6 @@ def _entries(kind: type[Entry], content: object) -> list[Entry]:
     return entries
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a shard may have this name: that of a file in the set's own folder, which can be printed."""
-    return is_plain(name) and "/" not in name and name not in ("", ".", "..") and len(name.encode()) <= _MOST_NAME
-
-
-def is_plain(value: object) -> bool:
-    """Whether a value is a text on one line that every terminal and file system takes."""
-    return isinstance(value, str) and _ODD.search(value) is None
-
-
 def _is_count(value: object) -> bool:
     return _is_natural(value) and value > 0
 
@@ -176,7 +216,100 @@ def _demand(holds: bool, name: str, value: object) -> None:
         raise TypeError(f"{name} is {str(value)[:40]!r}")
 
 
-def _read(folder: Path | str, kind: str, cure: str) -> dict:
+def _manifest(
+    folder: Path | str, kind: str, cure: str, cache: Cache | None, make: Callable[[dict, Sequence[Any]], Made]
+) -> Made:
+    """What `make` gives of the other fields of a manifest and its shards, these out of their columns if it has some."""
+    fetched: list[bytes] = []
+    found = _columns(folder, kind, cache, fetched)
+    if found is not None:
+        with contextlib.suppress(KeyError, TypeError, RecursionError):  # which manifest.json is asked about
+            return make(*found)
+    content = _read(folder, kind, cure, fetched)
+    try:
+        return make(content, _entries(_ENTRIES[kind], content["shards"]))
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ShardError(f"{folder}/{NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error
+
+
+def _columns(
+    folder: Path | str, kind: str, cache: Cache | None, fetched: list[bytes]
+) -> tuple[dict, Shards[Any]] | None:
+    """The other fields of a set's manifest, and its shards out of their columns; None where there are none, or none
+    that prove to be the manifest's. What else is wrong is for `_read` to say. fetched: gets a remote manifest.json."""
+    try:
+        digest, written = _named(folder, fetched) if cache is not None or not is_url(folder) else ("", "")
+    except (ShardError, OSError):
+        return None
+    if not digest:
+        return None
+
+    def opened(source: Path | OpenFile) -> TensorFile:
+        return columnar.sealed_file(source, digest, written)
+
+    try:
+        if isinstance(folder, Path) or not is_url(folder):
+            file = opened(Path(folder) / columnar.NAME)
+        else:
+            assert cache is not None, "nothing is named without"
+            kept, seal = Kept(Remote(folder), cache, digest[:16]), columnar.SEAL_BYTES
+            file = kept.open(columnar.NAME, digest, columnar.MOST_BYTES, opened, but_last=seal)
+        if file.metadata.get("kind") != kind:
+            raise Damaged(f"it is of {file.metadata.get('kind', '')[:40]}")
+        rest, columns = columnar.rest_of(file), columnar.checked_columns(_ENTRIES[kind], file)
+    except (ShardError, OSError, EOFError) as error:
+        _log.warning("%s", columnar.unusable(folder, error))
+        return None
+    shards: Shards[Any] = Shards(_ENTRIES[kind], columns, file.metadata, f"{folder}/{columnar.NAME}")
+    shards.again = functools.partial(_same_columns, folder, kind, cache, written)
+    return rest, shards
+
+
+def check_columns(folder: Path, kind: str) -> list[str]:
+    """What is wrong with the columns of a set whose manifest.json is right, if there are any: whether they say the
+    same, and the fingerprint is the one that follows."""
+    path = folder / columnar.NAME
+    if not path.exists() or not _named(folder, [])[0]:
+        return []
+    content, found = _read(folder, kind, _CHANGED, []), _columns(folder, kind, None, [])
+    if found is None:
+        return [f"{path} does not belong to its manifest.json, which is read in its place: remove it"]
+    listed = _entries(_ENTRIES[kind], content["shards"])
+    same = list(found[1]) == listed and found[0] == {name: content[name] for name in found[0]}
+    made: Any = ImageManifest if kind == "images" else TokenManifest
+    stated, true = (made(**found[0], shards=shards).fingerprint for shards in (found[1], listed))
+    return [] if same and stated == true else [f"{path} says what its manifest.json does not say: remove it"]
+
+
+def _named(folder: Path | str, fetched: list[bytes]) -> tuple[str, str]:
+    """The digest that a manifest.json names of its columns, and its own; empty where it names none."""
+    if is_url(folder):
+        fetched.append(Remote(str(folder)).whole(NAME, _MOST_BYTES))
+        named, digest = _FIRST_LINE.match(fetched[0]), lambda: xxhash.xxh3_128_hexdigest(fetched[0])
+    else:
+        file = OpenFile(Path(folder) / NAME)
+        named, digest = _FIRST_LINE.match(file.up_to(64, 0)), file.digest
+        if file.size > _MOST_BYTES:
+            named = None
+    return (named[1].decode(), digest()) if named else ("", "")
+
+
+def _same_columns(folder: Path | str, kind: str, cache: Cache | None, written: str) -> columnar.Columns:
+    """The columns of a manifest.json that was `written` when it was opened. Raises ShardError where it is no more."""
+    found = _columns(folder, kind, cache, [])
+    if found is not None:
+        columns = found[1].columns
+    else:
+        shards = _entries(_ENTRIES[kind], _read(folder, kind, _CHANGED, [])["shards"])
+        held = columnar.columns_of(_ENTRIES[kind], shards) or {}
+        columns = {name: columnar.Held(column) for name, column in held.items()}
+    if _named(folder, [])[1] != written:
+        raise ShardError(f"{folder}/{NAME} was changed while it was read: {_CHANGED}")
+    return columns
+
+
+def _read(folder: Path | str, kind: str, cure: str, fetched: list[bytes]) -> dict:
+    """What a manifest.json says. fetched: it, where it was fetched before."""
     path = f"{folder}/{NAME}"
     if not is_url(folder) and not Path(folder).is_dir():
         raise ShardError(f"{folder} does not exist; {with_article(kind[:-1])} shard set is expected there: {cure}")
@@ -184,7 +317,10 @@ def _read(folder: Path | str, kind: str, cure: str) -> dict:
     def once() -> dict:
         """Its content; Damaged where it is not as it was written, which may be the reading's doing."""
         remote = Remote(str(folder)) if is_url(folder) else None
-        data = remote.whole(NAME, _MOST_BYTES) if remote else read_whole(Path(path), _MOST_BYTES)
+        if remote:
+            data = fetched.pop() if fetched else remote.whole(NAME, _MOST_BYTES)
+        else:
+            data = read_whole(Path(path), _MOST_BYTES)
         try:
             content = parse_json(data)
             if not isinstance(content, dict) or content.get("schema") != SCHEMA:
@@ -225,6 +361,8 @@ def kind_of(folder: Path) -> str:
     if not path.exists():
         raise ShardError(_instead(folder, "run the command that makes it again"))
     try:
+        if named := _FIRST_LINES.match(OpenFile(path).up_to(256, 0)):
+            return named[2].decode()
         content = parse_json(read_whole(path, _MOST_BYTES))
     except (OSError, Damaged):
         content = None
@@ -254,28 +392,30 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
-def read_image_manifest(folder: Path | str) -> ImageManifest:
-    """The manifest of the image shard set in a folder or behind a URL. Raises ShardError where there is none, or one
-    of something else."""
-    cure = "finish it with `pack` (the same command again), or adopt its tars with `index`"
-    content = _read(folder, "images", cure)
-    try:
-        shards, classes, made_by = _entries(ImageShard, content["shards"]), content["classes"], content["made_by"]
-        for shard in shards:
-            _demand(shard.samples * _LEAST_BYTES <= shard.bytes, f"{shard.name}: samples", shard.samples)
+def read_image_manifest(folder: Path | str, cache: Cache | None = None) -> ImageManifest:
+    """The manifest of the image shard set in a folder or behind a URL, whose columns are read through a cache. Raises
+    ShardError where there is none, or one of something else."""
+
+    def make(content: dict, shards: Sequence[ImageShard]) -> ImageManifest:
+        found = ImageManifest(shards=shards, classes=content["classes"], made_by=content["made_by"])
+        crowded = found.counts > found.column("bytes") // _LEAST_BYTES
+        if crowded.any():
+            shard = shards[int(crowded.argmax())]
+            _demand(False, f"{shard.name}: samples", shard.samples)
+        classes = found.classes
         _demand(isinstance(classes, list) and all(isinstance(name, str) for name in classes), "classes", classes)
-        _demand(isinstance(made_by, dict), "made_by", made_by)
-        return ImageManifest(shards=shards, classes=classes, made_by=made_by)
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ShardError(f"{folder}/{NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error
+        _demand(isinstance(found.made_by, dict), "made_by", found.made_by)
+        return found
+
+    cure = "finish it with `pack` (the same command again), or adopt its tars with `index`"
+    return _manifest(folder, "images", cure, cache, make)
 
 
-def read_token_manifest(folder: Path | str) -> TokenManifest:
-    """The manifest of the token shard set in a folder or behind a URL. Raises ShardError where there is none, or one
-    of something else."""
-    cure = "finish it with `tokenize` (the same command again)"
-    content = _read(folder, "tokens", cure)
-    try:
+def read_token_manifest(folder: Path | str, cache: Cache | None = None) -> TokenManifest:
+    """The manifest of the token shard set in a folder or behind a URL, whose columns are read through a cache. Raises
+    ShardError where there is none, or one of something else."""
+
+    def make(content: dict, shards: Sequence[TokenShard]) -> TokenManifest:
         fields = {key: content[key] for key in ("tokenizer", "policy", "num_views", "provenance")}
         for key in ("tokenizer", "policy", "provenance"):
             _demand(isinstance(fields[key], dict), key, fields[key])
@@ -283,6 +423,6 @@ def read_token_manifest(folder: Path | str) -> TokenManifest:
         _demand(isinstance(grid, list) and len(grid) == 2 and all(map(_is_count, grid)), "tokenizer.grid", grid)
         _demand(_is_count(vocabulary) and vocabulary <= _MOST_VOCABULARY, "tokenizer.vocabulary", vocabulary)
         _demand(_is_count(fields["num_views"]), "num_views", fields["num_views"])
-        return TokenManifest(shards=_entries(TokenShard, content["shards"]), **fields)
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ShardError(f"{folder}/{NAME} is not what schema {SCHEMA} asks for ({error}): {cure}") from error
+        return TokenManifest(shards=shards, **fields)
+
+    return _manifest(folder, "tokens", "finish it with `tokenize` (the same command again)", cache, make)

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from beitforge.shards.errors import Damaged, ShardError
+from beitforge.shards.format.columns import first_difference
 from beitforge.shards.format.manifest import ImageManifest, TokenManifest, TokenShard, read_token_manifest
 from beitforge.shards.format.views import FIELDS, Views
 from beitforge.shards.storage.cache import Cache
@@ -185,17 +186,23 @@ def open_token_shard(source: Path | OpenFile) -> OpenTokenShard:
 
 def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | str) -> None:
     """Refuse token sets of other images: names, counts and image digests must agree shard by shard."""
-    ours, theirs = [shard.name for shard in images.shards], [shard.name for shard in tokens.shards]
-    if ours != theirs:
-        odd = sorted(set(ours) ^ set(theirs)) or ["the same names in another order"]
+    count = len(images.shards)
+    if len(tokens.shards) != count or first_difference(images.shards, "name", tokens.shards, "name") is not None:
+        ours, theirs = images.column("name"), tokens.column("name")
+        odd = [name.decode() for name in np.setxor1d(ours, theirs).tolist()] or ["the same names in another order"]
         raise ShardError(f"{folder} does not list the image set's shards ({len(odd)} differ, first {odd[0]}): {_CURE}")
-    for image, token in zip(images.shards, tokens.shards, strict=True):
-        if image.samples != token.samples:
-            raise ShardError(
-                f"{folder}: {token.name} has {token.samples} samples, its image shard {image.samples}: {_CURE}"
-            )
-        if image.digest != token.image_digest:
-            raise ShardError(f"{folder}: {token.name} was made from other images (image digest differs): {_CURE}")
+    wrong = np.flatnonzero(images.counts != tokens.counts)
+    if len(wrong):
+        number = int(wrong[0])
+        raise ShardError(
+            f"{folder}: {tokens.shards[number].name} has {tokens.shards[number].samples} samples, its image shard "
+            f"{images.shards[number].samples}: {_CURE}"
+        )
+    other = first_difference(images.shards, "digest", tokens.shards, "image_digest")
+    if other is not None:
+        raise ShardError(
+            f"{folder}: {tokens.shards[other].name} was made from other images (image digest differs): {_CURE}"
+        )
 
 
 def check_rows(name: str, keys: np.ndarray, image_keys: np.ndarray) -> None:
@@ -211,11 +218,12 @@ class TokenSet:
     def __init__(self, where: Path | str, cache: Cache | None = None):
         """where: a folder or a URL. cache: of this node, for a URL."""
         self.folder: Path | Remote = Remote(str(where)) if is_url(where) else Path(where)
-        self.manifest: TokenManifest = read_token_manifest(where)
+        self.manifest: TokenManifest = read_token_manifest(where, cache)
         self._cache = cache
         self._open: dict[int, OpenTokenShard] = {}
         self._turns = Turns()
         self._sums: dict[int, array] = {}  # of files that were read through
+        self._doubted: set[int] = set()  # whose files could not be read, or not as they were written
         if isinstance(self.folder, Remote) and cache is None:
             raise ShardError(f"{where} is a URL, which is read through a cache on this machine only")
 
@@ -239,6 +247,7 @@ class TokenSet:
         def forget() -> None:
             self._open.pop(number, None)
             self._sums.pop(number, None)
+            self._doubted.add(number)
 
         return anew(read, forget, lambda: f"{self.folder}/{self._name(number)}")
 
@@ -261,7 +270,13 @@ class TokenSet:
 
     def opened(self, number: int) -> OpenTokenShard:
         """The file of shard `number`, checked against the manifest alone; a remote one is fetched."""
-        return self._anew(number, lambda: self._opened(number, lambda source: self._fitting(number, source)))
+
+        def fitting(source: Path | OpenFile) -> OpenTokenShard:
+            opened = self._fitting(number, source)
+            self._check_contents(number, opened)
+            return opened
+
+        return self._anew(number, lambda: self._opened(number, fitting))
 
     def _opened(self, number: int, open_: Callable[[Path | OpenFile], OpenTokenShard]) -> OpenTokenShard:
         if not isinstance(self.folder, Remote):
@@ -290,11 +305,13 @@ class TokenSet:
 
     def _check_contents(self, number: int, opened: OpenTokenShard) -> None:
         """The manifest vouches for the rows' checksums, and they for each row that is read. Files of earlier versions
-        are read through, once a process, and every row has to be part of that: a wrong token looks like any other."""
+        are read through, once a process, and every row has to be part of that: a wrong token looks like any other. So
+        are those in a cache, which are fetched again, once they were doubted."""
         entry, contents = self.manifest.shards[number], opened.file.bytes
-        if entry.checks_digest:
+        doubted = number in self._doubted and isinstance(self.folder, Remote)
+        if entry.checks_digest and not doubted:
             whole = opened.checks_digest == entry.checks_digest
-        elif number in self._sums and contents.fits(self._sums[number]):
+        elif not doubted and number in self._sums and contents.fits(self._sums[number]):
             contents.sums, whole = self._sums[number], True
         else:
             whole = opened.file.digest == entry.digest

@@ -61,7 +61,7 @@ def image_stats(folder: Path, others: Sequence[Path] = ()) -> dict:
         "fingerprint": manifest.fingerprint,
         "samples": manifest.samples,
         "shards": len(manifest.shards),
-        "bytes": sum(entry.bytes for entry in manifest.shards),
+        "bytes": int(manifest.column("bytes").sum()),
         "bytes per image": round(float(columns["image_size"].mean()), 1),
         **{name: _spread(values) for name, values in sides.items()},
         "formats": {**formats, "other": len(flags) - sum(formats.values())},

@@ -12,7 +12,7 @@ from beitforge.shards.counter_rng import hash_key
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.bad_rows import bad_rows
 from beitforge.shards.format.index import COLUMNS, FLAG_LABELLED, Index, Row, count_regions, index_path, open_index
-from beitforge.shards.format.manifest import ImageManifest, ImageShard, read_image_manifest
+from beitforge.shards.format.manifest import ImageManifest, ImageShard, check_columns, read_image_manifest
 from beitforge.shards.pack.adopt import find_twins, holds_nothing, tars_in
 from beitforge.shards.pack.tar_members import TarMember
 from beitforge.shards.pack.tar_scan import JSON, LABEL, LeftOut, Sample, describe, read_label, read_member, read_tar
@@ -61,7 +61,7 @@ def verify_images(folder: Path, decode: bool, num_workers: int, report: Report) 
     """
     manifest = read_image_manifest(folder)
     jobs = [CheckJob(folder, entry, decode) for entry in manifest.shards]
-    megabytes = sum(entry.bytes >> 20 for entry in manifest.shards)
+    megabytes = int((manifest.column("bytes") >> 20).sum())
     bad: list[str] = []
     left_out, regions = LeftOut(), 0
     with (
@@ -74,7 +74,7 @@ def verify_images(folder: Path, decode: bool, num_workers: int, report: Report) 
             bad += checked.bad
             left_out.add_all(checked.left_out)
             regions += checked.regions
-    for finding in _check_set(folder, manifest):
+    for finding in (*check_columns(folder, "images"), *_check_set(folder, manifest)):
         report(finding)
     return Verified(manifest, sorted(bad), left_out, regions)
 
@@ -117,6 +117,8 @@ def check_shard(job: CheckJob, beat: Beat) -> Checked:
             return Checked([*findings, str(error)], [], left_out)
         if index.digest != entry.index_digest:
             findings.append(f"{beside} is not the index the manifest lists (digest differs): run `index`")
+        elif entry.checks_digest not in ("", index.checks_digest) or not index.checks_hold:
+            findings.append(f"{beside} has other checksums of itself than the manifest lists: run `index --again`")
         if len(index) != entry.samples:
             findings.append(f"{beside} has {len(index)} rows, the manifest says {entry.samples}: run `index`")
         try:

@@ -8,7 +8,7 @@ import numpy as np
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import FLAG_BAD, Index, index_path, open_index
-from beitforge.shards.format.manifest import TokenManifest, TokenShard, read_token_manifest
+from beitforge.shards.format.manifest import TokenManifest, TokenShard, check_columns, read_token_manifest
 from beitforge.shards.format.tokens import OpenTokenShard, check_pairing, check_rows, open_token_shard, token_path
 from beitforge.shards.format.views import JITTER_ORDERS
 from beitforge.shards.inspect.verify import Report
@@ -59,6 +59,8 @@ def verify_tokens(folder: Path, images: Path, paired: bool, num_workers: int, re
         for findings in results:
             for finding in findings:
                 report(finding)
+    for finding in check_columns(folder, "tokens"):
+        report(finding)
     return manifest
 
 

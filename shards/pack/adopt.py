@@ -291,7 +291,14 @@ def index_tar(job: ScanJob, beat: Beat) -> Indexed:
             found = {**bad_metadata(scanned.bad), **scanned.left_out.as_metadata()}
             write_index(path, scanned.rows, {**of_packing, "tar_bytes": str(size), "tar_digest": digest, **found})
     index = open_index(path)
-    entry = ImageShard(name=job.name, samples=len(index), bytes=size, digest=digest, index_digest=index.digest)
+    entry = ImageShard(
+        name=job.name,
+        samples=len(index),
+        bytes=size,
+        digest=digest,
+        index_digest=index.digest,
+        checks_digest=index.checks_digest,
+    )
     return Indexed(entry, kept)
 
 

@@ -119,6 +119,7 @@ def finished_shard(job: ShardPlace) -> PackedShard | None:
         bytes=size,
         digest=metadata["tar_digest"],
         index_digest=index.digest,
+        checks_digest=index.checks_digest,
     )
     return PackedShard(
         job.folder, entry, json.loads(metadata["rejected"]), json.loads(metadata.get("conversions", "{}"))

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -66,10 +67,12 @@ class OpenFile:
             start, size = start + len(part), size - len(part)
         return b"".join(parts)
 
-    def digest(self) -> str:
-        """xxh3-128 of all of it, hex. Guards against damage and mix-ups, not against an adversary."""
+    def digest(self, but_last: int = 0) -> str:
+        """xxh3-128 of all of it, or all but the last bytes, hex. Guards against damage and mix-ups, not against an
+        adversary."""
         state, start = xxhash.xxh3_128(), 0
-        while block := self._piece(_BLOCK, start):
+        end = max(0, self.size - but_last) if but_last else sys.maxsize
+        while start < end and (block := self._piece(min(_BLOCK, end - start), start)):
             state.update(block)
             start += len(block)
         return state.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from beitforge.shards.errors import ShardError
+from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.storage import fetching
 from beitforge.shards.storage.cache import Cache, Uses
 from beitforge.shards.storage.fetching import Asked, Refused, fetch
@@ -99,17 +99,26 @@ class Kept:
     owner: str
 
     def open(
-        self, name: str, digest: str, most: int, open_: Callable[[OpenFile], Value], uses: Uses | None = None
+        self,
+        name: str,
+        digest: str,
+        most: int,
+        open_: Callable[[OpenFile], Value],
+        uses: Uses | None = None,
+        but_last: int = 0,
     ) -> Value:
-        """What `open_` makes of a file that has the digest (xxh3-128) its manifest lists, and at most `most` bytes. One
-        that is damaged in the cache is fetched again. Raises ShardError when the store's own copy has another digest.
-        """
+        """What `open_` makes of a file that its manifest lists by a digest (xxh3-128) of all but its last bytes, and
+        that has at most `most` bytes. `open_` proves that it is the one, or raises Damaged: then, if it is damaged in
+        the cache, it is fetched again. Raises ShardError when the store's own copy has another digest."""
         for _ in range(READS):
-            self.cache.keep_whole(f"{self.owner}/{name}", lambda: self._fetched(name, digest, most), uses)
+            self.cache.keep_whole(f"{self.owner}/{name}", lambda: self._fetched(name, digest, most, but_last), uses)
             with contextlib.suppress(FileNotFoundError):  # another process needed its room
                 file = self.cache.open(f"{self.owner}/{name}")
-                if file.digest() == digest:
+                try:
                     return open_(file)
+                except Damaged:
+                    if file.digest(but_last) == digest:
+                        raise
                 self.again(name)
         raise ShardError(f"{self.cache.folder} does not keep {self.remote}/{name}: raise data.cache_gb")
 
@@ -118,10 +127,10 @@ class Kept:
         _log.warning("%s/%s is damaged in the cache; fetching it again", self.remote, name)
         self.cache.drop(f"{self.owner}/{name}")
 
-    def _fetched(self, name: str, digest: str, most: int) -> bytes:
+    def _fetched(self, name: str, digest: str, most: int, but_last: int) -> bytes:
         for _ in range(READS):
             data = self.remote.whole(name, most)
-            if xxhash.xxh3_128_hexdigest(data) == digest:
+            if xxhash.xxh3_128_hexdigest(data[: max(0, len(data) - but_last)]) == digest:
                 return data
             _log.warning("%s/%s came damaged; fetching it again", self.remote, name)
         raise ShardError(

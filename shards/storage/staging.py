@@ -26,7 +26,13 @@ _MOST_BYTES = 1 << 20  # of a marker
 _CURE = "give a new folder, or move that away"
 _HEAD_BYTES = 1 << 16
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_WRITTEN = (".tar", ".json", ".jsonl", ".safetensors")  # suffixes of the files that commands write into shard folders
+_WRITTEN = (
+    ".tar",
+    ".json",
+    ".columns",
+    ".jsonl",
+    ".safetensors",
+)  # suffixes of the files that commands write into shard folders
 
 
 @contextlib.contextmanager

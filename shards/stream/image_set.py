@@ -19,7 +19,7 @@ from beitforge.shards.decode import codec
 from beitforge.shards.errors import Damaged, ShardError, printable
 from beitforge.shards.format.index import FLAG_BAD, TONES, Index, Row, index_path, most_bytes
 from beitforge.shards.format.levels import NO_TONES, Greys, without_tones
-from beitforge.shards.format.manifest import ImageManifest, read_image_manifest
+from beitforge.shards.format.manifest import ImageManifest, ImageShard, read_image_manifest
 from beitforge.shards.storage.cache import ALWAYS, PART, Cache
 from beitforge.shards.storage.files import open_files
 from beitforge.shards.storage.reading import OpenFile, Turns, forget, twice_read
@@ -85,13 +85,14 @@ class ImageSet:
     def __init__(self, where: Path | str, cache: Cache | None = None, chunk: int = 64):
         """where: a folder or a URL. cache: of this node, for a URL. chunk: samples that are fetched together."""
         self.folder: Path | Remote = Remote(str(where)) if is_url(where) else Path(where)
-        self.manifest: ImageManifest = read_image_manifest(where)
+        self.manifest: ImageManifest = read_image_manifest(where, cache)
         self.chunk = chunk
         self.reading: Reading | None = None
         self._cache = cache
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._turns = Turns()
         self._rows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._doubted: set[int] = set()  # whose indexes are read through, for their checksums did not hold
         if isinstance(self.folder, Remote) and cache is None:
             raise ShardError(f"{where} is a URL, which is read through a cache on this machine only")
 
@@ -106,7 +107,7 @@ class ImageSet:
         `read` does."""
         number = range(len(self))[number]
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        row = number - int(self._ends[shard]) + self.manifest.shards[shard].samples
+        row = number - int(self._ends[shard] - self.manifest.counts[shard])
         known = self.row(shard, row)
         return Sample(self.index(shard).key(row), known.label, self.read_row(shard, row, known))
 
@@ -115,7 +116,7 @@ class ImageSet:
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:
-        return np.cumsum([shard.samples for shard in self.manifest.shards])
+        return np.cumsum(self.manifest.counts)
 
     def index(self, shard: int) -> Index:
         """The index of shard number `shard`, checked against the manifest when first opened."""
@@ -171,7 +172,11 @@ class ImageSet:
         def where() -> str:
             return f"{self.manifest.shards[shard].name} in {self.folder}"
 
-        return anew(read, lambda: self._open.pop(shard, None), where)
+        def forget() -> None:
+            self._open.pop(shard, None)
+            self._doubted.add(shard)
+
+        return anew(read, forget, where)
 
     def _read(self, shard: int, row: int, known: Row) -> bytes:
         opened, name = self._shard(shard), self.manifest.shards[shard].name
@@ -243,8 +248,18 @@ class ImageSet:
         return self.manifest.fingerprint[:16]
 
     @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {shard.name: number for number, shard in enumerate(self.manifest.shards)}
+    def _names(self) -> tuple[np.ndarray, np.ndarray]:
+        """The names of all shards, in bytes and sorted, and the number of each."""
+        names = self.manifest.column("name")
+        turn = np.argsort(names, kind="stable")
+        return names[turn], turn
+
+    def _numbers(self, names: list[str]) -> np.ndarray:
+        """The numbers of the shards of these names, i64 [n]; -1 for those of no shard."""
+        known, numbers = self._names
+        wanted = np.array([name.encode("utf-8", "surrogateescape") for name in names])
+        places = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+        return np.where(known[places] == wanted, numbers[places], -1)
 
     def _span(self, shard: int, number: int) -> tuple[int, int]:
         """The bytes of the tar from the first image of a chunk to the end of its last."""
@@ -254,15 +269,18 @@ class ImageSet:
 
     def _uses(self, entries: list[str]) -> np.ndarray:
         """cache.Uses of this set's parts; those of another chunk size are not used."""
-        reading, numbers = self.reading, self._numbers
+        reading, names = self.reading, []
         assert reading is not None, "asked for only while it is read in an order"
-        shards, chunks = np.zeros(len(entries), np.int64), np.zeros(len(entries), np.int64)
-        known = np.zeros(len(entries), bool)
+        chunks, known = np.zeros(len(entries), np.int64), np.zeros(len(entries), bool)
         for i, entry in enumerate(entries):
             name, part = entry.partition("/")[2].removesuffix(PART).rsplit(".", 1)
             chunk, _, number = part.partition("x")
-            known[i] = int(chunk) == self.chunk and name in numbers
-            shards[i], chunks[i] = numbers.get(name, 0), int(number) if known[i] else 0
+            known[i] = int(chunk) == self.chunk
+            chunks[i] = int(number) if known[i] else 0
+            names.append(name)
+        shards = self._numbers(names)
+        known &= shards >= 0
+        chunks[~known], shards[~known] = 0, 0
         used = reading.order.next_use(Chunks(shards, chunks), reading.sample, reading.ranks, reading.world)
         return np.where(known, used, 2**62).astype(np.float64)
 
@@ -288,15 +306,13 @@ class ImageSet:
     def _open_shard(self, shard: int) -> _OpenShard:
         """Raises ShardError, Damaged where another look may find otherwise, OSError."""
         entry, tar = self.manifest.shards[shard], None
+        indexed = functools.partial(self._indexed, entry, shard in self._doubted)
         if isinstance(self.folder, Remote):
             name, uses = index_path(Path(), entry.name).name, self._uses if self.reading else None
-            kept = Kept(self.folder, self._kept(), self._owner)
-            index = kept.open(name, entry.index_digest, most_bytes(entry.samples), _indexed, uses)
+            kept, most = Kept(self.folder, self._kept(), self._owner), most_bytes(entry.samples)
+            index = kept.open(name, entry.index_digest, most, indexed, uses)
         else:
-            path = index_path(self.folder, entry.name)
-            index = _indexed(path)
-            if index.digest != entry.index_digest:
-                raise Damaged(f"{path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
+            index = indexed(index_path(self.folder, entry.name))
             tar = OpenFile(self.folder / f"{entry.name}.tar")
         size = tar.size if tar else entry.bytes
         if size != entry.bytes or len(index) != entry.samples:
@@ -307,9 +323,11 @@ class ImageSet:
         index.check_places(size)
         return _OpenShard(tar, index)
 
-
-def _indexed(source: Path | OpenFile) -> Index:
-    return Index(TensorFile(source))
+    def _indexed(self, entry: ImageShard, doubted: bool, source: Path | OpenFile) -> Index:
+        index = Index(TensorFile(source), "" if doubted else entry.checks_digest)
+        if not index.vouched and index.digest != entry.index_digest:
+            raise Damaged(f"{index.path} is not the index that {self.folder}/manifest.json lists: {_CURE}")
+        return index
 
 
 def open_images(where: Path | str, *, cache: Path | str = "", cache_gb: float = 100.0) -> ImageSet:

@@ -204,8 +204,8 @@ def cut_into(out: torch.Tensor, crop: np.ndarray, flip: bool, limits: list[int],
     """Write one view into `out` u8 [3, H, W] from its crop u8 [h, w, 3]: clamp, antialiased resize, flip.
 
     limits: lowest and highest value (shards.format.levels). resample: TORCH is torch's bicubic, four
-    times Pillow's speed, for the encoder; TORCH_LANCZOS torch's Lanczos, of torch 2.13, six times Pillow's speed;
-    bicubic and lanczos are Pillow's.
+    times Pillow's speed, for the encoder; TORCH_LANCZOS torch's Lanczos, of torch 2.13, five to six times Pillow's
+    speed; bicubic and lanczos are Pillow's.
     """
     size = (out.shape[1], out.shape[2])
     if limits != [0, 255]:

@@ -46,7 +46,7 @@ class Chunks(NamedTuple):
 class Order:
     """Where sample s of a run lies. State: none but caches of pure functions."""
 
-    def __init__(self, shard_samples: list[int], policy: OrderPolicy):
+    def __init__(self, shard_samples: list[int] | np.ndarray, policy: OrderPolicy):
         """`shard_samples`: number of samples of each shard, in manifest order. `samples` is that of an epoch."""
         self.policy = policy
         samples = np.asarray(shard_samples, dtype=np.int64)

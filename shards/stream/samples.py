@@ -60,7 +60,7 @@ class SampleOrder(Protocol):
 class SequentialOrder:
     """Samples in manifest order, epoch 0: for evaluation."""
 
-    def __init__(self, shard_samples: list[int]):
+    def __init__(self, shard_samples: list[int] | np.ndarray):
         self.ends = np.cumsum(shard_samples)
         self.samples = int(self.ends[-1])
 

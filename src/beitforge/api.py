@@ -84,7 +84,7 @@ def stream(
     if batch_size < 1 or first_sample < 0:
         raise ValueError(f"batch_size is {batch_size}, at least 1, and first_sample {first_sample}, at least 0")
     policy, (height, width) = order or OrderPolicy(), (size, size) if isinstance(size, int) else size
-    counts = [shard.samples for shard in images.manifest.shards]
+    counts = images.manifest.counts
     source: ViewSource = tokens or CentralViews(width / height)
     if tokens is None and (shuffle or views is not None):
         source = DrawnViews(views or ViewPolicy())

@@ -70,7 +70,7 @@ def limited(seconds: float) -> Iterator[None]:
 def open_stream(images: Path, tokens: Path | None) -> Stream:
     """A set as training reads it: with its recorded views and tokens, or by central views where there are none."""
     opened = ImageSet(images)
-    places = Order([shard.samples for shard in opened.manifest.shards], _POLICY)
+    places = Order(opened.manifest.counts, _POLICY)
     source = RecordedViews(opened, tokens) if tokens else CentralViews()
     return Stream(images=opened, places=places, source=source, size=SIZE, resample="lanczos")
 

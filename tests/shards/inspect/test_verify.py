@@ -19,7 +19,7 @@ from beitforge.shards.inspect.verify_tokens import verify_tokens
 from beitforge.shards.pack.pack import pack
 from beitforge.shards.pack.plan import PackOptions
 from beitforge.shards.storage.reading import file_digest
-from beitforge.shards.storage.tensors import open_tensors, write_tensors
+from beitforge.shards.storage.tensors import BLOCK_SUMS, open_tensors, with_checks, write_tensors
 from tests.shards.made_images import two_classes
 
 VOCABULARY, GRID, NUM_VIEWS = 50, (2, 3), 2
@@ -49,12 +49,12 @@ def rewrite_index(folder: Path, name: str, column: str, row: int, value: object)
     index = open_index(index_path(folder, name))
     columns = {key: np.array(values) for key, values in index.columns.items()}
     columns[column][row] = value
-    write_tensors(index_path(folder, name), columns, index.metadata)
-    manifest = read_image_manifest(folder)
-    shards = [
-        dataclasses.replace(shard, index_digest=file_digest(index_path(folder, name))) if shard.name == name else shard
-        for shard in manifest.shards
-    ]
+    del columns[BLOCK_SUMS]
+    path = index_path(folder, name)
+    write_tensors(path, with_checks(columns, index.metadata), index.metadata, BLOCK_SUMS)
+    manifest, digests = read_image_manifest(folder), {"index_digest": file_digest(path)}
+    digests["checks_digest"] = open_index(path).checks_digest
+    shards = [dataclasses.replace(one, **digests) if one.name == name else one for one in manifest.shards]
     write_manifest(folder, dataclasses.replace(manifest, shards=shards))
 
 

@@ -232,7 +232,7 @@ def test_a_second_run_asks_the_network_for_nothing_but_manifests(tiny, tmp_path)
         assert batches(config, pretraining(config), 1, 0) == expected
         assert counts()["requests"] - first == 2
         chunks = sum(-(-shard.samples // 4) for shard in pretraining(config).stream.images.manifest.shards)
-        assert first == 2 + chunks + 2 * 4, "each manifest, chunk, index and token file once"
+        assert first == 2 * 2 + chunks + 2 * 4, "each manifest, its columns, chunk, index and token file once"
 
 
 @pytest.mark.parametrize("bytes_of_cache", [40_000, 180_000, 10**9])
