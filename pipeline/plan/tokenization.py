@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.plan.costs import tokenizer_macs
-from beitforge.pipeline.plan.estimate import TOKEN_ROW, Machine
+from beitforge.pipeline.plan.estimate import Machine
+from beitforge.pipeline.plan.loading import TOKEN_ROW
 
 
 @dataclass(frozen=True)

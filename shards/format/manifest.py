@@ -8,10 +8,8 @@ instead wherever the two prove that they belong together.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,9 @@ import xxhash
 from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.format import columns as columnar
 from beitforge.shards.format.columns import Shards, column_of, is_file_name, is_plain
+from beitforge.shards.format.unfinished import NAME as NAME
+from beitforge.shards.format.unfinished import PACKING as PACKING
+from beitforge.shards.format.unfinished import instead
 from beitforge.shards.storage.cache import Cache
 from beitforge.shards.storage.files import atomic_path, write_text
 from beitforge.shards.storage.reading import OpenFile, forget, parse_json, read_whole
@@ -34,16 +35,11 @@ from beitforge.shards.storage.tensors import TensorFile
 from beitforge.shards.wording import with_article
 
 SCHEMA = 1
-NAME = "manifest.json"
 BAD = "bad"  # in made_by of adopted sets: how many of their images do not decode
 UNREADABLE = "unreadable"  # in provenance: how many images `tokenize` could not read that were not known to be bad
-PACKING = "packing.json"  # marks a folder that `pack` has not finished
 
 _MOST_BYTES = 1 << 26  # of a manifest: over 300,000 shards
 _MOST_VOCABULARY = 1 << 16  # tokens are u16
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl", ".jfif")
-_MOST_LOOKED = 10_000  # files of a folder that is no shard set
-_SHOWN = 5
 _LEAST_BYTES = 512  # of a sample in a tar: the header of its image
 _FIRST_LINE = re.compile(rb'\{\n "columns": "([0-9a-f]{32})",\n')
 _FIRST_LINES = re.compile(_FIRST_LINE.pattern + rb' "schema": 1,\n "kind": "(images|tokens)",\n')
@@ -337,7 +333,7 @@ def _read(folder: Path | str, kind: str, cure: str, fetched: list[bytes]) -> dic
         except Missing as error:
             raise ShardError(f"{folder} has no {NAME}, so it is unfinished: {cure}") from error
         except FileNotFoundError as error:
-            raise ShardError(_instead(Path(folder), cure)) from error
+            raise ShardError(instead(Path(folder), cure)) from error
 
     content = retry(read, path)
     if content.get("kind") != kind:
@@ -359,7 +355,7 @@ def kind_of(folder: Path) -> str:
         found = "is a file" if folder.exists() else "does not exist"
         raise ShardError(f"{folder} {found}: give the folder of a shard set")
     if not path.exists():
-        raise ShardError(_instead(folder, "run the command that makes it again"))
+        raise ShardError(instead(folder, "run the command that makes it again"))
     try:
         if named := _FIRST_LINES.match(OpenFile(path).up_to(256, 0)):
             return named[2].decode()
@@ -370,26 +366,6 @@ def kind_of(folder: Path) -> str:
     if kind not in ("images", "tokens"):
         raise ShardError(f"{path} is missing, damaged, or of another program: give the folder of a shard set")
     return str(kind)
-
-
-def _instead(folder: Path, cure: str) -> str:
-    """What a folder without a manifest is, and what to do about it; `cure` is for an unfinished set."""
-    if below := sorted(inner.parent.name for inner in folder.glob(f"*/{NAME}")):
-        return f"{folder} is no shard set itself, but {_some(below)} in it are: give one of them"
-    names = sorted(path.name for path in itertools.islice(folder.iterdir(), _MOST_LOOKED))
-    if PACKING in names:
-        return f"{folder} holds an unfinished packing: finish it with `pack` (the same command again)"
-    if any(name.endswith(".tar") for name in names):
-        return f"{folder} holds tars and no {NAME}: `index` adopts them or says what they lack"
-    files = (inner for _, _, found in os.walk(folder) for inner in found)
-    if image := next((one for one in itertools.islice(files, _MOST_LOOKED) if one.lower().endswith(_IMAGES)), ""):
-        return f"{folder} holds images ({image}) and is no shard set: make one of them with `pack {folder} SHARDS`"
-    held = f"it holds {_some(names)}" if names else "it is empty"
-    return f"{folder} has no {NAME}, so it is unfinished, or no shard set ({held}): {cure}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def read_image_manifest(folder: Path | str, cache: Cache | None = None) -> ImageManifest:
