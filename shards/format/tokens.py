@@ -97,16 +97,13 @@ class OpenTokenShard:
         """xxh3-128 of the rows' checksums; empty where there are none."""
         return xxhash.xxh3_128_hexdigest(self._tensors[CHECKS].whole().tobytes()) if self.has_checks else ""
 
-    def is_bad(self, row: int) -> bool:
-        """Whether `tokenize` could not read the image of a row: that is seldom so, and looked at closely. Raises as
-        `row` does."""
-        marked = self.file.bytes.read(1, self._bad + row) != b"\0"
-        return marked and self._checked(0, row)[1] != b"\0"
-
-    def row(self, view: int, row: int) -> "TokenRow":
-        """One image's tokens u16 [patches] and record, read again where they are not what was written. Raises Damaged
-        when they stay so; EOFError and OSError when the file cannot be read."""
-        parts, _ = self._checked(view, row)
+    def row(self, view: int, row: int) -> "TokenRow | None":
+        """One image's tokens u16 [patches] and record, None where `tokenize` could not read it; read again where they
+        are not what was written. Raises Damaged when they stay so; EOFError and OSError when the file cannot be
+        read."""
+        parts, mark = self._checked(view, row)
+        if mark != b"\0":
+            return None
         arrays = [np.frombuffer(part, dtype) for part, (_, _, dtype) in zip(parts, self._places, strict=True)]
         tokens, boxes, flips, jitters, orders, *levels = arrays
         return TokenRow(tokens, boxes, flips[0], jitters, orders[0], levels[0] if levels else _NO_LEVELS)
@@ -235,13 +232,9 @@ class TokenSet:
         when first opened. Raises ShardError."""
         return self._anew(number, lambda: self._shard(number, image_keys))
 
-    def row(self, number: int, image_keys: Callable[[], np.ndarray], view: int, row: int) -> TokenRow:
-        """A row of shard `number`. Raises ShardError."""
+    def row(self, number: int, image_keys: Callable[[], np.ndarray], view: int, row: int) -> TokenRow | None:
+        """A row of shard `number`; None where `tokenize` could not read its image. Raises ShardError."""
         return self._anew(number, lambda: self._shard(number, image_keys).row(view, row))
-
-    def is_bad(self, number: int, image_keys: Callable[[], np.ndarray], row: int) -> bool:
-        """Whether `tokenize` could not read the image of a row. Raises ShardError."""
-        return self._anew(number, lambda: self._shard(number, image_keys).is_bad(row))
 
     def _anew(self, number: int, read: Callable[[], Value]) -> Value:
         def forget() -> None:

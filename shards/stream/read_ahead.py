@@ -19,6 +19,7 @@ Places = TypeVar("Places", bound=Sequence)
 Found = TypeVar("Found")
 
 MOST_THREADS = 64  # of a process
+THREAD = "reads ahead"
 _LEAST_THREADS = 4
 _SLOW, _FAST = 0.15, 0.05  # waiting over other work: from where on threads pay, and below which they cost
 _STALLED = 0.02  # waiting for threads over other work: more, and there are too few
@@ -139,7 +140,7 @@ class ReadAhead(Generic[Name, Places, Found]):
 
         self._jobs.put(job)
         while self._running < self.rule.threads:
-            threading.Thread(target=_work, args=(self._jobs,), daemon=True).start()
+            threading.Thread(target=_work, args=(self._jobs,), name=THREAD, daemon=True).start()
             self._running += 1
         return future
 

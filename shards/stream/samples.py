@@ -96,8 +96,9 @@ class Samples:
                 if refused and candidate in refused:
                     raise DamagedSample(refused[candidate])
                 known = asked if candidate == row else self.images.row(shard, candidate)
+                ready: Ready = None
                 if not known.flags & FLAG_BAD:  # else that is the reason
-                    self.source.check(shard, candidate)
+                    ready = self.source.read(self.images, shard, candidate, known.key_hash, epoch)
                 data = self.images.read_row(shard, candidate, known)
                 break
             except DamagedSample as error:
@@ -107,7 +108,6 @@ class Samples:
             name = self.images.manifest.shards[shard].name
             raise ShardError(f"{name}: {tries} samples tried for {key}, none usable; run `verify`")
         bad = None if candidate == row else self._replaced(place, candidate, first)
-        ready = self.source.read(self.images, shard, candidate, known.key_hash, epoch)
         return Found(candidate, known, data, ready, bad)
 
     def _replaced(self, place: Place, candidate: int, why: DamagedSample | None) -> BadSample:

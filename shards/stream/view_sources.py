@@ -3,6 +3,7 @@
 Each source answers one question for n images at once: which view of each, and which tokens belong to it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,8 @@ class ViewSource(Protocol):
     def views(self, picked: Selection) -> tuple[Views, np.ndarray]: ...
 
     def read(self, images: ImageSet, shard: int, row: int, key_hash: int, epoch: int) -> Ready:
-        """What `views` reads of one image. May be called by any thread. Raises ShardError."""
-
-    def check(self, shard: int, row: int) -> None:
-        """Raises DamagedSample where an image has no tokens, KnownBad where that was held against the budget before."""
+        """What `views` reads of one image. May be called by any thread. Raises DamagedSample where the image has no
+        tokens, KnownBad where that was held against the budget before; ShardError."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,6 @@ class DrawnViews:
         drawn = draw_views(self.policy, picked.key_hashes, picked.epochs, *picked.sizes, greys)
         return drawn, np.zeros((len(picked.rows), 0), np.uint16)
 
-    def check(self, shard: int, row: int) -> None:
-        """Every image has a view."""
-
 
 @dataclass(frozen=True)
 class CentralViews:
@@ -90,9 +86,6 @@ class CentralViews:
         views = central_views(*picked.sizes, self.aspect, self.share)
         return views, np.zeros((len(picked.rows), 0), np.uint16)
 
-    def check(self, shard: int, row: int) -> None:
-        """Every image has a view."""
-
 
 class RecordedViews:
     """The views `tokenize` recorded, with their tokens: view (epoch + hash(key)) mod K of each image."""
@@ -105,8 +98,14 @@ class RecordedViews:
         check_pairing(images.manifest, self.tokens.manifest, where)
 
     def read(self, images: ImageSet, shard: int, row: int, key_hash: int, epoch: int) -> TokenRow:
-        """One row."""
-        return self.tokens.row(shard, self._keys(shard), self._view(key_hash, epoch), row)
+        """One row. An image that `tokenize` could not read is KnownBad; DamagedSample in a set of an earlier version,
+        which was held against no budget."""
+        keys = functools.partial(self.images.key_hashes, shard)
+        found = self.tokens.row(shard, keys, self._view(key_hash, epoch), row)
+        if found is None:
+            kind = DamagedSample if unreadable(self.tokens.manifest) is None else KnownBad
+            raise kind("`tokenize` could not read it, so it has no tokens")
+        return found
 
     def _view(self, key_hash: int, epoch: int) -> int:
         return ((key_hash + epoch) & _WORD) % self.tokens.manifest.num_views
@@ -127,16 +126,6 @@ class RecordedViews:
                 "gives; `verify` says what"
             )
         return views, tokens
-
-    def check(self, shard: int, row: int) -> None:
-        """Raises KnownBad where `tokenize` could not read the image; DamagedSample in a set of an earlier version,
-        which was held against no budget."""
-        if self.tokens.is_bad(shard, self._keys(shard), row):
-            kind = DamagedSample if unreadable(self.tokens.manifest) is None else KnownBad
-            raise kind("`tokenize` could not read it, so it has no tokens")
-
-    def _keys(self, shard: int) -> Callable[[], np.ndarray]:
-        return lambda: self.images.key_hashes(shard)
 
 
 def open_tokens(

@@ -83,7 +83,6 @@ def test_a_file_of_an_earlier_version_is_read_through_once_a_process(folder, mon
     with pytest.raises(ShardError, match="digest differs"):
         for row in range(5):
             tokens.row(0, lambda: KEYS, 0, row)
-            tokens.is_bad(0, lambda: KEYS, row)
 
 
 def test_an_io_error_is_tried_again(folder, monkeypatch):
