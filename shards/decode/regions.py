@@ -26,13 +26,15 @@ _CYCLE = np.tile(np.arange(0xD0, 0xD8, dtype=np.uint8), 1024)  # restart markers
 @dataclass(frozen=True)
 class _Layout:
     """What the segments before the coded data say. `head`: those that a decoder needs, with SOI and SOS; `frame_at`:
-    where in it the frame's segment begins; `scan_at`, `coded_at`: where in the JPEG SOS and the coded data begin."""
+    where in it the frame's segment begins; `scan_at`, `coded_at`: where in the JPEG SOS and the coded data begin;
+    `tables`: from where to where the segments of the table go."""
 
     head: bytes
     frame_at: int
     scan_at: int
     coded_at: int
     table: bytes
+    tables: list[tuple[int, int]]
     width: int
     height: int
     horizontal: int
@@ -50,7 +52,7 @@ class _Layout:
 
 def _layout(data: bytes) -> _Layout | None:
     """None of a JPEG that is no 8-bit sequential one of a single scan, with a restart marker at every MCU."""
-    kept, table, frame, frame_at, restarts = [_SOI], [], b"", 0, False
+    kept, table, tables, frame, frame_at, restarts = [_SOI], [], [], b"", 0, False
     at, end = 2, len(data)
     for _ in range(_MOST_SEGMENTS):
         if at + 4 > end or data[at] != 0xFF:
@@ -58,6 +60,7 @@ def _layout(data: bytes) -> _Layout | None:
         marker, stop = data[at + 1], at + 2 + (data[at + 2] << 8 | data[at + 3])
         if marker == _APP10 and data.startswith(_NAME, at + 4):
             table.append(data[at + 4 + len(_NAME) : stop])
+            tables.append((at, stop))
         elif marker in _KEPT:
             segment = data[at:stop]
             if marker == _DRI:
@@ -72,9 +75,8 @@ def _layout(data: bytes) -> _Layout | None:
             if not (sampling and restarts):
                 return None
             head, lead = b"".join([*kept, data[at:stop]]), int.from_bytes(frame[5:9], "big")
-            return _Layout(
-                head, frame_at, at, stop, b"".join(table), lead & 0xFFFF, lead >> 16, sampling >> 4, sampling & 15
-            )
+            sides = lead & 0xFFFF, lead >> 16
+            return _Layout(head, frame_at, at, stop, b"".join(table), tables, *sides, sampling >> 4, sampling & 15)
         elif not (_APP0 <= marker <= _APP15 or marker == _COM):
             return None
         at = stop
@@ -131,10 +133,11 @@ def _told(data: bytes, layout: _Layout) -> np.ndarray | None:
 
 
 def with_table(data: bytes) -> bytes | None:
-    """The JPEG with the table of its MCUs; None of one that is not as `splice` needs it."""
+    """The JPEG with the table of its MCUs, in the place of one that other tools have carried along; None of one that is
+    not as `splice` needs it."""
     layout = _layout(data)
     places = _scanned(data, layout) if layout else None
-    if layout is None or places is None or layout.table:
+    if layout is None or places is None:
         return None
     lengths = np.diff(places)
     if lengths.max() > 0xFFFF:
@@ -143,7 +146,9 @@ def with_table(data: bytes) -> bytes | None:
     table = zlib.compress(planes[0] + (planes[1] if any(planes[1]) else b""))
     parts = [table[at : at + _MOST_IN_SEGMENT] for at in range(0, len(table), _MOST_IN_SEGMENT)]
     segments = [b"\xff%c" % _APP10 + (2 + len(_NAME + part)).to_bytes(2, "big") + _NAME + part for part in parts]
-    return b"".join([data[: layout.scan_at], *segments, data[layout.scan_at :]])
+    ends = [0, *(at for span in layout.tables for at in span), layout.scan_at]
+    others = [data[start:stop] for start, stop in zip(ends[::2], ends[1::2], strict=True)]
+    return b"".join([*others, *segments, data[layout.scan_at :]])
 
 
 def fits(data: bytes) -> bool:

@@ -20,6 +20,7 @@ import xxhash
 
 from beitforge.shards.errors import Damaged
 from beitforge.shards.storage.reading import OpenFile, parse_json
+from beitforge.shards.storage.remote import Missing
 from beitforge.shards.storage.retry import anew
 from beitforge.shards.storage.tensors import Tensor, TensorFile, laid_out
 
@@ -199,9 +200,9 @@ def digest_of(parts: Sequence[bytes | memoryview]) -> str:
     return state.hexdigest()
 
 
-def sealed_file(source: Path | OpenFile, digest: str, manifest_digest: str) -> TensorFile:
-    """A file of columns that has the digest its manifest names and the seal of that. Raises Damaged, ShardError,
-    EOFError, OSError."""
+def sealed_file(source: Path | OpenFile, digest: str, manifest_digest: str | None) -> TensorFile:
+    """A file of columns that has the digest its manifest names and the seal of that; None for any seal. Raises Damaged,
+    ShardError, EOFError, OSError."""
     whole = source if isinstance(source, OpenFile) else OpenFile(source)
     if whole.size > MOST_BYTES:
         raise Damaged(f"it has {whole.size} bytes, and may have {MOST_BYTES}")
@@ -212,7 +213,7 @@ def sealed_file(source: Path | OpenFile, digest: str, manifest_digest: str) -> T
     if file.bytes.digest_before(end) != digest:
         raise Damaged("its digest differs from the one that manifest.json names")
     file.check_header()
-    if whole.read(SEAL_BYTES, end).hex() != manifest_digest:
+    if manifest_digest not in (None, whole.read(SEAL_BYTES, end).hex()):
         raise Damaged("it was made with another manifest.json")
     return file
 
@@ -289,6 +290,11 @@ def _check_names(column: Tensor) -> None:
         raise Damaged("two of its shards have one name")
 
 
-def unusable(folder: Path | str, error: Exception) -> str:
-    """The line about a file of columns that is not believed."""
-    return f"{folder}/{NAME} is left aside, and all of manifest.json read ({error}): fetch it anew, or remove it"
+def unusable(folder: Path | str, error: Exception, cure: str) -> str:
+    """The line about a file of columns that is named, and is not there or not believed."""
+    if isinstance(error, (FileNotFoundError, Missing)):
+        return (
+            f"{folder} has no {NAME}, which its manifest.json names: all of manifest.json is read in its place, which "
+            f"takes large sets longer and more memory: {cure}"
+        )
+    return f"{folder}/{NAME} is left aside, and all of manifest.json read ({error}): {cure}"

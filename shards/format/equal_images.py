@@ -63,7 +63,7 @@ def beside(folder: Path, manifest: ImageManifest, others: Sequence[Path]) -> dic
         where = path.parent
         with contextlib.suppress(ShardError, OSError):
             if not any(where.samefile(known) for known in (folder, *others)):
-                sibling = read_image_manifest(where)
+                sibling = read_image_manifest(where, warn=False)  # what is wrong with it is its own verdict
                 if sibling.made_by.get("plan") == plan:
                     found[where.name] = (where, sibling)
     return found

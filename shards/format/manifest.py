@@ -12,16 +12,19 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import xxhash
 
 from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.format import columns as columnar
-from beitforge.shards.format.columns import Shards, column_of, is_file_name, is_plain
+from beitforge.shards.format.columns import Shards, is_file_name, is_plain
+from beitforge.shards.format.listed import BAD as BAD
+from beitforge.shards.format.listed import UNREADABLE as UNREADABLE
+from beitforge.shards.format.listed import Entry, ImageManifest, ImageShard, TokenManifest, TokenShard, is_natural
+from beitforge.shards.format.listed import known_bad as known_bad
+from beitforge.shards.format.listed import unreadable as unreadable
 from beitforge.shards.format.unfinished import NAME as NAME
 from beitforge.shards.format.unfinished import PACKING as PACKING
 from beitforge.shards.format.unfinished import instead
@@ -35,122 +38,19 @@ from beitforge.shards.storage.tensors import TensorFile
 from beitforge.shards.wording import with_article
 
 SCHEMA = 1
-BAD = "bad"  # in made_by of adopted sets: how many of their images do not decode
-UNREADABLE = "unreadable"  # in provenance: how many images `tokenize` could not read that were not known to be bad
 
 _MOST_BYTES = 1 << 26  # of a manifest: over 300,000 shards
 _MOST_VOCABULARY = 1 << 16  # tokens are u16
 _LEAST_BYTES = 512  # of a sample in a tar: the header of its image
 _FIRST_LINE = re.compile(rb'\{\n "columns": "([0-9a-f]{32})",\n')
 _FIRST_LINES = re.compile(_FIRST_LINE.pattern + rb' "schema": 1,\n "kind": "(images|tokens)",\n')
+_HEAD_BYTES = 256  # of a manifest: more than those lines have
+_READS = 2  # of columns that come damaged from a store: they are not needed
 _CHANGED = "start again"
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ImageShard:
-    """One tar. `samples` counts rows of its index, `bytes` is the tar's size, digests are xxh3-128 of whole files;
-    checks_digest: of the checksums at its index's end, empty in sets of earlier versions, which have none."""
-
-    name: str
-    samples: int
-    bytes: int
-    digest: str
-    index_digest: str
-    checks_digest: str = ""
-
-
-Entry = TypeVar("Entry", ImageShard, "TokenShard")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Listed(Generic[Entry]):
-    """What manifests have in common: their shards, a list or shards.format.columns.Shards."""
-
-    shards: Sequence[Entry]
-
-    def column(self, name: str) -> np.ndarray:
-        """A field of every shard: i64 [shards], or a text in bytes each."""
-        return column_of(self.shards, name)
-
-    @functools.cached_property
-    def counts(self) -> np.ndarray:
-        """Samples of each shard, i64 [shards]."""
-        return self.column("samples")
-
-    @functools.cached_property
-    def samples(self) -> int:
-        return int(self.counts.sum())
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Names, order, counts and contents of the set in 32 hex digits."""
-        if isinstance(self.shards, Shards) and (known := self.shards.fingerprint(self.beside)):
-            return known
-        lines = [self.beside] if self.beside else []
-        lines += [f"{shard.name} {shard.samples} {shard.digest}" for shard in self.shards]
-        return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
-
-    @property
-    def beside(self) -> str:
-        """What the fingerprint is of beside the shards."""
-        return ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageManifest(_Listed[ImageShard]):
-    """An image shard set: tars `NAME.tar` with `NAME.index.safetensors` beside them."""
-
-    classes: list[str]
-    made_by: dict
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenShard:
-    """One token file and the image shard (same name) whose rows it follows. checks_digest: xxh3-128 of its rows'
-    checksums, empty in sets of earlier versions, which have none."""
-
-    name: str
-    samples: int
-    digest: str
-    image_digest: str
-    checks_digest: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenManifest(_Listed[TokenShard]):
-    """A token shard set: `NAME.safetensors` per image shard.
-
-    `tokenizer` holds fingerprint, vocabulary, grid and input_size; `policy` is the view policy as drawn; `provenance`
-    is for people (versions, decoder, precision).
-    """
-
-    tokenizer: dict
-    policy: dict
-    num_views: int
-    provenance: dict
-
-    @property
-    def beside(self) -> str:
-        return json.dumps([self.tokenizer, self.policy, self.num_views], sort_keys=True)
-
-
 _ENTRIES: dict[str, type] = {"images": ImageShard, "tokens": TokenShard}
 Made = TypeVar("Made", ImageManifest, TokenManifest)
-
-
-def known_bad(manifest: ImageManifest) -> int | None:
-    """How many images of a set do not decode, as was known when it was made: none of a packed one; None for a set that
-    an earlier version adopted, whose indexes alone say it."""
-    found = manifest.made_by.get(BAD, None if manifest.made_by.get("verb") == "index" else 0)
-    return found if _is_natural(found) else None
-
-
-def unreadable(manifest: TokenManifest) -> int | None:
-    """How many images `tokenize` could not read though nothing was known against them, which it held against the budget
-    of bad samples; None for a set of an earlier version."""
-    found = manifest.provenance.get(UNREADABLE)
-    return found if _is_natural(found) else None
 
 
 def write_manifest(folder: Path, manifest: ImageManifest | TokenManifest) -> None:
@@ -179,9 +79,12 @@ def _text(content: dict) -> str:
 
 
 def refuse_other_manifest(folder: Path) -> None:
-    """Raise ShardError when the folder has a manifest.json of another program, which would be replaced."""
+    """Raise ShardError when the folder has a manifest.json of another program, which would be replaced. Of its columns
+    those are ours that have our words, and whatever file lies under their name where a manifest.json names some."""
     refuse_other_file(folder / NAME, b'"schema": ', b'"made_by": ', b'"tokenizer": ')
-    refuse_other_file(folder / columnar.NAME, b'"fingerprint":')
+    path = folder / columnar.NAME
+    if not (path.is_file() and (folder / NAME).is_file() and _named(folder, []).digest):
+        refuse_other_file(path, b'"fingerprint":')
 
 
 def _entries(kind: type[Entry], content: object) -> list[Entry]:
@@ -200,11 +103,7 @@ def _entries(kind: type[Entry], content: object) -> list[Entry]:
 
 
 def _is_count(value: object) -> bool:
-    return _is_natural(value) and value > 0
-
-
-def _is_natural(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < 2**53
+    return is_natural(value) and value > 0
 
 
 def _demand(holds: bool, name: str, value: object) -> None:
@@ -213,11 +112,16 @@ def _demand(holds: bool, name: str, value: object) -> None:
 
 
 def _manifest(
-    folder: Path | str, kind: str, cure: str, cache: Cache | None, make: Callable[[dict, Sequence[Any]], Made]
+    folder: Path | str,
+    kind: str,
+    cure: str,
+    cache: Cache | None,
+    make: Callable[[dict, Sequence[Any]], Made],
+    warn: bool,
 ) -> Made:
     """What `make` gives of the other fields of a manifest and its shards, these out of their columns if it has some."""
     fetched: list[bytes] = []
-    found = _columns(folder, kind, cache, fetched)
+    found = _columns(folder, kind, cache, fetched, warn)
     if found is not None:
         with contextlib.suppress(KeyError, TypeError, RecursionError):  # which manifest.json is asked about
             return make(*found)
@@ -229,77 +133,99 @@ def _manifest(
 
 
 def _columns(
-    folder: Path | str, kind: str, cache: Cache | None, fetched: list[bytes]
+    folder: Path | str, kind: str, cache: Cache | None, fetched: list[bytes], warn: bool, sealed: bool = True
 ) -> tuple[dict, Shards[Any]] | None:
     """The other fields of a set's manifest, and its shards out of their columns; None where there are none, or none
-    that prove to be the manifest's. What else is wrong is for `_read` to say. fetched: gets a remote manifest.json."""
+    that prove to be the manifest's. What else is wrong is for `_read` to say. fetched: gets a remote manifest.json.
+    warn: of columns that are named and cannot be used. sealed: whether manifest.json must be as it was written."""
+    if is_url(folder) and cache is None:
+        return None
     try:
-        digest, written = _named(folder, fetched) if cache is not None or not is_url(folder) else ("", "")
+        named = _named(folder, fetched)
     except (ShardError, OSError):
         return None
-    if not digest:
+    digest, written = named.digest, named.written
+    if not digest or named.kind not in ("", kind):
         return None
 
     def opened(source: Path | OpenFile) -> TensorFile:
-        return columnar.sealed_file(source, digest, written)
+        return columnar.sealed_file(source, digest, written if sealed else None)
 
     try:
         if isinstance(folder, Path) or not is_url(folder):
             file = opened(Path(folder) / columnar.NAME)
         else:
             assert cache is not None, "nothing is named without"
-            kept, seal = Kept(Remote(folder), cache, digest[:16]), columnar.SEAL_BYTES
+            kept = Kept(Remote(folder, optional=True), cache, digest[:16], reads=_READS)
+            seal = columnar.SEAL_BYTES
             file = kept.open(columnar.NAME, digest, columnar.MOST_BYTES, opened, but_last=seal)
         if file.metadata.get("kind") != kind:
             raise Damaged(f"it is of {file.metadata.get('kind', '')[:40]}")
         rest, columns = columnar.rest_of(file), columnar.checked_columns(_ENTRIES[kind], file)
     except (ShardError, OSError, EOFError) as error:
-        _log.warning("%s", columnar.unusable(folder, error))
+        if warn:
+            _log.warning("%s", columnar.unusable(folder, error, _cure(folder, kind)))
         return None
     shards: Shards[Any] = Shards(_ENTRIES[kind], columns, file.metadata, f"{folder}/{columnar.NAME}")
     shards.again = functools.partial(_same_columns, folder, kind, cache, written)
     return rest, shards
 
 
+def _cure(folder: Path | str, kind: str) -> str:
+    """Of columns that cannot be used."""
+    if is_url(folder):
+        return "upload it anew"
+    return f"fetch it anew, or have `index {folder}` write it again" if kind == "images" else "fetch it anew"
+
+
 def check_columns(folder: Path, kind: str) -> list[str]:
     """What is wrong with the columns of a set whose manifest.json is right, if there are any: whether they say the
     same, and the fingerprint is the one that follows."""
-    path = folder / columnar.NAME
-    if not path.exists() or not _named(folder, [])[0]:
+    path, cure = folder / columnar.NAME, _cure(folder, kind)
+    if not path.exists() or not _named(folder, []).digest:
         return []
-    content, found = _read(folder, kind, _CHANGED, []), _columns(folder, kind, None, [])
+    content, found = _read(folder, kind, _CHANGED, []), _columns(folder, kind, None, [], warn=False)
     if found is None:
-        return [f"{path} does not belong to its manifest.json, which is read in its place: remove it"]
+        return [f"{path} does not belong to its manifest.json, which is read in its place: {cure}"]
     listed = _entries(_ENTRIES[kind], content["shards"])
     same = list(found[1]) == listed and found[0] == {name: content[name] for name in found[0]}
     made: Any = ImageManifest if kind == "images" else TokenManifest
     stated, true = (made(**found[0], shards=shards).fingerprint for shards in (found[1], listed))
-    return [] if same and stated == true else [f"{path} says what its manifest.json does not say: remove it"]
+    return [] if same and stated == true else [f"{path} says what its manifest.json does not say: {cure}"]
 
 
-def _named(folder: Path | str, fetched: list[bytes]) -> tuple[str, str]:
-    """The digest that a manifest.json names of its columns, and its own; empty where it names none."""
+class _Named(NamedTuple):
+    """What a manifest.json names: the digest of its columns, and its kind where the lines behind say it; `written` is
+    its own digest. All empty where it names no columns."""
+
+    digest: str = ""
+    written: str = ""
+    kind: str = ""
+
+
+def _named(folder: Path | str, fetched: list[bytes]) -> _Named:
     if is_url(folder):
         fetched.append(Remote(str(folder)).whole(NAME, _MOST_BYTES))
-        named, digest = _FIRST_LINE.match(fetched[0]), lambda: xxhash.xxh3_128_hexdigest(fetched[0])
+        head, digest = fetched[0][:_HEAD_BYTES], lambda: xxhash.xxh3_128_hexdigest(fetched[0])
     else:
         file = OpenFile(Path(folder) / NAME)
-        named, digest = _FIRST_LINE.match(file.up_to(64, 0)), file.digest
-        if file.size > _MOST_BYTES:
-            named = None
-    return (named[1].decode(), digest()) if named else ("", "")
+        head, digest = file.up_to(_HEAD_BYTES, 0) if file.size <= _MOST_BYTES else b"", file.digest
+    if (named := _FIRST_LINE.match(head)) is None:
+        return _Named()
+    kind = _FIRST_LINES.match(head)
+    return _Named(named[1].decode(), digest(), kind[2].decode() if kind else "")
 
 
 def _same_columns(folder: Path | str, kind: str, cache: Cache | None, written: str) -> columnar.Columns:
     """The columns of a manifest.json that was `written` when it was opened. Raises ShardError where it is no more."""
-    found = _columns(folder, kind, cache, [])
+    found = _columns(folder, kind, cache, [], warn=True)
     if found is not None:
         columns = found[1].columns
     else:
         shards = _entries(_ENTRIES[kind], _read(folder, kind, _CHANGED, [])["shards"])
         held = columnar.columns_of(_ENTRIES[kind], shards) or {}
         columns = {name: columnar.Held(column) for name, column in held.items()}
-    if _named(folder, [])[1] != written:
+    if _named(folder, []).written != written:
         raise ShardError(f"{folder}/{NAME} was changed while it was read: {_CHANGED}")
     return columns
 
@@ -357,7 +283,7 @@ def kind_of(folder: Path) -> str:
     if not path.exists():
         raise ShardError(instead(folder, "run the command that makes it again"))
     try:
-        if named := _FIRST_LINES.match(OpenFile(path).up_to(256, 0)):
+        if named := _FIRST_LINES.match(OpenFile(path).up_to(_HEAD_BYTES, 0)):
             return named[2].decode()
         content = parse_json(read_whole(path, _MOST_BYTES))
     except (OSError, Damaged):
@@ -368,23 +294,32 @@ def kind_of(folder: Path) -> str:
     return str(kind)
 
 
-def read_image_manifest(folder: Path | str, cache: Cache | None = None) -> ImageManifest:
+def read_image_manifest(folder: Path | str, cache: Cache | None = None, warn: bool = True) -> ImageManifest:
     """The manifest of the image shard set in a folder or behind a URL, whose columns are read through a cache. Raises
-    ShardError where there is none, or one of something else."""
-
-    def make(content: dict, shards: Sequence[ImageShard]) -> ImageManifest:
-        found = ImageManifest(shards=shards, classes=content["classes"], made_by=content["made_by"])
-        crowded = found.counts > found.column("bytes") // _LEAST_BYTES
-        if crowded.any():
-            shard = shards[int(crowded.argmax())]
-            _demand(False, f"{shard.name}: samples", shard.samples)
-        classes = found.classes
-        _demand(isinstance(classes, list) and all(isinstance(name, str) for name in classes), "classes", classes)
-        _demand(isinstance(found.made_by, dict), "made_by", found.made_by)
-        return found
-
+    ShardError where there is none, or one of something else. warn: of columns that cannot be used."""
     cure = "finish it with `pack` (the same command again), or adopt its tars with `index`"
-    return _manifest(folder, "images", cure, cache, make)
+    return _manifest(folder, "images", cure, cache, _image_manifest, warn)
+
+
+def _image_manifest(content: dict, shards: Sequence[ImageShard]) -> ImageManifest:
+    found = ImageManifest(shards=shards, classes=content["classes"], made_by=content["made_by"])
+    crowded = found.counts > found.column("bytes") // _LEAST_BYTES
+    if crowded.any():
+        shard = shards[int(crowded.argmax())]
+        _demand(False, f"{shard.name}: samples", shard.samples)
+    classes = found.classes
+    _demand(isinstance(classes, list) and all(isinstance(name, str) for name in classes), "classes", classes)
+    _demand(isinstance(found.made_by, dict), "made_by", found.made_by)
+    return found
+
+
+def image_manifest_as_written(folder: Path) -> ImageManifest | None:
+    """What the manifest.json of an image set said before it was changed: by columns that have the digest which it still
+    names. None where there are none."""
+    found = _columns(folder, "images", None, [], warn=False, sealed=False)
+    with contextlib.suppress(KeyError, TypeError, RecursionError, ShardError):
+        return None if found is None else _image_manifest(found[0], list(found[1]))
+    return None
 
 
 def read_token_manifest(folder: Path | str, cache: Cache | None = None) -> TokenManifest:
@@ -401,4 +336,4 @@ def read_token_manifest(folder: Path | str, cache: Cache | None = None) -> Token
         _demand(_is_count(fields["num_views"]), "num_views", fields["num_views"])
         return TokenManifest(shards=shards, **fields)
 
-    return _manifest(folder, "tokens", "finish it with `tokenize` (the same command again)", cache, make)
+    return _manifest(folder, "tokens", "finish it with `tokenize` (the same command again)", cache, make, warn=True)

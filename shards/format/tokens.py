@@ -31,6 +31,7 @@ Value = TypeVar("Value")
 LEVELS = "levels"
 _NO_LEVELS = np.zeros(0, np.uint8)
 _CURE = "run `tokenize` again with this image set, or point data.tokens at the folder made from it"
+_OTHER = "run `tokenize` with this image set into a new folder, or point data.tokens at the folder made from it"
 CHECKS = "checks"
 _ROW_BYTES = 64  # of a view of an image, and of an image, beside its tokens: more than there are
 _DTYPES = {
@@ -187,18 +188,18 @@ def check_pairing(images: ImageManifest, tokens: TokenManifest, folder: Path | s
     if len(tokens.shards) != count or first_difference(images.shards, "name", tokens.shards, "name") is not None:
         ours, theirs = images.column("name"), tokens.column("name")
         odd = [name.decode() for name in np.setxor1d(ours, theirs).tolist()] or ["the same names in another order"]
-        raise ShardError(f"{folder} does not list the image set's shards ({len(odd)} differ, first {odd[0]}): {_CURE}")
+        raise ShardError(f"{folder} does not list the image set's shards ({len(odd)} differ, first {odd[0]}): {_OTHER}")
     wrong = np.flatnonzero(images.counts != tokens.counts)
     if len(wrong):
         number = int(wrong[0])
         raise ShardError(
             f"{folder}: {tokens.shards[number].name} has {tokens.shards[number].samples} samples, its image shard "
-            f"{images.shards[number].samples}: {_CURE}"
+            f"{images.shards[number].samples}: {_OTHER}"
         )
     other = first_difference(images.shards, "digest", tokens.shards, "image_digest")
     if other is not None:
         raise ShardError(
-            f"{folder}: {tokens.shards[other].name} was made from other images (image digest differs): {_CURE}"
+            f"{folder}: {tokens.shards[other].name} was made from other images (image digest differs): {_OTHER}"
         )
 
 
@@ -206,7 +207,7 @@ def check_rows(name: str, keys: np.ndarray, image_keys: np.ndarray) -> None:
     """Refuse a token file whose rows are not the image shard's rows. keys, image_keys: u64 [samples]."""
     if len(keys) != len(image_keys) or not np.array_equal(keys, image_keys):
         wrong = int(np.argmax(keys != image_keys)) if len(keys) == len(image_keys) else min(len(keys), len(image_keys))
-        raise Damaged(f"{name}: the token rows are not the images' rows (first difference in row {wrong}): {_CURE}")
+        raise Damaged(f"{name}: the token rows are not the images' rows (first difference in row {wrong}): {_OTHER}")
 
 
 class TokenSet:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from beitforge.shards.format.manifest import (
     NAME,
     ImageManifest,
     ImageShard,
+    image_manifest_as_written,
     is_file_name,
     known_bad,
     read_image_manifest,
@@ -45,6 +47,7 @@ _SHOWN = 10
 _MOST_CLASSES = 100_000
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.lz4", ".zip")
 _OWN = {"shard", "key", "reason"}  # what a line of the list has that `index` wrote
+_log = logging.getLogger(__name__)
 _OF_TAR = ("tar_bytes", "tar_digest", "bad", "left_out", DIGEST)
 
 
@@ -203,13 +206,23 @@ def _write_list(folder: Path, bad: list[dict[str, str]]) -> None:
 
 
 def _manifest_before(folder: Path) -> ImageManifest | None:
-    """The manifest a folder already has, if it is a whole one; its class names are worth keeping."""
+    """The manifest a folder already has, if it is a whole one, or as it was written; its class names are worth keeping.
+    Says which of them are kept of one that is not whole."""
     if not (folder / NAME).exists():
         return None
     try:
         return read_image_manifest(folder)
     except ShardError:
-        return None
+        found = image_manifest_as_written(folder)
+    if tars_in(folder):
+        kept = "keeps the class names it had" if found else "cannot keep its class names"
+        _log.warning(
+            "%s is damaged, or was changed by hand (which asks for its digest to be removed): `index` writes it again, "
+            "and %s",
+            folder / NAME,
+            kept,
+        )
+    return found
 
 
 def tars_in(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from beitforge.shards.pack.tar_scan import IMAGE_EXTENSIONS, Facts, facts_of
 
 _MAX_FILE_BYTES = 2**30
 # The file's own fault; any other error is the disk's, and leaving images out would hide it.
-_THIS_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+_THIS_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True, kw_only=True)

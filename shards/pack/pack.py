@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,6 +36,7 @@ REJECTED = "rejected.jsonl"
 _LEAST_LIMIT = 10
 _SHOWN_SETS = 5
 _MOST_JSON = 1 << 26  # bytes
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,15 @@ def _makers(target: Path, folders: list[Path]) -> list[dict]:
 
 
 def _closed(plan: Plan) -> dict[str, ImageManifest]:
-    """The manifests of a finished set, or {}."""
+    """The manifests of a finished set; {} where one is missing or not as it was written."""
     folders = {split: plan.folder(split) for split in plan.orders}
     if (plan.target / MARKER).exists() or not all(_read_json(folder / NAME) for folder in folders.values()):
         return {}
-    return {split: read_image_manifest(folder) for split, folder in folders.items()}
+    try:
+        return {split: read_image_manifest(folder) for split, folder in folders.items()}
+    except ShardError as error:
+        _log.warning("a manifest that was damaged, or changed by hand, is written again: %s", error)
+        return {}
 
 
 def _begin(plan: Plan) -> None:

@@ -21,7 +21,7 @@ from beitforge.shards.storage.cache import Cache, Uses
 from beitforge.shards.storage.fetching import Asked, Refused, fetch
 from beitforge.shards.storage.own_folder import default_folder
 from beitforge.shards.storage.reading import OpenFile
-from beitforge.shards.storage.retry import READS, retry
+from beitforge.shards.storage.retry import PAUSES, READS, TryLater, retry
 
 Value = TypeVar("Value")
 
@@ -50,8 +50,9 @@ class Missing(ShardError):
 class Remote:
     """What lies below a URL. May be handed to worker processes: each makes its own connections."""
 
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, optional: bool = False):
+        """optional: what is read can be done without, and is asked for no more than twice."""
+        self.url, self._optional = url.rstrip("/"), optional
 
     def __str__(self) -> str:
         return self.url
@@ -82,7 +83,8 @@ class Remote:
                 raise Missing(f"{where} is not there: {_CURE}") from error
 
         # Every store's library has errors of its own, few of them OSErrors, and none may be taken for the data's.
-        return retry(once, where, _CURE, errors=Exception, fatal=_refused, spread=0.5)
+        pauses, fatal = (PAUSES[:1], _not_soon) if self._optional else (PAUSES, _refused)
+        return retry(once, where, _CURE, errors=Exception, fatal=fatal, spread=0.5, pauses=pauses)
 
 
 def _refused(error: Exception) -> bool:
@@ -90,13 +92,19 @@ def _refused(error: Exception) -> bool:
     return isinstance(error, (PermissionError, Refused))
 
 
+def _not_soon(error: Exception) -> bool:
+    """Whether a store will give the same answer again, or another one only later."""
+    return _refused(error) or isinstance(error, TryLater)
+
+
 @dataclass(frozen=True)
 class Kept:
-    """Whole files of a remote set, kept in the cache under the name of the set."""
+    """Whole files of a remote set, kept in the cache under the name of the set. reads: of what comes damaged."""
 
     remote: Remote
     cache: Cache
     owner: str
+    reads: int = READS
 
     def open(
         self,
@@ -110,7 +118,7 @@ class Kept:
         """What `open_` makes of a file that its manifest lists by a digest (xxh3-128) of all but its last bytes, and
         that has at most `most` bytes. `open_` proves that it is the one, or raises Damaged: then, if it is damaged in
         the cache, it is fetched again. Raises ShardError when the store's own copy has another digest."""
-        for _ in range(READS):
+        for _ in range(self.reads):
             self.cache.keep_whole(f"{self.owner}/{name}", lambda: self._fetched(name, digest, most, but_last), uses)
             with contextlib.suppress(FileNotFoundError):  # another process needed its room
                 file = self.cache.open(f"{self.owner}/{name}")
@@ -128,7 +136,7 @@ class Kept:
         self.cache.drop(f"{self.owner}/{name}")
 
     def _fetched(self, name: str, digest: str, most: int, but_last: int) -> bytes:
-        for _ in range(READS):
+        for _ in range(self.reads):
             data = self.remote.whole(name, most)
             if xxhash.xxh3_128_hexdigest(data[: max(0, len(data) - but_last)]) == digest:
                 return data

@@ -111,6 +111,8 @@ def refuse_other_file(path: Path, *words: bytes) -> None:
         return
     if path.is_dir():
         raise ShardError(f"{path} is a folder; a file is written there: give the path of a file")
+    if path.exists() and not path.is_file():
+        raise ShardError(f"{path} is no regular file; one is written there: move it away, or give another folder")
     if path.is_file():
         with open(path, "rb") as file:
             head = file.read(_HEAD_BYTES)

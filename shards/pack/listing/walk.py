@@ -15,7 +15,7 @@ from beitforge.shards.errors import ShardError
 _MOST_KINDS = 50
 _DEEPEST = 200  # folders in one another
 _BATCH = 1 << 14  # files of a folder whose names wait
-_GONE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR)
+_GONE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NUL = "\0"
 
 Facts = tuple[int, int]  # bytes, and the time of change in ns
@@ -83,6 +83,7 @@ class Walk:
         self.top: list[str] = []
         self._folders: dict[tuple[int, int], str] = {}  # device and inode: relative path
         self._linked: dict[tuple[int, int], str] = {}  # of files that links led to
+        self._named: dict[tuple[int, int, str], str] = {}  # of the same, by their folders and own names
         out = _status(leave_out)
         self._leave = (out.st_dev, out.st_ino) if out else None
         links: list[str] = []
@@ -96,7 +97,7 @@ class Walk:
         folder = self.root / prefix
         if prefix.count("/") > _DEEPEST:
             raise ShardError(f"{folder} lies more than {_DEEPEST} folders deep: move what is in it")
-        status = os.stat(folder)
+        status = _looked_at(folder)
         here = (status.st_dev, status.st_ino)
         if here == self._leave:
             return
@@ -106,7 +107,7 @@ class Walk:
         self._folders[here] = prefix
         if prefix.count("/") == 1:
             self.top.append(prefix[:-1])
-        for name, kind, facts in self._take_wanted(folder, prefix):
+        for name, kind, facts in self._take_wanted(folder, prefix, here):
             path = f"{prefix}{name}"
             if name.startswith("."):
                 self.passed.add("hidden", path)
@@ -119,8 +120,9 @@ class Walk:
             else:
                 self.passed.add("neither file nor folder", path)
 
-    def _take_wanted(self, folder: Path, prefix: str) -> list[Entry]:
-        """Take the files of a folder that are wanted by name. The rest of what it holds, in order."""
+    def _take_wanted(self, folder: Path, prefix: str, here: tuple[int, int]) -> list[Entry]:
+        """Take the files of a folder that are wanted by name, unless a link has led to them before. The rest of what it
+        holds, in order."""
         rest: list[Entry] = []
         names: list[str] = []
         sizes: list[int] = []
@@ -131,6 +133,9 @@ class Walk:
                 name = entry.name
                 if name[0] == "." or not entry.is_file(follow_symlinks=False):
                     rest.append((name, _kind(entry), None))
+                    continue
+                if self._named and (taken := self._named.get((*here, name))):
+                    self._leave_out(f"{prefix}{name}", taken)
                     continue
                 if not name.endswith(last):
                     extension = os.path.splitext(name)[1]
@@ -172,6 +177,8 @@ class Walk:
             self._leave_out(path, taken)
         elif stat.S_ISREG(status.st_mode):
             self._linked[status.st_dev, status.st_ino] = path
+            if (place := _place(target)) is not None:
+                self._named[place] = path
             self._file(path, (status.st_size, status.st_mtime_ns))
         else:
             self.passed.add("neither file nor folder", path)
@@ -180,11 +187,11 @@ class Walk:
         """By what name the file that a link leads to is taken already, or ''."""
         if (status.st_dev, status.st_ino) in self._linked:
             return self._linked[status.st_dev, status.st_ino]
-        real = target.resolve()
-        within = real.parent.stat()
-        if (folder := self._folders.get((within.st_dev, within.st_ino))) is None or real.name.startswith("."):
+        if (place := _place(target)) is None:
             return ""
-        return f"{folder}{real.name}"
+        device, inode, name = place
+        folder = self._folders.get((device, inode))
+        return "" if folder is None or name.startswith(".") else f"{folder}{name}"
 
     def _leave_out(self, path: str, taken: str) -> None:
         self.left_out.append((path.rstrip("/"), taken.rstrip("/") or "."))
@@ -202,6 +209,27 @@ def _opened(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
             yield entries
     finally:
         os.close(descriptor)
+
+
+def _place(link: Path) -> tuple[int, int, str] | None:
+    """Device and inode of the folder in which lies what a link leads to, and its name there; None where that cannot be
+    known."""
+    real = link.resolve()
+    within = _status(real.parent)
+    return (within.st_dev, within.st_ino, real.name) if within else None
+
+
+def _looked_at(folder: Path) -> os.stat_result:
+    try:
+        return os.stat(folder)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise _too_long(folder) from error
+        raise
+
+
+def _too_long(folder: Path) -> ShardError:
+    return ShardError(f"{folder} has a longer path than the system takes (4095 bytes): move what is in it further up")
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

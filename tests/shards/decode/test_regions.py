@@ -139,6 +139,18 @@ def test_other_samplings_and_colours_have_none():
     )
 
 
+def test_a_table_that_was_carried_along_is_replaced():
+    """As by tools that keep what they do not know."""
+    one, other = (encoded(photo(83, 67, seed), "JPEG", restart_marker_blocks=1) for seed in (1, 2))
+    told, wanted = regions.with_table(other), regions.with_table(one)
+    start, length = told.index(b"\xff\xea"), len(told) - len(other)
+    old = told[start : start + length]
+    scan = one.index(b"\xff\xda")
+    for carried in (one[:2] + old + one[2:], one[:scan] + old + old + one[scan:], one[:2] + old + wanted[2:]):
+        assert regions.with_table(carried) == wanted and not regions.fits(carried)
+    assert regions.with_table(wanted) == wanted
+
+
 def test_an_untrue_table_is_no_table():
     """A table of another image, of the same number of MCUs: the index does not call it one with fast regions."""
     one, other = (encoded(photo(83, 67, seed), "JPEG", restart_marker_blocks=1) for seed in (1, 2))

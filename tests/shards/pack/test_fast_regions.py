@@ -67,6 +67,18 @@ def test_the_same_coefficients_and_pixels(name):
 
 
 @needs_jpegtran
+@pytest.mark.parametrize("how", [("-optimize",), ("-rotate", "90", "-trim"), ("-progressive",)], ids=" ".join)
+def test_an_image_out_of_such_a_set_that_was_rewritten(how):
+    stored = encode(JPEGS["4:2:0"], FAST).data
+    command = ["jpegtran", *how, "-copy", "all"]
+    changed = subprocess.run(command, input=stored, capture_output=True, check=True).stdout
+    assert not encode(changed, EncodeOptions()).facts.flags & FLAG_REGIONS
+    again = encode(changed, FAST)
+    assert again.facts.flags & FLAG_REGIONS and again.data.count(b"beitforge.mcus") == 1
+    assert np.array_equal(codec.decode(again.data), codec.decode(changed))
+
+
+@needs_jpegtran
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_cannot_be_rewritten_stays_and_is_counted(name):
     data, kind = OTHERS[name]

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from beitforge.shards.counter_rng import hash_key
+from beitforge.shards.decode.codec import ImageError
 from beitforge.shards.errors import ShardError
+from beitforge.shards.pack.encode import read_file
 from beitforge.shards.pack.listing import keys
 from beitforge.shards.pack.listing.image_files import RAW_EXTENSIONS, list_images, shown
 from beitforge.shards.pack.listing.texts import texts_of
@@ -126,6 +128,58 @@ def test_links_to_what_is_taken_already_are_named(tmp_path, case):
     files = list_images(tmp_path / "in", tmp_path / "out")
     assert set(files.paths) == {"b/y.jpg", "c/first.jpg", "d/v.jpg", "d/er/w.jpg"}
     assert files.links == [(link, taken)]
+
+
+@pytest.mark.parametrize(("file", "folder"), [("d.jpg", "e"), ("e.jpg", "d")])
+def test_a_link_to_a_file_and_one_to_its_folder(tmp_path, file, folder):
+    """Whichever is met first, and only that file: another name of it is a file of its own."""
+    write_folder(tmp_path, {"in/a.jpg": b"a", "far/x.jpg": b"x", "far/y.jpg": b"y"})
+    os.link(tmp_path / "far/x.jpg", tmp_path / "far/z.jpg")
+    (tmp_path / "in" / file).symlink_to("../far/x.jpg")
+    (tmp_path / "in" / folder).symlink_to("../far")
+    files = list_images(tmp_path / "in", tmp_path / "out")
+    taken, left = sorted([file, f"{folder}/x.jpg"])
+    assert set(files.paths) == {"a.jpg", taken, f"{folder}/y.jpg", f"{folder}/z.jpg"}
+    assert files.links == [(left, taken)]
+
+
+def test_a_link_with_too_long_a_name_leads_nowhere(tmp_path):
+    write_folder(tmp_path, {"in/a.jpg": b"a"})
+    for name in ("b.jpg", "c.txt"):
+        (tmp_path / "in" / name).symlink_to("t" * 300)
+    files = list_images(tmp_path / "in", tmp_path / "out")
+    assert set(files.paths) == {"a.jpg", "b.jpg"}
+    assert [(one.kind, one.first) for one in files.others] == [("a link that leads nowhere", "c.txt")]
+
+
+def nested(folder: Path, length: int) -> None:
+    """An image in folders within folders, the last of which has a path of at least `length` bytes."""
+    here = os.open(folder, os.O_RDONLY)
+    size = len(bytes(folder))
+    while size < length:
+        name = "d" * max(1, min(200, length - size - 1))
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here, size = below, size + 1 + len(name)
+    with open(os.open("x" * 100 + ".jpg", os.O_WRONLY | os.O_CREAT, dir_fd=here), "wb") as file:
+        file.write(b"x")
+    os.close(here)
+
+
+def test_a_folder_whose_path_is_too_long_is_one_line(tmp_path):
+    (tmp_path / "in").mkdir()
+    nested(tmp_path / "in", 4200)
+    with pytest.raises(ShardError, match=r"/in/d.* has a longer path than the system takes .*: move"):
+        list_images(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_file_whose_path_is_too_long_is_no_image_that_can_be_used(tmp_path):
+    write_folder(tmp_path, {"in/a.jpg": b"a"})
+    nested(tmp_path / "in", 4090)
+    (path,) = (path for path in list_images(tmp_path / "in", tmp_path / "out").paths if path.startswith("d"))
+    with pytest.raises(ImageError, match="File name too long"):
+        read_file(tmp_path / "in" / path)
 
 
 def test_hard_links_are_files_of_their_own(tmp_path):
