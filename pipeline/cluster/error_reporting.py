@@ -19,6 +19,7 @@ from beitforge.shards.errors import ShardError
 USER_ERRORS = (ConfigError, ShardError, OSError, RuntimeError)  # `user_message` tells which of the last two are
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}  # full, or not ours
 _DISK |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}  # a path that leads where the user did not think
+_DISK |= {errno.ELOOP, errno.ENAMETOOLONG}  # or nowhere
 
 
 _RANKS = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError")  # torch's

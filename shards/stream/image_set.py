@@ -176,7 +176,22 @@ class ImageSet:
             self._open.pop(shard, None)
             self._doubted.add(shard)
 
-        return anew(read, forget, where)
+        try:
+            return anew(read, forget, where)
+        except DamagedSample:
+            raise
+        except ShardError as error:
+            if self._is_replaced():
+                raise ShardError(f"{self.folder} was changed while it was read: start again") from error
+            raise
+
+    def _is_replaced(self) -> bool:
+        """Whether another set lies in the folder than was opened."""
+        if isinstance(self.folder, Remote):
+            return False
+        with contextlib.suppress(ShardError):
+            return read_image_manifest(self.folder, warn=False).fingerprint != self.manifest.fingerprint
+        return False
 
     def _read(self, shard: int, row: int, known: Row) -> bytes:
         opened, name = self._shard(shard), self.manifest.shards[shard].name

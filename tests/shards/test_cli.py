@@ -38,6 +38,14 @@ def error_of(arguments: list[str], capsys) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("words", [["pack", "IMAGES", "LONG"], *([verb, "LONG"] for verb in VERBS[1:])], ids=" ".join)
+def test_a_name_that_no_file_can_have_is_one_line(images, tmp_path, capsys, words):
+    long = str(tmp_path / ("n" * 300))
+    places = {"IMAGES": str(images), "LONG": long}
+    said = error_of([places.get(word, word) for word in words], capsys)
+    assert "File name too long; fix this and rerun" in said
+
+
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 

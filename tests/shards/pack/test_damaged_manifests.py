@@ -2,18 +2,21 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format import columns
+from beitforge.shards.format.index import index_path
 from beitforge.shards.format.manifest import NAME, read_image_manifest, write_manifest
 from beitforge.shards.inspect.verify import verify_images
 from beitforge.shards.pack.adopt import adopt
 from beitforge.shards.pack.pack import pack
 from beitforge.shards.pack.plan import PackOptions
-from tests.shards.made_images import two_classes
+from beitforge.shards.stream.image_set import ImageSet
+from tests.shards.made_images import jpeg, two_classes
 
 OPTIONS = PackOptions(samples_per_shard=4)
 
@@ -89,3 +92,18 @@ def test_columns_of_another_set_are_not_what_was_written(packed, tmp_path, caplo
 @pytest.fixture(autouse=True)
 def _warnings(caplog):
     caplog.set_level(logging.WARNING)
+
+
+def test_a_reader_is_told_that_the_set_was_replaced(packed, tmp_path):
+    """And not that it is damaged, which it is told of a shard that is gone."""
+    opened = ImageSet(packed)
+    (tmp_path / "in" / "late.jpg").write_bytes(jpeg(99))
+    shutil.rmtree(packed)
+    pack(tmp_path / "in", packed, PackOptions(samples_per_shard=3), "1%", 1)
+    with pytest.raises(ShardError, match="set was changed while it was read: start again"):
+        opened.read(0, 0)
+    damaged = ImageSet(packed)
+    index_path(packed, "shard-000000").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"shard-000000\.index") as error:
+        damaged.read(0, 0)
+    assert "was changed while" not in str(error.value)
