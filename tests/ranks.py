@@ -84,6 +84,7 @@ class Server:
         *lines, self._pending = (self._pending + text).split(b"\n")
         for said in [json.loads(line) for line in lines if line.startswith(b"{")]:  # DeepSpeed logs to stdout, too
             if "started" in said:
+                self.codes.pop(said["started"], None)  # of an ended process that had the same id
                 self._started.append(said["started"])
             else:
                 self.codes[said["ended"]] = said["code"]
