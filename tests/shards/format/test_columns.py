@@ -215,7 +215,7 @@ def test_columns_that_say_what_no_shard_has(tmp_path, field, value, monkeypatch)
 
 
 def unchecked(kind: type, shards: list) -> dict[str, np.ndarray]:
-    found = {field.name: manifests.column_of(shards, field.name) for field in dataclasses.fields(kind)}
+    found = {field.name: columnar.column_of(shards, field.name) for field in dataclasses.fields(kind)}
     return {
         name: column if column.dtype == np.int64 else column.view(np.uint8).reshape(len(column), -1)
         for name, column in found.items()
