@@ -175,7 +175,9 @@ def _cure(folder: Path | str, kind: str) -> str:
     """Of columns that cannot be used."""
     if is_url(folder):
         return "upload it anew"
-    return f"fetch it anew, or have `index {folder}` write it again" if kind == "images" else "fetch it anew"
+    if kind == "images":
+        return f"fetch it anew, or have `index {folder}` write it again"
+    return f"fetch it anew, or remove {NAME} and run `tokenize` again, which makes both"
 
 
 def check_columns(folder: Path, kind: str) -> list[str]:

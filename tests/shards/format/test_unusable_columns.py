@@ -79,15 +79,15 @@ def test_damage_beside_a_set_is_not_its_own(tmp_path, lines):
 
 @pytest.mark.parametrize("harm", [damage, lambda folder: (folder / columnar.NAME).unlink()], ids=["damaged", "missing"])
 def test_one_line_says_what_helps(tmp_path, lines, harm):
-    """`index` writes those of images again; those of tokens come from where the set came from."""
+    """`index` writes those of images again, `tokenize` those of tokens when it closes their folder."""
     write_manifest(tmp_path / "i", images())
     write_manifest(tmp_path / "t", tokens())
     for read, name in ((read_image_manifest, "i"), (read_token_manifest, "t")):
         harm(tmp_path / name)
         read(tmp_path / name)
         (line,) = lines()
-        assert "all of manifest.json" in line and line.endswith(("fetch it anew", "write it again"))
-        assert (f"index {tmp_path / 'i'}" in line) == (name == "i") and "remove" not in line
+        cure = {"i": f"have `index {tmp_path / 'i'}` write it again", "t": "run `tokenize` again, which makes both"}
+        assert "all of manifest.json" in line and line.endswith(cure[name])
     (tmp_path / "i" / columnar.NAME).unlink(missing_ok=True)
     read_image_manifest(tmp_path / "i")
     assert f"{tmp_path / 'i'} has no manifest.columns" in lines()[0]
