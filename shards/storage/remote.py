@@ -21,7 +21,7 @@ from beitforge.shards.storage.cache import Cache, Uses
 from beitforge.shards.storage.fetching import Asked, Refused, fetch
 from beitforge.shards.storage.own_folder import default_folder
 from beitforge.shards.storage.reading import OpenFile
-from beitforge.shards.storage.retry import PAUSES, READS, TryLater, retry
+from beitforge.shards.storage.retry import READS, TryLater, retry
 
 Value = TypeVar("Value")
 
@@ -83,8 +83,8 @@ class Remote:
                 raise Missing(f"{where} is not there: {_CURE}") from error
 
         # Every store's library has errors of its own, few of them OSErrors, and none may be taken for the data's.
-        pauses, fatal = (PAUSES[:1], _not_soon) if self._optional else (PAUSES, _refused)
-        return retry(once, where, _CURE, errors=Exception, fatal=fatal, spread=0.5, pauses=pauses)
+        fatal = _not_soon if self._optional else _refused
+        return retry(once, where, _CURE, errors=Exception, fatal=fatal, spread=0.5, brief=self._optional)
 
 
 def _refused(error: Exception) -> bool:

@@ -39,15 +39,15 @@ def retry(
     errors: type[Exception] | tuple[type[Exception], ...] = (OSError, EOFError),
     fatal: Callable[[Exception], bool] = lasting,
     spread: float = 0.0,
-    pauses: tuple[float, ...] = PAUSES,
+    brief: bool = False,
 ) -> Value:
     """The value of `read`, tried again after each of `errors` that is not `fatal`. Raises ShardError in the end:
     skipping what cannot be read would change the order. A ShardError of `read` itself is raised at once.
 
     spread: share of each pause that is added at random at most, so that many readers do not come back together.
-    pauses: seconds before each further try.
+    brief: whether to try only once more, for what can be done without.
     """
-    for pause in (*pauses, None):
+    for pause in (*(PAUSES[:1] if brief else PAUSES), None):
         try:
             return read()
         except ShardError:

@@ -112,7 +112,7 @@ def refuse_other_file(path: Path, *words: bytes) -> None:
     if path.is_dir():
         raise ShardError(f"{path} is a folder; a file is written there: give the path of a file")
     if path.exists() and not path.is_file():
-        raise ShardError(f"{path} is no regular file; one is written there: move it away, or give another folder")
+        raise ShardError(f"{path} is no regular file, so it stays: move it away, or give another folder")
     if path.is_file():
         with open(path, "rb") as file:
             head = file.read(_HEAD_BYTES)
