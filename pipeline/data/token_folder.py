@@ -133,24 +133,32 @@ class TokenFolder:
         path = self.folder / f"{TASK}{_CLAIM}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         working = Claim(-1, descriptor)
+        alone = _lock_alone(descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if told not in (b"", task):
-                raise ConfigError(
-                    f"{self.folder} is being filled by another `tokenize`, with another tokenizer, precision, other "
-                    f"view settings or images: choose another folder for these tokens, or end that one first"
-                ) from None
-        else:
-            self._refuse_cut()
+            self._check_taken(told, task, alone)
+        except ValueError:
+            if alone:
+                path.unlink(missing_ok=True)
+            raise
         if told != task:
-            for number in sorted(self.finished):
-                self._refuse_other(number, self._opened(number).metadata.get("stamp"))
             file.seek(0)
             file.truncate()
             file.write(task)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         self._working = working
+
+    def _check_taken(self, told: bytes, task: bytes, alone: bool) -> None:
+        """Raise where this task can't go on with what is there. told: the task that the folder is of, if it says so."""
+        if not alone and told not in (b"", task):
+            raise ConfigError(
+                f"{self.folder} is being filled by another `tokenize`, with another tokenizer, precision, other view "
+                f"settings or images: choose another folder for these tokens, or end that one first"
+            )
+        if told != task:
+            for number in sorted(self.finished):
+                self._refuse_other(number, self._opened(number).metadata.get("stamp"))
+        if alone:
+            self._refuse_cut()
 
     def _refuse_cut(self) -> None:
         """Token files appear whole; what is smaller was copied in part, or its disk lost it."""
@@ -262,11 +270,7 @@ class TokenFolder:
     def _claim(self, number: int) -> Claim | None:
         path = self.folder / f"{self.shards[number].name}{_CLAIM}"
         claim = Claim(number, descriptor := os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return claim
+        return claim if _lock_alone(descriptor) else None
 
     def _end(self, claim: Claim) -> None:
         """Of a shard that is finished. Another process may make the claim anew, and finds that it is."""
@@ -343,6 +347,15 @@ class TokenFolder:
         entry = token_shard_entry(self.folder, shard.name, shard.digest)
         written = Written(entry=entry, unread=len(keys), first=keys[0] if keys else "")
         return opened.metadata.get("stamp", ""), written
+
+
+def _lock_alone(descriptor: int) -> bool:
+    """Lock a file where nobody else has it, and say whether it is ours."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _facts(found: os.stat_result) -> tuple[int, ...]:

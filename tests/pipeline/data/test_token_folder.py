@@ -293,8 +293,10 @@ def test_a_cut_file_is_named_at_the_beginning(tmp_path, bytes_left, stopped):
     if not stopped:
         for other in [*tmp_path.glob("*.finished"), tmp_path / TASK]:
             other.unlink()
-    with pytest.raises(ConfigError, match=rf"s00001.*was cut to {bytes_left} of .* remove it and run `tokenize` again"):
+    what = f"was cut to {bytes_left} of more than .*" if stopped else "is damaged, or no token file"
+    with pytest.raises(ConfigError, match=rf"s00001\.safetensors {what}: remove it and run `tokenize` again"):
         of(tmp_path, 3)
+    assert stopped or not [other for other in tmp_path.iterdir() if other.suffix != ".safetensors"], "as it was found"
     path.unlink()
     again = of(tmp_path, 3)
     fill(again)

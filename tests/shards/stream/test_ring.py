@@ -149,12 +149,12 @@ def test_a_process_ends_whatever_it_leaves_of_a_stream(tiny, tmp_path, how):
     """Its workers end with it: one that multiprocessing started, and one whose daemon thread still reads."""
     (tmp_path / "script.py").write_text(STREAM)
     command = [sys.executable, "script.py", str(tiny.folder / "shards" / "train"), *how.split()]
-    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, errors = started.communicate(timeout=120)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
+        try:
+            _, errors = started.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
     assert started.returncode == how.startswith("raises"), errors
     assert "Exception ignored" not in errors and ("own" in errors) == how.startswith("raises"), errors
 
