@@ -303,6 +303,15 @@ def test_a_cut_file_is_named_at_the_beginning(tmp_path, bytes_left, stopped):
     assert closed(again)
 
 
+def test_the_smaller_files_of_another_task_are_not_called_cut(tmp_path):
+    folder = of(tmp_path, 2)
+    write(folder, next(next(folder.passes(0))))
+    larger = TokenFolder(tmp_path, folder.images, IDENTITY, folder.policy, 8)
+    del folder
+    with pytest.raises(ConfigError, match="choose another folder"):
+        larger.begin()
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_file_that_is_none_is_named_with_its_cure(tmp_path, told):
     folder = of(tmp_path, 2)
