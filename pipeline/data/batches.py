@@ -118,13 +118,20 @@ def decoder_name(stream: Stream) -> str:
     return _on_device(stream).describe() if stream.decoder == jpeg.GPU else jpeg.decoder(stream.decoder).name
 
 
+def require_decoder(stream: Stream) -> None:
+    """Raise ConfigError where a stream asks for a GPU's decoder and this process has no GPU."""
+    import torch
+
+    if stream.decoder == jpeg.GPU and not torch.cuda.is_available():
+        raise ConfigError("loader.decoder is gpu, and this process has no GPU: set loader.decoder=auto")
+
+
 def _on_device(stream: Stream) -> "OnDevice":
     import torch
 
     from beitforge.shards.stream.on_device import OnDevice
 
-    if not torch.cuda.is_available():
-        raise ConfigError("loader.decoder is gpu, and this process has no GPU: set loader.decoder=auto")
+    require_decoder(stream)
     return OnDevice(stream, torch.device("cuda", torch.cuda.current_device()))
 
 

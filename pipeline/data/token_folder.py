@@ -1,12 +1,15 @@
 """A token folder while any number of processes fill it: which shard is whose, what is finished, who closes it.
 
-Until the manifest is there, three kinds of files lie beside the token files. `tokenizing.json` says for which task they
-are; whoever begins or closes holds a lock on it. `NAME.claim` is locked by the process that works on shard NAME, and
-the lock ends with the process, however it ends. `HEX.finished` is one process's: a line for each token file it wrote,
-with the digests of what it wrote and what the file then was on its disk. A file that is no longer that (a copy, or
-damaged), or has no line because its process was killed before it wrote one, is read through when the folder is closed.
+Until the manifest is there, four kinds of files lie beside the token files. `tokenizing.json` says for which task
+they are; whoever begins or closes holds a lock on it, and whoever works holds a shared one on `tokenizing.json.claim`,
+so that another task takes over what is left of this one only where nobody works. `NAME.claim` is locked by the process
+that works on shard NAME, and the lock ends with the process, however it ends. `HEX.finished` is one process's: a line
+for each token file it wrote, with the digests of what it wrote and what the file then was on its disk. A file that is
+no longer that (a copy, or damaged), or has no line because its process was killed before it wrote one, is read through
+when the folder is closed.
 
-The folder is listed; no process asks for the files of others one by one.
+The folder is listed; no process asks for the files of others one by one, but the first that begins: one look at their
+sizes finds those that were cut.
 """
 
 import contextlib
@@ -26,10 +29,24 @@ from typing import IO
 import numpy as np
 
 from beitforge.pipeline.errors import ConfigError
-from beitforge.shards.errors import ShardError
+from beitforge.shards.errors import Damaged, ShardError
 from beitforge.shards.format.index import FLAG_BAD
-from beitforge.shards.format.manifest import NAME, TokenManifest, TokenShard, read_token_manifest, write_manifest
-from beitforge.shards.format.tokens import Digests, open_token_shard, token_path, token_shard_entry
+from beitforge.shards.format.manifest import (
+    NAME,
+    TokenManifest,
+    TokenShard,
+    kind_of,
+    read_token_manifest,
+    write_manifest,
+)
+from beitforge.shards.format.tokens import (
+    Digests,
+    OpenTokenShard,
+    least_bytes,
+    open_token_shard,
+    token_path,
+    token_shard_entry,
+)
 from beitforge.shards.storage.files import PARTIAL, sweep_partials
 from beitforge.shards.storage.staging import leftovers
 from beitforge.shards.stream.image_set import ImageSet
@@ -37,6 +54,7 @@ from beitforge.shards.stream.image_set import ImageSet
 TASK = "tokenizing.json"
 _TOKENS, _CLAIM = ".safetensors", ".claim"
 _FINISHED = re.compile(r"[0-9a-f]{32}\.finished")
+_AGAIN = "remove it and run `tokenize` again"
 _LOOK_SECONDS = 15.0  # between two listings within a pass
 _LEAST_WAIT, _MOST_WAIT = 1.0, 10.0  # seconds before another pass, where one found all that is left taken
 
@@ -53,7 +71,8 @@ class Written:
 
 
 class Claim:
-    """A shard that this process alone works on, until the claim is released or forgotten, or the process ends."""
+    """A shard that this process alone works on, or the task that it works for, until the claim is released or
+    forgotten, or the process ends."""
 
     def __init__(self, number: int, descriptor: int):
         """descriptor: of a file that is locked; it is ours from now on."""
@@ -81,6 +100,7 @@ class TokenFolder:
         self._numbers = {shard.name: number for number, shard in enumerate(self.shards)}
         self._looked = 0.0
         self._own = folder / f"{uuid.uuid4().hex}.finished"
+        self._working: Claim | None = None
 
     def stamp(self, number: int) -> str:
         """What the token file of a shard carries; a file with another stamp belongs to another task."""
@@ -95,21 +115,68 @@ class TokenFolder:
         return token_path(self.folder, self.shards[number].name)
 
     def begin(self) -> None:
-        """See what is finished. Raises ConfigError where the folder holds the files of another task."""
+        """See what is finished. Raises ConfigError where the folder holds the files of another task, or is another's
+        that is at work, or holds a token file that was cut."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._look()
         if not self._closed:
             with self._locked() as file:
                 self._look()
-                task = self._stamp(images=self.images.manifest.fingerprint).encode()
-                if not self._closed and file.read() != task:
-                    for number in sorted(self.finished):
-                        self._refuse_other(number, open_token_shard(self.path(number)).metadata.get("stamp"))
-                    file.seek(0)
-                    file.truncate()
-                    file.write(task)
+                if not self._closed:
+                    self._enter(file)
         if self._closed:
             self._refuse_other_manifest()
+
+    def _enter(self, file: IO) -> None:
+        """Join those who work for the task that `file` says, or take the folder over from one that nobody works for."""
+        task, told = self._stamp(images=self.images.manifest.fingerprint).encode(), file.read()
+        path = self.folder / f"{TASK}{_CLAIM}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        working = Claim(-1, descriptor)
+        alone = _lock_alone(descriptor)
+        try:
+            self._check_taken(told, task, alone)
+        except ValueError:
+            if alone:
+                path.unlink(missing_ok=True)
+            raise
+        if told != task:
+            file.seek(0)
+            file.truncate()
+            file.write(task)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        self._working = working
+
+    def _check_taken(self, told: bytes, task: bytes, alone: bool) -> None:
+        """Raise where this task can't go on with what is there. told: the task that the folder is of, if it says so."""
+        if not alone and told not in (b"", task):
+            raise ConfigError(
+                f"{self.folder} is being filled by another `tokenize`, with another tokenizer, precision, other view "
+                f"settings or images: choose another folder for these tokens, or end that one first"
+            )
+        if told != task:
+            for number in sorted(self.finished):
+                self._refuse_other(number, self._opened(number).metadata.get("stamp"))
+        if alone:
+            self._refuse_cut()
+
+    def _refuse_cut(self) -> None:
+        """Token files appear whole; what is smaller was copied in part, or its disk lost it."""
+        rows, columns = self.identity["grid"]
+        with os.scandir(self.folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                number = self._numbers.get(entry.name.removesuffix(_TOKENS)) if entry.name.endswith(_TOKENS) else None
+                if number is None:
+                    continue
+                least = least_bytes(self.num_views, self.shards[number].samples, rows * columns)
+                if (size := entry.stat().st_size) < least:
+                    raise ConfigError(f"{entry.path} was cut to {size} of more than {least} bytes: {_AGAIN}")
+
+    def _opened(self, number: int) -> OpenTokenShard:
+        try:
+            return open_token_shard(self.path(number))
+        except Damaged as error:
+            raise ConfigError(f"{self.path(number)} is damaged, or no token file: {_AGAIN}") from error
 
     def _refuse_other(self, number: int, stamp: str | None) -> None:
         if stamp != self.stamp(number):
@@ -119,6 +186,9 @@ class TokenFolder:
             )
 
     def _refuse_other_manifest(self) -> None:
+        with contextlib.suppress(ShardError):
+            if kind_of(self.folder) == "images":
+                raise ConfigError(f"{self.folder} is a set of images, not of tokens: choose another folder for these")
         try:
             manifest = read_token_manifest(self.folder)
         except ShardError as error:
@@ -200,11 +270,7 @@ class TokenFolder:
     def _claim(self, number: int) -> Claim | None:
         path = self.folder / f"{self.shards[number].name}{_CLAIM}"
         claim = Claim(number, descriptor := os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return claim
+        return claim if _lock_alone(descriptor) else None
 
     def _end(self, claim: Claim) -> None:
         """Of a shard that is finished. Another process may make the claim anew, and finds that it is."""
@@ -245,6 +311,7 @@ class TokenFolder:
                 path.unlink(missing_ok=True)
             sweep_partials(leftovers(self.folder))
             file.truncate(0)  # and so it goes, too
+            self._working = None
         return not closed
 
     def _written(self) -> list[Written]:
@@ -265,15 +332,14 @@ class TokenFolder:
             known = {line.entry.digest for _, line in lines.get(shard.name, [])} or {written.entry.digest}
             if written.entry.digest not in known:
                 raise ConfigError(
-                    f"{self.path(number)} was changed since it was written (its digest differs): damaged; remove it "
-                    f"and run `tokenize` again"
+                    f"{self.path(number)} was changed since it was written (its digest differs): damaged; {_AGAIN}"
                 )
             found.append(written)
         return found
 
     def _read(self, number: int) -> tuple[str, Written]:
         """A token file's stamp, and what its line would say."""
-        shard, opened, keys = self.shards[number], open_token_shard(self.path(number)), []
+        shard, opened, keys = self.shards[number], self._opened(number), []
         bad = opened.bad
         if bad.any():
             index = self.images.index(number)
@@ -281,6 +347,15 @@ class TokenFolder:
         entry = token_shard_entry(self.folder, shard.name, shard.digest)
         written = Written(entry=entry, unread=len(keys), first=keys[0] if keys else "")
         return opened.metadata.get("stamp", ""), written
+
+
+def _lock_alone(descriptor: int) -> bool:
+    """Lock a file where nobody else has it, and say whether it is ours."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _facts(found: os.stat_result) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from beitforge.kernels.attention import chosen
 from beitforge.pipeline.config.derived import micro_batch
 from beitforge.pipeline.config.settings import Config
 from beitforge.pipeline.console import say
+from beitforge.pipeline.data.batches import require_decoder
 from beitforge.pipeline.data.pretraining import DataSource, fingerprints, pretraining, refuse_other_tokenizers
 from beitforge.pipeline.distributed.collectives import World, broadcast_object
 from beitforge.pipeline.distributed.deepspeed_config import setup_from
@@ -85,6 +86,7 @@ def prepare(config: Config, begins: Callable[[], bool]) -> tuple[World, Job]:
 def _opened(config: Config) -> tuple[DataSource, EvaluationSets]:
     """What the run reads: the stream, and what it is judged on."""
     source = pretraining(config)
+    require_decoder(source.stream)
     refuse_other_tokenizers(config)
     return source, open_evaluation_sets(config)
 

@@ -89,10 +89,25 @@ def _tasks(config: Config) -> list[Task]:
         raise ConfigError(
             "data.tokens is online: `pretrain` makes the tokens itself; name a folder to make them before"
         )
+    _refuse_shared(pairs)
     tokenizer, identity = fitting_tokenizer(config)
     device = _device()
     identity = {**identity, "precision": config.tokenizer.precision}
     return [_task(config, images, Path(tokens), tokenizer.to(device), identity, device) for images, tokens in pairs]
+
+
+def _refuse_shared(pairs: list[tuple[str, str]]) -> None:
+    """Each set of tokens has a folder of its own; nothing else is written there."""
+    taken: list[Path] = []
+    for _, tokens in pairs:
+        folder = Path(tokens).resolve()
+        for other in taken:
+            if folder.is_relative_to(other) or other.is_relative_to(folder):
+                raise ConfigError(
+                    f"data.tokens is {pairs[0][1]} and data.heldout_tokens {tokens}, the same folder or one within the "
+                    f"other: each set of tokens needs a folder of its own"
+                )
+        taken.append(folder)
 
 
 def _task(

@@ -148,6 +148,18 @@ def token_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+def least_bytes(num_views: int, samples: int, patches: int) -> int:
+    """What the tensors of a token file of any version have at least; its header comes on top."""
+    rows, sides, factors = num_views * samples, 4, 3
+    boxes, jitters = sides * _size("boxes"), factors * _size("jitters")
+    a_view = patches * _size("tokens") + boxes + jitters + _size("flips") + _size("orders")
+    return rows * a_view + samples * (_size("keys") + _size("bad"))
+
+
+def _size(name: str) -> int:
+    return np.dtype(_DTYPES[name]).itemsize
+
+
 class Digests(NamedTuple):
     """xxh3-128 of a token file as it was written, and of its rows' checksums."""
 

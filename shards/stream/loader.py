@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -230,6 +229,9 @@ class _Ring:
         self.shapes, self.sizes = shapes, [samples * math.prod(shape) for shape in shapes]
         self.free, self.lent, self.lends = list(range(slots + lends)), set[int](), lends
         self.memory = mmap.mmap(-1, max(1, len(self.free) * sum(self.sizes)))
+        self.given = set[int]()  # lent when another process was forked, which sees them: never written to again
+        _keep_at_forks()
+        _rings[:] = [*(known for known in _rings if known()), weakref.ref(self)]
 
     def numbered(self, batches: int) -> Iterator[tuple[int, int]]:
         """The numbers of batches, each with a slot, which is taken when it is asked for."""
@@ -241,10 +243,11 @@ class _Ring:
         return self._views(np.frombuffer(self.memory, np.uint8, sum(self.sizes), slot * sum(self.sizes)), samples)
 
     def _views(self, memory: np.ndarray, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rest, found = torch.from_numpy(memory), []
+        """Each a storage of its own, which is what is pickled of a tensor."""
+        found = []
         for size, shape in zip(self.sizes, self.shapes, strict=True):
-            found.append(rest[: samples * math.prod(shape)].view(samples, *shape))
-            rest = rest[size:]
+            found.append(torch.from_numpy(memory[: samples * math.prod(shape)]).view(samples, *shape))
+            memory = memory[size:]
         return found[0], found[1]
 
     def received(self, slot: int, samples: int, pin: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,12 +258,28 @@ class _Ring:
             return copies[0], copies[1]
         self.lent.add(slot)
         memory = np.frombuffer(self.memory, np.uint8, sum(self.sizes), slot * sum(self.sizes))
-        weakref.finalize(memory, self._back, slot).atexit = False  # the storage of both tensors holds it
+        weakref.finalize(memory, self._back, slot).atexit = False  # the storages of both tensors hold it
         return self._views(memory, samples)
 
     def _back(self, slot: int) -> None:
-        self.lent.discard(slot)
-        self.free.append(slot)
+        if slot not in self.given:
+            self.lent.discard(slot)
+            self.free.append(slot)
+
+
+_rings: list[weakref.ref[_Ring]] = []
+
+
+@functools.cache
+def _keep_at_forks() -> None:
+    os.register_at_fork(before=_give_lent)
+
+
+def _give_lent() -> None:
+    """A forked process shares the memory of batches that are held: what it sees of them stays, though they are let go
+    here. A ring lends that many fewer from then on."""
+    for ring in [ring for known in list(_rings) if (ring := known())]:
+        ring.given |= ring.lent
 
 
 class _Sent:
@@ -314,9 +333,11 @@ def reading_ahead(stream: Stream, numbers: BatchSampler, step: int = 1) -> ReadA
 
 def start_worker(_: int) -> None:
     """In a worker process: more open files; and signals are the training process's business, which still needs batches
-    to finish its step. A worker ends with it, though, however that ends."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    to finish its step. A worker ends with it, though, however that ends, and when it says so: a process that ends sends
+    SIGTERM to those that multiprocessing has started for it, and waits for them."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for _end_with, in every thread that begins from now on
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16384)), hard))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -325,7 +346,9 @@ def start_worker(_: int) -> None:
 def _end_with(parent: int) -> None:
     """torch's own watch only has the worker end by itself, which first waits for somebody to take its last batches."""
     while os.getppid() == parent:
-        time.sleep(_WATCH_SECONDS)
+        asked = signal.sigtimedwait({signal.SIGTERM}, _WATCH_SECONDS)
+        if asked is not None and asked.si_pid == parent:
+            os._exit(0)
     os._exit(1)
 
 

@@ -172,16 +172,23 @@ class Order:
         return found
 
     def _uses(self, epoch: int, chunks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """First sample, end and lane of the windows that the first and the last sample of each chunk fall into."""
+        """First sample, end and lane of the windows that each chunk falls into, one after the other, the last of them
+        again where others fall into more. Mostly two: more where lanes or their last windows are shorter than a chunk.
+        """
         length, longer = divmod(self._whole, self.policy.lanes)
-        size = self.policy.chunk * self.policy.window
-        for sequence in self._epoch(epoch).span(chunks):
-            border = longer * (length + 1)
-            before, after = sequence // (length + 1), longer + (sequence - border) // max(length, 1)
-            lanes = np.where(sequence < border, before, after)
-            windows = (sequence - lanes * length - np.minimum(lanes, longer)) // size
+        size, border = self.policy.chunk * self.policy.window, longer * (length + 1)
+        place, last = self._epoch(epoch).span(chunks)
+        while True:
+            before, after = place // (length + 1), longer + (place - border) // max(length, 1)
+            lanes = np.where(place < border, before, after)
+            begin = lanes * length + np.minimum(lanes, longer)
+            windows = (place - begin) // size
             start = epoch * self.samples + windows * size * self.policy.lanes
             yield start, np.minimum(start + size * self.policy.lanes, (epoch + 1) * self.samples), lanes
+            behind = begin + np.minimum((windows + 1) * size, length + (lanes < longer))
+            if (behind > last).all():
+                return
+            place = np.minimum(behind, last)
 
     def __getstate__(self) -> dict:
         """Caches stay behind when a worker process receives the order."""

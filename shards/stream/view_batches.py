@@ -168,7 +168,7 @@ class ViewLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._loader  # ends them: they obey no signal
+        del self._loader  # ends them: they obey no signal but this process's
 
     def load(self, pieces: Iterable[Piece]) -> Iterator[ViewBatch]:
         """The batches of pieces, in order; may be called again. The pieces are asked for one by one, no earlier than a

@@ -3,9 +3,7 @@
 The functions put existing parts together, with plain values in place of a config file.
 """
 
-import atexit
-import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -104,22 +102,13 @@ def stream(
         )
     else:
         numbers = _in_turn(range(first_sample + rank, places.samples, world), batch_size)[:batches]
-    loaded = load(found, numbers, workers=workers, prefetch=prefetch, pin=torch.cuda.is_available())
-    atexit.register(_close, weakref.ref(loaded))
-    return loaded
+    return load(found, numbers, workers=workers, prefetch=prefetch, pin=torch.cuda.is_available())
 
 
 def _in_turn(samples: range, batch_size: int) -> list[np.ndarray]:
     """Numbers of samples, cut into batches; the last may be short."""
     mine = np.array(samples, dtype=np.int64)
     return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-
-
-def _close(batches: "weakref.ref[Iterator[Batch]]") -> None:
-    """End a stream's workers before the interpreter waits for them: they ignore the signal that it sends."""
-    loaded = batches()
-    if isinstance(loaded, Generator):
-        loaded.close()
 
 
 @dataclass(frozen=True, kw_only=True)

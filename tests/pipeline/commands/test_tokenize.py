@@ -79,6 +79,15 @@ def test_tokens_of_another_task_are_not_mixed(tiny, tmp_path, setting):
     assert contents(out) == contents(tiny.folder / "tokens" / "train")
 
 
+@pytest.mark.parametrize("heldout", ["{out}/train", "{out}/other/../train", "{out}/link", "{out}/train/test", "{out}"])
+def test_each_set_of_tokens_has_a_folder_of_its_own(tiny, tmp_path, heldout):
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    words = [f"data.tokens={tmp_path}/train", f"data.heldout_tokens={heldout.format(out=tmp_path)}"]
+    with pytest.raises(ConfigError, match="each set of tokens needs a folder of its own"):
+        tokenize.run(load_config(str(tiny.config), words))
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_tokenizer_of_another_grid_is_refused(tiny):
     config = load_config(str(tiny.config), ["model.patch_size=4", "tokenizer.input_size=64"])
     with pytest.raises(ConfigError, match="grid"):

@@ -1,6 +1,7 @@
 """The bookkeeping of `tokenize`: its cost is linear in the shards, and kills, copies and damage change nothing of what
 the manifest says."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from beitforge.pipeline.errors import ConfigError
 from beitforge.pipeline.stages import tokenize
 from beitforge.shards.format.levels import without_tones
 from beitforge.shards.format.manifest import NAME, ImageManifest, ImageShard, TokenManifest, read_token_manifest
-from beitforge.shards.format.tokens import token_shard_entry, write_token_shard
+from beitforge.shards.format.tokens import least_bytes, token_shard_entry, write_token_shard
 from beitforge.shards.format.views import FIELDS, ViewPolicy, Views, draw_views
 from beitforge.shards.inspect.verify_tokens import verify_tokens
 from beitforge.shards.stream.image_set import ImageSet
@@ -150,7 +151,7 @@ def test_a_start_into_a_folder_opens_no_token_file(tmp_path, counted):
     for claim in next(folder.passes(0)):
         write(folder, claim)
     counted.clear()
-    assert len(of(tmp_path, count).finished) == count and counted["open"] <= 2 and counted["os.scandir"] <= 2
+    assert len(of(tmp_path, count).finished) == count and counted["open"] <= 3 and counted["os.scandir"] <= 2
     (tmp_path / TASK).unlink()
     counted.clear()
     assert len(of(tmp_path, count).finished) == count and counted["open"] > count
@@ -257,6 +258,85 @@ def test_another_task_is_refused(tmp_path, finished):
     assert len(of(tmp_path, 2, precision="bf16").finished) == 1 + finished
 
 
+def test_another_task_is_refused_while_one_is_at_work(tmp_path):
+    """At once, though nothing is finished and no shard claimed; any number of processes work for one task."""
+    first, second = of(tmp_path, 2), of(tmp_path, 2)
+    del first
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"is being filled by another `tokenize`.*choose another folder"):
+            of(tmp_path, 2, precision="bf16")
+    fill(second)
+    assert closed(second) and left_over(tmp_path) == {NAME}
+
+
+def test_what_nobody_finished_anything_of_is_taken_over(tmp_path):
+    left = of(tmp_path, 2)
+    next(next(left.passes(0))).release()  # killed
+    del left
+    taken = of(tmp_path, 2, precision="bf16")
+    with pytest.raises(ConfigError, match="is being filled by another"):
+        of(tmp_path, 2)
+    fill(taken)
+    assert taken.close(lambda written: _bf16([file.entry for file in written])) and left_over(tmp_path) == {NAME}
+
+
+@pytest.mark.parametrize("bytes_left", [0, 40])
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_cut_file_is_named_at_the_beginning(tmp_path, bytes_left, stopped):
+    """With what makes it anew; after a run that was stopped, and where other files were copied to."""
+    folder = of(tmp_path, 3)
+    for claim in itertools.islice(next(folder.passes(0)), 2):
+        write(folder, claim)
+    path = folder.path(1)
+    del folder
+    os.truncate(path, bytes_left)
+    if not stopped:
+        for other in [*tmp_path.glob("*.finished"), tmp_path / TASK]:
+            other.unlink()
+    what = f"was cut to {bytes_left} of more than .*" if stopped else "is damaged, or no token file"
+    with pytest.raises(ConfigError, match=rf"s00001\.safetensors {what}: remove it and run `tokenize` again"):
+        of(tmp_path, 3)
+    assert stopped or not [other for other in tmp_path.iterdir() if other.suffix != ".safetensors"], "as it was found"
+    path.unlink()
+    again = of(tmp_path, 3)
+    fill(again)
+    assert closed(again)
+
+
+def test_the_smaller_files_of_another_task_are_not_called_cut(tmp_path):
+    folder = of(tmp_path, 2)
+    write(folder, next(next(folder.passes(0))))
+    larger = TokenFolder(tmp_path, folder.images, IDENTITY, folder.policy, 8)
+    del folder
+    with pytest.raises(ConfigError, match="choose another folder"):
+        larger.begin()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_file_that_is_none_is_named_with_its_cure(tmp_path, told):
+    folder = of(tmp_path, 2)
+    fill(folder)
+    folder.path(1).write_bytes(b"\0" * folder.path(1).stat().st_size)
+    if not told:
+        (tmp_path / TASK).unlink()
+    with pytest.raises(ConfigError, match=r"s00001.* damaged.*: remove it and run `tokenize` again"):
+        closed(of(tmp_path, 2))
+
+
+def test_least_bytes_are_those_of_a_file(tmp_path):
+    folder = of(tmp_path, 1)
+    write(folder, next(next(folder.passes(0))))
+    levels, checks, header = 3 * SAMPLES, 8 * SAMPLES, 2048
+    least = least_bytes(1, SAMPLES, 2)
+    assert least + levels + checks < folder.path(0).stat().st_size < least + levels + checks + header
+
+
+def test_a_set_of_images_is_no_place_for_tokens(tiny, caplog):
+    with pytest.raises(ConfigError, match="train is a set of images, not of tokens: choose another folder") as raised:
+        of(tiny.folder / "shards" / "train", 2)
+    assert "remove" not in str(raised.value) and not caplog.records
+
+
 def _bf16(entries: list) -> TokenManifest:
     tokenizer = {**IDENTITY, "precision": "bf16"}
     return TokenManifest(shards=entries, tokenizer=tokenizer, policy={"seed": 0}, num_views=1, provenance={})
@@ -347,7 +427,7 @@ def test_a_whole_run_calls_in_proportion_to_its_shards(tiny, tmp_path, monkeypat
 
 
 def test_an_error_ends_the_workers(tiny, tmp_path, monkeypatch):
-    """They obey no signal, so whoever leaves them would never end."""
+    """They obey no signal of others, so whoever leaves them would never end."""
 
     def failing(task: object, batch: object) -> None:
         raise ConfigError("no more")

@@ -11,6 +11,7 @@ from PIL import Image
 from beitforge.pipeline.data import batches
 from beitforge.pipeline.data.pretraining import pretraining
 from beitforge.pipeline.errors import ConfigError
+from beitforge.pipeline.stages import pretrain
 from beitforge.shards.decode import gpu, jpeg
 from beitforge.shards.errors import ShardError
 from beitforge.shards.format.index import FLAG_JPEG
@@ -134,6 +135,8 @@ def test_without_a_gpu_it_says_so(tiny):
     config = tiny_config(tiny, "loader.decoder=gpu")
     with pytest.raises(ConfigError, match=r"loader\.decoder is gpu, .* no GPU: set loader\.decoder=auto"):
         stream_rows(config, pretraining(config), 0, 1, ranks=1, workers=0)
+    with pytest.raises(ConfigError, match=r"loader\.decoder is gpu, .* no GPU"):
+        pretrain._opened(config)  # before anything is started
 
 
 def test_a_host_without_nvjpeg_says_what_to_install(monkeypatch):

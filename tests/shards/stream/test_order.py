@@ -335,7 +335,9 @@ def test_golden_samples_of_ranks(lanes, golden):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize(
-    ("shard_samples", "multiple"), [(SHARDS, 1), ([101, 3, 0, 57], 1), (SHARDS, 64)], ids=["divides", "shifts", "ends"]
+    ("shard_samples", "multiple"),
+    [(SHARDS, 1), ([101, 3, 0, 57], 1), (SHARDS, 64), ([13], 1), ([9, 2], 1), ([70], 1), ([60, 75], 1), ([75], 8)],
+    ids=["divides", "shifts", "ends", "lanes of 3", "lanes of 2", "short ends", "shorter ends", "cut ends"],
 )
 def test_next_use_is_the_next_window_that_reads_a_chunk(shard_samples, multiple, world):
     """Against the windows themselves, from many places of three epochs; ranks read as RankBatches has it."""

@@ -5,13 +5,18 @@ import dataclasses
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import time
+from multiprocessing.queues import SimpleQueue
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from beitforge.pipeline.data.pretraining import pretraining
 from beitforge.shards.stream import loader
@@ -103,3 +108,126 @@ def test_a_worker_ends_with_a_killed_parent(tiny, monkeypatch):
         while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < ends, "the worker lives on"
             time.sleep(0.1)
+
+
+STREAM = """
+import multiprocessing, sys, threading, time
+import beitforge
+
+def batches():
+    images = beitforge.open_images(sys.argv[1])
+    return beitforge.stream(images, size=32, batch_size=4, workers=2)
+
+def child(how):
+    global kept
+    kept = batches()
+    for number, batch in enumerate(kept):
+        if number == 2 and how == "raises":
+            raise RuntimeError("the user's own")
+        if number == 2:
+            break
+
+def read():
+    for batch in batches():
+        ready.set()
+
+if __name__ == "__main__":
+    ready = threading.Event()
+    if sys.argv[2] == "thread":
+        threading.Thread(target=read, daemon=True).start()
+        ready.wait()
+    else:
+        process = multiprocessing.get_context(sys.argv[3]).Process(target=child, args=(sys.argv[2],))
+        process.start()
+        process.join()
+        sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.parametrize("how", ["raises fork", "ends fork", "raises spawn", "thread"])
+def test_a_process_ends_whatever_it_leaves_of_a_stream(tiny, tmp_path, how):
+    """Its workers end with it: one that multiprocessing started, and one whose daemon thread still reads."""
+    (tmp_path / "script.py").write_text(STREAM)
+    command = [sys.executable, "script.py", str(tiny.folder / "shards" / "train"), *how.split()]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
+        try:
+            _, errors = started.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == how.startswith("raises"), errors
+    assert "Exception ignored" not in errors and ("own" in errors) == how.startswith("raises"), errors
+
+
+def test_a_signal_from_elsewhere_ends_no_worker(tiny):
+    """A scheduler's goes to every process; the training process still needs batches to finish its step."""
+    stream = pretraining(tiny_config(tiny)).stream
+    batches = load(stream, NUMBERS, workers=2, prefetch=1, pin=False)
+    found = [next(batches).samples.tolist()]
+    for worker in multiprocessing.active_children():
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    found += [batch.samples.tolist() for batch in batches]
+    assert found == [numbers.tolist() for numbers in NUMBERS]
+
+
+def _tell(told: SimpleQueue, go: SimpleQueue, pixels: torch.Tensor) -> None:
+    go.get()
+    told.put(pixels.numpy().tobytes())
+
+
+class _Held:
+    """A data set of its user's, made of a batch that is held."""
+
+    def __init__(self, pixels: torch.Tensor):
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> bytes:
+        return self.pixels.numpy().tobytes()
+
+
+def test_a_fork_keeps_what_it_sees_of_a_batch(tiny):
+    """Though its parent lets the batch go, and workers make many more; further ones are lent or copied as before."""
+    stream = pretraining(tiny_config(tiny)).stream
+    expected = [stream.batch(numbers).pixels for numbers in NUMBERS]
+    context = multiprocessing.get_context("fork")
+    told, go, forked = context.SimpleQueue(), context.SimpleQueue(), []
+    loaders = []
+    for number, batch in enumerate(load(stream, NUMBERS, workers=2, prefetch=1, pin=False)):
+        assert torch.equal(batch.pixels, expected[number])
+        if number < 2:
+            forked.append(context.Process(target=_tell, args=(told, go, batch.pixels)))
+            forked[-1].start()
+        if number == 4:
+            loaders.append(iter(DataLoader(_Held(batch.pixels), batch_size=None, num_workers=1)))
+        del batch
+    seen = set()
+    for _ in forked:
+        go.put(None)
+        seen.add(told.get())
+    for process in forked:
+        process.join()
+    assert seen == {pixels.numpy().tobytes() for pixels in expected[:2]}
+    assert next(loaders[0]) == expected[4].numpy().tobytes()
+
+
+def test_a_ring_gives_what_a_fork_sees():
+    ring = loader._Ring(1, 2, 3, ((2, 2), (0, 0)))
+    slots = [slot for _, slot in ring.numbered(3)]
+    first = ring.received(slots[0], 3, False)
+    loader._give_lent()
+    del first
+    assert ring.free == [] and ring.lent == {slots[0]}, "never written to again"
+    second = ring.received(slots[1], 3, False)
+    del second
+    assert ring.free == [slots[1]] and ring.lent == {slots[0]}
+
+
+@pytest.mark.parametrize("second", [(0, 0), (2, 3)])
+def test_a_batch_is_pickled_once(second):
+    """Of memory that both kinds of pixels lie in, each tensor carries its own."""
+    ring = loader._Ring(1, 1, 64, ((64, 64), second))
+    pixels = ring.received(ring.free.pop(), 64, False)
+    assert len(pickle.dumps(pixels)) < 64**3 + 64 * second[0] * second[1] + 4096
