@@ -31,7 +31,7 @@ from benchmarks.results import write
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS, PROCESSES = (1_000, 10_000), 2
-IMAGES, PER_SHARD, VIEWS, ROUNDS = 32, 16, 4, 2  # of the own dVAE's rate; DALL-E's encoder takes FEW images
+IMAGES, PER_SHARD, VIEWS, ROUNDS = 96, 16, 4, 2  # of the own dVAE's rate; DALL-E's encoder takes FEW images
 FEW = 4
 _PATCHES = 196
 

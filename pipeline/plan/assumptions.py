@@ -43,7 +43,7 @@ class Assumptions:
     inter_bandwidth: float = _assumed(0.0, "bytes/s", "of one node to others; 0: network × link_share")
     memory_usable: float = _assumed(0.92, "", "of the GPU's memory: context, libraries, fragmentation; assumed")
     loader_images_per_second_per_core: float = _assumed(
-        707.0, "images/s", "benchmarks, loader: ours, one core, JPEGs of 94 kB"
+        788.0, "images/s", "benchmarks, loader: ours, one core, JPEGs of 94 kB"
     )
     undecoded_images_per_second_per_core: float = _assumed(
         8000.0, "images/s", "loader.decoder=gpu: what a worker does beside decoding and resizing, 120 of 1,120 µs"
