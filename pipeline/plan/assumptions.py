@@ -169,7 +169,7 @@ def _of_benchmark(content: dict, path: Path, flops_per_image: float) -> dict[str
     name, rows = content["name"], content["rows"]
     notes = " ".join(content.get("notes", []))
     if name == "loader":
-        found = [row for row in rows if row.get("path") == "ours" and row.get("runs on") == "one core"]
+        found = [row for row in rows if row.get("path") == "ours" and row.get("runs on", "one core") == "one core"]
         return {"loader_images_per_second_per_core": float(found[0]["images/s"])} if found else {}
     if name == "decode":
         rates = [str(row.get("images/s", "")) for row in rows if str(row.get("decoded by", "")).startswith("nvJPEG")]
