@@ -64,7 +64,7 @@ def on_device(bench: Bench) -> Row:
     batch = Batch(empty, pixels, empty, empty, empty, empty, empty, empty, {}, [], given)
     exact = [codec.crop(codec.decode(one.data), one.box).astype(np.int64) for one in given]
     apart = [
-        crop.cpu().numpy() - right for crop, right in zip(device._crops(given), exact, strict=True) if crop is not None
+        crop.cpu().numpy() - right for crop, right in zip(device.crops(given), exact, strict=True) if crop is not None
     ]
     error = np.mean([np.mean(one.astype(float) ** 2) for one in apart])
     cells = {"PSNR dB": f"{10 * np.log10(255**2 / error):.1f}" if error else "the same pixels"}

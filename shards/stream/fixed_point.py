@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from beitforge.shards.decode import codec
-
-TORCH, TORCH_LANCZOS = "torch bicubic", "torch lanczos"
+from beitforge.shards.stream.loader import TORCH, TORCH_LANCZOS
 
 _PILLOW_BITS = 22
 _MOST_TORCH_BITS, _TORCH_LIMIT = 22, 1 << 15

@@ -29,7 +29,7 @@ class OnDevice:
         """What decodes, and how far its pixels of a test image are from Pillow's."""
         data = jpeg.sample_jpeg()
         exact = codec.decode(data).astype(np.int64)
-        found = self._crops([Deferred(0, data, [0, 0, exact.shape[1], exact.shape[0]], False, [0, 255])])[0]
+        found = self.crops([Deferred(0, data, [0, 0, exact.shape[1], exact.shape[0]], False, [0, 255])])[0]
         assert found is not None, "it decoded this image when it was made"
         apart = np.abs(found.cpu().numpy() - exact)
         said = f"up to {apart.max()} levels from Pillow's pixels of noise" if apart.any() else "Pillow's pixels"
@@ -43,7 +43,7 @@ class OnDevice:
         pixels = batch.pixels.to(self.device, non_blocking=True)
         second = batch.tokenizer_pixels.to(self.device, non_blocking=True)
         done = batch._replace(pixels=pixels, tokenizer_pixels=second, deferred=(), bad=list(batch.bad))
-        crops = self._crops(batch.deferred)
+        crops = self.crops(batch.deferred)
         whole = [(one, crop) for one, crop in zip(batch.deferred, crops, strict=True) if crop is not None]
         if whole:
             self._cut(pixels, whole, self.stream.resample)
@@ -56,7 +56,7 @@ class OnDevice:
                 self._substitute(done, one.row)
         return done
 
-    def _crops(self, deferred: Sequence[Deferred]) -> list[torch.Tensor | None]:
+    def crops(self, deferred: Sequence[Deferred]) -> list[torch.Tensor | None]:
         """The boxes u8 [h, w, 3], their values within the view's limits; None where an image does not decode at all."""
         stream = 0
         if self._used is not None:

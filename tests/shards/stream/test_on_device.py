@@ -152,6 +152,6 @@ def test_what_decodes_is_named_with_its_distance(tiny, monkeypatch):
     """From Pillow's pixels, as a run's first line has it."""
     made = OnDevice(pretraining(tiny_config(tiny)).stream, CPU)
     assert made.describe().endswith("(Pillow's pixels)")
-    crops = made._crops
-    monkeypatch.setattr(made, "_crops", lambda deferred: [(crop ^ 2) for crop in crops(deferred)])
+    crops = made.crops
+    monkeypatch.setattr(made, "crops", lambda deferred: [(crop ^ 2) for crop in crops(deferred)])
     assert made.describe().endswith("(up to 2 levels from Pillow's pixels of noise)")
